@@ -1,0 +1,70 @@
+"""The command line: `swift-mega VERB …`, each verb a table entry and one function over `swift_mega.api`.
+
+Nothing heavy is imported until a verb has its arguments checked, so help and mistakes answer at once. A `UserError` is one
+line on stderr and status 2; anything else is a defect and keeps its traceback.
+"""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from swift_mega import __version__
+from swift_mega.cli.arguments import read_arguments
+from swift_mega.cli.help import overview, verb_help
+from swift_mega.cli.verbs import VERBS
+from swift_mega.config.tree import suggest
+from swift_mega.errors import UserError
+from swift_mega.launch.torchrun import rank_prefix
+from swift_mega.launch.watch import RankError
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, 1 (a check failed, a rank broke), 2 (misuse), 130 (Ctrl-C)."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _complain(str(error), MISUSED)
+    except RankError as error:
+        print(f"swift-mega: {error}", file=sys.stderr)  # with the rank's own traceback; the launcher's says nothing
+        return FAILED
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `swift-mega … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    except OSError as error:
+        if error.errno not in NO_WRITING:
+            raise
+        return _complain(f"{error.filename or 'writing'}: {error.strerror}", MISUSED)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        raise UserError(f"no verb; one of {', '.join(VERBS)} (see swift-mega --help)")
+    name, *rest = argv
+    if name in ("--help", "-h", "help"):
+        print(overview(VERBS.values()), end="")
+        return 0
+    if name == "--version":
+        print(f"swift-mega {__version__}")
+        return 0
+    if name not in VERBS:
+        raise UserError(f"unknown verb {name!r}{suggest(name, VERBS)}; one of {', '.join(VERBS)}")
+    verb = VERBS[name]
+    if "--help" in rest or "-h" in rest:
+        print(verb_help(verb), end="")
+        return 0
+    return verb.run(read_arguments(verb, rest))
+
+
+def _complain(message: str, status: int) -> int:
+    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    print(f"swift-mega: {rank_prefix()}error: {line}", file=sys.stderr)
+    return status

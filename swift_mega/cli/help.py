@@ -1,0 +1,81 @@
+"""What `--help` prints, made from the verbs' options and the settings tree, so that it cannot differ from what is parsed."""
+
+import json
+import textwrap
+from collections.abc import Iterable
+
+from swift_mega.cli.arguments import Option, Verb
+from swift_mega.config.tree import Setting, sections, settings
+
+WIDTH = 100
+INDENT = 30
+
+
+def overview(verbs: Iterable[Verb]) -> str:
+    """The verbs, one line each."""
+    lines = [
+        "usage: swift-mega VERB …",
+        "",
+        "Hugging Face checkpoints, trained by Megatron-core in any layout, and back.",
+        "",
+    ]
+    lines += [f"  {verb.name:<10}{verb.summary}" for verb in verbs]
+    lines += ["", "swift-mega VERB --help shows a verb's options and settings; --version the version."]
+    return "\n".join(lines) + "\n"
+
+
+def verb_help(verb: Verb) -> str:
+    """Usage, the verb's own options, then every setting it takes by section: flags, type, default, help."""
+    lines = [f"usage: swift-mega {usage}" for usage in verb.usage]
+    lines += ["", *textwrap.wrap(verb.description, WIDTH)]
+    if verb.options:
+        lines += ["", "options:"]
+        for option in verb.options:
+            lines += _entry(_option_name(option), option.help)
+    taken = [setting for key, setting in settings().items() if verb.takes(key)]
+    if verb.recipe:
+        lines += [
+            "",
+            "Settings go into a recipe as their dotted names, by section, or follow it as name=value or --flag value.",
+        ]
+    section = ""
+    for setting in taken:
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"{section}: {(sections()[section].__doc__ or '').splitlines()[0]}"]
+        lines += _setting_entry(setting, defaults=dict(verb.defaults))
+    return "\n".join(lines) + "\n"
+
+
+def _option_name(option: Option) -> str:
+    return f"--{option.name} {option.value}".rstrip()
+
+
+def _setting_entry(setting: Setting, *, defaults: dict[str, str]) -> list[str]:
+    flags = [f"--{flag}" for flag in setting.flags] or [f"--{setting.key}"]
+    default = defaults.get(setting.key) or _default(setting)
+    what = setting.help or setting.key.partition(".")[2].replace("_", " ")
+    kind = " | ".join(setting.choices) or _kind(setting)
+    return _entry(", ".join(flags), f"{what}. [{setting.key}: {kind}{default and f'; default {default}'}]")
+
+
+def _default(setting: Setting) -> str:
+    if setting.default is None or setting.default in ((), {}):
+        return ""
+    if isinstance(setting.default, tuple):
+        return ",".join(setting.default)
+    return setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
+
+
+def _kind(setting: Setting) -> str:
+    if setting.table:
+        return f"mapping, or {setting.key}.NAME=value"
+    return {bool: "true | false", int: "whole number", float: "number", str: "text"}[setting.item] + " …" * setting.many
+
+
+def _entry(name: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
+    if len(name) + 2 >= INDENT:
+        return [f"  {name}", *(" " * INDENT + line for line in wrapped)]
+    first, *rest = wrapped
+    return [f"  {name}".ljust(INDENT) + first, *(" " * INDENT + line for line in rest)]

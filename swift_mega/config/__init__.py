@@ -1,0 +1,1 @@
+"""Settings: the tree (`schema`), and how a recipe, overrides and flags fill it (`load`)."""

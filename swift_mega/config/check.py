@@ -1,0 +1,177 @@
+"""What a value may be, which settings contradict each other, and whether the files they name are there.
+
+A setting that could not take effect is an error here, never skipped later in silence. Whether a layout fits the model
+and the ranks is `parallel.layout`'s to say.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swift_mega.config.parse import size_in_bytes
+from swift_mega.config.schema import Run
+from swift_mega.config.tree import Setting, settings
+from swift_mega.errors import UserError
+
+Limit = tuple[str, Callable[[Any], bool]]
+
+AT_LEAST_1: Limit = ("a whole number of at least 1", lambda v: v >= 1)
+NOT_NEGATIVE: Limit = ("at least 0", lambda v: v >= 0)
+ABOVE_0: Limit = ("above 0", lambda v: v > 0)
+PROBABILITY: Limit = ("at least 0 and below 1", lambda v: 0 <= v < 1)
+SHARE: Limit = ("between 0 and 1", lambda v: 0 <= v <= 1)
+SIZE: Limit = ("a size such as 500MB, 5GB or 512MiB", lambda v: size_in_bytes(v) is not None)
+NOT_EMPTY: Limit = ("something, not empty text", lambda v: v.strip() != "")
+
+# Those that differ from the rule of their type: whole numbers count something (at least 1), others are not negative.
+LIMITS: dict[str, Limit] = {
+    "data.split_dataset_ratio": PROBABILITY,
+    "data.seed": NOT_NEGATIVE,
+    "tuner.type": NOT_EMPTY,
+    "tuner.alpha": ABOVE_0,
+    "tuner.dropout": PROBABILITY,
+    "optim.warmup_fraction": SHARE,
+    "optim.warmup_steps": NOT_NEGATIVE,
+    "optim.beta1": PROBABILITY,
+    "optim.beta2": PROBABILITY,
+    "optim.eps": ABOVE_0,
+    "objective.name": NOT_EMPTY,
+    "train.output_dir": NOT_EMPTY,
+    "train.epochs": ABOVE_0,
+    "train.seed": NOT_NEGATIVE,
+    "export.max_shard_size": SIZE,
+}
+
+OF_ADAPTERS = (
+    *("tuner.rank", "tuner.alpha", "tuner.dropout", "tuner.rslora", "tuner.target_modules"),
+    *("model.adapters", "export.merge_lora"),
+)
+
+
+def check_range(setting: Setting, value: Any, *, where: str) -> None:
+    """Raises UserError when one value alone is impossible."""
+    if value is None or setting.table:
+        return
+    if setting.many:
+        if any(not item.strip() for item in value):
+            raise UserError(f"{where}: a value is empty text")
+        return
+    limit = LIMITS.get(setting.key) or {int: AT_LEAST_1, float: NOT_NEGATIVE}.get(setting.hint)
+    if limit is not None and not limit[1](value):
+        raise UserError(f"{where}={value}: expected {limit[0]}")
+
+
+def check_together(run: Run, sources: Mapping[str, str]) -> None:
+    """Raises UserError when two settings contradict, or one cannot take effect because of another."""
+    for broken, message in _contradictions(run):
+        if broken:
+            raise UserError(message)
+    if run.tuner.type == "full":
+        _refuse_changed(run, sources, OF_ADAPTERS, because="tuner.type=full has no adapter")
+    if run.train.recompute != "full":
+        keys = ("train.recompute_method", "train.recompute_layers")
+        _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")
+    if "wandb" not in run.monitor.report_to:
+        keys = ("monitor.wandb_project", "monitor.wandb_run_name")
+        _refuse_changed(run, sources, keys, because="monitor.report_to does not name wandb; add it")
+    if not run.data.val_dataset and not run.data.split_dataset_ratio:
+        because = "there is no validation data; set data.val_dataset or data.split_dataset_ratio"
+        _refuse_changed(run, sources, ("train.eval_steps",), because=because)
+
+
+def _contradictions(run: Run) -> list[tuple[bool, str]]:
+    parallel, optim, train, data = run.parallel, run.optim, run.train, run.data
+    return [
+        (
+            parallel.overlap_param_gather and not parallel.distributed_optimizer,
+            "parallel.overlap_param_gather=true gathers what the distributed optimizer cut, but "
+            "parallel.distributed_optimizer=false: turn one of them round",
+        ),
+        (
+            parallel.overlap_param_gather and not parallel.overlap_grad_reduce,
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true (one set of buckets serves both)",
+        ),
+        (
+            optim.min_lr > optim.lr,
+            f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}: the learning rate decays from lr to min_lr",
+        ),
+        (
+            optim.schedule == "constant" and optim.min_lr > 0,
+            f"optim.min_lr={optim.min_lr} has no effect with optim.schedule=constant: "
+            "leave it out, or use cosine or linear",
+        ),
+        (
+            train.steps is not None and train.epochs is not None,
+            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train: leave one out",
+        ),
+        (
+            bool(data.val_dataset) and data.split_dataset_ratio > 0,
+            f"data.val_dataset and data.split_dataset_ratio={data.split_dataset_ratio} both say what to validate on: "
+            "leave one out",
+        ),
+        (
+            train.global_batch_size % train.micro_batch_size != 0,
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={train.micro_batch_size}",
+        ),
+    ]
+
+
+def _refuse_changed(run: Run, sources: Mapping[str, str], keys: tuple[str, ...], *, because: str) -> None:
+    for key in keys:
+        value = value_of(run, key)
+        if value != settings()[key].default:
+            source = sources.get(key, "default")
+            raise UserError(f"{key}={_shown(value)} ({source}) has no effect, since {because}")
+
+
+def check_inputs(run: Run, *, command: str) -> None:
+    """For a training run: that it names a model and data, and that every file it names exists."""
+    if run.model.path is None:
+        raise UserError(f"{command}: no model; give --model DIR, a Hugging Face directory")
+    check_model_directory(run.model.path, what="model.path (--model)")
+    for adapter in run.model.adapters:
+        check_model_directory(adapter, what="model.adapters (--adapters)", file="adapter_config.json")
+    if not run.data.dataset:
+        raise UserError(f"{command}: no training data; give --dataset FILE.jsonl")
+    for key, path in (("data.dataset_info", run.data.dataset_info), ("data.chat_template", run.data.chat_template)):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{key}={path}: no such file")
+    for key in ("data.dataset", "data.val_dataset"):
+        for entry in value_of(run, key):
+            _check_dataset(key, entry, named=run.data.dataset_info is not None)
+
+
+def check_model_directory(path: str, *, what: str, file: str = "config.json") -> None:
+    """Raises UserError unless `path` is a directory that holds `file`."""
+    if not Path(path).exists():
+        raise UserError(f"{what}={path}: no such directory; models are read from disk, so download it first")
+    if not Path(path).is_dir():
+        raise UserError(f"{what}={path}: not a directory")
+    if not (Path(path) / file).is_file():
+        raise UserError(
+            f"{what}={path}: holds no {file}, so it is not what a Hugging Face model or PEFT adapter looks like"
+        )
+
+
+def _check_dataset(key: str, entry: str, *, named: bool) -> None:
+    path, mark, rows = entry.rpartition("#")
+    if mark and (not rows.isdecimal() or int(rows) < 1) and not Path(entry).exists():
+        raise UserError(f"{key}={entry}: after # comes how many rows to take, at least 1, not {rows!r}")
+    file = Path(path if mark and rows.isdecimal() else entry)
+    if not file.exists() and not named:
+        raise UserError(f"{key}={entry}: no such file {file}; data is JSONL on disk, or a name from data.dataset_info")
+    if file.is_dir():
+        raise UserError(f"{key}={entry}: a directory; name its .jsonl files")
+
+
+def value_of(run: Run, key: str) -> Any:
+    """The value at a dotted key."""
+    section, name = key.split(".")
+    return getattr(getattr(run, section), name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,198 @@
+"""Settings from four places into one `Run`: defaults < YAML recipe < dotted overrides < SWIFT-style flags.
+
+Each place yields (name, value, where it stands). Names are looked up, text is typed, values are checked one by one and
+then together; whatever does not fit is one `UserError` that says where it was written. Every key's winner is remembered.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swift_mega.config.check import check_range, check_together
+from swift_mega.config.parse import Given, Scalar, convert, from_words, read_recipe
+from swift_mega.config.schema import Run
+from swift_mega.config.tree import Setting, find, sections, settings, unknown
+from swift_mega.errors import UserError
+
+FLAG = re.compile(r"--|-[A-Za-z]")  # not a negative number
+OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A run, and for every dotted key "default", "FILE:LINE", "override", "--flag", or what set a command's default."""
+
+    run: Run
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag as it was given: `--name word word`; words is empty for a bare switch."""
+
+    name: str
+    words: tuple[str, ...]
+
+    def tokens(self) -> list[str]:
+        return [f"--{self.name}", *self.words]
+
+
+def load(
+    path: str | None,
+    overrides: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, str] | None = None,
+    defaults_source: str = "default",
+) -> Resolved:
+    """Read a recipe (or none), `key=value` overrides and `--flag value …` tokens.
+
+    defaults: what a command sets differently from the schema, by dotted key; weaker than everything else.
+    Raises UserError for unknown names (with the nearest), wrong types, impossible values and contradictions.
+    """
+    layers = [
+        [_given(f"{key}={value}", source=defaults_source) for key, value in (defaults or {}).items()],
+        read_recipe(path) if path is not None else [],
+        [_given(text, source="override") for text in overrides],
+        _given_flags(flags),
+    ]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        _apply(layer, values, sources)
+    run = _build(values)
+    for key in settings():
+        if not any(known == key or known.startswith(key + ".") for known in sources):
+            sources[key] = "default"
+    check_together(run, sources)
+    return Resolved(run=run, sources=sources)
+
+
+def split_arguments(
+    tokens: Sequence[str], *, own: Callable[[str], str | None] = lambda name: None
+) -> tuple[list[str], list[Flag]]:
+    """Command-line tokens -> (positional words, flags). A flag takes as many words as its setting does.
+
+    own: for a name that is not a setting (or that the command takes itself) "one", "many" or "switch", else None.
+    A list ends at the next flag or `key=value` (write a file of such a name as ./key=value); so does a switch.
+    """
+    positional: list[str] = []
+    flags: list[Flag] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            positional.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        kind = own(name) or _kind(name)
+        if kind is None:
+            raise unknown(name, flag=True)
+        if equals:
+            flags.append(Flag(name, (value,)))
+            continue
+        flags.append(Flag(name, tuple(_take(rest, kind))))
+    return positional, flags
+
+
+def _take(rest: list[str], kind: str) -> list[str]:
+    """Remove from `rest` the words that belong to a flag of this kind."""
+    words: list[str] = []
+    while rest and not FLAG.match(rest[0]) and (kind == "one" or not OVERRIDE.match(rest[0])):
+        words.append(rest.pop(0))
+        if kind != "many":
+            break
+    return words
+
+
+def _kind(name: str) -> str | None:
+    found = find(name)
+    if found is None:
+        return None
+    setting, inside = found
+    return "switch" if setting.switch else "many" if setting.many and not inside else "one"
+
+
+def _given(text: str, *, source: str) -> Given:
+    name, equals, word = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"{text!r} is neither a recipe (.yaml) nor a setting: write key=value or --flag value")
+    found = find(name)
+    if found is None:
+        raise unknown(name, flag=False)
+    return Given(name=name, value=from_words([word], found[0], inside=found[1]), where=name, source=source)
+
+
+def _given_flags(tokens: Sequence[str]) -> list[Given]:
+    positional, flags = split_arguments(tokens)
+    if positional:
+        raise UserError(f"{positional[0]!r} belongs to no flag: write --flag value, or key=value as an override")
+    given: list[Given] = []
+    for flag in flags:
+        found = find(flag.name)
+        assert found is not None
+        setting, inside = found
+        words = flag.words or (("true",) if setting.switch else ())
+        if not words or words == ("",):
+            raise UserError(f"--{flag.name} needs a value")
+        value = from_words(words, setting, inside=inside)
+        given.append(Given(name=flag.name, value=value, where=f"--{flag.name}", source=f"--{flag.name}"))
+    return given
+
+
+def _apply(layer: Sequence[Given], values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Put one layer's values over those of the layers before it. Within a layer a key has one value."""
+    mine: dict[str, tuple[Given, Any]] = {}
+    for given in layer:
+        found = find(given.name)
+        if found is None:
+            error = unknown(given.name, flag=False)
+            raise UserError(f"{given.source}: {error}") if given.where != given.name else error
+        setting, inside = found
+        value = convert(setting, given.value, inside=inside, where=given.where)
+        if setting.table and not inside:
+            entries = {f"{setting.key}.{key}": item for key, item in value.items()}
+        else:
+            check_range(setting, value, where=given.where)
+            entries = {f"{setting.key}.{inside}" if inside else setting.key: value}
+        for key, item in entries.items():
+            if key in mine and mine[key][1] != item:
+                raise _twice(key, mine[key][0], given, setting)
+            mine[key] = (given, item)
+    for key, (given, item) in mine.items():
+        values[key] = item
+        sources[key] = given.source
+
+
+def _twice(key: str, first: Given, second: Given, setting: Setting) -> UserError:
+    once = f"; give all its values after one --{second.name}" if setting.many and first.where == second.where else ""
+    return UserError(f"{key} is set twice, to different values: by {_spot(first)} and by {_spot(second)}{once}")
+
+
+def _spot(given: Given) -> str:
+    if isinstance(given.value, Scalar):
+        return f"{given.where}={given.value.text}"
+    return given.where
+
+
+def _build(values: Mapping[str, Any]) -> Run:
+    parts: dict[str, dict[str, Any]] = {name: {} for name in sections()}
+    for key, value in values.items():
+        section, name, *inside = key.split(".", 2)
+        if inside:
+            parts[section].setdefault(name, {})[inside[0]] = value
+        else:
+            parts[section][name] = value
+    return Run(**{name: kind(**parts[name]) for name, kind in sections().items()})
+
+
+def to_dict(run: Run) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, by section: what args.json holds, and what a recipe may hold."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
+
+
+def to_json(run: Run) -> str:
+    return json.dumps(to_dict(run), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,180 @@
+"""The one settings tree: what a run is, as frozen dataclasses with units and defaults.
+
+A recipe (YAML), dotted overrides and SWIFT-style flags all fill this same tree (`config.load`), so a setting has one
+name, one type and one default wherever it comes from. A field whose metadata has `flag` answers to those SWIFT names too.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None) -> Any:
+    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help."""
+    metadata = {"flag": tuple(flag.split()), "help": help}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which weights, and how Megatron holds them."""
+
+    path: str | None = setting(flag="model model_name_or_path", help="Hugging Face directory of the model")
+    adapters: tuple[str, ...] = setting((), flag="adapters", help="PEFT directories to start the adapter from")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto", flag="torch_dtype", help="weights while training; auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    vocab_divisible_by: int = setting(
+        128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"
+    )
+    router_aux_loss_coefficient: float = setting(
+        0.0, flag="moe_aux_loss_coeff", help="weight of the load-balancing loss of an MoE model"
+    )
+    megatron: dict[str, Any] = setting(factory=dict, help="passed to Megatron's TransformerConfig, checked against its fields")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the model and the batch are cut over ranks; sizes are numbers of ranks."""
+
+    tensor: int = setting(1, flag="tensor_model_parallel_size tp", help="ranks that share each matrix")
+    pipeline: int = setting(1, flag="pipeline_model_parallel_size pp", help="stages")
+    virtual_pipeline: int = setting(
+        1, flag="virtual_pipeline_model_parallel_size vpp", help="model chunks per stage (interleaved schedule)"
+    )
+    pipeline_layout: str | None = setting(
+        flag="pipeline_model_parallel_layout",
+        help="layers of every chunk in model order, '7,8,8,7', or Megatron's own form 'Et*7|t*8|t*8|t*7L'",
+    )
+    first_stage_layers: int | None = setting(
+        flag="decoder_first_pipeline_num_layers", help="layers of the first stage, the rest is spread evenly"
+    )
+    last_stage_layers: int | None = setting(flag="decoder_last_pipeline_num_layers", help="layers of the last stage")
+    sequence: bool = setting(False, flag="sequence_parallel sp", help="cut activations by tokens over the tensor ranks")
+    expert: int = setting(1, flag="expert_model_parallel_size ep", help="ranks that share the experts of a layer")
+    expert_tensor: int | None = setting(
+        flag="expert_tensor_parallel_size etp", help="ranks that share each expert's matrices; default: the tensor size"
+    )
+    distributed_optimizer: bool = setting(
+        True, flag="use_distributed_optimizer", help="cut optimizer state over the data-parallel ranks"
+    )
+    overlap_grad_reduce: bool = setting(False, flag="overlap_grad_reduce", help="reduce gradients during the backward pass")
+    overlap_param_gather: bool = setting(
+        False, flag="overlap_param_gather", help="gather parameters during the forward pass (distributed optimizer)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on."""
+
+    dataset: tuple[str, ...] = setting((), flag="dataset", help="JSONL files; 'path#500' takes 500 rows")
+    val_dataset: tuple[str, ...] = setting((), flag="val_dataset", help="JSONL files of the validation split")
+    split_dataset_ratio: float = setting(0.0, flag="split_dataset_ratio", help="share of the rows kept for validation")
+    columns: dict[str, str] = setting(factory=dict, flag="columns", help="column of the file -> our column")
+    dataset_info: str | None = setting(flag="custom_dataset_info dataset_info", help="dataset_info.json that names data sets")
+    system: str | None = setting(flag="system", help="system message for rows that have none")
+    chat_template: str | None = setting(
+        flag="chat_template", help="a .jinja file used in place of the tokenizer's own chat template"
+    )
+    model_name: str | None = setting(flag="model_name", help="fills {{NAME}} in the rows")
+    model_author: str | None = setting(flag="model_author", help="fills {{AUTHOR}} in the rows")
+    max_length: int = setting(2048, flag="max_length seq_length", help="tokens of one example, and of one packed row")
+    truncation: Literal["delete", "left", "right", "raise"] = setting(
+        "delete", flag="truncation_strategy", help="what happens to an example of more than max_length tokens"
+    )
+    packing: bool = setting(False, flag="packing", help="join examples into rows of max_length tokens, without attention across")
+    loss_on: Literal["assistant", "last", "all"] = setting(
+        "assistant", flag="loss_scale", help="tokens that are trained: replies, the last reply, or every token"
+    )
+    shuffle: bool = setting(True, flag="dataset_shuffle train_dataloader_shuffle", help="shuffle the rows anew each epoch")
+    seed: int = setting(42, flag="data_seed", help="of the shuffle and the validation split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised."""
+
+    name: str = setting("next_token", help="a module of swift_mega/objectives")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner:
+    """Which parameters are trained."""
+
+    type: str = setting("lora", flag="tuner_type train_type", help="a module of swift_mega/tuners: lora, full")
+    rank: int = setting(8, flag="lora_rank", help="inner dimension of an adapter")
+    alpha: float = setting(32.0, flag="lora_alpha", help="adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))")
+    dropout: float = setting(0.0, flag="lora_dropout", help="probability of dropping an adapter's input")
+    rslora: bool = setting(False, flag="use_rslora", help="rank-stabilised scale, arXiv:2312.03732")
+    target_modules: tuple[str, ...] = setting(
+        ("all-linear",), flag="target_modules", help="Hugging Face names of linears (q_proj …) or all-linear"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its learning rate."""
+
+    lr: float = setting(1e-4, flag="lr learning_rate", help="peak learning rate")
+    min_lr: float = setting(0.0, flag="min_lr", help="learning rate at the end of the decay")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", flag="lr_decay_style lr_scheduler_type")
+    warmup_fraction: float = setting(0.0, flag="lr_warmup_fraction warmup_ratio", help="share of the steps that warm up")
+    warmup_steps: int = setting(0, flag="lr_warmup_iters warmup_steps", help="steps that warm up; wins over warmup_fraction")
+    weight_decay: float = setting(0.1, flag="weight_decay")
+    beta1: float = setting(0.9, flag="adam_beta1")
+    beta2: float = setting(0.95, flag="adam_beta2")
+    eps: float = setting(1e-8, flag="adam_eps")
+    clip_grad: float = setting(1.0, flag="clip_grad max_grad_norm", help="largest norm of the gradient; 0: no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    output_dir: str = setting("output", flag="output_dir save", help="each run makes vN-YYYYMMDD-HHMMSS in it")
+    add_version: bool = setting(True, flag="add_version", help="false: write into output_dir itself")
+    micro_batch_size: int = setting(1, flag="micro_batch_size per_device_train_batch_size", help="examples (or packed rows)")
+    global_batch_size: int = setting(16, flag="global_batch_size", help="examples (or packed rows) per optimizer step")
+    steps: int | None = setting(flag="train_iters max_steps", help="optimizer steps; default: epochs")
+    epochs: float | None = setting(flag="num_train_epochs max_epochs", help="passes over the data; default 1 where steps is not set")
+    seed: int = setting(42, flag="seed", help="of initial adapter values and dropout")
+    recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
+    recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")
+    recompute_layers: int = setting(1, flag="recompute_num_layers", help="layers per recomputed block")
+    eval_steps: int | None = setting(flag="eval_interval eval_steps", help="steps between evaluations; default: at the end")
+    save_steps: int | None = setting(flag="save_interval save_steps", help="steps between checkpoints; default: at the end")
+    save_total_limit: int | None = setting(flag="save_total_limit", help="checkpoints kept")
+    logging_steps: int = setting(1, flag="log_interval logging_steps", help="steps between lines of logging.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The Hugging Face files that a run leaves."""
+
+    merge_lora: bool = setting(False, flag="merge_lora", help="write merged weights beside the adapter")
+    max_shard_size: str = setting("5GB", flag="max_shard_size", help="bytes per safetensors file: 500MB, 5GB, …")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """Where numbers go besides logging.jsonl."""
+
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = setting(("tensorboard",), flag="report_to")
+    wandb_project: str = setting("swift_mega", flag="wandb_project")
+    wandb_run_name: str | None = setting(flag="wandb_exp_name run_name")
+    progress: bool = setting(True, flag="progress", help="draw a progress bar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides what a run does."""
+
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    tuner: Tuner = field(default_factory=Tuner)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    export: Export = field(default_factory=Export)
+    monitor: Monitor = field(default_factory=Monitor)

@@ -1,0 +1,282 @@
+"""Safetensors directories, read by slices and written in place.
+
+A checkpoint is its headers: name, dtype, shape and byte range of every tensor, checked against the files before a byte of weight
+moves. Writing goes the other way: sizes are known first, so headers are written and every owner puts its tensors where they belong.
+Pickle files are never opened.
+"""
+
+import json
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift_mega.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes [begin, end) of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+class Checkpoint:
+    """A Hugging Face directory's tensors, by name; values are read on demand, by slice."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.entries: dict[str, Entry] = {}
+        for file in weight_files(self.directory):
+            for entry in read_header(file):
+                if entry.name in self.entries:
+                    raise UserError(
+                        f"tensor {entry.name} is in {self.entries[entry.name].file.name} and again in {file.name} of {self.directory}; "
+                        "delete the file that does not belong to this checkpoint"
+                    )
+                self.entries[entry.name] = entry
+        self._check_index()
+        self._maps: dict[Path, Tensor] = {}
+
+    def _check_index(self) -> None:
+        """The index, where there is one, names exactly the tensors that the files hold."""
+        index = self.directory / "model.safetensors.index.json"
+        if not index.is_file():
+            return
+        listed: dict[str, str] = _read_json(index).get("weight_map", {})
+        for name, file in listed.items():
+            if name not in self.entries:
+                raise UserError(f"{index} lists tensor {name} in {file}, which does not hold it; copy {file} from the source again")
+            if self.entries[name].file.name != file:
+                raise UserError(
+                    f"{index} says tensor {name} is in {file}, but it is in {self.entries[name].file.name}; copy index and files again"
+                )
+        if extra := sorted(self.entries.keys() - listed.keys()):
+            raise UserError(f"{index} does not list {some(extra)}, which the files hold; copy index and files again")
+
+    def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor `name`, or its [start, stop) along `axis`: a view of the mapped file, not to be written to."""
+        entry = self.entries[name]
+        raw = self._map(entry.file)[entry.begin : entry.end]
+        if entry.begin % entry.dtype.itemsize:
+            raw = raw.clone()  # a view of another dtype needs alignment; old writers did not keep it
+        whole = raw.view(entry.dtype).view(entry.shape)
+        return whole if axis is None else whole.narrow(axis, start, (entry.shape[axis] if stop is None else stop) - start)
+
+    def _map(self, file: Path) -> Tensor:
+        if file not in self._maps:
+            with file.open("rb") as handle:
+                mapped = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+            self._maps[file] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._maps[file]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory; UserError with the reason where there is no usable set."""
+    if not directory.is_dir():
+        raise UserError(f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise UserError(f"{index} has no weight_map; copy it from the source again")
+        files = sorted({directory / file for file in listed.values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{directory} lacks {some(missing)}, which {index.name} lists; copy the missing files from the source")
+        return files
+    files = sorted(directory.glob("*.safetensors"))
+    numbered = [found for file in files if (found := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", file.name))]
+    if numbered and len(numbered) != int(numbered[0][2]):
+        raise UserError(
+            f"{directory} has {len(numbered)} of {int(numbered[0][2])} numbered safetensors files and no index; copy the missing ones"
+        )
+    if not files:
+        pickles = [file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickles:
+            raise UserError(
+                f"{directory} holds pickle files only ({some(pickles)}), which can run code when read and are refused; convert them to "
+                "safetensors with transformers' save_pretrained first"
+            )
+        raise UserError(f"{directory} holds no *.safetensors file; give the directory of a complete Hugging Face checkpoint")
+    return files
+
+
+def read_header(file: Path) -> list[Entry]:
+    """Entries of one safetensors file, with every range checked against the file's real size."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise UserError(f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again")
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_once)
+        header.pop("__metadata__", None)
+        entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
+    except UserError as error:
+        raise UserError(f"{file}: {error}; copy it from the source again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a damaged safetensors header ({error}); copy it from the source again") from None
+    ends = max((entry.end for entry in entries), default=8 + length)
+    if ends > size:
+        last = max(entries, key=lambda entry: entry.end)
+        raise UserError(f"{file} is cut short: {size} bytes, but {last.name} ends at {ends}; copy it from the source again")
+    return entries
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if doubled := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+        raise UserError(f"header lists {some(doubled)} twice")
+    return dict(pairs)
+
+
+def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
+    if value["dtype"] not in DTYPES:
+        raise UserError(f"tensor {name} has dtype {value['dtype']}, supported: {', '.join(DTYPES)}")
+    dtype, shape = DTYPES[value["dtype"]], tuple(int(n) for n in value["shape"])
+    begin, end = value["data_offsets"]
+    if end - begin != dtype.itemsize * torch.Size(shape).numel() or begin < 0:
+        raise UserError(f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} cannot lie in bytes {begin} to {end}")
+    return Entry(name, file, dtype, shape, base + begin, base + end)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it from the source again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not an object; copy it from the source again")
+    return value
+
+
+def some(names: Sequence[str], limit: int = 6) -> str:
+    """At most `limit` names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: what it is, and where it goes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def plan_files(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model") -> dict[str, Planned]:
+    """Files and offsets (header included) for `tensors`, in their order; a file holds at most max_bytes, or one tensor."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    planned = {}
+    for number, names in enumerate(groups, 1):
+        file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
+        offset = len(header_bytes({name: tensors[name] for name in names}))
+        for name in names:
+            dtype, shape = tensors[name]
+            planned[name] = Planned(dtype, shape, file, offset)
+            offset += planned[name].bytes
+    return planned
+
+
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The header of a safetensors file that holds `tensors` one after another, with its length, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
+    """Creates every file of a plan at its full size, header first, and the index where there are several."""
+    files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    for name, tensor in planned.items():
+        files.setdefault(tensor.file, {})[name] = (tensor.dtype, tensor.shape)
+    for file, tensors in files.items():
+        with (directory / file).open("wb") as handle:
+            handle.write(header_bytes(tensors))
+            handle.truncate(max(planned[name].offset + planned[name].bytes for name in tensors))
+    if len(files) > 1:
+        total = sum(tensor.bytes for tensor in planned.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: tensor.file for name, tensor in planned.items()}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensor(directory: Path, planned: Planned, value: Tensor) -> None:
+    """Puts one whole tensor where the plan says; any process may do so, once the headers are there."""
+    assert tuple(value.shape) == planned.shape, f"{value.shape} planned as {planned.shape}"
+    flat = value.detach().to("cpu", planned.dtype).contiguous().view(-1)
+    raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    handle = os.open(directory / planned.file, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(raw):
+            done += os.pwrite(handle, raw[done : done + (1 << 30)], planned.offset + done)
+    finally:
+        os.close(handle)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Everything of a Hugging Face directory but its weights: config, tokenizer, chat template, generation settings."""
+    for file in companions(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def companions(source: Path) -> Iterator[Path]:
+    """The files that `copy_companions` copies."""
+    return (file for file in sorted(source.iterdir()) if file.is_file() and not WEIGHTS.match(file.name))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if not found or float(found[1]) <= 0:
+        raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))

@@ -1,0 +1,186 @@
+"""Rows to tokens and a loss mask.
+
+A conversation is rendered whole, by the tokenizer's own chat template, and tokenised once: pieces tokenised apart would
+join differently. A token is trained when one of its characters lies in a span that `template` found, by the offsets of
+the fast tokenizer. The pad token plays no part, since it often is the end-of-turn token.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swift_mega.data.formats import Row
+from swift_mega.data.pack import Example
+from swift_mega.data.template import Message, Span, Template
+from swift_mega.errors import UserError
+
+LossOn = Literal["assistant", "last", "all"]
+
+
+def load_tokenizer(model_dir: str | Path) -> Any:
+    """The fast tokenizer of a Hugging Face directory; code that ships with a model is never run.
+
+    Raises UserError where there is none, it does not load, or it is a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(model_dir)
+    if not path.is_dir():
+        raise UserError(f"model directory {path} does not exist; give the path of a Hugging Face directory")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(
+            f"{path} holds no tokenizer (no tokenizer.json, tokenizer_config.json or tokenizer.model); copy it there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+        raise UserError(
+            f"the tokenizer in {path} does not load: {error}; copy the model's tokenizer files again"
+        ) from error
+    check_fast(tokenizer, name=str(path))
+    return tokenizer
+
+
+def check_fast(tokenizer: Any, *, name: str) -> None:
+    """UserError unless `tokenizer` can say which characters a token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer of {name} ({type(tokenizer).__name__}) is a slow one, which cannot say which characters a token "
+            "covers; save a fast one beside it (tokenizer.json)"
+        )
+
+
+class Encoder:
+    """Rows to examples, with one tokenizer, one template and one choice of what is trained.
+
+    chat_template: path of a .jinja file in place of the tokenizer's own template. A `loss` on a turn wins over loss_on.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None, loss_on: LossOn = "assistant") -> None:
+        check_fast(tokenizer, name=getattr(tokenizer, "name_or_path", "") or "this model")
+        self._tokenizer = tokenizer
+        self._loss_on = loss_on
+        self._template_file = chat_template
+        self._template: Template | None = _read_template(tokenizer, chat_template) if chat_template else None
+        self._special = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """One example per row, in order and untruncated. Raises UserError that begins with the row's file:line."""
+        rendered = [self._render(row) for row in rows if row.text is None]
+        encoded = iter(self._tokenize([text for text, _ in rendered]) if rendered else [])
+        conversations = iter(rendered)
+        examples: list[Example] = []
+        for row in rows:
+            if row.text is not None:
+                examples.append(self._document(row, row.text))
+                continue
+            (text, spans), (tokens, offsets) = next(conversations), next(encoded)
+            begins, ends = _extents(tokens, offsets, text, self._special, where=row.where)
+            trained = np.full(len(tokens), self._loss_on == "all")
+            for span, inside in spans:
+                # A token that begins in the prompt is the reply's first one; one that goes on into the next turn's header
+                # ("</s>", then " [" for " [INST]") is nothing that the model writes.
+                trained[(begins < span.end) & (ends > span.start) & (ends <= span.end)] = inside
+            examples.append(Example(tokens=tokens, trained=trained))
+        return examples
+
+    def _render(self, row: Row) -> tuple[str, list[tuple[Span, bool]]]:
+        """The text, and the spans of it that are (True) or are not (False) trained, against the default of loss_on."""
+        replies = [index for index, turn in enumerate(row.turns) if turn.role == "assistant"]
+        base = {"assistant": set(replies), "last": set(replies[-1:]), "all": set(replies)}[self._loss_on]
+        wanted = {i for i in replies if row.turns[i].loss is True or (row.turns[i].loss is None and i in base)}
+        # Where all is trained, only the exceptions have to be located.
+        located = base - wanted if self._loss_on == "all" else wanted
+        messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+        try:
+            text, spans = self.template.spans(messages, located)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        return text, [(span, self._loss_on != "all") for span in spans]
+
+    @property
+    def template(self) -> Template:
+        """The chat template in use; UserError where the tokenizer has none and none was given."""
+        if self._template is None:
+            self._template = _own_template(self._tokenizer)
+        return self._template
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        # The template has written every special token, the first one included: adding them here would double it.
+        out = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+        return [
+            (np.array(tokens, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2))
+            for tokens, offsets in zip(out["input_ids"], out["offset_mapping"], strict=True)
+        ]
+
+    def _document(self, row: Row, text: str) -> Example:
+        """Plain text as the tokenizer frames it, ended by the end-of-text token; every token is trained."""
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(
+                f"{row.where}: the tokenizer has no end-of-text token (eos_token) to end a document with; set eos_token in "
+                "its tokenizer_config.json"
+            )
+        tokens = self._tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
+        if not tokens or tokens[-1] != eos:
+            tokens = [*tokens, eos]
+        return Example(tokens=np.array(tokens, dtype=np.int32), trained=np.ones(len(tokens), dtype=bool))
+
+
+def _own_template(tokenizer: Any) -> Template:
+    name = "the tokenizer's chat template"
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        raise UserError(
+            "the tokenizer has no chat template, so a conversation cannot be rendered; give a .jinja file as "
+            'data.chat_template, or plain {"text": …} rows'
+        )
+    return Template(tokenizer, source, name=name)
+
+
+def _read_template(tokenizer: Any, path: str) -> Template:
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.chat_template={path!r} cannot be read: {error}; give the path of a .jinja file"
+        ) from error
+    if not source.strip():
+        raise UserError(f"data.chat_template={path!r} is empty; write the Jinja text of a chat template into it")
+    return Template(tokenizer, source, name=f"the chat template {path}")
+
+
+def _extents(
+    tokens: NDArray[np.int32], offsets: NDArray[np.int64], text: str, special: dict[int, str], *, where: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and past-the-last character of each token, [tokens] each, so that together they cover all of `text`.
+
+    Byte-level tokenizers leave the space before a word out of its offsets, and give a character that is several tokens to
+    each of them: a token therefore begins no later than where the one before it ended. Tokenizers with wrong offsets
+    exist (huggingface/tokenizers#1553), so the result is checked.
+    """
+    ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1]
+    before = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+    begins = np.minimum(offsets[:, 0], before)
+    covered = int(ends[-1]) if len(ends) else 0
+    wrong = bool((offsets[:, 1] < before).any()) or bool(text[covered:].strip())
+    for at in np.flatnonzero(np.isin(tokens, list(special))):
+        wrong = wrong or text[offsets[at, 0] : offsets[at, 1]].strip() != special[int(tokens[at])].strip()
+    if wrong:
+        raise UserError(
+            f"{where}: the tokenizer's offsets do not follow the text, so trained tokens cannot be told from others; update "
+            "the tokenizers package, or save the tokenizer again with it"
+        )
+    return begins, ends

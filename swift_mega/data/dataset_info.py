@@ -1,0 +1,133 @@
+"""What a name in data.dataset stands for: a path, `path#N`, or an entry of dataset_info.json.
+
+Two dialects are read. LLaMA-Factory writes an object, name -> {file_name, formatting, columns (our name -> theirs),
+tags}; SWIFT writes a list of {dataset_path, dataset_name, columns (theirs -> ours)}. Paths are relative to the file.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swift_mega.config.schema import Data
+from swift_mega.data.formats import Tags, kind
+from swift_mega.errors import UserError
+
+_FACTORY_KEYS = ("file_name", "formatting", "columns", "tags", "num_samples", "ranking")
+_SWIFT_KEYS = ("dataset_path", "dataset_name", "columns", "help", "tags")
+_HUB_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "hf_dataset_id", "ms_dataset_id", "script_url")
+_FACTORY_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "messages": "conversations",
+}
+_FACTORY_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file and how to read it. rows: how many are asked for. columns: theirs -> ours."""
+
+    path: Path
+    rows: int | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tags: Tags | None = None
+
+
+def find(name: str, settings: Data) -> File:
+    """The file that `name` stands for; UserError where there is none, or its entry cannot be honoured."""
+    plain, rows = _split_count(name)
+    if settings.dataset_info is not None:
+        info = Path(settings.dataset_info)
+        entries = _read_info(info)
+        if plain in entries:
+            file = entries[plain]
+            return File(
+                path=file.path, rows=rows or file.rows, columns={**file.columns, **settings.columns}, tags=file.tags
+            )
+        if not Path(plain).exists():
+            raise UserError(
+                f"data set {plain!r} is neither a file nor a name of {info}, which knows {', '.join(sorted(entries)) or 'none'}"
+            )
+    return File(path=Path(plain), rows=rows, columns=settings.columns)
+
+
+def _split_count(name: str) -> tuple[str, int | None]:
+    found = re.fullmatch(r"(.*)#([^#/]*)", name)
+    if found is None or Path(name).exists():
+        return name, None
+    if not re.fullmatch(r"[0-9]+", found[2]) or int(found[2]) == 0:
+        raise UserError(f"data set {name!r}: {found[2]!r} is not a number of rows; write path#500 for 500 rows")
+    return found[1], int(found[2])
+
+
+def _read_info(path: Path) -> dict[str, File]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"data.dataset_info={str(path)!r} does not exist; give the path of a dataset_info.json"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"data.dataset_info={str(path)!r} cannot be read as JSON: {error}; correct the file") from error
+    if isinstance(content, dict):
+        return {name: _factory_file(path, name, entry) for name, entry in content.items() if not _is_remote(entry)}
+    if isinstance(content, list):
+        files = [_swift_file(path, index, entry) for index, entry in enumerate(content) if not _is_remote(entry)]
+        return dict(files)
+    raise UserError(f"data.dataset_info={str(path)!r} holds {kind(content)}; write an object, or a list, of data sets")
+
+
+def _is_remote(entry: Any) -> bool:
+    # A name that only a hub can resolve is unknown here, and is said to be when it is asked for.
+    return (
+        isinstance(entry, dict)
+        and any(key in entry for key in _HUB_KEYS)
+        and not {"file_name", "dataset_path"} & set(entry)
+    )
+
+
+def _factory_file(info: Path, name: str, entry: Any) -> File:
+    where = f"{info}: {name!r}"
+    _check_keys(entry, where, _FACTORY_KEYS + _HUB_KEYS, needs="file_name")
+    if entry.get("ranking"):
+        raise UserError(f"{where}: ranking is preference data, which is not supported yet; choose another data set")
+    if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
+        raise UserError(f"{where}: formatting {entry['formatting']!r} is unknown; write alpaca or sharegpt")
+    columns: dict[str, str] = {}
+    for ours, theirs in entry.get("columns", {}).items():
+        if ours not in _FACTORY_COLUMNS:
+            raise UserError(f"{where}: column {ours!r} is not supported; known are {', '.join(_FACTORY_COLUMNS)}")
+        if theirs is not None:
+            columns[theirs] = _FACTORY_COLUMNS[ours]
+    tags = dict(entry.get("tags", {}))
+    roles = {tags.pop(tag): role for tag, role in _FACTORY_ROLE_TAGS.items() if tag in tags}
+    read = Tags(role=tags.pop("role_tag", "from"), content=tags.pop("content_tag", "value"), roles=roles)
+    tags.pop("observation_tag", None)  # The role itself is refused where a row uses it.
+    tags.pop("function_tag", None)
+    if tags:
+        raise UserError(
+            f"{where}: tags {', '.join(tags)} are unknown; known are role_tag, content_tag, {', '.join(_FACTORY_ROLE_TAGS)}"
+        )
+    return File(path=info.parent / entry["file_name"], rows=entry.get("num_samples"), columns=columns, tags=read)
+
+
+def _swift_file(info: Path, index: int, entry: Any) -> tuple[str, File]:
+    where = f"{info}: entry {index}"
+    _check_keys(entry, where, _SWIFT_KEYS + _HUB_KEYS, needs="dataset_path")
+    path = info.parent / entry["dataset_path"]
+    return entry.get("dataset_name") or path.stem, File(path=path, columns=entry.get("columns", {}))
+
+
+def _check_keys(entry: Any, where: str, known: tuple[str, ...], *, needs: str) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get(needs), str):
+        raise UserError(f"{where} has no {needs}; write the path of its file there")
+    if unknown := [key for key in entry if key not in known]:
+        raise UserError(
+            f"{where} has keys that are not known: {', '.join(unknown)}; supported are {', '.join(known[:6])}"
+        )

@@ -1,0 +1,269 @@
+"""One row of a file, in any of SWIFT's shapes, as a `Row`: the turns of a conversation, or plain text.
+
+The shapes are told apart by their columns, in the order messages, conversations, instruction, query, text; what a row
+holds beyond its shape is counted as ignored, and a column that changes training (images, tools, rejected_response, …)
+but is not supported stops the run.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from swift_mega.errors import UserError
+
+QUERY = ("query", "prompt", "question")
+RESPONSE = ("response", "output", "answer", "completion")
+CONVERSATIONS = ("conversations", "conversation")
+COLUMNS = ("messages", *CONVERSATIONS, "instruction", "input", *QUERY, *RESPONSE, "history", "system", "text")
+"""Every column that is read; `data.columns` maps onto these."""
+
+_UNSUPPORTED = {
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "objects"), "multimodal data"),
+    "tools": "tool use",
+    "functions": "tool use",
+    **dict.fromkeys(
+        ("rejected_response", "rejected_messages", "chosen", "rejected", "label", "margin"), "preference data"
+    ),
+    **dict.fromkeys(("positive", "negative", "positive_messages", "negative_messages"), "embedding data"),
+    "channel": "a loss per channel",
+    "loss_scale": "a weight per token",
+    "chat_template_kwargs": "template settings per row",
+}
+_UNSUPPORTED_IN_TURN = {
+    "tool_calls": "tool use",
+    "tool_call_id": "tool use",
+    "function_call": "tool use",
+    "loss_scale": "a weight per turn",
+    "weight": "a weight per turn (write loss: true or false)",
+    "reasoning_content": "a separate reasoning text (write <think>…</think> into content)",
+    "reasoning": "a separate reasoning text (write <think>…</think> into content)",
+    "thinking": "a separate reasoning text (write <think>…</think> into content)",
+    "images": "multimodal data",
+    "name": "names of speakers",
+}
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES |= dict.fromkeys(("bot", "chatgpt", "model"), "assistant")
+_KINDS = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
+_KINDS |= {type(None): "null"}
+_TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One message. loss: true or false wins over data.loss_on, None leaves it to that."""
+
+    role: str
+    content: str
+    loss: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A conversation (system?, user, assistant, user, assistant, …) or, with `text`, a plain document.
+
+    where: "file:line", for messages.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """What a sharegpt file calls the keys and the roles of a turn (LLaMA-Factory's `tags`)."""
+
+    role: str = "from"
+    content: str = "value"
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+def to_row(record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None) -> Row:
+    """The row that `record` describes; names of columns without a use are counted in `ignored`.
+
+    Raises UserError that begins with `where` for anything that does not add up.
+    """
+    for name, what in _UNSUPPORTED.items():
+        if not _is_empty(record.get(name)):
+            raise UserError(
+                f"{where}: column {name!r} is {what}, which is not supported yet and must not be dropped silently; "
+                "remove the column, or map another with data.columns"
+            )
+    present = {name for name in record if not _is_empty(record[name])}
+    try:
+        row, used = _shape(record, present, where, ignored, tags or Tags())
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    ignored.update(present - used)
+    return row
+
+
+def _shape(
+    record: Mapping[str, Any], present: set[str], where: str, ignored: Counter[str], tags: Tags
+) -> tuple[Row, set[str]]:
+    system = _text(record.get("system"), "system")
+    if "messages" in present:
+        turns = [
+            _turn(message, index, Tags(role="role", content="content"), ignored)
+            for index, message in _each(record, "messages")
+        ]
+        return _row(turns, system, where), {"messages", "system"}
+    if name := _first(CONVERSATIONS, present):
+        turns = []
+        for index, item in _each(record, name):
+            turns += _share_turns(item, index, tags, ignored)
+        return _row(turns, system, where), {name, "system"}
+    if "instruction" in present or (name := _first(QUERY, present)) or _first(RESPONSE, present):
+        return _query_row(record, present, system, where)
+    if "text" in present:
+        return Row(text=_text(record["text"], "text"), where=where), {"text"}
+    raise UserError(
+        f"no known column among {sorted(record) or 'none'}; a row needs messages, conversations, query + response, "
+        "instruction + output, or text: rename the columns with data.columns"
+    )
+
+
+def _query_row(record: Mapping[str, Any], present: set[str], system: str, where: str) -> tuple[Row, set[str]]:
+    response = _first(RESPONSE, present)
+    if response is None:
+        asked = "instruction" if "instruction" in present else _first(QUERY, present)
+        raise UserError(
+            f"column {asked!r} has no reply beside it; add one of {', '.join(RESPONSE)}, or map one with data.columns"
+        )
+    used = {response, "history", "system"}
+    if "instruction" in present:
+        parts = [_text(record.get(name), name) for name in ("instruction", "input")]
+        query = "\n".join(part for part in parts if part)
+        used |= {"instruction", "input"}
+    else:
+        name = _first(QUERY, present)
+        if name is None:
+            raise UserError(
+                f"column {response!r} has no question beside it; add one of {', '.join(QUERY)}, or write "
+                '{"text": …} for plain text to pretrain on'
+            )
+        query = _text(record[name], name)
+        used.add(name)
+    turns = []
+    for asked, replied in _history(record.get("history")):
+        turns += [Turn(role="user", content=asked), Turn(role="assistant", content=replied)]
+    turns += [Turn(role="user", content=query), Turn(role="assistant", content=_text(record[response], response))]
+    return _row(turns, system, where), used
+
+
+def _history(history: Any) -> Iterator[tuple[str, str]]:
+    if _is_empty(history):
+        return
+    if not isinstance(history, list):
+        raise UserError(f"history is {kind(history)}; write a list of [question, reply] pairs")
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError(f"history[{index}] is {kind(pair)}; write a pair [question, reply]")
+        yield _text(pair[0], f"history[{index}][0]"), _text(pair[1], f"history[{index}][1]")
+
+
+def _share_turns(item: Any, index: int, tags: Tags, ignored: Counter[str]) -> list[Turn]:
+    """One item of a sharegpt list: {from, value}, {role, content}, or SWIFT's pair {human, assistant}."""
+    if isinstance(item, Mapping) and tags.role not in item:
+        if "human" in item and "assistant" in item:
+            return [
+                Turn(role="user", content=_text(item["human"], f"turn {index + 1}: human")),
+                Turn(role="assistant", content=_text(item["assistant"], f"turn {index + 1}: assistant")),
+            ]
+        if "role" in item:
+            return [_turn(item, index, Tags(role="role", content="content", roles=tags.roles), ignored)]
+    return [_turn(item, index, tags, ignored)]
+
+
+def _turn(message: Any, index: int, tags: Tags, ignored: Counter[str]) -> Turn:
+    at = f"turn {index + 1}"
+    if not isinstance(message, Mapping):
+        raise UserError(f"{at} is {kind(message)}; write an object with {tags.role!r} and {tags.content!r}")
+    for name in (tags.role, tags.content):
+        if name not in message:
+            raise UserError(
+                f"{at} has no {name!r}, only {sorted(message)}; write {tags.role!r} and {tags.content!r} in every turn"
+            )
+    for name, what in _UNSUPPORTED_IN_TURN.items():
+        if not _is_empty(message.get(name)):
+            raise UserError(f"{at}: {name!r} is {what}, which is not supported yet; remove it from the row")
+    ignored.update(
+        f"messages[].{name}" for name in message if name not in (tags.role, tags.content, "loss", *_UNSUPPORTED_IN_TURN)
+    )
+    role = _role(message[tags.role], at, tags)
+    loss = message.get("loss")
+    if loss not in (None, True, False):
+        raise UserError(f"{at}: loss is {loss!r}; write true or false")
+    if loss is not None and role != "assistant":
+        raise UserError(
+            f"{at}: loss is set on a {role} turn, which is never trained by itself; set it on assistant turns only"
+        )
+    return Turn(role=role, content=_text(message[tags.content], at), loss=None if loss is None else bool(loss))
+
+
+def _role(name: Any, at: str, tags: Tags) -> str:
+    role = tags.roles.get(name, _ROLES.get(name)) if isinstance(name, str) else None
+    if role is None:
+        if name in _TOOL_ROLES:
+            raise UserError(f"{at}: role {name!r} is tool use, which is not supported yet; leave such rows out")
+        raise UserError(f"{at}: unknown role {name!r}; known are {', '.join(_ROLES)}")
+    return role
+
+
+def _row(turns: list[Turn], system: str, where: str) -> Row:
+    if len(turns) == 1 and turns[0].role == "assistant" and not system:
+        # SWIFT writes a document to pretrain on as one lone assistant turn.
+        return Row(text=turns[0].content, where=where)
+    if system:
+        if turns and turns[0].role == "system":
+            raise UserError("both a system column and a system turn; keep one of them")
+        turns = [Turn(role="system", content=system), *turns]
+    if turns and turns[0].role == "system" and not turns[0].content.strip():
+        turns = turns[1:]
+    first = 1 if turns and turns[0].role == "system" else 0
+    for index, turn in enumerate(turns[first:], first):
+        expected = "assistant" if (index - first) % 2 else "user"
+        if turn.role != expected:
+            raise UserError(
+                f"turn {index + 1} is {turn.role} where {expected} is due (order: {', '.join(t.role for t in turns)}); "
+                "turns go system (optional), then user and assistant in alternation"
+            )
+        if not turn.content.strip():
+            raise UserError(f"turn {index + 1} ({turn.role}) is empty; fill it in or remove the row")
+    if len(turns) == first or turns[-1].role != "assistant":
+        last = turns[-1].role if turns else "nothing"
+        raise UserError(
+            f"the conversation ends with {last}, so there is no reply to train; end it with an assistant turn"
+        )
+    return Row(turns=tuple(turns), where=where)
+
+
+def _each(record: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
+    if not isinstance(record[name], list):
+        raise UserError(f"{name} is {kind(record[name])}; write a list of turns")
+    return iter(enumerate(record[name]))
+
+
+def _text(value: Any, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping) and value[0].get("type") == "text":
+        value = value[0].get("text")
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {kind(value)}; write a string (contents of several parts are not supported yet)")
+    return value
+
+
+def _first(names: tuple[str, ...], present: set[str]) -> str | None:
+    return next((name for name in names if name in present), None)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def kind(value: Any) -> str:
+    """What `value` is, in JSON's words, and the beginning of it."""
+    text = repr(value)
+    return f"{_KINDS.get(type(value), 'unknown')} ({text if len(text) <= 40 else text[:37] + '...'})"

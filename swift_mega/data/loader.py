@@ -1,0 +1,103 @@
+"""The walk of the data, from settings to examples: read, tokenise, cut or drop, count.
+
+Nothing is lost without a count: an example that is too long, or has no trained token left, appears in the report.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swift_mega.config.schema import Data
+from swift_mega.data.chat import Encoder
+from swift_mega.data.formats import Row
+from swift_mega.data.pack import Example, pack_examples
+from swift_mega.data.report import Report, SplitReport
+from swift_mega.data.sources import load
+from swift_mega.errors import UserError
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all) while rows are tokenised."""
+
+_CHUNK = 512
+"""Rows tokenised at once: enough to keep the tokenizer's threads busy, few enough for a smooth progress bar."""
+_NO_LOSS = "no trained token (left)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Examples of both splits, and what became of the rows."""
+
+    train: list[Example]
+    validation: list[Example]
+    report: Report
+
+
+def prepare(settings: Data, tokenizer: Any, *, progress: Progress | None = None) -> Prepared:
+    """All examples of a run, the same ones on every rank; the order is that of the files.
+
+    tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). Raises UserError where rows, template and settings
+    do not fit together, or nothing is left to train on.
+    """
+    if settings.max_length < 2:
+        raise UserError(
+            f"data.max_length={settings.max_length}: a token and the one that follows need 2; give at least 2"
+        )
+    rows = load(settings)
+    encoder = Encoder(tokenizer, chat_template=settings.chat_template, loss_on=settings.loss_on)
+    total = len(rows.train) + len(rows.validation)
+    train, train_report = _encode(rows.train, settings, encoder, progress, 0, total)
+    validation, validation_report = _encode(rows.validation, settings, encoder, progress, len(rows.train), total)
+    report = Report(train=train_report, validation=validation_report, ignored=rows.ignored)
+    for name, given, kept in (("train", rows.train, train), ("validate", rows.validation, validation)):
+        if not kept and (given or name == "train"):
+            reasons = train_report.dropped if name == "train" else validation_report.dropped
+            why = ", ".join(f"{count} dropped: {reason}" for reason, count in reasons.items()) or "no row was kept"
+            raise UserError(
+                f"none of {len(given)} rows is left to {name} on ({why}); raise data.max_length={settings.max_length}, or "
+                f"choose another data.truncation than {settings.truncation}"
+            )
+    return Prepared(train=train, validation=validation, report=report)
+
+
+def _encode(
+    rows: Sequence[Row], settings: Data, encoder: Encoder, progress: Progress | None, done: int, total: int
+) -> tuple[list[Example], SplitReport]:
+    documents = sum(row.text is not None for row in rows)
+    report = SplitReport(conversations=len(rows) - documents, documents=documents, max_length=settings.max_length)
+    examples: list[Example] = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        for row, example in zip(chunk, encoder.encode(chunk), strict=True):
+            kept = _fit(example, row, settings, report)
+            if kept is not None:
+                examples.append(kept)
+        if progress is not None:
+            progress(done + start + len(chunk), total)
+    report.examples = len(examples)
+    report.tokens = sum(len(example) for example in examples)
+    report.targets = sum(example.targets for example in examples)
+    report.longest = max((len(example) for example in examples), default=0)
+    if settings.packing and examples:
+        report.packed_rows = len(pack_examples([len(example) for example in examples], settings.max_length))
+    return examples, report
+
+
+def _fit(example: Example, row: Row, settings: Data, report: SplitReport) -> Example | None:
+    """The example within max_length, or None where the policy drops it; both are counted."""
+    limit = settings.max_length
+    if len(example) > limit:
+        if settings.truncation == "raise":
+            raise UserError(
+                f"{row.where}: {len(example)} tokens, more than data.max_length={limit}; raise it, or set data.truncation to "
+                "delete, left or right"
+            )
+        if settings.truncation == "delete":
+            report.dropped[f"longer than max_length {limit}"] += 1
+            return None
+        report.truncated += 1
+        cut = slice(-limit, None) if settings.truncation == "left" else slice(limit)
+        example = Example(tokens=example.tokens[cut].copy(), trained=example.trained[cut].copy())
+    if example.targets == 0:
+        report.dropped[_NO_LOSS] += 1
+        return None
+    return example

@@ -1,0 +1,126 @@
+"""Examples, and how they lie in one row of tokens.
+
+A microbatch is a single row: examples stand one after another, positions restart and `cu_seqlens` says where each begins,
+so attention never crosses from one to the next and no padding stands between them. Packing is then only the choice of
+which examples share a row: best-fit decreasing, which fills typical mixes to more than 99 per cent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from swift_mega.errors import UserError
+
+IGNORED = -100
+"""The label of a position without loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One tokenised row. tokens: [n] int32; trained: [n] bool, whether the model learns to produce that token."""
+
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens with a loss; the first token has none, since nothing stands before it."""
+        return int(self.trained[1:].sum())
+
+    def untrained(self) -> "Example":
+        """The same tokens without any loss."""
+        return Example(tokens=self.tokens, trained=np.zeros_like(self.trained))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatch:
+    """One row of t tokens: n examples after each other, the padding at the end (if any) being one more of them.
+
+    tokens: [t] int64. labels: [t] int64, the token that follows, -100 where it has no loss; the last token of an example
+    has none. positions: [t] int64, from 0 in each example. cu_seqlens: [n + 1] int32, where examples begin, and t.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens with a loss."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest example."""
+        return int(self.cu_seqlens.diff().max())
+
+
+def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int) -> list[list[int]]:
+    """Rows of example indices, each of at most `max_length` tokens, by best-fit decreasing; equal input, equal rows.
+
+    lengths: tokens of each example. Each example goes, longest first, into the fullest row that still has room for it.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and int(sizes.max()) > max_length:
+        longest = int(sizes.argmax())
+        raise UserError(
+            f"example {longest} has {int(sizes[longest])} tokens and does not fit into a row of {max_length}; raise "
+            "data.max_length or choose data.truncation"
+        )
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]
+    # Bit r of `open_rooms` says that some row has room for exactly r tokens: the fullest row that fits is then the
+    # lowest bit at or above the length, a few operations on one integer in place of a search tree.
+    open_rooms = 0
+    for index, size in zip(np.argsort(-sizes, kind="stable").tolist(), np.sort(-sizes).tolist(), strict=True):
+        size = -size
+        fitting = open_rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                open_rooms ^= 1 << room
+            rows[row].append(index)
+        else:
+            room, row = max_length, len(rows)
+            rows.append([index])
+        left = room - size
+        if left:
+            if not by_room[left]:
+                open_rooms |= 1 << left
+            by_room[left].append(row)
+    return rows
+
+
+def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
+    """One row of all `examples` in order, padded at its end to a multiple of `pad_to` tokens.
+
+    The padding is a segment of its own, of `pad_token` and without loss, so it changes no other token's result.
+    """
+    assert examples, "a microbatch holds at least one example"
+    lengths = [len(example) for example in examples]
+    padding = -sum(lengths) % pad_to
+    tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
+    labels = np.full(len(tokens), IGNORED, dtype=np.int64)
+    trained = np.concatenate([example.trained for example in examples])
+    ends = np.cumsum(lengths)
+    trained[np.concatenate(([0], ends[:-1]))] = False  # The first token of an example follows no token of it.
+    labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
+    if padding:
+        lengths.append(padding)
+        tokens = np.concatenate([tokens, np.full(padding, pad_token, dtype=np.int64)])
+        labels = np.concatenate([labels, np.full(padding, IGNORED, dtype=np.int64)])
+    return Microbatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])),
+        cu_seqlens=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
+    )

@@ -1,0 +1,412 @@
+"""The device that this process computes on, and the facade that lets unmodified Megatron-core run where there is no CUDA.
+
+Megatron asks torch for CUDA in few ways: a device, streams, random state, type names. The facade answers each of these for
+the CPU. It is a table: what is replaced, by what, and the line of Megatron-core 0.16.1 that needs it. Every target is
+looked up before anything is replaced, so that a Megatron or torch without one fails at once, by the name of the patch.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import queue
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.utils._device
+from torch import Tensor
+
+from swift_mega.errors import UserError
+
+CPU = torch.device("cpu")
+
+# Dense bfloat16 FLOP/s, without sparsity, from NVIDIA's data sheets; the first name that the device's name contains counts.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "B100": 1.75e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where tensors live, and the torch.distributed backend that moves them."""
+
+    kind: Literal["cuda", "cpu"]
+    device: torch.device
+    backend: Literal["nccl", "gloo"]
+    name: str
+
+    def seed_all(self, seed: int) -> None:
+        """Seed torch's generators of this process. Megatron's own are seeded by parallel.groups.init."""
+        torch.manual_seed(seed)
+
+    def peak_memory_bytes(self) -> int:
+        """CUDA: the most that torch had reserved. CPU: the most that this process had resident."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 FLOP/s of this device, or None where it is not known (a CPU, another GPU)."""
+        return next((flops for name, flops in PEAK_FLOPS.items() if name in self.name), None)
+
+    def safe_schedule(self, virtual: int = 1) -> dict[str, Any]:
+        """Fields of TransformerConfig that give right numbers on this device.
+
+        Interleaving of two stages with batched point-to-point calls gives a wrong loss on gloo without an error, so
+        calls are made one by one, and overlapped. Freed outputs are corrupted by such calls on the CPU (0.16.1). The
+        fusions are CUDA kernels.
+        """
+        interleaved = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if virtual > 1 else {}
+        if self.kind == "cuda":
+            return interleaved
+        fusions = (
+            "gradient_accumulation_fusion",
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "apply_rope_fusion",
+            "masked_softmax_fusion",
+            "persist_layer_norm",
+        )
+        return interleaved | {"deallocate_pipeline_outputs": False} | dict.fromkeys(fusions, False)
+
+
+def setup() -> Device:
+    """This process's device; without CUDA, installs the facade first. Call it before Megatron is imported; again is free.
+
+    Raises UserError where Megatron was imported too early, RuntimeError where a patch no longer fits it.
+    """
+    _quiet_imports()
+    if torch.version.cuda and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return Device(kind="cuda", device=device, backend="nccl", name=torch.cuda.get_device_name(device))
+    _install_facade()
+    return Device(kind="cpu", device=CPU, backend="gloo", name="CPU")
+
+
+def _quiet_imports() -> None:
+    """Silence what Megatron says at each import about packages that are optional here; nothing else of it."""
+    warnings.filterwarnings(
+        "ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\."
+    )
+    _drop_log("torch.utils.cpp_extension", "No CUDA runtime is found")
+
+
+def _drop_log(logger: str, text: str) -> None:
+    def passes(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logging.getLogger(logger).addFilter(passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """One reason to replace things, and the things: target -> what to put there, given what is there.
+
+    A target is "module:attribute" or "module:Class.attribute"; "a|b" is whichever of the two names exists, and a trailing
+    "?" makes the target one that may be absent.
+    """
+
+    name: str
+    reason: str
+    targets: Mapping[str, Callable[[Any], Any]]
+
+    def install(self) -> None:
+        """Look up every target, then replace each; RuntimeError with this patch's name if one is gone."""
+        found = [(*self._find(target), make) for target, make in self.targets.items()]
+        for owner, attribute, make in found:
+            setattr(owner, attribute, make(getattr(owner, attribute, None)))
+
+    def _find(self, target: str) -> tuple[Any, str]:
+        module, _, path = target.partition(":")
+        owner: Any = importlib.import_module(module)
+        *parents, names = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        for name in names.rstrip("?").split("|"):
+            if hasattr(owner, name) or names.endswith("?"):
+                return owner, name
+        raise RuntimeError(
+            f"the CPU facade's patch {self.name!r} replaces {target}, which is not there: this version of Megatron-core or "
+            f"torch is not supported. The patch is for: {self.reason}"
+        )
+
+
+@functools.cache
+def _install_facade() -> None:
+    if "megatron.core" in sys.modules:
+        raise UserError(
+            "megatron.core was imported before swift_mega.device.setup(), and binds CUDA functions when it is imported: "
+            "call swift_mega.device.setup() first, in a new process"
+        )
+    # torch.compile'd helpers (megatron/core/jit.py:20) would die with "Expected a cuda device, but got: cpu". Megatron
+    # decorates them when it is imported, and torch reads this at each decoration (_dynamo/eval_frame.py).
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # The CPU has one generator, so dropout inside Megatron's forked random state does move "the CPU's".
+    _drop_log("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
+    # `with torch.device(...)` looks factories up in a set that torch builds from its own names at first use. Built after the
+    # patch it would hold our wrappers, and the context would do nothing: transformers then loads models with buffers unset.
+    torch.utils._device._device_constructors()
+    for patch in PATCHES:
+        patch.install()
+
+
+def _is(value: Any) -> Callable[[Any], Any]:
+    """A replacement that does not depend on what it replaces."""
+    return lambda original: value
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **options: Any) -> Tensor:
+        if "device" in options and options["device"] is not None and torch.device(options["device"]).type == "cuda":
+            options["device"] = CPU
+        if options.get("pin_memory"):
+            options["pin_memory"] = False
+        return factory(*args, **options)
+
+    return make
+
+
+class _Event:
+    """A CUDA event where everything has already happened when it is recorded."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def record(self, stream: Any = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+
+class _Stream:
+    """A CUDA stream where work is done as soon as it is given; all are the same one."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return hash(_Stream)
+
+
+class _Generators:
+    """torch.cuda.default_generators with the CPU's generator for every device."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+_CUDA_TYPES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _cuda_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def type_of(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        if not args and not options and tensor.dtype in _CUDA_TYPES:
+            return _CUDA_TYPES[tensor.dtype]
+        return original(tensor, *args, **options)
+
+    return type_of
+
+
+def _host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's maybe_move_tensor_to_cpu, which converts to numpy only what is on CUDA; split sizes must be numbers."""
+    if not torch.is_tensor(tensor):
+        return tensor
+    return tensor.cpu().numpy() if as_numpy else tensor.cpu()
+
+
+def _uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({each.shape for each in tensor_list}) <= 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        assert not async_op, "an uneven all_gather is done at once on the CPU"
+        padded = tensor.new_zeros((max(each.shape[0] for each in tensor_list), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        original(gathered, padded, group=group)
+        for each, rows in zip(tensor_list, gathered, strict=True):
+            each.copy_(rows[: each.shape[0]])
+
+    return all_gather
+
+
+def _uneven_reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce_scatter(
+        output: Tensor, input_list: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if len({each.shape for each in input_list}) <= 1:
+            return original(output, input_list, op=op, group=group, async_op=async_op)
+        assert not async_op, "an uneven reduce_scatter is done at once on the CPU"
+        rows = torch.cat(input_list)
+        dist.all_reduce(rows, op=op, group=group)
+        output.copy_(rows.split([each.shape[0] for each in input_list])[dist.get_rank(group)])
+
+    return reduce_scatter
+
+
+def _results_queue(original: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.cache(lambda *mode: queue.Queue())
+
+
+_NOTHING = _is(lambda *args, **options: None)
+_ITSELF = _is(lambda self, *args, **options: self)
+_STREAM = _is(lambda *args, **options: _Stream())
+_GET_STATE = _is(lambda device="cuda": torch.default_generator.get_state())
+_SET_STATE = _is(lambda state, device="cuda": torch.default_generator.set_state(state))
+_MOE = "megatron.core.transformer.moe."
+
+# Lines are those of Megatron-core 0.16.1. The patches of torch come first: importing Megatron binds some of their targets.
+PATCHES = (
+    Patch(
+        name="current device",
+        reason="tensors are made with device=torch.cuda.current_device(), tensor_parallel/random.py:102 and 100 others",
+        targets={"torch.cuda:current_device": _is(lambda: CPU)},
+    ),
+    Patch(
+        name="factories",
+        reason='device="cuda" is written out, optimizer/optimizer.py:481, 907; pin_memory, rope_utils.py:62',
+        targets={f"torch:{name}": _on_cpu for name in ("tensor", "zeros", "ones", "empty", "empty_like")},
+    ),
+    Patch(
+        name="to CUDA",
+        reason=".cuda() on tensors, language_module.py:244 (tied weights of a pipeline), rope_utils.py:64",
+        targets={"torch:Tensor.cuda": _ITSELF},
+    ),
+    Patch(
+        name="synchronize",
+        reason="after point-to-point calls and before a checkpoint is written, p2p_communication.py:398",
+        targets={"torch.cuda:synchronize": _NOTHING},
+    ),
+    Patch(
+        name="streams",
+        reason="side streams of the MoE dispatcher, token_dispatcher.py:445, and of DDP, param_and_grad_buffer.py:417",
+        targets={
+            "torch.cuda:Stream": _is(_Stream),
+            "torch.cuda:Event": _is(_Event),
+            "torch.cuda:current_stream": _STREAM,
+            "torch.cuda:default_stream": _STREAM,
+            "torch.cuda:stream": _is(lambda stream: contextlib.nullcontext()),
+            "torch:Tensor.record_stream": _NOTHING,
+        },
+    ),
+    Patch(
+        name="random state",
+        reason="tensor-parallel dropout forks CUDA's random state, tensor_parallel/random.py:235",
+        targets={
+            "torch.cuda:default_generators": _is(_Generators()),
+            "torch.cuda:get_rng_state": _GET_STATE,
+            "torch.cuda.random:get_rng_state": _GET_STATE,
+            "torch.cuda:set_rng_state": _SET_STATE,
+            "torch.cuda:manual_seed": _is(lambda seed: torch.default_generator.manual_seed(int(seed))),
+            "torch.cuda:_lazy_call": _is(lambda call, **options: call()),  # would wait for CUDA for ever
+            "torch.cuda:_lazy_init": _NOTHING,
+        },
+    ),
+    Patch(
+        name="type names",
+        reason='parameters are told apart by "torch.cuda.FloatTensor", clip_grads.py:167, distrib_optimizer.py:361',
+        targets={"torch:Tensor.type": _cuda_type},
+    ),
+    Patch(
+        name="uneven collectives",
+        reason="expert tensor parallelism gathers unequal parts, which gloo has not, tensor_parallel/mappings.py:300",
+        targets={
+            "torch.distributed:all_gather": _uneven_all_gather,
+            "torch.distributed:reduce_scatter": _uneven_reduce_scatter,
+        },
+    ),
+    Patch(
+        name="MoE router",
+        reason="0.16.1 does not define this name without Transformer Engine, moe_utils.py:1192",
+        targets={_MOE + "moe_utils:te_general_gemm?": lambda original: original},
+    ),
+    Patch(
+        name="MoE split sizes",
+        reason="sizes stay tensors where they are on the CPU already, mappings.py:444 wants numbers",
+        targets={
+            _MOE + "moe_utils:maybe_move_tensor_to_cpu": _is(_host_copy),
+            _MOE + "token_dispatcher:maybe_move_tensor_to_cpu": _is(_host_copy),
+        },
+    ),
+    Patch(
+        name="checkpoint queue",
+        reason="the first save starts a manager process that imports the main script again, filesystem_async.py:54; "
+        "saves are synchronous on the CPU",
+        targets={
+            "megatron.core.dist_checkpointing.strategies.filesystem_async:"
+            "_get_write_results_queue|get_write_results_queue": _results_queue
+        },
+    ),
+)

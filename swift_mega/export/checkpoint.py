@@ -1,0 +1,34 @@
+"""A run's checkpoint: PEFT's two files where adapters were trained, a whole Hugging Face directory where the model was."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from swift_mega.convert.hf_files import parse_size
+from swift_mega.convert.save import save, write_directory
+from swift_mega.models.build import ModelPart
+from swift_mega.parallel.groups import Groups
+from swift_mega.tuners.tuner import Tuner
+
+
+def save_checkpoint(
+    tuner: Tuner, part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, max_shard_size: str, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """Writes what `tuner` trained to `directory`, which appears whole or not at all. Collective.
+
+    source: the Hugging Face directory that training started from; an adapter names it as its base.
+    """
+    config = tuner.adapter_config(part, str(Path(source).resolve()))
+    if config is None:
+        save(part, groups, directory, source=source, dtypes=dtype, max_shard_bytes=parse_size(max_shard_size), overwrite=True)
+        return
+
+    def companions(staging: Path) -> None:
+        (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    # PEFT reads one file; an adapter is small
+    write_directory(
+        part, groups, Path(directory), list(tuner.held(part)), dtypes=dtype, max_shard_bytes=1 << 62, companions=companions,
+        overwrite=True, stem="adapter_model",
+    )  # fmt: skip

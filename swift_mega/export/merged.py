@@ -1,0 +1,106 @@
+"""Base weights with an adapter merged in: read, added to in float32, written; one tensor at a time, from files to files.
+
+The base directory is never changed, and nothing but one tensor is in memory, so a 400B model merges on a laptop.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swift_mega.convert.hf_files import Checkpoint, copy_companions, parse_size, plan_files, some, write_headers, write_tensor
+from swift_mega.convert.save import check_output, publish
+from swift_mega.errors import UserError
+
+PREFIX = "base_model.model."
+UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A LoRA adapter directory: its factors by Hugging Face module name, and its scale."""
+
+    checkpoint: Checkpoint
+    scale: float
+    modules: frozenset[str]
+    config: dict[str, object]
+
+    def delta(self, module: str) -> Tensor:
+        """scale * B @ A in float32, [out, in]."""
+        down = self.checkpoint.read(f"{PREFIX}{module}.lora_A.weight").float()
+        up = self.checkpoint.read(f"{PREFIX}{module}.lora_B.weight").float()
+        return (up @ down).mul_(self.scale)
+
+
+def read_adapter(directory: str | Path) -> PeftAdapter:
+    """A PEFT LoRA directory, every tensor accounted for; UserError with what is wrong."""
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory of a LoRA run")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}; only LORA can be merged")
+    for key, plain in UNSUPPORTED.items():
+        if config.get(key, plain) not in (plain, None):
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload")
+    checkpoint = Checkpoint(directory)
+    modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in checkpoint.entries}
+    expected = {f"{PREFIX}{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
+    if odd := sorted(expected ^ checkpoint.entries.keys()):
+        raise UserError(f"{directory}: LoRA factors come in pairs A and B under {PREFIX}…, but {some(odd)} are missing or unknown")
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers") from None
+    for module in modules:
+        found = checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape[0]
+        if found != rank:
+            raise UserError(f"{directory}: {module} has rank {found}, {path.name} says r={rank}; use the adapter_config.json of this adapter")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return PeftAdapter(checkpoint, scale, frozenset(modules), config)
+
+
+def merge(model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False) -> None:
+    """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
+
+    Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
+    """
+    base, adapter, target = Checkpoint(model), read_adapter(adapters), Path(output)
+    check_output(target, overwrite)
+    _check_fit(base, adapter)
+    planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size))
+    staging = Path(f"{target}.writing")
+    if staging.exists():
+        shutil.rmtree(staging)
+    try:
+        staging.mkdir(parents=True)
+        write_headers(staging, planned)
+        for name, place in planned.items():
+            value, module = base.read(name), name.removesuffix(".weight")
+            if module in adapter.modules:
+                value = (value.float() + adapter.delta(module)).to(place.dtype)
+            write_tensor(staging, place, value)
+        copy_companions(Path(model), staging)
+    except OSError as error:
+        raise UserError(f"cannot write {staging}: {error.strerror}; free the space or choose another --output") from None
+    publish(staging, target)
+
+
+def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
+    for module in sorted(adapter.modules):
+        if f"{module}.weight" not in base.entries:
+            raise UserError(
+                f"the adapter has factors for {module}, and {base.directory} has no such linear; give the model that it was trained on"
+            )
+        want = base.entries[f"{module}.weight"].shape
+        down = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape
+        up = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_B.weight"].shape
+        if (up[0], down[1]) != want:
+            raise UserError(f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the model of this adapter")

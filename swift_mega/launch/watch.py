@@ -1,0 +1,117 @@
+"""Waiting for ranks: all of them succeed, or the first failure ends all of them and is the one that is raised.
+
+Peers of a failed rank fail as well, some milliseconds later, with errors about a closed connection. `cause` picks the
+error that says why: a user's error, then a death by signal, then the earliest exception.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from swift_mega.errors import UserError
+from swift_mega.launch.rank import Report, Seat, log_path, read_report
+
+POLL_SECONDS = 0.01
+GRACE_SECONDS = 0.05  # a killed process closes its sockets a moment before it can be waited for
+SHOWN_LINES = 60
+
+
+class RankError(RuntimeError):
+    """A rank failed for a reason that is not the user's: its traceback, or the signal that killed it."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the kernel saw a rank end: an exit status, or the signal that killed it."""
+
+    status: int
+    signal: int | None = None
+
+
+def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
+    """seats: process id -> seat, for ranks started by this process, each the leader of its process group.
+
+    Returns when each has ended well. Otherwise ends the others and raises UserError (the rank's own) or RankError. When
+    it returns or raises (KeyboardInterrupt too), no rank and no child of a rank is left.
+    """
+    ended: dict[int, Ended] = {}
+    try:
+        while len(ended) < len(seats):
+            _poll(seats, ended)
+            if any(_failed(seats[pid], end, folder) for pid, end in ended.items()):
+                time.sleep(GRACE_SECONDS)
+                _poll(seats, ended)
+                raise _cause({seats[pid]: end for pid, end in ended.items()}, folder, logs)
+            time.sleep(POLL_SECONDS)
+    finally:
+        end_all(seats)
+
+
+def end_all(pids: dict[int, Seat]) -> None:
+    """Kill each rank's group and reap the rank. Ranks that have ended are still zombies, so that no id was reused."""
+    for pid in pids:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # started, but not yet the leader of its group
+            os.kill(pid, signal.SIGKILL)
+        except PermissionError:  # macOS says so for a group of zombies
+            pass
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def _poll(seats: dict[int, Seat], ended: dict[int, Ended]) -> None:
+    for pid in seats.keys() - ended.keys():
+        seen = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if seen is None:
+            continue
+        by_signal = seen.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+        ended[pid] = Ended(1, seen.si_status) if by_signal else Ended(seen.si_status)
+
+
+def _failed(seat: Seat, end: Ended, folder: Path) -> bool:
+    report = read_report(folder, seat.local_rank)
+    return end.signal is not None or end.status != 0 or report is None or report.kind != "done"
+
+
+def _cause(ended: dict[Seat, Ended], folder: Path, logs: Path) -> Exception:
+    """The error to raise; ended: ranks that have ended so far, at least one of them badly."""
+    reports = {seat: report for seat in ended if (report := read_report(folder, seat.local_rank))}
+    failures = sorted(((r.when, s.rank, s, r) for s, r in reports.items() if r.kind != "done"), key=lambda f: f[:2])
+    for _, _, _, report in failures:
+        if report.kind == "user":
+            return UserError(report.text)
+    killed = [(seat, end.signal) for seat, end in ended.items() if end.signal is not None]
+    # SIGABRT is how a C++ library ends when its peer went away: a consequence, where another rank has an exception
+    for seat, number in sorted(killed, key=lambda k: (k[1] == signal.SIGABRT, k[0].rank)):
+        if number != signal.SIGABRT or not failures:
+            return RankError(_killed(seat, number, logs))
+    if failures:
+        return RankError(_traceback(failures[0][2], failures[0][3]))
+    seat = min((s for s, e in ended.items() if e.status != 0 or s not in reports), key=lambda s: s.rank)
+    return RankError(
+        f"rank {seat.rank} left with status {ended[seat].status} in the middle of its work{_tail(seat, logs)}"
+    )
+
+
+def _traceback(seat: Seat, report: Report) -> str:
+    return f"rank {seat.rank} of {seat.world} failed:\n{report.text}"
+
+
+def _killed(seat: Seat, number: int, logs: Path) -> str:
+    name = signal.Signals(number).name
+    reason = ""
+    if number == signal.SIGKILL:
+        reason = (
+            "; most often this is the kernel, out of memory: use fewer ranks on this machine, a smaller "
+            "train.micro_batch_size or data.max_length, or train.recompute=full"
+        )
+    return f"rank {seat.rank} of {seat.world} was killed by signal {number} ({name}){reason}{_tail(seat, logs)}"
+
+
+def _tail(seat: Seat, logs: Path) -> str:
+    path = log_path(logs, seat.rank)
+    lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if path.exists() else []
+    return "\nits last output:\n" + "\n".join(lines) if lines else ""

@@ -1,0 +1,75 @@
+"""Megatron's core attention, replaced: positions are data, and a row holds many examples.
+
+Megatron hands un-rotated queries and keys to `core_attention`; what lies in the row (where examples start, cosine and sine of
+every token) travels with them in `Segments`, through pipeline, recomputation and both Megatron ends alike. So rotary
+frequencies are computed once per microbatch, and Megatron's own packed RoPE and its [s, s] mask are never entered.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.ops.attention import attention
+from swift_mega.ops.rope import rotate
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """What lies in a row of tokens. `qkv_format` stays "sbhd", so that Megatron leaves the row [tokens, 1, ...] alone."""
+
+    qkv_format: str = "sbhd"
+    bounds: tuple[int, ...] = ()
+    """First token of each example, and the end of the last one; on the host."""
+    starts: Tensor | None = None
+    """The same as int32 on the device: cu_seqlens."""
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    """[tokens, 1, rotary_dim / 2] each."""
+
+
+class CoreAttention(MegatronModule):
+    """Attention within each example of a row, after rotating queries and keys by their positions."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, windows: tuple[int | None, ...], softmax_scale: float | None = None, **given: Any
+    ) -> None:  # fmt: skip
+        """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention."""
+        super().__init__(config=config)
+        self.window = windows[layer_number - 1]
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+        packed_seq_params: Segments, **given: Any,
+    ) -> Tensor:  # fmt: skip
+        """query [tokens, 1, heads, head_dim], key and value [tokens, 1, kv_heads, head_dim] -> [tokens, 1, heads * head_dim]."""
+        row = packed_seq_params
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if row.cos is not None:
+            query, key = rotate(query, row.cos, row.sin), rotate(key, row.cos, row.sin)
+        out = attention(
+            query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window
+        )  # fmt: skip
+        return out.reshape(out.shape[0], 1, -1)
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm that works with sequence parallelism: Megatron's local one refuses it.
+
+    The mark on the weight is what Megatron's finalize_model_grads looks for: its gradient is summed over the tensor ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **given: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

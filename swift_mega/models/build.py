@@ -1,0 +1,294 @@
+"""This rank's part of a model, built by Megatron-core from a family's settings and a layout.
+
+Everything that knows whether the layers are Transformer Engine's (CUDA) or Megatron's local ones (CPU) is here: the spec, and
+`canonical`, which gives a parameter the one name that the rules use.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.config.schema import Train
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.models.attention import CoreAttention, Norm, Segments
+from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.ops.rope import tables
+from swift_mega.parallel.layout import Coordinate, Layout
+
+
+class Decoder(GPTModel):
+    """A chunk of the model: Megatron's GPTModel over rows of tokens that carry their positions.
+
+    The last chunk returns hidden states, not logits: [tokens, vocab] need never exist at once (parallel/vocab.py).
+    """
+
+    def __init__(self, *, settings: Settings, **given: Any) -> None:
+        super().__init__(position_embedding_type="none", parallel_output=True, **given)
+        self.settings = settings
+        self.frequencies = torch.tensor(settings.rope.inverse_frequencies, dtype=torch.float32)
+
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens, positions: [tokens] int64; cu_seqlens: [examples + 1] int32 on the host.
+
+        Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
+        """
+        cos, sin = tables(
+            positions, self.frequencies.to(positions.device), self.settings.rope.scale, self.config.params_dtype
+        )  # fmt: skip
+        row = Segments(
+            bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), cos=cos, sin=sin
+        )  # fmt: skip
+        return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+        """Megatron's place for logits and loss; called with hidden_states by name in the whole supported range."""
+        return hidden_states
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """[tokens / s, 1, hidden] -> every token's [tokens, hidden] on every tensor rank.
+
+        The gradient that comes back is divided by nobody: the vocabulary's own backward already sums it over tensor ranks.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0]
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter of this rank's part, under its canonical name, with the rule that fills it."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    rule: Rule
+    numbers: Mapping[str, int]
+    copy: bool
+    """A tied output layer on a later stage than the embedding: filled like it, but not written."""
+
+    @property
+    def expert(self) -> bool:
+        """Cut by the expert-tensor axis, and a different one on every expert rank."""
+        return "e" in self.numbers
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Hugging Face names of the tensors in it."""
+        return tuple(part.format(**self.numbers) for part in self.rule.parts)
+
+
+@dataclass
+class ModelPart:
+    """What one rank holds: its chunks in virtual-stage order."""
+
+    family: Family
+    settings: Settings
+    config: TransformerConfig
+    layout: Layout
+    coordinate: Coordinate
+    chunks: list[Decoder]
+
+    def held(self) -> Iterator[Held]:
+        """Every base parameter (adapters are the tuner's), in a fixed order."""
+        for virtual, chunk in enumerate(self.chunks):
+            yield from self._held(chunk, self.layout.layers_of(self.coordinate.pipeline, virtual).start)
+
+    def _held(self, chunk: Decoder, first_layer: int) -> Iterator[Held]:
+        experts = (self.settings.shape.experts or 0) // self.layout.expert
+        for name, parameter in chunk.named_parameters():
+            if ".adapter." in name:
+                continue
+            full = canonical(name, first_layer=first_layer, first_expert=self.coordinate.expert * experts)
+            copy = self.settings.tied and full == "output_layer.weight"
+            rule, numbers = self.family.match("embedding.word_embeddings.weight" if copy else full)
+            yield Held(full, parameter, rule, numbers, copy)
+
+    def tensor_axis(self, held: Held) -> tuple[int, int]:
+        """(rank, size) of the axis that cuts this parameter."""
+        if held.expert:
+            return self.coordinate.expert_tensor, self.layout.expert_tensor
+        return self.coordinate.tensor, self.layout.tensor
+
+    def part_shapes(self, held: Held) -> list[tuple[int, ...]]:
+        """Whole shapes of the Hugging Face tensors in a parameter."""
+        _, size = self.tensor_axis(held)
+        local = held.rule.pack.split(torch.empty(held.parameter.shape, device="meta"), self.settings.heads)
+        shapes = [list(part.shape) for part in local]
+        axis = held.rule.pack.axis
+        for shape in shapes:
+            if axis is not None:
+                shape[axis] = self.settings.shape.vocab if held.rule.pack.padded else shape[axis] * size
+        return [tuple(shape) for shape in shapes]
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """[vocab / tensor, hidden] of the last stage, None elsewhere."""
+        chunk = self.chunks[-1]
+        if not chunk.post_process:
+            return None
+        return chunk.shared_embedding_or_output_weight() if self.settings.tied else chunk.output_layer.weight
+
+
+_TE_NAMES = (
+    (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
+    (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
+    (re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$"), r"mlp.experts.local_experts.\3.\1.\2"),
+)
+
+
+def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
+    """The name that rules use: global layer and expert numbers, Megatron's local modules.
+
+    name: a parameter of one chunk; first_layer, first_expert: global number of the chunk's and the rank's first.
+    """
+    for pattern, plain in _TE_NAMES:
+        name = pattern.sub(plain, name)
+    name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
+    return re.sub(r"local_experts\.(\d+)\.", lambda m: f"local_experts.{int(m[1]) + first_expert}.", name)
+
+
+def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
+    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
+    unit = divisible_by * tensor
+    return -(-vocab // unit) * unit
+
+
+DERIVED = frozenset(
+    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size "
+    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel num_layers hidden_size ffn_hidden_size "
+    "num_attention_heads num_query_groups kv_channels params_dtype pipeline_dtype bf16 fp16 recompute_granularity "
+    "recompute_method recompute_num_layers calculate_per_token_loss variable_seq_lengths num_moe_experts moe_ffn_hidden_size "
+    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage".split()
+)
+"""Fields of TransformerConfig that follow from the model and the layout."""
+
+
+def check_passthrough(given: Mapping[str, Any]) -> None:
+    """`model.megatron` names fields of TransformerConfig, and none that follow from the model or the layout."""
+    fields = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+    for key in given:
+        if key not in fields:
+            import difflib
+
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"model.megatron.{key}: Megatron's TransformerConfig has no such field{hint}")
+        if key in DERIVED:
+            raise UserError(
+                f"model.megatron.{key}={given[key]!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
+            )
+
+
+def transformer_config(
+    settings: Settings, layout: Layout, *, device: Device, dtype: torch.dtype, train: Train, given: Mapping[str, Any],
+    aux_loss: float = 0.0,
+) -> TransformerConfig:  # fmt: skip
+    """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
+    check_passthrough(given)
+    fields: dict[str, Any] = dict(settings.megatron)
+    fields.update(
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
+        sequence_parallel=layout.sequence, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True, variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
+        perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
+    )  # fmt: skip
+    if train.recompute != "none":
+        fields["recompute_granularity"] = train.recompute
+    if train.recompute == "full":
+        fields.update(recompute_method=train.recompute_method, recompute_num_layers=train.recompute_layers)
+    if settings.shape.experts and aux_loss:
+        fields.update(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=aux_loss)
+    fields.update(device.safe_schedule(layout.virtual))
+    fields.update(given)
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"Megatron refuses these settings: {error}; change the setting that it names") from error
+
+
+def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
+    """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
+    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
+    made = {moe: spec(moe=moe) for moe in set(settings.moe_layers)}
+    return [made[moe] for moe in settings.moe_layers]
+
+
+def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
+    qk_norm = settings.megatron.get("qk_layernorm", False)
+    spec = get_gpt_layer_local_spec(
+        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False, qk_layernorm=qk_norm, normalization="RMSNorm"
+    )  # fmt: skip
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = functools.partial(CoreAttention, windows=settings.windows)
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return spec
+
+
+def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+    """Transformer Engine's modules. With adapters the norms stay apart from the linears that they could be fused into: an adapter
+    takes the normalised input, which the fused module does not show."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.spec_utils import get_submodules
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False),
+    )  # fmt: skip
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = functools.partial(CoreAttention, windows=settings.windows)
+    if adapters:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
+        attention.linear_qkv = TEColumnParallelLinear
+        if not moe:
+            get_submodules(spec.submodules.mlp).linear_fc1 = TEColumnParallelLinear
+    return spec
+
+
+def build(
+    family: Family, settings: Settings, layout: Layout, coordinate: Coordinate, *, device: Device, config: TransformerConfig,
+    vocab_divisible_by: int = 128, adapters: bool = False,
+) -> ModelPart:  # fmt: skip
+    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one."""
+    specs = layer_specs(settings, device, adapters=adapters)
+    norm: Any = Norm
+    if device.kind == "cuda":
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    chunks = []
+    for virtual in range(layout.virtual):
+        layers = layout.layers_of(coordinate.pipeline, virtual)
+        stage = virtual if layout.virtual > 1 else None
+        index = virtual * layout.pipeline + coordinate.pipeline
+        chunk = Decoder(
+            settings=settings, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_of(specs, layers), layer_norm=norm),
+            vocab_size=padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor),
+            pre_process=index == 0, post_process=index == layout.pipeline * layout.virtual - 1,
+            share_embeddings_and_output_weights=settings.tied,
+        )  # fmt: skip
+        chunks.append(chunk.to(device.device))
+    assert parallel_state.model_parallel_is_initialized()
+    return ModelPart(family, settings, config, layout, coordinate, chunks)
+
+
+def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:
+    return [specs[layer] for layer in layers]

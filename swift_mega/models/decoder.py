@@ -1,0 +1,161 @@
+"""The common pre-norm decoder as data: what its config means to Megatron, and which tensors fill it.
+
+A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/build.py does).
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from swift_mega.errors import UserError
+from swift_mega.models.family import Family, Rope, Rule, Settings
+from swift_mega.models.packs import GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
+from swift_mega.parallel.layout import ModelShape
+
+LAYER = "decoder.layers.{i}."
+HF_LAYER = "model.layers.{i}."
+
+EMBEDDING_RULES = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCAB),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED),
+    Rule("output_layer.weight", ("lm_head.weight",), VOCAB),
+)
+
+
+def attention_rules(source: str = HF_LAYER + "self_attn.") -> tuple[Rule, ...]:
+    """Grouped-query attention with separate q, k, v projections."""
+    target = LAYER + "self_attention."
+    fused = tuple(f"{source}{name}_proj" for name in "qkv")
+    return (
+        Rule(target + "linear_qkv.weight", tuple(f"{name}.weight" for name in fused), QKV),
+        Rule(target + "linear_qkv.bias", tuple(f"{name}.bias" for name in fused), QKV),
+        Rule(target + "linear_proj.weight", (source + "o_proj.weight",), ROW),
+        Rule(target + "linear_proj.bias", (source + "o_proj.bias",), REPLICATED),
+    )
+
+
+def mlp_rules(target: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """A gated MLP; the last three are Hugging Face module names."""
+    return (
+        Rule(target + "linear_fc1.weight", (gate + ".weight", up + ".weight"), GATE_UP),
+        Rule(target + "linear_fc1.bias", (gate + ".bias", up + ".bias"), GATE_UP),
+        Rule(target + "linear_fc2.weight", (down + ".weight",), ROW),
+        Rule(target + "linear_fc2.bias", (down + ".bias",), REPLICATED),
+    )
+
+
+def expert_rules(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """A mixture of experts with one set of tensors per expert {e}."""
+    experts = LAYER + "mlp.experts.local_experts.{e}."
+    return (Rule(LAYER + "mlp.router.weight", (router,), REPLICATED), *mlp_rules(experts, gate, up, down))
+
+
+NORM_RULES = (
+    Rule(LAYER + "input_layernorm.weight", (HF_LAYER + "input_layernorm.weight",), REPLICATED),
+    Rule(LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), REPLICATED),
+)
+QK_NORM_RULES = (
+    Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), REPLICATED),
+    Rule(LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), REPLICATED),
+)
+MLP = HF_LAYER + "mlp."
+DENSE_RULES = mlp_rules(LAYER + "mlp.", MLP + "gate_proj", MLP + "up_proj", MLP + "down_proj")
+RULES = (*EMBEDDING_RULES, *NORM_RULES, *attention_rules(), *DENSE_RULES)
+
+READS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
+    "max_position_embeddings tie_word_embeddings rope_theta rope_scaling rope_parameters sliding_window layer_types".split()
+)
+
+
+# ---------------------------------------------------------------------------------------------- config -> settings
+
+
+def translate(config: Any, **changes: Any) -> Settings:
+    """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here."""
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    kv_heads = config.num_key_value_heads or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    megatron: dict[str, Any] = dict(
+        num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim, layernorm_epsilon=config.rms_norm_eps,
+        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    shape = ModelShape(
+        layers=layers, heads=heads, kv_heads=kv_heads, experts=None, hidden=config.hidden_size,
+        ffn=config.intermediate_size, expert_ffn=None, vocab=config.vocab_size,
+    )  # fmt: skip
+    found: dict[str, Any] = dict(
+        shape=shape,
+        heads=Heads(heads // kv_heads, head_dim),
+        tied=bool(config.tie_word_embeddings),
+        rope=rope(config, head_dim),
+        windows=(None,) * layers,
+        moe_layers=(False,) * layers,
+    )
+    megatron.update(changes.pop("megatron", {}))
+    found.update(changes)
+    return Settings(megatron=megatron, **found)
+
+
+def moe(settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool) -> Settings:
+    """Settings with a softmax-routed mixture of experts in the marked layers.
+
+    normalise: the chosen probabilities sum to one, which is what Megatron computes when it takes the softmax after the choice.
+    """
+    megatron = dict(
+        num_moe_experts=experts, moe_router_topk=top_k, moe_ffn_hidden_size=ffn, moe_router_pre_softmax=not normalise,
+        moe_layer_freq=[int(moe) for moe in layers], moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32",
+    )  # fmt: skip
+    return dataclasses.replace(
+        settings,
+        megatron={**settings.megatron, **megatron},
+        moe_layers=layers,
+        shape=dataclasses.replace(settings.shape, experts=experts, expert_ffn=ffn),
+    )
+
+
+def windows(config: Any) -> tuple[int | None, ...]:
+    """Sliding windows by layer from `layer_types`, or one `sliding_window` for all layers."""
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    known = {"sliding_attention", "full_attention"}
+    if strange := set(types) - known:
+        raise UserError(f"config.json: layer_types has {sorted(strange)}; supported: {sorted(known)}")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def rope(config: Any, head_dim: int) -> Rope:
+    """Rotary frequencies of a transformers config, by transformers' own formulas for its scaled kinds."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = dict(config.rope_parameters)
+    kind = parameters.get("rope_type", "default")
+    if kind in ("default", "dynamic"):
+        # `dynamic` stretches only rows longer than the trained length, by the longest row of a batch: with examples of many
+        # lengths in a row there is no one right frequency, so those lengths are refused instead (`longest`).
+        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float) / rotary_dim
+        frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
+        longest = config.max_position_embeddings if kind == "dynamic" else None
+        return Rope(tuple(frequencies.tolist()), longest=longest)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn")
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return Rope(tuple(frequencies.tolist()), scale=float(scale))
+
+
+def vary(base: Family, **changes: Any) -> Family:
+    """`base` with other fields; `rules` and `reads` given are added to the base's."""
+    changes["rules"] = base.rules + tuple(changes.get("rules", ()))
+    changes["reads"] = base.reads | frozenset(changes.get("reads", ()))
+    changes["fixed"] = {**base.fixed, **changes.get("fixed", {})}
+    return dataclasses.replace(base, **changes)
+
+
+DECODER = Family(
+    hf_types=(), translate=translate, rules=RULES, reads=READS, absent=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+)

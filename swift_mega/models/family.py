@@ -1,0 +1,177 @@
+"""What a model family is, and how the one for a Hugging Face directory is found.
+
+A family is a table: which config fields it understands, what they mean to Megatron, and which Hugging Face tensors fill which
+Megatron parameter. The registry is this folder: every module with a `FAMILY` is one.
+"""
+
+import functools
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import swift_mega.models as folder
+from swift_mega.errors import UserError
+from swift_mega.models.packs import Heads, Pack
+from swift_mega.parallel.layout import ModelShape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`megatron` is one parameter name, `parts` the Hugging Face tensors in it; {i} is the layer, {e} the expert."""
+
+    megatron: str
+    parts: tuple[str, ...]
+    pack: Pack
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for."""
+
+    inverse_frequencies: tuple[float, ...]
+    scale: float = 1.0
+    longest: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A Hugging Face config in Megatron's terms."""
+
+    megatron: dict[str, Any]
+    """Fields of Megatron's TransformerConfig."""
+    shape: ModelShape
+    heads: Heads
+    tied: bool
+    rope: Rope
+    windows: tuple[int | None, ...]
+    """Per layer, tokens that a token sees, itself included; None: all."""
+    moe_layers: tuple[bool, ...]
+    """Per layer, whether its MLP is a mixture of experts."""
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens an example may have."""
+        return self.rope.longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: `translate` reads a transformers config, `rules` name the tensors."""
+
+    hf_types: tuple[str, ...]
+    translate: Callable[[Any], Settings]
+    rules: tuple[Rule, ...]
+    reads: frozenset[str]
+    """Fields of config.json that `translate` understands; any other one that is not neutral stops the run."""
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Fields that are understood for these values only; any other value stops the run."""
+    absent: tuple[str, ...] = ()
+    """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+
+    @functools.cached_property
+    def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
+        """The rules as regular expressions over Megatron's names."""
+        return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
+
+    def match(self, name: str) -> tuple[Rule, dict[str, int]]:
+        """The rule that covers Megatron's parameter `name` (global layer and expert numbers), and those numbers."""
+        for pattern, rule in self.patterns:
+            if found := pattern.fullmatch(name):
+                return rule, {key: int(value) for key, value in found.groupdict().items()}
+        raise UserError(
+            f"no rule of family {'/'.join(self.hf_types)} covers Megatron's parameter {name}; this combination of config fields "
+            f"builds a parameter that the family does not know: set model.megatron back, or add a rule to the family's file"
+        )
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+    return re.compile(escaped)
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Every family, by Hugging Face model_type."""
+    found: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(folder.__path__):
+        family = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "FAMILY", None)
+        if family is not None:
+            for hf_type in family.hf_types:
+                assert hf_type not in found, f"two families claim {hf_type}"
+                found[hf_type] = family
+    return found
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory; UserError where it is missing or not one."""
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise UserError(f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory")
+    if not path.is_file():
+        raise UserError(f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it from the original checkpoint again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} has no model_type; copy it from the original checkpoint again")
+    return config
+
+
+def family_of(directory: str | Path) -> Family:
+    """The family of a Hugging Face directory; UserError with the supported types where there is none."""
+    hf_type = read_config(directory)["model_type"]
+    if hf_type not in families():
+        raise UserError(f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}")
+    return families()[hf_type]
+
+
+def load_settings(directory: str | Path) -> Settings:
+    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run."""
+    family, raw = family_of(directory), read_config(directory)
+    fixed = {**FIXED, **family.fixed}
+    for key, allowed in fixed.items():
+        if key in raw and raw[key] not in allowed:
+            raise UserError(
+                f"{directory}/config.json: {key}={raw[key]!r} is not supported for family {'/'.join(family.hf_types)}; "
+                f"supported: {', '.join(map(repr, allowed))}"
+            )
+    known = family.reads | NEUTRAL | fixed.keys()
+    unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
+    if unknown:
+        listed = ", ".join(f"{key}={raw[key]!r}" for key in unknown)
+        raise UserError(
+            f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they may change "
+            "what the model computes. Remove them if they don't, or add them to the family's file"
+        )
+    from transformers import AutoConfig  # 2 s: only when a model is really read
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"transformers cannot read {directory}/config.json: {error}; correct the field it names") from None
+    return family.translate(config)
+
+
+NEUTRAL = frozenset(
+    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id "
+    "initializer_range output_router_logits router_aux_loss_coef auto_map name_or_path is_llama_config unsloth_version "
+    "unsloth_fixed return_dict output_attentions output_hidden_states id2label label2id problem_type finetuning_task task_specific_params "
+    "tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention "
+    "transformers.js_config attn_implementation attention_implementation max_length".split()
+)
+"""Fields of config.json that change nothing that a decoder computes."""
+
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
+    "pretraining_tp": (1, None),
+    "attention_dropout": (0.0, None),
+    "hidden_act": ("silu", "swish"),
+}
+"""Fields that every family here understands for these values only."""

@@ -1,0 +1,82 @@
+"""How the Hugging Face tensors of one Megatron parameter are laid out in it.
+
+A Pack sees tensors and never a rank. Tensor parallelism cuts every part along the same dim (`axis`), and `join` of parts that
+are all cut at the same fraction *is* the shard of that fraction. So `join(cut parts)` makes a rank's parameter, `split(parameter)`
+gives back its pieces, and neither knows how many ranks there are. The same Pack serves weight and bias, and the `up`
+factor of an adapter on that linear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a fused attention projection needs to know: query heads that share one key head, and features per head."""
+
+    queries_per_group: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One Hugging Face tensor, as it is; cut along `axis`, or whole on every rank (None).
+
+    `expert` marks a parameter cut by the expert-tensor axis in place of the tensor axis. `padded`: the cut dim is padded
+    with zero rows until the tensor size divides it (vocabularies).
+    """
+
+    axis: int | None = None
+    padded: bool = False
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        """The Megatron tensor of `parts`, each whole or cut at the same fraction of `axis`."""
+        (part,) = parts
+        return part
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        """Inverse of `join`; views where possible."""
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class GateUp(Pack):
+    """Gate and up projection [ffn, ...] one above the other: [2 * ffn, ...]. A rank holds its rows of gate, then of up."""
+
+    axis: int | None = 0
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        return torch.cat(tuple(parts))
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(tensor.chunk(2))
+
+
+@dataclass(frozen=True)
+class Qkv(Pack):
+    """Query, key, value, interleaved by group: [groups, queries_per_group + 2, head_dim, ...], flattened to rows."""
+
+    axis: int | None = 0
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        rest = parts[0].shape[1:]
+        groups = parts[1].shape[0] // heads.head_dim
+        blocks = [part.reshape(groups, -1, heads.head_dim, *rest) for part in parts]
+        return torch.cat(blocks, dim=1).reshape(-1, *rest)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        rest = tensor.shape[1:]
+        blocks = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *rest)
+        sizes = (heads.queries_per_group, 1, 1)
+        return tuple(block.reshape(-1, *rest) for block in blocks.split(sizes, dim=1))
+
+
+COLUMN = Pack(0)
+ROW = Pack(1)
+REPLICATED = Pack(None)
+VOCAB = Pack(0, padded=True)
+GATE_UP = GateUp()
+QKV = Qkv()

@@ -1,0 +1,63 @@
+"""What an objective is: from the last stage's hidden states to a sum and a count that the framework divides globally."""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+import swift_mega.objectives as folder
+from swift_mega.config import schema
+from swift_mega.data.pack import Microbatch
+from swift_mega.errors import UserError
+from swift_mega.models.build import Decoder, ModelPart
+from swift_mega.parallel.groups import Groups
+from swift_mega.parallel.vocab import token_log_probabilities
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`sum` over this microbatch, differentiable; `count` of what it is a sum over; `metrics`, sums over the same."""
+
+    sum: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last stage's way from hidden states to log-probabilities, the vocabulary cut by tensor parallelism or not."""
+
+    part: ModelPart
+    groups: Groups
+
+    def log_probabilities(self, chunk: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
+        """hidden: what the last chunk returned; targets [tokens], negative where there is none -> [tokens], 0 there."""
+        weight = self.part.head_weight
+        assert weight is not None, "the head is on the last stage"
+        tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None
+        return token_log_probabilities(
+            chunk.head_input(hidden), weight, targets, group=tensor, vocab_size=self.part.settings.shape.vocab,
+            first_row=weight.shape[0] * self.groups.coordinate.tensor,
+        )  # fmt: skip
+
+
+class Objective(Protocol):
+    """Stateless: what is minimised."""
+
+    def loss(self, head: Head, chunk: Decoder, hidden: Tensor, batch: Microbatch) -> Loss:
+        """The loss of one microbatch, on the last stage."""
+        ...
+
+
+def find_objective(settings: schema.Objective) -> Objective:
+    """The objective of `settings.name`; UserError with the known ones."""
+    known = {}
+    for info in pkgutil.iter_modules(folder.__path__):
+        made = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "OBJECTIVE", None)
+        if made is not None:
+            known[info.name] = made
+    if settings.name not in known:
+        raise UserError(f"objective.name={settings.name!r} is not known; known: {', '.join(sorted(known))}")
+    return known[settings.name]

@@ -1,0 +1,107 @@
+"""Process groups: the one place where a Layout becomes communicators, and where Megatron's parallel state is made.
+
+Megatron numbers ranks in its own code; `init` compares its numbers with the Layout's, so that everything planned from
+coordinates (byte ranges, layers, seeds) is true of the groups that communicate.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state as state
+from megatron.core import tensor_parallel
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from torch.distributed import ProcessGroup
+
+from swift_mega.parallel.layout import Coordinate, Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups that this rank is in. `embedding` is None on stages that hold neither the embedding nor the head."""
+
+    layout: Layout
+    coordinate: Coordinate
+    rank: int
+    world: ProcessGroup
+    model: ProcessGroup
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup
+    data_context: ProcessGroup
+    expert: ProcessGroup
+    expert_tensor: ProcessGroup
+    expert_data: ProcessGroup
+    embedding: ProcessGroup | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.coordinate.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head, and so the loss."""
+        return self.coordinate.pipeline == self.layout.pipeline - 1
+
+
+def init(layout: Layout, *, seed: int = 42) -> Groups:
+    """Make Megatron's groups for this layout and seed its random states (one per tensor and expert rank).
+
+    torch.distributed must be initialised with layout.world ranks; every rank calls this. `close` undoes it.
+    """
+    world = dist.get_world_size()
+    assert world == layout.world, f"{world} ranks run, the layout is for {layout.world}"
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
+    coordinate = layout.coordinate(dist.get_rank())
+    _compare(coordinate)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Groups(
+        layout=layout,
+        coordinate=coordinate,
+        rank=dist.get_rank(),
+        world=_whole_world(),
+        model=state.get_model_parallel_group(),
+        tensor=state.get_tensor_model_parallel_group(),
+        pipeline=state.get_pipeline_model_parallel_group(),
+        context=state.get_context_parallel_group(),
+        data=state.get_data_parallel_group(),
+        data_context=state.get_data_parallel_group(with_context_parallel=True),
+        expert=state.get_expert_model_parallel_group(),
+        expert_tensor=state.get_expert_tensor_parallel_group(),
+        expert_data=state.get_expert_data_parallel_group(),
+        embedding=state.get_embedding_group(check_initialized=False),
+    )
+
+
+def _whole_world() -> ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def close() -> None:
+    """Forget the groups, so that another layout can be initialised in this process."""
+    state.destroy_model_parallel()
+    unset_num_microbatches_calculator()
+
+
+def _compare(coordinate: Coordinate) -> None:
+    """Megatron and we must agree on where this rank is; otherwise weights would be cut for somebody else."""
+    megatron = Coordinate(
+        tensor=state.get_tensor_model_parallel_rank(),
+        pipeline=state.get_pipeline_model_parallel_rank(),
+        context=state.get_context_parallel_rank(),
+        data=state.get_data_parallel_rank(),
+        expert=state.get_expert_model_parallel_rank(),
+        expert_tensor=state.get_expert_tensor_parallel_rank(),
+        expert_data=state.get_expert_data_parallel_rank(),
+    )
+    assert megatron == coordinate, f"Megatron puts this rank at {megatron}, the layout at {coordinate}"

@@ -1,0 +1,162 @@
+"""Log-probabilities over a vocabulary that is cut over the tensor ranks, without ever holding [tokens, vocabulary].
+
+With E = exp(logits - row maximum) the gradient of a token's log-probability is g ((1 - p) W[target] - pull), where pull is
+the mean of the other columns' weights under the softmax. Rows of E need only a factor each, so pull is computed while E of
+a chunk is there, in the forward pass, and E is dropped: a frozen head costs no recomputation at any chunk size. Only a
+trained head needs E again, kept or recomputed. Taking the target's column out of E, and 1 - p from the float32
+log-probability, keeps the gradient of a confident token exact where the products are in bfloat16.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+CHUNK_NUMBERS = 1 << 25  # logits of one chunk where nobody says: 128 MiB in float32
+
+
+def token_log_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: ProcessGroup | None,
+    vocab_size: int,
+    first_row: int,
+    chunk: int | None = None,
+) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] for every token, over the whole vocabulary; 0 where the target is negative.
+
+    hidden: [tokens, hidden], the same on every tensor rank. weight: [vocabulary / tp, hidden], this rank's rows, the first
+    of which is row `first_row` of the whole. Rows from `vocab_size` on are padding: they take no part and get no gradient.
+    targets: [tokens] int64, global, the same on every rank. group: the tensor ranks; None for one rank.
+    chunk: tokens whose logits exist at once. None: all of them where `weight` is trained (kept for the backward pass),
+    else as many as fit CHUNK_NUMBERS.
+
+    Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden and weight. The
+    gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
+    """
+    kept = targets >= 0
+    if bool(kept.all()):
+        return _LogProbabilities.apply(hidden, weight, targets, _Cut(group, vocab_size, first_row, chunk))
+    rows = kept.nonzero()[:, 0]
+    chosen = _LogProbabilities.apply(hidden[rows], weight, targets[rows], _Cut(group, vocab_size, first_row, chunk))
+    return chosen.new_zeros(len(targets)).index_put((rows,), chosen)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **cut: Any) -> Tensor:
+    """The negative of `token_log_probabilities`, which says what the arguments are: [tokens], 0 where label is negative."""
+    return -token_log_probabilities(hidden, weight, labels, **cut)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Which rows of the vocabulary this rank has, and how many tokens it takes at once."""
+
+    group: ProcessGroup | None
+    vocab_size: int
+    first_row: int
+    chunk: int | None
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    def real_rows(self, weight: Tensor) -> Tensor:
+        """This rank's rows without padding; a view."""
+        return weight[: max(0, min(len(weight), self.vocab_size - self.first_row))]
+
+    def own(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Tokens whose target is in this rank's rows, and the local row of each."""
+        local = targets - self.first_row
+        tokens = ((local >= 0) & (local < rows)).nonzero()[:, 0]
+        return tokens, local[tokens]
+
+    def chunks(self, tokens: int, rows: int, trained: bool) -> Iterator[slice]:
+        size = self.chunk or (tokens if trained else max(64, CHUNK_NUMBERS // max(rows, 1)))
+        return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1)))
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cut: _Cut) -> Tensor:
+        rows = cut.real_rows(weight)
+        trained, pulled = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        local_lse = hidden.new_empty(len(targets), dtype=exact)
+        target_logits = torch.zeros_like(local_lse)
+        pull = hidden.new_empty(hidden.shape, dtype=exact) if pulled else None
+        kept: list[Tensor] = []
+        for part in cut.chunks(len(targets), len(rows), trained):
+            tokens, columns = cut.own(targets[part], len(rows))
+            logits = (hidden[part] @ rows.t()).to(exact)
+            target_logits[part][tokens] = logits[tokens, columns]
+            top, total = _exponentials(logits)
+            local_lse[part] = top + total.log()
+            logits[tokens, columns] = 0
+            if pull is not None:
+                torch.div((logits.to(rows.dtype) @ rows).to(exact), total[:, None], out=pull[part])
+            if trained and cut.chunk is None:
+                kept.append(logits.div_(total[:, None]))
+        lse, target_logits = _over_ranks(local_lse, target_logits, cut)
+        result = target_logits - lse
+        ctx.save_for_backward(hidden, weight, targets, result, lse, local_lse, pull, *kept)
+        ctx.cut = cut
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, result, lse, local_lse, pull, *kept = ctx.saved_tensors
+        cut: _Cut = ctx.cut
+        rows = cut.real_rows(weight)
+        tokens, columns = cut.own(targets, len(rows))
+        towards = gradients[0] * -result.expm1()  # g (1 - p), exact for a confident token
+        away = -gradients[0] * (local_lse - lse).exp()
+        hidden_gradient = weight_gradient = None
+        if pull is not None:
+            whole = pull * away[:, None]
+            whole.index_add_(0, tokens, rows[columns].to(whole.dtype) * towards[tokens, None])
+            if cut.ranks > 1 and len(targets):
+                dist.all_reduce(whole, group=cut.group)
+            hidden_gradient = whole.to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight)
+            mine = cut.real_rows(weight_gradient)
+            scaled = (hidden * away[:, None]).to(hidden.dtype)
+            for number, part in enumerate(cut.chunks(len(targets), len(rows), trained=True)):
+                spread = kept[number] if kept else _softmax_of_others(hidden, rows, targets, part, cut)
+                mine.addmm_(spread.to(rows.dtype).t(), scaled[part])
+            mine.index_add_(0, columns, (hidden[tokens] * towards[tokens, None]).to(mine.dtype))
+        return hidden_gradient, weight_gradient, None, None
+
+
+def _softmax_of_others(hidden: Tensor, rows: Tensor, targets: Tensor, part: slice, cut: _Cut) -> Tensor:
+    """The softmax over this rank's rows of a chunk, [chunk, rows], with the target's column taken out."""
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = (hidden[part] @ rows.t()).to(exact)
+    _, total = _exponentials(logits)
+    tokens, columns = cut.own(targets[part], len(rows))
+    logits[tokens, columns] = 0
+    return logits.div_(total[:, None])
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - row maximum) in place; returns the maxima and the sums of the rows, [tokens] each."""
+    if not logits.numel():  # a rank whose rows are all padding
+        return logits.new_full((len(logits),), -torch.inf), logits.new_ones(len(logits))
+    top = logits.amax(-1)
+    return top, logits.sub_(top[:, None]).exp_().sum(-1)
+
+
+def _over_ranks(local_lse: Tensor, target_logits: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp over every rank's rows, and the target's logit from the rank that has it; one gather."""
+    if cut.ranks == 1 or not len(local_lse):
+        return local_lse, target_logits
+    mine = torch.stack([local_lse, target_logits])
+    every = mine.new_empty(cut.ranks, *mine.shape)
+    dist.all_gather_into_tensor(every.view(-1, mine.shape[1]), mine, group=cut.group)
+    return every[:, 0].logsumexp(0), every[:, 1].sum(0)

@@ -1,0 +1,135 @@
+"""From a run's settings to what steps need: the model's part with its weights, Megatron's DDP, optimizer and schedule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from swift_mega.config import schema
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.load import load
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.export.adapters import load_adapter
+from swift_mega.models.build import ModelPart, build, transformer_config
+from swift_mega.models.family import family_of, load_settings
+from swift_mega.objectives.objective import Head, Objective, find_objective
+from swift_mega.parallel.groups import Groups
+from swift_mega.parallel.layout import Layout, plan_layout
+from swift_mega.tuners.tuner import Tuner, find_tuner
+
+
+@dataclass
+class Training:
+    """One rank's side of a run."""
+
+    run: schema.Run
+    device: Device
+    groups: Groups
+    part: ModelPart
+    tuner: Tuner
+    objective: Objective
+    head: Head
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+def layout_of(run: schema.Run, world: int) -> Layout:
+    """The checked layout of a run; UserError before any rank starts where it cannot work."""
+    assert run.model.path is not None
+    return plan_layout(run.parallel, load_settings(run.model.path).shape, world)
+
+
+def parameter_dtype(model: schema.Model, device: Device) -> torch.dtype:
+    """dtype of the weights while training."""
+    if model.dtype == "auto":
+        return torch.bfloat16 if device.kind == "cuda" else torch.float32
+    return getattr(torch, model.dtype)
+
+
+def build_part(
+    run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, checkpoint: Checkpoint
+) -> ModelPart:  # fmt: skip
+    """This rank's part of the run's model, filled from its Hugging Face directory. Collective."""
+    directory = checkpoint.directory
+    settings = load_settings(directory)
+    config = transformer_config(
+        settings, groups.layout, device=device, dtype=dtype, train=run.train, given=run.model.megatron,
+        aux_loss=run.model.router_aux_loss_coefficient,
+    )  # fmt: skip
+    part = build(
+        family_of(directory), settings, groups.layout, groups.coordinate, device=device, config=config,
+        vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters,
+    )  # fmt: skip
+    load(part, checkpoint)
+    return part
+
+
+def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: int) -> Training:
+    """Everything that `steps` optimizer steps need. Collective."""
+    assert run.model.path is not None
+    tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
+    device.seed_all(run.train.seed)
+    dtype = parameter_dtype(run.model, device)
+    part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, checkpoint=Checkpoint(run.model.path))
+    tuner.attach(part, seed=run.train.seed)
+    for directory in run.model.adapters:
+        load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))
+    chunks = _wrap(run, part)
+    optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks)
+    _connect(run, part, chunks, optimizer)
+    scheduler = _scheduler(run.optim, optimizer, steps)
+    return Training(run, device, groups, part, tuner, objective, Head(part, groups), chunks, optimizer, scheduler)
+
+
+def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
+    parallel = run.parallel
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
+    )  # fmt: skip
+    # Chunks after the first gather their parameters while the one before computes; buckets are for overlap only.
+    wrapped = [
+        DistributedDataParallel(part.config, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(part.chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
+    optim = run.optim
+    return OptimizerConfig(
+        optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad, bf16=part.config.bf16,
+        params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )  # fmt: skip
+
+
+def _connect(run: schema.Run, part: ModelPart, chunks: list[DistributedDataParallel], optimizer: Any) -> None:
+    """What Megatron's schedules call on the way, as Megatron-LM's own training loop sets it."""
+    config = part.config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if run.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+
+
+def _scheduler(optim: schema.Optim, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    warmup = optim.warmup_steps or round(optim.warmup_fraction * steps)
+    if warmup >= steps:
+        raise UserError(
+            f"optim.warmup_steps={warmup} leaves nothing of {steps} steps to train at the full rate; choose fewer than {steps}"
+        )
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=warmup, lr_decay_steps=steps,
+        lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )  # fmt: skip

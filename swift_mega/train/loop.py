@@ -1,0 +1,199 @@
+"""The loop: steps, evaluations, checkpoints, and what the watcher sees of them."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from swift_mega.config import schema
+from swift_mega.data.batches import Batches
+from swift_mega.data.loader import Prepared
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.export.checkpoint import save_checkpoint
+from swift_mega.export.merged import merge
+from swift_mega.models.family import Settings
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout, check_microbatches
+from swift_mega.train.build import Training, build_training, parameter_dtype
+from swift_mega.train.monitor import Monitor, RunDirectory
+from swift_mega.train.step import evaluate, train_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves."""
+
+    directory: Path
+    checkpoint: Path
+    merged: Path | None
+    losses: list[float]
+    """Mean loss per trained token, of every step."""
+    evaluations: list[tuple[int, float]]
+    """(step, validation loss)."""
+    tokens: int
+    """Trained on, padding left out."""
+
+
+def make_batches(run: schema.Run, layout: Layout, data_rank: int, prepared: Prepared, pad_token: int) -> tuple[Batches, Batches | None]:
+    """Batches of both splits for one data rank; UserError where sizes do not fit the layout."""
+    def make(examples: list, once: bool) -> Batches:
+        return Batches(
+            examples, settings=run.data, micro_batch_size=run.train.micro_batch_size, global_batch_size=run.train.global_batch_size,
+            data_rank=data_rank, data_size=layout.data, pad_to=layout.tensor if layout.sequence else 1, pad_token=pad_token, once=once,
+        )  # fmt: skip
+
+    train = make(prepared.train, False)
+    check_microbatches(layout, train.microbatches)
+    return train, make(prepared.validation, True) if prepared.validation else None
+
+
+def total_steps(train: schema.Train, batches: Batches) -> int:
+    """Optimizer steps of the run."""
+    return train.steps if train.steps is not None else batches.steps(train.epochs or 1.0)
+
+
+def flops_per_token(settings: Settings, trained: bool) -> float:
+    """Multiply-adds count two: 2 per weight forward, 2 for the input's gradient, 2 more where weights are trained.
+
+    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these.
+    """
+    shape, megatron = settings.shape, settings.megatron
+    heads, head_dim = shape.heads, megatron["kv_channels"]
+    attention = shape.hidden * head_dim * (2 * heads + 2 * shape.kv_heads)
+    dense = 3 * shape.hidden * (shape.ffn or 0)
+    experts = 3 * shape.hidden * (shape.expert_ffn or 0) * megatron.get("moe_router_topk", 0)
+    weights = sum(attention + (experts if moe else dense) for moe in settings.moe_layers) + shape.hidden * shape.vocab
+    return (6.0 if trained else 4.0) * weights
+
+
+def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
+    """One rank of a run, from groups to the last checkpoint."""
+    groups = parallel_groups.init(layout, seed=run.train.seed)
+    try:
+        batches, validation = make_batches(run, layout, groups.coordinate.data, prepared, pad_token)
+        steps = total_steps(run.train, batches)
+        training = build_training(run, device, groups, steps=steps)
+        directory = _directory(run)
+        monitor = _monitor(training, directory, steps) if dist.get_rank() == 0 else None
+        with monitor or nullcontext():
+            return Loop(training, directory, monitor, steps, batches, validation).run()
+    finally:
+        parallel_groups.close()
+
+
+def _directory(run: schema.Run) -> RunDirectory:
+    """Rank 0 makes it, every rank learns its name; a refusal is everybody's."""
+    said: list[tuple[str, str]] = [("", "")]
+    made: RunDirectory | None = None
+    if dist.get_rank() == 0:
+        try:
+            made = RunDirectory(run.train.output_dir, run.train.add_version)
+            said = [(str(made.path), "")]
+        except UserError as error:
+            said = [("", str(error))]
+    dist.broadcast_object_list(said, src=0)
+    path, problem = said[0]
+    if problem:
+        raise UserError(problem)
+    return made or RunDirectory(path, False)
+
+
+def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor:
+    run = training.run
+    recorded = {**dataclasses.asdict(run), "layout": training.groups.layout.name, "world": training.groups.layout.world}
+    directory.write_args(recorded)
+    return Monitor(
+        directory, steps=steps, settings=run.monitor, device=training.device, world=training.groups.layout.world,
+        flops_per_token=flops_per_token(training.part.settings, trained=not training.tuner.adapters),
+        logging_steps=run.train.logging_steps, recorded=recorded,
+    )  # fmt: skip
+
+
+@dataclass
+class Loop:
+    """The steps of one rank; every method is collective."""
+
+    training: Training
+    directory: RunDirectory
+    monitor: Monitor | None
+    steps: int
+    batches: Batches
+    validation: Batches | None
+
+    def run(self) -> TrainResult:
+        losses, evaluations, tokens = [], [], 0
+        for step in range(1, self.steps + 1):
+            result = train_step(self.training, self.batches.batch(step - 1))
+            losses.append(result.loss)
+            tokens += result.tokens
+            self._report(step, result)
+            if self._due(step, self.training.run.train.eval_steps) and self.validation is not None:
+                evaluations.append((step, self._evaluate(step)))
+            if self._due(step, self.training.run.train.save_steps):
+                self._save(step)
+        checkpoint = self.directory.checkpoint(self.steps)
+        return TrainResult(self.directory.path, checkpoint, self._merge(checkpoint), losses, evaluations, tokens)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def _report(self, step: int, result) -> None:
+        if self.monitor is not None:
+            self.monitor.step(
+                step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate, tokens=result.tokens,
+                trained_tokens=result.trained_tokens,
+            )  # fmt: skip
+        if not math.isfinite(result.loss) or not result.applied:
+            raise UserError(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not a finite number, so nothing that follows would be; "
+                f"lower optim.lr={self.training.run.optim.lr:g}, or look for damaged rows in the data of this step"
+            )
+
+    def _evaluate(self, step: int) -> float:
+        assert self.validation is not None
+        with self._paused():
+            loss = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps_per_epoch)])
+        if self.monitor is not None:
+            self.monitor.evaluation(step, loss)
+        return loss
+
+    def _save(self, step: int) -> None:
+        run = self.training.run
+        assert run.model.path is not None
+        with self._paused():
+            for chunk in self.training.chunks:
+                if run.parallel.overlap_param_gather:
+                    chunk.start_param_sync(force_sync=True)  # gathered lazily otherwise: by the next forward pass
+            save_checkpoint(
+                self.training.tuner, self.training.part, self.training.groups, self.directory.checkpoint(step), source=run.model.path,
+                max_shard_size=run.export.max_shard_size, dtype=parameter_dtype(run.model, self.training.device),
+            )  # fmt: skip
+            if dist.get_rank() == 0:
+                self._forget_old(step)
+
+    def _forget_old(self, step: int) -> None:
+        limit = self.training.run.train.save_total_limit
+        kept = sorted(self.directory.path.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+        for path in kept[: len(kept) - limit] if limit else []:
+            if path != self.directory.checkpoint(step):
+                shutil.rmtree(path)
+
+    def _merge(self, checkpoint: Path) -> Path | None:
+        run = self.training.run
+        if not (run.export.merge_lora and self.training.tuner.adapters):
+            return None
+        merged = checkpoint.with_name(f"{checkpoint.name}-merged")
+        assert run.model.path is not None
+        if dist.get_rank() == 0:
+            merge(run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True)
+        dist.barrier()
+        return merged
+
+    def _paused(self):
+        return self.monitor.paused() if self.monitor is not None else nullcontext()

@@ -1,0 +1,254 @@
+"""What a run writes about itself, in SWIFT's layout: the run's directory, and the monitor that fills it.
+
+Every number takes one road: `Monitor.step` turns a step into a flat record, and each sink is given that same record, so
+the file, the plots and the bar can't disagree. One rank constructs it; the others write nothing. The file comes first
+and is flushed line by line, for it is what remains of a run that dies.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from swift_mega.config import schema
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.train.sinks import JsonLines, Plots, Progress, Record, Sink, TensorBoard, Wandb, check
+
+
+def new_version(output_dir: Path, now: datetime) -> str:
+    """The name vN-YYYYMMDD-HHMMSS of the next run in `output_dir`: N is one more than the largest there, at first 0."""
+    names = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
+    numbers = [int(found[1]) for name in names if (found := re.match(r"v(\d+)-\d{8}-\d{6}$", name))]
+    return f"v{max(numbers, default=-1) + 1}-{now:%Y%m%d-%H%M%S}"
+
+
+class RunDirectory:
+    """Where one run writes. The rank that decides makes it with a version; others open `RunDirectory(path, False)`."""
+
+    def __init__(self, output_dir: str | Path, add_version: bool = True, *, now: datetime | None = None) -> None:
+        """Creates the directory. Raises UserError where that is not possible."""
+        root = Path(output_dir).expanduser().absolute()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self.path = self._claim(root, now or datetime.now()) if add_version else root
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"train.output_dir {root} is, or lies below, a file, not a directory; name another output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir {root} cannot be written ({error.strerror}); name a directory that you may write to"
+            ) from None
+
+    @staticmethod
+    def _claim(root: Path, now: datetime) -> Path:
+        while True:
+            path = root / new_version(root, now)
+            # Two runs may start in the same second: making the directory is what decides, and the loser counts on.
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+
+    @property
+    def logging(self) -> Path:
+        return self.path / "logging.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "runs"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images"
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` optimizer steps goes; not created here."""
+        return self.path / f"checkpoint-{step}"
+
+    def write_args(self, settings: Mapping[str, Any]) -> Path:
+        """args.json: the resolved settings (`dataclasses.asdict` of a Run, and what else the caller wants to keep)."""
+        path = self.path / "args.json"
+        scratch = path.with_suffix(".json.part")
+        scratch.write_text(json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        scratch.replace(path)
+        return path
+
+
+def format_time(seconds: float) -> str:
+    """SWIFT's form: 3s, 1m 3s, 2h 0m 5s, 1d 0h 0m 0s; fractions are cut off."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    parts = ((days, "d"), (hour, "h"), (minute, "m"), (second, "s"))
+    first = next((i for i, (value, _) in enumerate(parts) if value), len(parts) - 1)
+    return " ".join(f"{value}{unit}" for value, unit in parts[first:])
+
+
+class Monitor:
+    """Collects steps into records and gives them to the sinks. Constructed by one rank only.
+
+    A line is written for the first step, the last one and every `logging_steps`; its loss is the mean over the steps since
+    the line before. Speeds count training alone: time inside `paused()` (evaluation, saving) is left out.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *,
+        steps: int,
+        settings: schema.Monitor,
+        flops_per_token: float,
+        device: Device,
+        world: int = 1,
+        logging_steps: int = 1,
+        first_step: int = 0,
+        recorded: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """steps: of the whole run, of which `first_step` were done before a resume.
+
+        flops_per_token: floating-point operations of one token's forward and backward pass in the whole model.
+        world: ranks, for tflops and mfu, which are per device. recorded: settings that wandb shows beside the run.
+        Raises UserError where report_to names something that is not installed or the files can't be opened.
+        """
+        self.directory = directory
+        self._steps, self._first, self._logging_steps = steps, first_step, logging_steps
+        self._flops, self._device, self._world, self._clock = flops_per_token, device, world, clock
+        self._progress: Progress | None = None
+        self._sinks: list[Sink] = []
+        self._open(settings, recorded or {})
+        self._losses: list[float] = []
+        self._tokens = self._trained = self._window_tokens = 0
+        self._paused = self._window_paused = 0.0
+        self._begin = self._window_begin = clock()
+
+    def _open(self, settings: schema.Monitor, recorded: Mapping[str, Any]) -> None:
+        check(settings)
+        try:
+            self._sinks.append(JsonLines(self.directory.logging))
+        except OSError as error:
+            raise UserError(
+                f"{self.directory.logging} cannot be opened ({error.strerror}); name another train.output_dir"
+            ) from None
+        if "wandb" in settings.report_to:
+            self._sinks.append(Wandb(self.directory.path, settings, recorded))
+        if "tensorboard" in settings.report_to:
+            self._sinks.append(TensorBoard(self.directory.tensorboard))
+        self._sinks.append(Plots(self.directory.images, self._clock))
+        if settings.progress:
+            self._progress = Progress(self._steps, self._first)
+            self._sinks.append(self._progress)
+
+    def step(
+        self,
+        iteration: int,
+        *,
+        loss: float,
+        grad_norm: float | None,
+        learning_rate: float,
+        tokens: int,
+        trained_tokens: int,
+        extra: Mapping[str, float] | None = None,
+    ) -> Record | None:
+        """Takes in optimizer step `iteration` (the first is 1); returns the record where a line was written.
+
+        loss: mean per trained token of the step's global batch. tokens: of the global batch, without padding;
+        trained_tokens: those of them with a loss. extra: further numbers of the objective, taken from this step.
+        """
+        self._losses.append(loss)
+        self._window_tokens += tokens
+        self._tokens += tokens
+        self._trained += trained_tokens
+        record = None
+        if iteration in (self._first + 1, self._steps) or iteration % self._logging_steps == 0:
+            record = self._record(iteration, grad_norm, learning_rate, extra or {})
+            self._write("train", iteration, record)
+        if self._progress:
+            self._progress.advance(iteration)
+        return record
+
+    def _record(
+        self, iteration: int, grad_norm: float | None, learning_rate: float, extra: Mapping[str, float]
+    ) -> Record:
+        now = self._clock()
+        busy = now - self._window_begin - self._window_paused
+        tokens_per_s = self._window_tokens / busy if busy > 0 else None
+        flops = tokens_per_s * self._flops / self._world if tokens_per_s and self._flops else None
+        peak = self._device.peak_flops()
+        record = {
+            "loss": sum(self._losses) / len(self._losses),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            **extra,
+            **self._standing(iteration, now),
+            "tokens_per_s": tokens_per_s,
+            "tflops": flops / 1e12 if flops else None,
+            "mfu": flops / peak if flops and peak else None,
+            "tokens": self._tokens,
+            "trained_tokens": self._trained,
+        }
+        self._losses, self._window_tokens, self._window_paused, self._window_begin = [], 0, 0.0, now
+        return record
+
+    def _standing(self, iteration: int, now: float) -> Record:
+        """Where the run stands, and how long the rest will take at the speed so far."""
+        elapsed = now - self._begin
+        done = iteration - self._first
+        speed = (elapsed - self._paused) / done if done > 0 else None
+        return {
+            "iteration": f"{iteration}/{self._steps}",
+            "elapsed_time": format_time(elapsed),
+            "remaining_time": None if speed is None else format_time(speed * (self._steps - iteration)),
+            "memory(GiB)": round(self._device.peak_memory_bytes() / 2**30, 2),
+            "train_speed(s/it)": speed,
+        }
+
+    def evaluation(self, iteration: int, loss: float, extra: Mapping[str, float] | None = None) -> Record:
+        """The validation loss after optimizer step `iteration`; keys of `extra` get the prefix eval_."""
+        others = {f"eval_{key.removeprefix('eval_')}": value for key, value in (extra or {}).items()}
+        where = self._standing(iteration, self._clock())
+        record = {"eval_loss": loss, **others, **{key: where[key] for key in ("iteration", "elapsed_time")}}
+        self._write("eval", iteration, record)
+        return record
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training: it counts for elapsed_time only."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            spent = self._clock() - begin
+            self._paused += spent
+            self._window_paused += spent
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self._progress:
+            self._progress.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _write(self, group: str, step: int, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(group, step, record)
+
+    def close(self) -> None:
+        """Draws the plots and closes every file; a second call does nothing."""
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

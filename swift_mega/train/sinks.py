@@ -1,0 +1,207 @@
+"""Where a record of numbers goes: logging.jsonl, TensorBoard, wandb, plots and the progress bar.
+
+A sink is given each record and takes from it what it can show. Heavy packages are imported by the sink that needs them,
+when it is opened or first drawn.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from swift_mega.config import schema
+from swift_mega.errors import UserError
+
+Record = dict[str, Any]
+
+# Keys of a record that are text: they say where the run stands and are not curves.
+NOT_CURVES = frozenset({"iteration", "elapsed_time", "remaining_time"})
+PLOTS = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "eval_loss")
+SMOOTHING = 0.9
+SECONDS_BETWEEN_DRAWINGS = 60.0
+# Drawing may take at most one part in this many of the run's time.
+DRAWING_SHARE = 50
+
+
+def check(settings: schema.Monitor) -> None:
+    """Raises UserError where `report_to` names a package that is not installed; costs nothing, so ask before a run."""
+    if "wandb" in settings.report_to and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "monitor.report_to names wandb, which is not installed; run `pip install wandb`, "
+            "or leave it out: monitor.report_to=[tensorboard]"
+        )
+
+
+def strict_json(record: Record) -> str:
+    """One line of JSON that every parser reads: NaN and infinities, which JSON has not, become null."""
+    clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False)
+
+
+def smooth(values: list[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average without the pull towards zero at the start (Adam's bias correction, as TensorBoard)."""
+    total, seen, out = 0.0, 0.0, []
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        seen = weight * seen + (1 - weight)
+        out.append(total / seen)
+    return out
+
+
+class Sink(Protocol):
+    """Something that is given each record: `group` is "train" or "eval", `step` the optimizer step."""
+
+    def write(self, group: str, step: int, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def curves(group: str, record: Record) -> Iterator[tuple[str, float]]:
+    """(tag, value) of what can be drawn: train/loss, eval/loss … without the null ones."""
+    for key, value in record.items():
+        if key in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        yield f"{group}/{key.removeprefix('eval_') if group == 'eval' else key}", float(value)
+
+
+class JsonLines:
+    """logging.jsonl: appended to, flushed after every line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, group: str, step: int, record: Record) -> None:
+        self._file.write(strict_json(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in runs/."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, group: str, step: int, record: Record) -> None:
+        for tag, value in curves(group, record):
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A wandb run, online or offline as wandb's own configuration says; its files are in wandb/ of the run directory."""
+
+    def __init__(self, directory: Path, settings: schema.Monitor, recorded: Mapping[str, Any]) -> None:
+        wandb = importlib.import_module("wandb")
+        name = settings.wandb_run_name or directory.name
+        try:
+            self._run = wandb.init(project=settings.wandb_project, name=name, dir=str(directory), config=dict(recorded))
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"wandb could not start run {name!r} of project {settings.wandb_project!r} ({error}); "
+                "run `wandb login`, set WANDB_MODE=offline, or leave wandb out of monitor.report_to"
+            ) from None
+
+    def write(self, group: str, step: int, record: Record) -> None:
+        self._run.log(dict(curves(group, record)), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Plots:
+    """PNG files in images/, drawn now and then and at the end.
+
+    Drawing waits for at least a minute, and longer where a drawing is slow, so it costs a run at most 2% of its time.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._folder, self._clock = folder, clock
+        self._points: dict[str, tuple[list[int], list[float]]] = {}
+        self._next = clock() + SECONDS_BETWEEN_DRAWINGS
+
+    def write(self, group: str, step: int, record: Record) -> None:
+        for key in PLOTS:
+            value = record.get(key)
+            if value is not None and math.isfinite(value):
+                steps, values = self._points.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(float(value))
+        if self._clock() >= self._next:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draws every curve that has points."""
+        begin = self._clock()
+        self._folder.mkdir(exist_ok=True)
+        for key, (steps, values) in self._points.items():
+            draw_curve(self._folder / f"{key if key.startswith('eval_') else f'train_{key}'}.png", key, steps, values)
+        end = self._clock()
+        self._next = end + max(SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE * (end - begin))
+
+    def close(self) -> None:
+        self.draw()
+
+
+def draw_curve(path: Path, key: str, steps: list[int], values: list[float]) -> None:
+    """One PNG: the raw line, and for a loss the smoothed one over it."""
+    # matplotlib.figure without pyplot: no display, no global list of figures, nothing to forget to close.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    smoothed = key == "loss" and len(values) > 2
+    marker = "o" if len(values) <= 50 else None
+    axes.plot(steps, values, color="tab:blue", alpha=0.35 if smoothed else 1.0, marker=marker, markersize=3, label=key)
+    if smoothed:
+        axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label=f"smoothed ({SMOOTHING})")
+        axes.legend(frameon=False)
+    axes.set(xlabel="optimizer step", ylabel=key, title=f"{key}: last {values[-1]:.4g} at step {steps[-1]}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    scratch = path.with_suffix(".part")
+    figure.savefig(scratch, format="png")
+    scratch.replace(path)  # whoever looks while the run goes on never sees half a picture
+
+
+class Progress:
+    """A bar with loss, tokens/s and remaining time, on standard error."""
+
+    def __init__(self, steps: int, first_step: int) -> None:
+        from tqdm import tqdm
+
+        # A log file gets a line now and then instead of one per step.
+        interval = 0.2 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=steps, initial=first_step, desc="train", unit="step", mininterval=interval, dynamic_ncols=True
+        )
+        self._text: dict[str, str] = {}
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def write(self, group: str, step: int, record: Record) -> None:
+        for key in ("loss", "eval_loss", "tokens_per_s"):
+            value = record.get(key)
+            if value is not None:
+                self._text[key] = f"{value:,.0f} tok/s" if key == "tokens_per_s" else f"{key} {value:.4f}"
+        self._bar.set_postfix_str(", ".join(self._text.values()), refresh=False)
+
+    def say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.refresh()
+        self._bar.close()

@@ -1,0 +1,273 @@
+"""Proof on a real checkpoint: logits, loss and every gradient of a layout beside Hugging Face's, in float32.
+
+The reference is transformers (and PEFT) alone, one example at a time. A layout goes the way of training: the same loader, Megatron's
+schedule, the same loss and gradient reduction; its gradients are glued to Hugging Face tensors by the writer of checkpoints.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swift_mega.config import schema
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.save import write_directory
+from swift_mega.data.pack import Example, Microbatch, collate
+from swift_mega.device import Device
+from swift_mega.export.checkpoint import save_checkpoint
+from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
+from swift_mega.models.family import load_settings
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout
+from swift_mega.train.build import Training, build_training
+from swift_mega.train.step import run_schedule
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a layout is from Hugging Face."""
+
+    layout: str
+    logits: float
+    """Largest absolute difference."""
+    loss: float
+    """Absolute difference of the mean loss per token."""
+    gradient: float
+    """Largest difference within a tensor, relative to the largest number in it, over all tensors."""
+    worst: str
+    """The tensor of `gradient`."""
+    tensors: int
+    """Gradients compared."""
+
+
+def example_rows(vocab: int, *, examples: int = 8, shortest: int = 5, longest: int = 24, seed: int = 0) -> list[list[int]]:
+    """Rows of random tokens of mixed lengths, the same ones for the same arguments."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocab) for _ in range(draw.randint(shortest, longest))] for _ in range(examples)]
+
+
+def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]:
+    """This data rank's rows, two to a microbatch, so that packing is part of what is proven; every token is trained."""
+    import numpy as np
+
+    examples = [Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool)) for row in rows]
+    pairs = [examples[start : start + 2] for start in range(0, len(examples), 2)]
+    assert len(pairs) % (layout.data * layout.pipeline) == 0, f"{len(pairs)} microbatches for {layout.name}"
+    return [collate(pair, layout.tensor if layout.sequence else 1) for pair in pairs[data_rank :: layout.data]]
+
+
+# ------------------------------------------------------------------------------------------------ Hugging Face's side
+
+
+def reference(model: Path, adapter: Path | None, rows: Rows, output: Path) -> None:
+    """Writes gradients and logits of transformers (and PEFT) for `rows` to `output`.
+
+    PEFT folds the factors of all experts into one, so their gradients can't be told apart there. With experts the adapter is merged
+    and its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW and dB = s dW A^T.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    folded = adapter is not None and load_settings(model).shape.experts is not None
+    if folded:
+        assert adapter is not None
+        merge(model, adapter, output / "merged", overwrite=True)
+    network = _network(output / "merged" if folded else model, None if folded else adapter)
+    save_file(_backward(network, rows), output / "logits.safetensors")
+    if adapter is None:
+        gradients = _model_gradients(network)
+    elif folded:
+        gradients = _chain_rule(read_adapter(adapter), _model_gradients(network))
+    else:
+        gradients = _adapter_gradients(network)
+    folder = output / "gradients"
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in gradients.items()}, folder / "model.safetensors")
+
+
+def _network(model: Path, adapter: Path | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    if adapter is not None:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    return network.eval()
+
+
+def _backward(network: Any, rows: Rows) -> dict[str, Tensor]:
+    """Runs forward and backward over all rows; returns their logits, and the mean loss per token."""
+    count = sum(len(row) - 1 for row in rows)
+    found, total = {}, 0.0
+    for number, row in enumerate(rows):
+        tokens = torch.tensor(row)[None]
+        logits = network(input_ids=tokens, use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[0, 1:], reduction="sum") / count
+        loss.backward()
+        found[f"logits.{number}"] = logits.detach().contiguous()
+        total += float(loss.detach())
+    found["loss"] = torch.tensor(total, dtype=torch.float64)
+    return found
+
+
+def _chain_rule(adapter: PeftAdapter, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    factors = {}
+    for module in sorted(adapter.modules):
+        name, grad = f"{PREFIX}{module}.lora_", gradients[f"{module}.weight"]
+        down, up = (adapter.checkpoint.read(f"{name}{letter}.weight") for letter in "AB")
+        factors[f"{name}A.weight"] = adapter.scale * up.t() @ grad
+        factors[f"{name}B.weight"] = adapter.scale * grad @ down.t()
+    return factors
+
+
+def _model_gradients(network: Any) -> dict[str, Tensor]:
+    """Gradients under the names that checkpoints use, which differ from those in memory for experts."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+    return revert_weight_conversion(network, gradients)
+
+
+def _adapter_gradients(network: Any) -> dict[str, Tensor]:
+    return {
+        name.replace(".default.", "."): parameter.grad
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the layout's side
+
+
+def random_adapter(run: schema.Run, device: Device, layout: Layout, output: Path) -> None:
+    """Writes an adapter of the run's settings whose `up` factors are not zero, so that every gradient is. Collective."""
+    groups = parallel_groups.init(layout, seed=run.train.seed)
+    try:
+        training = build_training(run, device, groups, steps=1)
+        draw = torch.Generator().manual_seed(run.train.seed)
+        with torch.no_grad():
+            for held in training.tuner.held(training.part):
+                if ".adapter.up." in held.name:
+                    held.parameter.copy_(torch.randn(held.parameter.shape, generator=draw) * 0.05)
+        assert run.model.path is not None
+        save_checkpoint(
+            training.tuner, training.part, groups, output, source=run.model.path, max_shard_size="5GB", dtype=torch.float32
+        )  # fmt: skip
+    finally:
+        parallel_groups.close()
+
+
+def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output: Path) -> None:
+    """One rank of a layout: writes gradients and logits for `rows` to `output`, like `reference`."""
+    groups = parallel_groups.init(layout, seed=run.train.seed)
+    try:
+        training = build_training(run, device, groups, steps=1)
+        mine = microbatches(rows, layout, groups.coordinate.data)
+        logits = collect_logits(training, mine)
+        for chunk in training.chunks:
+            chunk.zero_grad_buffer()
+        loss, _, _ = run_schedule(training, mine, forward_only=False)
+        if dist.get_rank() == 0:
+            output.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        _write_logits(training, logits, loss, output)
+        write_directory(
+            training.part, groups, output / "gradients", list(training.tuner.held(training.part)), dtypes=torch.float32,
+            max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=lambda held: held.parameter.main_grad,
+        )  # fmt: skip
+    finally:
+        parallel_groups.close()
+
+
+def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[Tensor]]:
+    """Logits [tokens, vocab] of every example of this data rank, by microbatch; empty lists but on the last stage. Collective."""
+    collected: list[list[Tensor]] = []
+    plain = training.objective
+    training.objective = _Collect(collected, training.part.settings.shape.vocab, plain)
+    try:
+        for chunk in training.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            run_schedule(training, rows, forward_only=True)
+    finally:
+        training.objective = plain
+        for chunk in training.chunks:
+            chunk.train()
+    return collected
+
+
+@dataclass
+class _Collect:
+    """An objective that also keeps whole logits, cut by example; padding at the end is dropped with the examples it makes."""
+
+    into: list[list[Tensor]]
+    vocab: int
+    objective: Any
+
+    def loss(self, head: Any, chunk: Any, hidden: Tensor, batch: Microbatch) -> Any:
+        local = chunk.head_input(hidden) @ head.part.head_weight.t()
+        shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
+        dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
+        whole = torch.cat(shards, dim=-1)[:, : self.vocab].float().cpu()
+        bounds = batch.cu_seqlens.tolist()
+        self.into.append([whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
+        return self.objective.loss(head, chunk, hidden, batch)
+
+
+def _write_logits(training: Training, collected: list[list[Tensor]], loss: float, output: Path) -> None:
+    """Each data rank's last stage writes its own file; `compare` numbers the examples as `microbatches` dealt them."""
+    where, layout = training.groups.coordinate, training.groups.layout
+    if not (training.groups.is_last_stage and where.tensor == 0):
+        return
+    named = {
+        f"logits.{2 * (where.data + layout.data * number) + place}": value.contiguous()
+        for number, examples in enumerate(collected)
+        for place, value in enumerate(examples[:2])
+    }
+    named["loss"] = torch.tensor(loss, dtype=torch.float64)
+    save_file(named, output / f"logits-{where.data}.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ the comparison
+
+
+def compare(name: str, expected: Path, found: Path) -> Difference:
+    """The differences between two directories that `reference` or `measure` wrote."""
+    want = load_file(expected / "logits.safetensors") if (expected / "logits.safetensors").is_file() else _joined(expected)
+    have = _joined(found)
+    if want.keys() != have.keys():
+        raise AssertionError(f"{name}: examples differ: {sorted(want.keys() ^ have.keys())}")
+    logits = max(_largest(want[key] - have[key]) for key in want if key != "loss")
+    loss = _largest(want["loss"] - have["loss"])
+    worst, gradient, tensors = "", 0.0, 0
+    for key, expected_gradient, gradient_found in gradients(expected, found):
+        tensors += 1
+        difference = _largest(expected_gradient - gradient_found) / max(_largest(expected_gradient), 1e-8)
+        if not difference <= gradient:
+            worst, gradient = key, difference
+    return Difference(name, logits, loss, gradient, worst, tensors)
+
+
+def gradients(expected: Path, found: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pairs of gradients by Hugging Face name; AssertionError where the names differ."""
+    want, have = Checkpoint(expected / "gradients"), Checkpoint(found / "gradients")
+    odd = sorted(want.entries.keys() ^ have.entries.keys())
+    if odd:
+        raise AssertionError(f"gradients on one side only: {odd[:6]} and {max(len(odd) - 6, 0)} more")
+    for key in want.entries:
+        yield key, want.read(key), have.read(key)
+
+
+def _joined(directory: Path) -> dict[str, Tensor]:
+    return {key: value for file in sorted(directory.glob("logits-*.safetensors")) for key, value in load_file(file).items()}
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max()) if difference.numel() else 0.0

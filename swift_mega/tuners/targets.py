@@ -1,0 +1,68 @@
+"""Which linears an adapter goes to: names as Hugging Face and PEFT know them, matched to Megatron's fused linears.
+
+A fused linear (query, key and value; gate and up) holds several Hugging Face linears, and a name may ask for only some of them.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from swift_mega.errors import UserError
+from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.family import Family
+
+LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
+ALL = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Megatron linear of this rank, its weight, and which of its parts get an adapter."""
+
+    linear: nn.Module
+    held: Held
+    parts: tuple[bool, ...]
+    index: int | None
+    """Which expert of a grouped linear, counted on this rank; None for a linear of its own."""
+
+
+def linear_names(family: Family) -> list[str]:
+    """Leaf names of every linear of a family that can have an adapter, as PEFT's target_modules lists them."""
+    return sorted({part.split(".")[-2] for rule in family.rules if LINEAR.fullmatch(rule.megatron) for part in rule.parts})
+
+
+def wanted(module: str, targets: Sequence[str]) -> bool:
+    """Whether a Hugging Face module name is asked for: PEFT's rule, the name itself or its last words."""
+    return any(target == ALL or module == target or module.endswith(f".{target}") for target in targets)
+
+
+def check_targets(family: Family, layers: int, experts: int | None, targets: Sequence[str]) -> None:
+    """UserError where a target names no linear of this model."""
+    templates = [
+        part.removesuffix(".weight") for rule in family.rules if LINEAR.fullmatch(rule.megatron) for part in rule.parts
+    ]  # fmt: skip
+    modules = {
+        template.format(i=i, e=e) for template in templates for i in range(layers) for e in range(experts or 1)
+    }  # fmt: skip
+    for target in targets:
+        if not any(wanted(module, (target,)) for module in modules):
+            raise UserError(
+                f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(linear_names(family))}"
+            )
+    if not targets:
+        raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(linear_names(family))}")
+
+
+def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
+    """This rank's linears that get an adapter."""
+    owners = {id(parameter): module for chunk in part.chunks for module in chunk.modules() for parameter in module.parameters(recurse=False)}
+    for held in part.held():
+        if not LINEAR.fullmatch(held.name):
+            continue
+        chosen = tuple(wanted(name.removesuffix(".weight"), targets) for name in held.parts)
+        if any(chosen):
+            linear = owners[id(held.parameter)]
+            local = next(name for name, value in linear.named_parameters(recurse=False) if value is held.parameter)
+            yield Target(linear, held, chosen, int(local.removeprefix("weight")) if local != "weight" else None)

@@ -1,0 +1,69 @@
+"""Shared fixtures. `ranks` runs a test's body in real ranks over gloo, forked after torch and Megatron are imported once."""
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from swift_mega import device
+
+# Before any test module is imported, since those import Megatron, which binds CUDA functions when it is imported. Ranks are
+# forks, and inherit the imports.
+HERE = device.setup()
+import megatron.core.distributed  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.optimizer  # noqa: E402
+import megatron.core.pipeline_parallel  # noqa: E402, F401
+
+Ranks = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def cpu() -> device.Device:
+    """The device of this process, with the facade installed."""
+    return HERE
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    """ranks(n, body, *args, timeout=120): run module-level `body` in n gloo ranks, one thread each.
+
+    Returns rank 0's result. A rank's traceback, or the timeout in seconds, fails the test and ends every rank.
+    """
+
+    def run(n: int, body: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+        from swift_mega.launch.torchrun import run_ranks
+
+        with _deadline(timeout), pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OMP_NUM_THREADS", "1")
+            return run_ranks(n, body, *args, device_kind="cpu")
+
+    return run
+
+
+class _deadline:
+    """Raises TimeoutError in this process after some seconds, wherever it is."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        def expire(*_: Any) -> None:
+            raise TimeoutError(f"the ranks took more than {self.seconds:g} s and were ended")
+
+        self.before = signal.signal(signal.SIGALRM, expire)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> Iterator[None]:
+    """Every test starts from the same random numbers, whichever ran before it."""
+    import torch
+
+    torch.manual_seed(1234)
+    yield

@@ -1,0 +1,121 @@
+"""Batches are a function of (seed, step), the same for any number of data ranks, and lose nothing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from swift_mega.config.schema import Data
+from swift_mega.data.batches import Batches
+from swift_mega.data.pack import Example, Microbatch
+from swift_mega.errors import UserError
+
+
+def examples(number: int) -> list[Example]:
+    """Example i is i + 2 times the token i, so a microbatch tells which examples it holds."""
+    return [
+        Example(tokens=np.full(i + 2, i, dtype=np.int32), trained=np.ones(i + 2, dtype=bool)) for i in range(number)
+    ]
+
+
+def held(row: Microbatch) -> list[int]:
+    return row.tokens[row.cu_seqlens[:-1].long()].tolist()
+
+
+def make(
+    number: int, micro: int, total: int, *, rank: int = 0, size: int = 1, once: bool = False, **settings: object
+) -> Batches:
+    data = Data(**settings)  # type: ignore[arg-type]
+    return Batches(
+        examples(number),
+        settings=data,
+        micro_batch_size=micro,
+        global_batch_size=total,
+        data_rank=rank,
+        data_size=size,
+        once=once,
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_the_same_microbatches_for_any_number_of_ranks(packing, step):
+    """The union over 1, 2 and 4 ranks is the same set of microbatches, and every rank has as many."""
+    unions = []
+    for size in (1, 2, 4):
+        ranks = [
+            make(21, 2, 16, rank=rank, size=size, packing=packing, max_length=40).batch(step) for rank in range(size)
+        ]
+        assert {len(rows) for rows in ranks} == {8 // size}
+        unions.append(sorted(held(row) for rows in ranks for row in rows))
+    assert unions[0] == unions[1] == unions[2]
+
+
+def test_nothing_is_lost_or_doubled_over_epochs():
+    """Over whole epochs every example is seen equally often, across seams; each epoch has its own order."""
+    batches = make(10, 1, 4)
+    seen = [index for step in range(5) for row in batches.batch(step) for index in held(row)]
+    assert Counter(seen) == dict.fromkeys(range(10), 2)
+    assert sorted(seen[:10]) == list(range(10)) and seen[:10] != seen[10:]
+    assert batches.steps_per_epoch == 3
+    assert (batches.steps(2), batches.steps(0.4), batches.steps(0.01)) == (5, 1, 1)
+    assert (batches.repeated(3), batches.repeated(5)) == (2, 0)
+
+
+def test_any_step_on_its_own_equals_the_run():
+    """Resume: step 7 asked first is step 7 of the run, and going back works too."""
+    run = make(10, 2, 4)
+    rows = [[held(row) for row in run.batch(step)] for step in range(12)]
+    assert [held(row) for row in make(10, 2, 4).batch(7)] == rows[7]
+    assert [held(row) for row in run.batch(2)] == rows[2]
+    assert [[held(row) for row in make(10, 2, 4, seed=1).batch(0)]] != rows[:1]
+
+
+def test_fewer_examples_than_a_batch_come_around_again():
+    """3 examples fill a batch of 8, counted."""
+    batches = make(3, 1, 8)
+    seen = Counter(index for row in batches.batch(0) for index in held(row))
+    assert sorted(seen.values()) == [2, 3, 3]
+    assert (batches.steps_per_epoch, batches.repeated(1)) == (1, 2)
+
+
+def test_without_shuffle_the_order_is_that_of_the_files():
+    """data.shuffle=false keeps the order in each epoch."""
+    batches = make(4, 1, 2, shuffle=False)
+    assert [held(row) for step in range(4) for row in batches.batch(step)] == [[0], [1], [2], [3]] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_validation_counts_each_example_once(size):
+    """once: the targets of all steps are those of the examples, and fillers have none."""
+    every = [make(5, 1, 4, rank=rank, size=size, once=True) for rank in range(size)]
+    assert every[0].steps_per_epoch == 2
+    rows = [row for batches in every for step in range(2) for row in batches.batch(step)]
+    assert len(rows) == 8
+    assert sorted(index for row in rows if row.targets for index in held(row)) == [0, 1, 2, 3, 4]
+    assert sum(row.targets for row in rows) == sum(e.targets for e in examples(5))
+
+
+def test_padding_and_packing():
+    """Rows are padded to the multiple; packed rows hold whole examples up to max_length."""
+    batches = Batches(
+        examples(6), settings=Data(packing=True, max_length=14), micro_batch_size=1, global_batch_size=1, pad_to=8
+    )
+    assert batches.units == 2
+    rows = [batches.batch(step)[0] for step in range(2)]
+    assert [len(row.tokens) for row in rows] == [16, 16]
+    assert sorted(index for row in rows for index in held(row)[:-1]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_sizes_that_do_not_divide():
+    """One error with the nearest sizes."""
+    with pytest.raises(
+        UserError, match=r"global_batch_size=10 .*micro_batch_size=2 times 4 .*\(8\); set it to 8 or 16"
+    ):
+        make(4, 2, 10, size=4)
+    with pytest.raises(UserError, match=r"global_batch_size=3 .*set it to 8"):
+        make(4, 2, 3, size=4)
+    with pytest.raises(UserError, match=r"micro_batch_size=0.*at least 1"):
+        make(4, 0, 3)
+    with pytest.raises(UserError, match=r"no examples.*data.dataset"):
+        make(0, 1, 1)

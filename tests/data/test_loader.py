@@ -1,0 +1,94 @@
+"""From settings to examples: what is cut, what is dropped, and that all of it is counted."""
+
+from dataclasses import replace
+
+import pytest
+
+from swift_mega.config.schema import Data
+from swift_mega.data.loader import prepare
+from swift_mega.errors import UserError
+
+SHORT = {"query": "Hi", "response": "Yes"}
+LONG = {"query": "Who are you? " * 20, "response": "I am an assistant. " * 10}
+
+
+@pytest.fixture
+def data(write) -> Data:
+    return Data(dataset=(write(SHORT, LONG, {**SHORT, "id": 1}, {"text": "Hello there"}),), max_length=60)
+
+
+def lengths(settings: Data, tokenizer: object) -> list[int]:
+    return [len(example) for example in prepare(settings, tokenizer).train]
+
+
+def test_counts_add_up(data, chatml):
+    """Every row is an example or a counted drop; tokens and losses are those of the examples; the table shows them."""
+    calls = []
+    prepared = prepare(data, chatml, progress=lambda done, total: calls.append((done, total)))
+    report = prepared.report.train
+    assert (report.rows, report.conversations, report.documents, report.examples) == (4, 3, 1, 3)
+    assert report.dropped == {"longer than max_length 60": 1}
+    assert report.rows == report.examples + sum(report.dropped.values())
+    assert report.tokens == sum(len(e) for e in prepared.train)
+    assert report.targets == sum(e.targets for e in prepared.train)
+    assert prepared.report.ignored == {"id": 1}
+    assert calls == [(4, 4)]
+    table = str(prepared.report)
+    assert "dropped: longer than max_length 60" in table
+    assert "unused column id" in table
+    assert len({len(line) for line in table.splitlines()[:3]}) == 1
+
+
+def test_truncation_right_and_left(data, chatml):
+    """right keeps the first tokens and left the last; an example that keeps no loss is dropped and counted."""
+    full = prepare(replace(data, max_length=2000), chatml).train[1]
+    left = prepare(replace(data, truncation="left"), chatml)
+    assert left.train[1].tokens.tolist() == full.tokens[-60:].tolist()
+    assert left.train[1].trained.tolist() == full.trained[-60:].tolist()
+    assert left.report.train.truncated == 1
+    right = prepare(replace(data, truncation="right"), chatml)
+    assert right.report.train.dropped == {"no trained token (left)": 1}
+    assert right.report.train.truncated == 1
+    some = int(full.trained.argmax()) + 5
+    kept = prepare(replace(data, truncation="right", max_length=some), chatml).train[1]
+    assert kept.tokens.tolist() == full.tokens[:some].tolist()
+    assert kept.targets == 5
+
+
+def test_a_row_without_loss_is_dropped_and_counted(write, chatml):
+    """loss: false on the only reply leaves nothing to train."""
+    silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]}
+    report = prepare(Data(dataset=(write(SHORT, silent),)), chatml).report.train
+    assert report.dropped == {"no trained token (left)": 1}
+
+
+def test_packing_is_reported(data, chatml):
+    """Rows and how full they are."""
+    prepared = prepare(replace(data, packing=True), chatml)
+    report = prepared.report.train
+    assert report.packed_rows == 1
+    assert report.packing_efficiency == report.tokens / 60
+    assert "packed rows of 60" in str(prepared.report)
+
+
+def test_validation_is_prepared_alike(write, chatml):
+    """Both splits are encoded, and progress counts through both."""
+    calls = []
+    settings = Data(dataset=(write(*[SHORT] * 8),), split_dataset_ratio=0.25)
+    prepared = prepare(settings, chatml, progress=lambda done, total: calls.append((done, total)))
+    assert (len(prepared.train), len(prepared.validation)) == (6, 2)
+    assert calls == [(6, 8), (8, 8)]
+
+
+def test_errors(data, write, chatml):
+    """Too long under `raise`, a max_length of nothing, and nothing left; each with its remedy."""
+    with pytest.raises(UserError, match=r"rows.jsonl:2: \d+ tokens, more than data.max_length=60; raise it"):
+        prepare(replace(data, truncation="raise"), chatml)
+    with pytest.raises(UserError, match=r"data.max_length=1.*give at least 2"):
+        prepare(replace(data, max_length=1), chatml)
+    with pytest.raises(
+        UserError, match=r"none of 4 rows is left to train on \(4 dropped: longer than max_length 2\); raise"
+    ):
+        prepare(replace(data, max_length=2), chatml)
+    with pytest.raises(UserError, match=r"none of 1 rows is left to validate on.*raise data.max_length"):
+        prepare(replace(data, val_dataset=(write(LONG, name="v.jsonl"),)), chatml)

@@ -1,0 +1,131 @@
+"""Log-probabilities over a cut vocabulary equal dense float64, and so do their gradients, on 1, 2 and 3 ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from swift_mega.parallel.vocab import cross_entropy, token_log_probabilities
+
+TOKENS, HIDDEN, VOCAB = 13, 8, 29
+
+
+def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, targets (some ignored), and the gradient that comes from above."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(TOKENS, HIDDEN, dtype=dtype), torch.randn(VOCAB, HIDDEN, dtype=dtype)
+    targets = torch.randint(0, VOCAB, (TOKENS,))
+    targets[[0, 5]] = -100
+    targets[1], targets[2] = 0, VOCAB - 1
+    return hidden, weight, targets, torch.randn(TOKENS, dtype=dtype)
+
+
+def _dense(hidden: Tensor, weight: Tensor, targets: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (given.detach().double().clone().requires_grad_() for given in (hidden, weight))
+    value = -F.cross_entropy(hidden @ weight.t(), targets, ignore_index=-100, reduction="none")
+    (value * above).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return value.detach(), hidden.grad, weight.grad
+
+
+def _cut_equals_dense(padded: int, chunk: int | None, trained: bool) -> None:
+    """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    hidden, weight, targets, above = _problem()
+    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above)
+    whole = torch.cat([weight, torch.full((padded - VOCAB, HIDDEN), 50.0, dtype=weight.dtype)])
+    rows = padded // ranks
+    mine = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_(trained)
+    hidden.requires_grad_()
+    got = token_log_probabilities(
+        hidden,
+        mine,
+        targets,
+        group=dist.group.WORLD,
+        vocab_size=VOCAB,
+        first_row=rank * rows,
+        chunk=chunk,
+    )
+    close = {"rtol": 0, "atol": 1e-13}
+    torch.testing.assert_close(got.detach(), value, **close)
+    (got * above).sum().backward()
+    torch.testing.assert_close(hidden.grad, hidden_gradient, **close)
+    if trained:
+        wanted = torch.cat([weight_gradient, torch.zeros(padded - VOCAB, HIDDEN, dtype=weight.dtype)])
+        torch.testing.assert_close(mine.grad, wanted[rank * rows : (rank + 1) * rows], **close)
+    else:
+        assert mine.grad is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_value_and_gradients_equal_dense(ranks, size):
+    """Vocabulary 29 on 1, 2, 3 ranks (padded; with 3 ranks and 48 rows one is all padding), whole and in chunks."""
+    ranks(size, _all_cases, size)
+
+
+def _all_cases(size: int) -> None:
+    for padded in {1: (29, 32), 2: (30, 64), 3: (30, 48, 96)}[size]:
+        for chunk in (None, 1, 4, 100):
+            for trained in (False, True):
+                _cut_equals_dense(padded, chunk, trained)
+
+
+def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, **given: Any) -> Tensor:
+    given = {"vocab_size": len(weight), "chunk": None} | given
+    return token_log_probabilities(hidden, weight, targets, group=None, first_row=0, **given)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_bfloat16_is_as_good_as_its_inputs(chunk):
+    """The softmax is float32: a confident token's tiny gradient survives products in bfloat16."""
+    hidden, weight, targets, above = _problem()
+    hidden[3], weight[7], targets[3] = 2.0, 2.0, 7  # its log-probability is about -1e-6 or less
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above)
+    hidden.requires_grad_(), weight.requires_grad_()
+    got = _ours(hidden, weight, targets, chunk=chunk)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), value, rtol=0.01, atol=0.03)
+    (got * above).sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=0.05, atol=0.05)
+    assert hidden_gradient[3].norm() < 1e-4
+    torch.testing.assert_close(hidden.grad[3].double(), hidden_gradient[3], rtol=0.1, atol=1e-8)
+    torch.testing.assert_close(weight.grad.double(), weight_gradient, rtol=0.05, atol=0.05)
+
+
+def test_second_backward_gives_the_same_gradient():
+    """Nothing saved is overwritten, so retain_graph works."""
+    hidden, weight, targets, above = _problem()
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = (_ours(hidden, weight, targets) * above).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_extreme_logits_stay_finite():
+    """An impossible target has its true log-probability, not -inf, and a finite gradient."""
+    hidden = torch.full((1, 1), 100.0, requires_grad=True)
+    got = _ours(hidden, torch.tensor([[5.0], [-5.0]]), torch.tensor([1]))
+    assert got.item() == -1000.0
+    got.sum().backward()
+    assert hidden.grad is not None and hidden.grad.item() == -10.0
+
+
+def test_all_targets_ignored():
+    """A row without a loss gives zeros and zero gradients."""
+    hidden, weight, _, _ = _problem()
+    hidden.requires_grad_(), weight.requires_grad_()
+    got = _ours(hidden, weight, torch.full((TOKENS,), -100))
+    got.sum().backward()
+    assert not got.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_cross_entropy_is_the_negative():
+    hidden, weight, targets, _ = _problem()
+    loss = cross_entropy(hidden, weight, targets, group=None, vocab_size=VOCAB, first_row=0)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.t(), targets, reduction="none"))

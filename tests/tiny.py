@@ -1,0 +1,57 @@
+"""Tiny random Hugging Face models of every family, written to disk by transformers itself: the oracle's side."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = dict(
+    hidden_size=32, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=48,
+    vocab_size=131, max_position_embeddings=256,
+)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": dict(model_type="llama"),
+    "llama_tied": dict(model_type="llama", tie_word_embeddings=True, num_key_value_heads=8),
+    "llama_bias": dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    "llama_rope3": dict(model_type="llama", rope_parameters=LLAMA3),
+    "llama_yarn": dict(model_type="llama", rope_parameters=YARN),
+    "llama_linear": dict(model_type="llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    "llama_dynamic": dict(model_type="llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "mistral": dict(model_type="mistral", sliding_window=6),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2_window": dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2, tie_word_embeddings=True
+    ),
+    "qwen3": dict(model_type="qwen3"),
+    "qwen3_tied": dict(model_type="qwen3", tie_word_embeddings=True),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "qwen3_moe_mixed": dict(
+        model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False,
+        mlp_only_layers=[1], decoder_sparse_step=1,
+    ),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+}  # fmt: skip
+
+
+def make(
+    directory: Path, name: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any
+) -> Path:
+    """A tiny random model of FAMILIES[name] in `directory`, with every parameter (norms and biases too) away from its default."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {**SIZES, **FAMILIES[name], **changes}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.manual_seed(sum(map(ord, name)))
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.2 * noise if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15))
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
