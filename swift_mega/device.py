@@ -101,7 +101,9 @@ def setup() -> Device:
 
     Raises UserError where Megatron was imported too early, RuntimeError where a patch no longer fits it.
     """
-    _quiet_imports()
+    _quiet()
+    # One queue to the GPU, so that a collective starts before the product it overlaps with (tensor_parallel/layers.py:727).
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.version.cuda and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return Device(kind="cuda", device=device, backend="nccl", name=torch.cuda.get_device_name(device))
@@ -109,12 +111,21 @@ def setup() -> Device:
     return Device(kind="cpu", device=CPU, backend="gloo", name="CPU")
 
 
-def _quiet_imports() -> None:
-    """Silence what Megatron says at each import about packages that are optional here; nothing else of it."""
-    warnings.filterwarnings(
-        "ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\."
-    )
+# What Megatron makes Python say, over and over, about packages that are optional here and about its own use of torch.
+_KNOWN_WARNINGS = (
+    (r"(Transformer Engine and )?Apex (is|are) not installed", r"megatron\."),
+    (r"full scope is deprecated", r"megatron\."),
+    (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\."),
+    (r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", r"torch\.distributed\.c10d_logger"),
+)
+
+
+@functools.cache
+def _quiet() -> None:
+    for message, module in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=module)
     _drop_log("torch.utils.cpp_extension", "No CUDA runtime is found")
+    _drop_log("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED")  # since 0.19
 
 
 def _drop_log(logger: str, text: str) -> None:

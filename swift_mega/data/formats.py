@@ -252,6 +252,14 @@ def _text(value: Any, name: str) -> str:
         value = value[0].get("text")
     if not isinstance(value, str):
         raise UserError(f"{name} is {kind(value)}; write a string (contents of several parts are not supported yet)")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name} holds half a surrogate pair ({value[error.start]!r} at character {error.start + 1}), which is no text; "
+                "write the whole character"
+            ) from error
     return value
 
 

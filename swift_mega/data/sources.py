@@ -114,6 +114,8 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"data set {path}: files of kind {path.suffix or 'none'!r} are not read; convert it to .jsonl")
     try:
         content = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"data set {path} cannot be read: {error.strerror}; check its permissions") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8"

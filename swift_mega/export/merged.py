@@ -9,7 +9,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from swift_mega.convert.hf_files import Checkpoint, copy_companions, parse_size, plan_files, some, write_headers, write_tensor

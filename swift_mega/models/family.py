@@ -160,6 +160,7 @@ def load_settings(directory: str | Path) -> Settings:
 
 NEUTRAL = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id "
+    "unk_token_id cls_token_id mask_token_id decoder_start_token_id suppress_tokens begin_suppress_tokens "
     "initializer_range output_router_logits router_aux_loss_coef auto_map name_or_path is_llama_config unsloth_version "
     "unsloth_fixed return_dict output_attentions output_hidden_states id2label label2id problem_type finetuning_task task_specific_params "
     "tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention "

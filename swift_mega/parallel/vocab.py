@@ -157,6 +157,7 @@ def _over_ranks(local_lse: Tensor, target_logits: Tensor, cut: _Cut) -> tuple[Te
     if cut.ranks == 1 or not len(local_lse):
         return local_lse, target_logits
     mine = torch.stack([local_lse, target_logits])
-    every = mine.new_empty(cut.ranks, *mine.shape)
-    dist.all_gather_into_tensor(every.view(-1, mine.shape[1]), mine, group=cut.group)
+    parts = [torch.empty_like(mine) for _ in range(cut.ranks)]
+    dist.all_gather(parts, mine, group=cut.group)
+    every = torch.stack(parts)
     return every[:, 0].logsumexp(0), every[:, 1].sum(0)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,21 @@ from pathlib import Path
 import torch.distributed as dist
 
 from swift_mega.config import schema
+from swift_mega.convert.hf_files import parse_size
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import merge
-from swift_mega.models.family import Settings
+from swift_mega.models.family import Family, Settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, parameter_dtype
 from swift_mega.train.monitor import Monitor, RunDirectory
-from swift_mega.train.step import evaluate, train_step
+from swift_mega.train.step import StepResult, evaluate, train_step
+from swift_mega.tuners.targets import check_targets
+from swift_mega.tuners.tuner import find_tuner
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,28 @@ def make_batches(run: schema.Run, layout: Layout, data_rank: int, prepared: Prep
     train = make(prepared.train, False)
     check_microbatches(layout, train.microbatches)
     return train, make(prepared.validation, True) if prepared.validation else None
+
+
+def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
+    """What can be known before ranks start; UserError where model, tuner and data settings do not fit together."""
+    tuner = find_tuner(run.tuner)
+    if tuner.adapters:
+        check_targets(family, settings, run.tuner.target_modules)
+    elif run.model.adapters:
+        raise UserError(
+            f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; merge the adapter first "
+            "(swift-mega export --merge_lora true), or set tuner.type=lora"
+        )
+    if settings.longest is not None and run.data.max_length > settings.longest:
+        raise UserError(
+            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens (dynamic RoPE); set "
+            f"data.max_length={settings.longest}"
+        )
+    if run.model.router_aux_loss_coefficient and not settings.shape.experts:
+        raise UserError(
+            f"model.router_aux_loss_coefficient={run.model.router_aux_loss_coefficient:g}: this model has no experts; leave it out"
+        )
+    parse_size(run.export.max_shard_size)
 
 
 def total_steps(train: schema.Train, batches: Batches) -> int:
@@ -143,7 +167,7 @@ class Loop:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
 
-    def _report(self, step: int, result) -> None:
+    def _report(self, step: int, result: StepResult) -> None:
         if self.monitor is not None:
             self.monitor.step(
                 step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate, tokens=result.tokens,

@@ -20,7 +20,7 @@ from swift_mega.config import schema
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Heads, Pack
-from swift_mega.tuners.targets import Target, check_targets, find_targets, linear_names
+from swift_mega.tuners.targets import ALL, Target, check_targets, find_targets, linear_names
 
 
 class _ExpertDown(torch.autograd.Function):
@@ -176,8 +176,7 @@ class Lora:
         self.settings = settings
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
-        shape = part.settings.shape
-        check_targets(part.family, shape.layers, shape.experts, self.settings.target_modules)
+        check_targets(part.family, part.settings, self.settings.target_modules)
         for chunk in part.chunks:
             chunk.requires_grad_(False)
             if chunk.pre_process and (part.config.recompute_granularity or part.layout.pipeline > 1):
@@ -213,24 +212,13 @@ class Lora:
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:
         chosen = self.settings.target_modules
-        names = linear_names(part.family) if "all-linear" in chosen else list(chosen)
-        names = [name for name in names if _exists(part, name)]
+        names = linear_names(part.family, part.settings) if ALL in chosen else list(chosen)
         return {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.settings.rank,
             "lora_alpha": self.settings.alpha, "lora_dropout": self.settings.dropout, "use_rslora": self.settings.rslora,
             "target_modules": sorted(names), "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
             "init_lora_weights": True, "use_dora": False, "modules_to_save": None,
         }  # fmt: skip
-
-
-def _exists(part: ModelPart, name: str) -> bool:
-    """Whether a leaf name is a linear of this model: a family's rules also know those of its other variants."""
-    moe = part.settings.moe_layers
-    for rule in part.family.rules:
-        if any(wanted_part.split(".")[-2] == name.split(".")[-1] for wanted_part in rule.parts):
-            if any(moe) if "{e}" in rule.megatron else not all(moe) or ".mlp." not in rule.megatron:
-                return True
-    return False
 
 
 def _factor(base: Held, parameter: nn.Parameter, template: str, letter: str, pack: Pack) -> Held:

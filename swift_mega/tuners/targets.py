@@ -11,7 +11,7 @@ from torch import nn
 
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
-from swift_mega.models.family import Family
+from swift_mega.models.family import Family, Settings
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 ALL = "all-linear"
@@ -28,9 +28,20 @@ class Target:
     """Which expert of a grouped linear, counted on this rank; None for a linear of its own."""
 
 
-def linear_names(family: Family) -> list[str]:
-    """Leaf names of every linear of a family that can have an adapter, as PEFT's target_modules lists them."""
-    return sorted({part.split(".")[-2] for rule in family.rules if LINEAR.fullmatch(rule.megatron) for part in rule.parts})
+def modules_of(family: Family, settings: Settings) -> set[str]:
+    """Hugging Face names of every linear of this model that can have an adapter."""
+    found = set()
+    for rule in family.rules:
+        if LINEAR.fullmatch(rule.megatron):
+            experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
+            layers = [i for i, moe in enumerate(settings.moe_layers) if ".mlp." not in rule.megatron or moe == ("{e}" in rule.megatron)]
+            found.update(part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
+    return found
+
+
+def linear_names(family: Family, settings: Settings) -> list[str]:
+    """Their last words, as PEFT's target_modules lists them."""
+    return sorted({module.rsplit(".", 1)[1] for module in modules_of(family, settings)})
 
 
 def wanted(module: str, targets: Sequence[str]) -> bool:
@@ -38,21 +49,14 @@ def wanted(module: str, targets: Sequence[str]) -> bool:
     return any(target == ALL or module == target or module.endswith(f".{target}") for target in targets)
 
 
-def check_targets(family: Family, layers: int, experts: int | None, targets: Sequence[str]) -> None:
+def check_targets(family: Family, settings: Settings, targets: Sequence[str]) -> None:
     """UserError where a target names no linear of this model."""
-    templates = [
-        part.removesuffix(".weight") for rule in family.rules if LINEAR.fullmatch(rule.megatron) for part in rule.parts
-    ]  # fmt: skip
-    modules = {
-        template.format(i=i, e=e) for template in templates for i in range(layers) for e in range(experts or 1)
-    }  # fmt: skip
+    modules, names = modules_of(family, settings), linear_names(family, settings)
+    if not targets:
+        raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(names)}")
     for target in targets:
         if not any(wanted(module, (target,)) for module in modules):
-            raise UserError(
-                f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(linear_names(family))}"
-            )
-    if not targets:
-        raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(linear_names(family))}")
+            raise UserError(f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(names)}")
 
 
 def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:

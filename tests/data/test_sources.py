@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +204,7 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {
     "tool role": (turns((U, "q"), ("tool", "x"), (A, "r")), "role 'tool' is tool use", "leave such rows out"),
     "role is a number": (turns((3, "q"), (A, "r")), "unknown role 3", "known are"),
     "content is a number": (turns((U, 3), (A, "r")), "turn 1 is a number (3)", "write a string"),
+    "half a character": (r'{"query": "a\ud83d", "response": "r"}', "half a surrogate pair", "write the whole character"),
     "content of parts": (turns((U, [{"type": "image"}]), (A, "r")), "turn 1 is a list", "not supported yet"),
     "no content": ({"messages": [{"role": U}, {"role": A, "content": "r"}]}, "turn 1 has no 'content'", "every turn"),
     "turn is a string": ({"messages": ["q", "r"]}, "turn 1 is a string ('q')", "write an object"),
@@ -257,6 +259,9 @@ def test_bad_files(write, tmp_path):
     refuse(write(HELLO, "", HELLO, name="gap.jsonl"), "gap.jsonl:2: an empty line", "remove it")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     refuse(str(tmp_path / "latin.jsonl"), "byte 10 is not UTF-8", "convert the file")
+    with pytest.MonkeyPatch.context() as patch:  # root reads everything, so the refusal of the system is played
+        patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        refuse(good, "good.jsonl cannot be read: Permission denied", "check its permissions")
     refuse(f"{good}#0", "'0' is not a number of rows", "path#500")
     refuse(f"{good}#many", "'many' is not a number of rows", "path#500")
     refuse(good, "maps 'ask', which no row has", "messages", columns={"ask": "query"})

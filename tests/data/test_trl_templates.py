@@ -7,6 +7,7 @@ the same tokens with the same mask; a difference that consists of one literal, w
 import importlib.util
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -224,6 +225,48 @@ def test_mask_of_a_template_without_twin(tokenizer, name, conversation):
     text, trained = _ours(tokenizer, _read(name), conversation)
     assert trained == [(content.strip() if trims else content) + end for content in replies]
     assert all(text.count(piece) >= trained.count(piece) for piece in trained)
+
+
+FRAGMENTS = (
+    " ", "\n", "\n\n", "\t", "a", "b c", "assistant", "user", "model", "final", "<",
+    "<|", ".", "😀", "é", "\u2028", "{{x}}", "{% if %}",
+    "<|im_start|>", "<|im_end|>", "<|end|>", "</s>", "[INST]", "<think>", "</think>", "\n<think>\n", "\n</think>\n\n", "<turn|>",
+    "<end_of_turn>\n", "<|eot_id|>", "<|channel|>", "<tool_response>", "</tool_response>",
+)  # fmt: skip
+
+
+def _random_content(random: Random) -> str:
+    content = ""
+    while not content.strip():
+        content = "".join(random.choice(FRAGMENTS) for _ in range(random.randint(1, 6)))
+    return content
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_conversations_are_never_masked_otherwise(tokenizer, monkeypatch, seed):
+    """Whatever the words, a template gives its twin's mask but for the tabled literals, or refuses; it is never silently off."""
+    random = Random(seed)
+    turns = [("system", _random_content(random))] if random.random() < 0.3 else []
+    for _ in range(random.randint(1, 3)):
+        turns += [("user", _random_content(random)), ("assistant", _random_content(random))]
+    monkeypatch.setitem(CONVERSATIONS, "random", tuple(turns))
+    equal = 0
+    for name in TWINS:
+        try:
+            text, trained = _ours(tokenizer, _read(name), "random")
+        except UserError:
+            continue
+        twin_text, twin_trained = _oracle(tokenizer, _read(f"{name}_training"), _messages("random", name))
+        extra, exceptions, _ = EXTRA.get(name, ("", {}, ""))
+        # Replies with and without reasoning are mixed here, so each may have either literal, or the whole opening of a
+        # reasoning block that the prompt of the matching mode gives.
+        literals = {extra, *exceptions.values(), *(("", "<think>\n", "<think></think>") if extra else ())}
+        assert text == twin_text, name
+        assert len(trained) == len(twin_trained), name
+        for ours, twins in zip(trained, twin_trained, strict=True):
+            assert any(literal + ours == twins + LESS.get(name, "") for literal in literals), name
+        equal += 1
+    assert equal >= 10
 
 
 def test_every_outcome_is_tabled_once():

@@ -1,0 +1,285 @@
+"""What swift_mega does, as functions: the same ones that the command line calls.
+
+They start their ranks themselves, or join those that torchrun started; a notebook needs to know nothing of torch.distributed.
+Everything that can be checked before a rank starts is checked before.
+"""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swift_mega import device as devices
+
+DEVICE = devices.setup()  # before Megatron is imported by anything below
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from swift_mega.config import schema  # noqa: E402
+from swift_mega.config.check import check_inputs  # noqa: E402
+from swift_mega.config.load import Resolved, load  # noqa: E402
+from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
+from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
+from swift_mega.convert.save import save  # noqa: E402
+from swift_mega.data.chat import load_tokenizer  # noqa: E402
+from swift_mega.data.loader import Prepared, prepare  # noqa: E402
+from swift_mega.errors import UserError  # noqa: E402
+from swift_mega.export import merged  # noqa: E402
+from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
+from swift_mega.models.build import build, transformer_config  # noqa: E402
+from swift_mega.models.family import family_of, load_settings  # noqa: E402
+from swift_mega.objectives.objective import find_objective  # noqa: E402
+from swift_mega.parallel import groups as parallel_groups  # noqa: E402
+from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
+from swift_mega.train import validate  # noqa: E402
+from swift_mega.train.build import build_part  # noqa: E402
+from swift_mega.train.loop import TrainResult, check_training, make_batches, train_rank  # noqa: E402
+
+__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "train", "verify"]
+
+
+def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
+    """Settings from a YAML recipe, `key=value` overrides and SWIFT-style flags; `.run` is what `train` takes."""
+    return load(path, overrides, flags)
+
+
+def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
+    """Trains as `run` says, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1), or on torchrun's.
+
+    Raises UserError before any rank starts where settings, model, data and layout do not fit together.
+    """
+    check_inputs(run, command="train")
+    assert run.model.path is not None
+    settings = load_settings(run.model.path)
+    layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
+    check_training(run, family_of(run.model.path), settings)
+    find_objective(run.objective)
+    tokenizer = load_tokenizer(run.model.path)
+    prepared = _prepare(run, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    make_batches(run, layout, 0, prepared, pad)
+    return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+
+
+def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
+    """Tokenised examples; the first rank shows progress and what became of the rows."""
+    with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        prepared = prepare(run.data, tokenizer, progress=progress)
+    if is_first_rank():
+        print(prepared.report, flush=True)
+    return prepared
+
+
+# ------------------------------------------------------------------------------------------------ convert, export
+
+
+def convert(
+    *, source: str, to: str, output: str, parallel: schema.Parallel | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> None:  # fmt: skip
+    """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout, or such a checkpoint -> Hugging Face (`to="hf"`).
+
+    dtype: of the result; default: that of every source tensor, so that there and back is bit-exact.
+    Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape.
+    """
+    from swift_mega.convert.hf_files import parse_size
+
+    run = schema.Run(parallel=parallel or schema.Parallel())
+    if to == "mcore":
+        checkpoint, directory = Checkpoint(source), source
+        kind = getattr(torch, dtype) if dtype else widest(checkpoint)
+        body: Any = _to_mcore
+        arguments: tuple[Any, ...] = (checkpoint,)
+    else:
+        iteration_directory(source)
+        folder, kinds = companions_of(source)
+        directory = str(folder)
+        kind = _promoted(kinds)
+        body, arguments = _to_hf, (source, getattr(torch, dtype) if dtype else kinds, parse_size(max_shard_size))
+    layout = _layout_for(run.parallel, directory)
+    run_ranks(layout.world, body, run, layout, kind, directory, output, *arguments)
+
+
+def _layout_for(parallel: schema.Parallel, directory: str) -> Layout:
+    world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
+    return plan_layout(parallel, load_settings(directory).shape, world, training=False)
+
+
+def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
+    wide = next(iter(kinds.values()))
+    for kind in kinds.values():
+        wide = torch.promote_types(wide, kind)
+    return wide
+
+
+def _to_mcore(run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint) -> None:
+    groups = parallel_groups.init(layout)
+    part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
+    save_mcore(part, groups, output, checkpoint)
+    parallel_groups.close()
+
+
+def _to_hf(
+    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, dtypes: Any, shard_bytes: int
+) -> None:  # fmt: skip
+    groups = parallel_groups.init(layout)
+    settings = load_settings(directory)
+    config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
+    part = build(family_of(directory), settings, layout, groups.coordinate, device=DEVICE, config=config)
+    load_mcore(part, groups, source)
+    save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=True)
+    (Path(output) / "source_dtypes.json").unlink(missing_ok=True)
+    parallel_groups.close()
+
+
+def export(*, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB") -> None:
+    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes."""
+    if not merge:
+        raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
+    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------ infer
+
+
+class Answerer:
+    """A Hugging Face model, with an adapter or without, that answers greedily."""
+
+    def __init__(self, model: str, adapters: str | None = None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        family_of(model)
+        self.tokenizer = load_tokenizer(model)
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+        if adapters is not None:
+            from peft import PeftModel
+
+            merged.read_adapter(adapters)
+            network = PeftModel.from_pretrained(network, adapters)
+        self.network = network.to(DEVICE.device).eval()
+
+    def answer(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
+        """The reply to a conversation of {"role", "content"} messages."""
+        rendered = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(DEVICE.device)
+        with torch.inference_mode():
+            made = self.network.generate(
+                **rendered, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.eos_token_id,
+                temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+        return self.tokenizer.decode(made[0, rendered["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def infer(*, model: str, adapters: str | None = None) -> Answerer:
+    """Loads a model once; `.answer(messages)` asks it."""
+    return Answerer(model, adapters)
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+LAYOUTS = ("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2", "tp2-ep2-etp1-sp")  # fmt: skip
+"""Tried by `verify` where no layouts are given, as far as the model can be cut so; with tp2 possible, tp3 is left out."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` measured."""
+
+    differences: list[validate.Difference]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether logits (absolute) and gradients (relative) of every layout are within the tolerance."""
+        return all(d.logits <= self.tolerance and d.gradient <= self.tolerance and d.loss <= self.tolerance for d in self.differences)
+
+    def table(self) -> str:
+        """One line per layout."""
+        lines = [f"{'layout':18} {'logits':>9} {'loss':>9} {'gradients':>9}  {'':4} worst gradient"]
+        for d in self.differences:
+            ok = "ok" if max(d.logits, d.gradient, d.loss) <= self.tolerance else "FAIL"
+            lines.append(f"{d.layout:18} {d.logits:9.1e} {d.loss:9.1e} {d.gradient:9.1e}  {ok:4} {d.worst} (of {d.tensors})")
+        verdict = "every layout equals Hugging Face" if self.passed else "NOT EQUAL"
+        return "\n".join([*lines, f"{verdict} within {self.tolerance:g} (float32; gradients relative to the tensor's largest)"])
+
+
+def verify(
+    model: str, layouts: Sequence[str] | None = None, *, tolerance: float = 1e-4, prompts: str | None = None, tuner: str = "full",
+    target_modules: Sequence[str] = ("all-linear",),
+) -> Report:  # fmt: skip
+    """Compares logits, loss and gradients of every layout with Hugging Face's, in float32, on random rows or those of `prompts`.
+
+    prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of a random adapter on
+    `target_modules` with PEFT's.
+    """
+    settings = load_settings(model)
+    chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
+    microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
+    rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
+    base = schema.Run(
+        model=schema.Model(path=model, dtype="float32"),
+        tuner=schema.Tuner(type=tuner, target_modules=tuple(target_modules)),
+        optim=schema.Optim(),
+    )
+    with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
+        found = Path(folder)
+        adapter = None
+        if tuner == "lora":
+            adapter = found / "adapter"
+            run_ranks(1, validate.random_adapter, _for(base, schema.Parallel()), DEVICE, plan_layout(schema.Parallel(), settings.shape, 1), adapter)
+        run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference")
+        differences = []
+        for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
+            run = _for(base, parallel, (str(adapter),) if adapter else ())
+            output = found / "layout"
+            run_ranks(layout.world, validate.measure, run, DEVICE, layout, rows, output)
+            differences.append(validate.compare(layout.name, found / "reference", output))
+            for file in output.glob("logits-*"):
+                file.unlink()
+        return Report(differences, tolerance)
+
+
+def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:
+    """`run` in a layout; gradients are whole only where the optimizer is not cut over data ranks."""
+    return dataclasses.replace(
+        run, parallel=dataclasses.replace(parallel, distributed_optimizer=False), model=dataclasses.replace(run.model, adapters=adapters)
+    )
+
+
+def _parsed(name: str, shape: Any) -> tuple[schema.Parallel, Layout]:
+    parallel, world = parse_layout(name)
+    return parallel, plan_layout(parallel, shape, world)
+
+
+def _fitting(shape: Any) -> list[tuple[schema.Parallel, Layout]]:
+    fitting, tensors = [], set()
+    for name in LAYOUTS:
+        try:
+            parallel, layout = _parsed(name, shape)
+        except UserError:
+            continue
+        if layout.tensor == 3 and 2 in tensors:
+            continue
+        tensors.add(layout.tensor)
+        fitting.append((parallel, layout))
+    return fitting
+
+
+def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[int]]:
+    if prompts is None:
+        return validate.example_rows(vocab, examples=count)
+    tokenizer = load_tokenizer(model)
+    lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row for row in (tokenizer(line)["input_ids"] for line in lines) if len(row) > 1]
+    if not rows:
+        raise UserError(f"{prompts} has no line of two tokens or more; give a text file with one prompt a line")
+    return [rows[number % len(rows)] for number in range(max(count, -(-len(rows) // count) * count))]
