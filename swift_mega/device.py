@@ -115,8 +115,16 @@ def setup() -> Device:
 _KNOWN_WARNINGS = (
     (r"(Transformer Engine and )?Apex (is|are) not installed", r"megatron\."),
     (r"full scope is deprecated", r"megatron\."),
+    (r"MimoModelConfig is experimental", r"megatron\."),  # since 0.19, from an import of GPTModel
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\."),
     (r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", r"torch\.distributed\.c10d_logger"),
+)
+_KNOWN_LOGS = (
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    # since 0.19
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "async save is deprecated"),
 )
 
 
@@ -124,8 +132,8 @@ _KNOWN_WARNINGS = (
 def _quiet() -> None:
     for message, module in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
-    _drop_log("torch.utils.cpp_extension", "No CUDA runtime is found")
-    _drop_log("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED")  # since 0.19
+    for logger, text in _KNOWN_LOGS:
+        _drop_log(logger, text)
 
 
 def _drop_log(logger: str, text: str) -> None:
@@ -392,7 +400,7 @@ PATCHES = (
     ),
     Patch(
         name="uneven collectives",
-        reason="expert tensor parallelism gathers unequal parts, which gloo has not, tensor_parallel/mappings.py:300",
+        reason="expert tensor parallelism gathers unequal parts, which gloo has not, tensor_parallel/mappings.py:150, 193",
         targets={
             "torch.distributed:all_gather": _uneven_all_gather,
             "torch.distributed:reduce_scatter": _uneven_reduce_scatter,

@@ -20,8 +20,8 @@ class Model:
 
     path: str | None = setting(flag="model model_name_or_path", help="Hugging Face directory of the model")
     adapters: tuple[str, ...] = setting((), flag="adapters", help="PEFT directories to start the adapter from")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", flag="torch_dtype", help="weights while training; auto: bfloat16 on CUDA, float32 on CPU"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = setting(
+        "auto", flag="torch_dtype", help="weights while training; auto: bfloat16 on CUDA, float32 on CPU; float64: for proofs"
     )
     vocab_divisible_by: int = setting(
         128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"

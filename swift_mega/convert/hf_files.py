@@ -6,6 +6,7 @@ Pickle files are never opened.
 """
 
 import json
+import math
 import mmap
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swift_mega.config.parse import size_in_bytes
 from swift_mega.errors import UserError
 
 DTYPES = {
@@ -59,6 +61,8 @@ class Checkpoint:
                         "delete the file that does not belong to this checkpoint"
                     )
                 self.entries[entry.name] = entry
+        if not self.entries:
+            raise UserError(f"the safetensors files of {self.directory} hold no tensor; copy them from the source again")
         self._check_index()
         self._maps: dict[Path, Tensor] = {}
 
@@ -104,6 +108,8 @@ def weight_files(directory: Path) -> list[Path]:
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise UserError(f"{index} has no weight_map; copy it from the source again")
+        if odd := sorted({repr(file) for file in listed.values() if not _plain_name(file)}):
+            raise UserError(f"{index} names {some(odd)}, which is no file of {directory}; copy it from the source again")
         files = sorted({directory / file for file in listed.values()})
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{directory} lacks {some(missing)}, which {index.name} lists; copy the missing files from the source")
@@ -125,28 +131,51 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def _plain_name(file: object) -> bool:
+    return isinstance(file, str) and file != "" and Path(file).name == file
+
+
 def read_header(file: Path) -> list[Entry]:
-    """Entries of one safetensors file, with every range checked against the file's real size."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        start = handle.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise UserError(f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again")
-        raw = handle.read(length)
+    """Entries of one safetensors file, whose ranges cover the file's real size without a hole, an overlap or a rest."""
+    try:
+        with file.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            start = handle.read(8)
+            length = int.from_bytes(start, "little")
+            raw = handle.read(length) if 8 + length <= size else b""
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}; copy it from the source again") from None
+    if len(start) < 8 or 8 + length > size:
+        raise UserError(f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again")
     try:
         header = json.loads(raw, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
     except UserError as error:
         raise UserError(f"{file}: {error}; copy it from the source again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file} has a damaged safetensors header ({error}); copy it from the source again") from None
-    ends = max((entry.end for entry in entries), default=8 + length)
-    if ends > size:
-        last = max(entries, key=lambda entry: entry.end)
-        raise UserError(f"{file} is cut short: {size} bytes, but {last.name} ends at {ends}; copy it from the source again")
+    _check_cover(file, entries, 8 + length, size)
     return entries
+
+
+def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> None:
+    """The format asks that tensors tile the data: bytes that belong to none or to two are a damaged file or a foreign one."""
+    reached, before = start, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != reached:
+            kind = "overlaps" if entry.begin < reached else "leaves a hole after"
+            raise UserError(
+                f"{file}: tensor {entry.name} begins at byte {entry.begin} and {kind} {before}, which ends at {reached}; "
+                "copy it from the source again"
+            )
+        reached, before = entry.end, entry.name
+    if reached > size:
+        raise UserError(f"{file} is cut short: {size} bytes, but {before} ends at {reached}; copy it from the source again")
+    if reached < size:
+        raise UserError(
+            f"{file} has {size - reached} bytes after {before}, which belong to no tensor; copy it from the source again"
+        )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,9 +188,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
     if value["dtype"] not in DTYPES:
         raise UserError(f"tensor {name} has dtype {value['dtype']}, supported: {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[value["dtype"]], tuple(int(n) for n in value["shape"])
+    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
     begin, end = value["data_offsets"]
-    if end - begin != dtype.itemsize * torch.Size(shape).numel() or begin < 0:
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise UserError(f"tensor {name} has shape {list(shape)} and bytes {begin} to {end}, which are not counts")
+    if end - begin != dtype.itemsize * math.prod(shape):
         raise UserError(f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} cannot lie in bytes {begin} to {end}")
     return Entry(name, file, dtype, shape, base + begin, base + end)
 
@@ -169,7 +200,7 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it from the source again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not an object; copy it from the source again")
@@ -196,7 +227,7 @@ class Planned:
 
     @property
     def bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def plan_files(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model") -> dict[str, Planned]:
@@ -204,7 +235,7 @@ def plan_files(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_b
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
-        size = dtype.itemsize * torch.Size(shape).numel()
+        size = dtype.itemsize * math.prod(shape)
         if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0
@@ -226,7 +257,7 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        end = offset + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -276,7 +307,7 @@ def companions(source: Path) -> Iterator[Path]:
 
 def parse_size(text: str) -> int:
     """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if not found or float(found[1]) <= 0:
+    size = size_in_bytes(text)
+    if size is None:
         raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+    return size

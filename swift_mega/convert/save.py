@@ -1,6 +1,7 @@
 """This rank's parameters into a Hugging Face directory: sizes first, then every owner writes its own tensors in place.
 
-A directory appears whole or not at all: everything is written beside it under a name that nobody loads, then renamed.
+A directory appears whole or not at all: everything is written beside it under a name that nobody loads, then renamed. A rank that
+cannot write keeps its place in the exchange of tensors, so that all ranks hear of it and stop with the same message.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.convert.hf_files import Planned, copy_companions, plan_files, write_headers, write_tensor
+from swift_mega.convert.hf_files import Planned, copy_companions, plan_files, some, write_headers, write_tensor
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.parallel.groups import Groups
@@ -65,7 +66,6 @@ def _glue(part: ModelPart, held: Held, shards: list[Tensor]) -> list[Tensor]:
     return [tensor[: part.settings.shape.vocab] for tensor in whole] if pack.padded else whole
 
 
-
 def owned(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Hugging Face tensors that this rank will yield from `whole_tensors`, in order."""
     mine: dict[str, tuple[int, ...]] = {}
@@ -105,31 +105,57 @@ def write_directory(
     value: what is written for a parameter, shaped like it.
     """
     shapes = _in_order(_gather_owned(part, exported))
-    kinds = {name: dtypes if isinstance(dtypes, torch.dtype) else dtypes[name] for name in shapes}
+    kinds = _kinds(shapes, dtypes)
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
-    staging = Path(f"{target}.writing")
-    _together(lambda: _begin(target, staging, planned, overwrite))
+    staging = staging_of(target)
+    _agree(_first_rank(lambda: _begin(target, staging, planned, overwrite)))
+    _agree(_write(whole_tensors(part, groups, exported, value), staging, planned), staging)
+    _agree(_first_rank(lambda: _finish(staging, target, companions)), staging)
+
+
+def _write(tensors: Iterable[tuple[str, Tensor]], staging: Path, planned: Mapping[str, Planned]) -> str | None:
+    """Writes this rank's tensors; returns what went wrong. Goes on taking tensors then, since the other ranks wait in `_gather`."""
+    problem = None
     with torch.no_grad():
-        for name, tensor in whole_tensors(part, groups, exported, value):
-            write_tensor(staging, planned[name], tensor)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        companions(staging)
-        publish(staging, target)
-    dist.barrier()
+        for name, tensor in tensors:
+            if problem is None:
+                try:
+                    write_tensor(staging, planned[name], tensor)
+                except OSError as error:
+                    problem = cannot_write(staging, error)
+    return problem
 
 
-def _together(action: Callable[[], None]) -> None:
-    """Rank 0 acts; where that is refused every rank raises the same UserError, so that none waits for the others."""
-    said: list[str | None] = [None]
+def _first_rank(action: Callable[[], None]) -> str | None:
+    """Rank 0 acts; returns what went wrong."""
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            said = [str(error)]
-    dist.broadcast_object_list(said, src=0)
-    if said[0] is not None:
-        raise UserError(said[0])
+            return str(error)
+    return None
+
+
+def _agree(problem: str | None, staging: Path | None = None) -> None:
+    """Every rank raises the UserError of the first rank that has a problem; none is left waiting. Rank 0 removes `staging`."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    said = next((text for text in problems if text is not None), None)
+    if said is None:
+        return
+    if staging is not None and dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    raise UserError(said)
+
+
+def _kinds(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[str, torch.dtype]:
+    if isinstance(dtypes, torch.dtype):
+        return dict.fromkeys(shapes, dtypes)
+    if unknown := [name for name in shapes if name not in dtypes]:
+        raise UserError(
+            f"no dtype is known for {some(unknown)}, which the source of this checkpoint did not have; give --torch_dtype bfloat16 or float32"
+        )
+    return {name: dtypes[name] for name in shapes}
 
 
 def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
@@ -153,24 +179,50 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
 
 def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrite: bool) -> None:
     check_output(target, overwrite)
-    if staging.exists():
-        shutil.rmtree(staging)  # left by a killed save; never complete, never loaded
     try:
-        staging.mkdir(parents=True)
+        begin_staging(staging)
         write_headers(staging, planned)
     except OSError as error:
-        raise UserError(f"cannot write {staging}: {error.strerror}; free the space or choose another --output") from None
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(cannot_write(staging, error)) from None
+
+
+def _finish(staging: Path, target: Path, companions: Callable[[Path], None]) -> None:
+    try:
+        companions(staging)
+        publish(staging, target)
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+
+
+def staging_of(target: Path) -> Path:
+    """Where `target` is written until it is complete."""
+    return target.with_name(f"{target.name}.writing")
+
+
+def begin_staging(staging: Path) -> None:
+    """An empty staging directory, in place of one that a killed save left: never complete, never loaded."""
+    if staging.is_dir():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """What to tell the user of an OSError while `path` was written."""
+    return f"cannot write {path}: {error.strerror or error}; free the space or choose another --output"
 
 
 def check_output(target: Path, overwrite: bool) -> None:
     """UserError where the output is there already and may not be replaced."""
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise UserError(f"output {target} is a file and is left as it is; choose another path")
+    if target.is_dir() and not overwrite and any(target.iterdir()):
         raise UserError(f"output {target} exists already and is left as it is; choose another path, or pass --overwrite true")
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Makes a complete staging directory the target, replacing an older one."""
-    old = Path(f"{target}.old")
+    """Makes a complete staging directory the target, replacing an older one, which is `.old` for the moment in between."""
+    old = target.with_name(f"{target.name}.old")
     if target.exists():
         if old.exists():
             shutil.rmtree(old)

@@ -9,14 +9,25 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from swift_mega.convert.hf_files import Checkpoint, copy_companions, parse_size, plan_files, some, write_headers, write_tensor
-from swift_mega.convert.save import check_output, publish
+from swift_mega.convert.check import FLOATS
+from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, staging_of
 from swift_mega.errors import UserError
 
 PREFIX = "base_model.model."
-UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}}
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    # Initialisations that are not here (pissa, olora, corda, loftq, lora_ga) change the base weights when PEFT loads the adapter.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "bias": ("none",),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"), (False,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({},)),
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"), ([],)),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"), ()),
+}
+"""Fields of adapter_config.json that mean more than W + scale * B A, unless they have one of these values or none."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}; only LORA can be merged")
     for key, plain in UNSUPPORTED.items():
-        if config.get(key, plain) not in (plain, None):
+        if config.get(key) not in (*plain, None):
             raise UserError(f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload")
     checkpoint = Checkpoint(directory)
     modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in checkpoint.entries}
@@ -57,7 +68,9 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers") from None
+        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers; copy it again") from None
+    if rank < 1 or not math.isfinite(alpha):
+        raise UserError(f"{path}: r={rank} and lora_alpha={alpha} are no rank and scale; copy it again")
     for module in modules:
         found = checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape[0]
         if found != rank:
@@ -72,24 +85,26 @@ def merge(model: str | Path, adapters: str | Path, output: str | Path, *, max_sh
     Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
     """
     base, adapter, target = Checkpoint(model), read_adapter(adapters), Path(output)
+    for source in (model, adapters):
+        if Path(source).resolve().is_relative_to(target.resolve()):
+            raise UserError(f"output {target} holds {source}, which is read; choose another path")
     check_output(target, overwrite)
     _check_fit(base, adapter)
     planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size))
-    staging = Path(f"{target}.writing")
-    if staging.exists():
-        shutil.rmtree(staging)
+    staging = staging_of(target)
     try:
-        staging.mkdir(parents=True)
+        begin_staging(staging)
         write_headers(staging, planned)
         for name, place in planned.items():
             value, module = base.read(name), name.removesuffix(".weight")
             if module in adapter.modules:
-                value = (value.float() + adapter.delta(module)).to(place.dtype)
+                value = (value.to(torch.promote_types(place.dtype, torch.float32)) + adapter.delta(module)).to(place.dtype)
             write_tensor(staging, place, value)
         copy_companions(Path(model), staging)
+        publish(staging, target)
     except OSError as error:
-        raise UserError(f"cannot write {staging}: {error.strerror}; free the space or choose another --output") from None
-    publish(staging, target)
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(cannot_write(staging, error)) from None
 
 
 def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
@@ -103,3 +118,5 @@ def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
         up = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_B.weight"].shape
         if (up[0], down[1]) != want:
             raise UserError(f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the model of this adapter")
+        if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
+            raise UserError(f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from")

@@ -116,7 +116,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it")
     try:
         config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it from the original checkpoint again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} has no model_type; copy it from the original checkpoint again")
@@ -149,14 +149,46 @@ def load_settings(directory: str | Path) -> Settings:
             f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they may change "
             "what the model computes. Remove them if they don't, or add them to the family's file"
         )
+    _check_sizes(directory, raw)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # 2 s: only when a model is really read
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"transformers cannot read {directory}/config.json: {error}; correct the field it names") from None
-    return family.translate(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers cannot read {directory}/config.json: {reason}; correct the field it names") from None
+    settings = family.translate(config)
+    _check_fit(directory, settings)
+    return settings
 
+
+def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
+    """Sizes are counts; transformers lets most of them be anything, and Megatron would fail far from the cause."""
+    for key in SIZES & raw.keys():
+        value = raw[key]
+        if type(value) is not int and not (value is None and key in MAY_BE_NONE) or type(value) is int and value < 1:
+            raise UserError(f"{directory}/config.json: {key}={value!r} is not a whole number of at least 1; correct it")
+
+
+def _check_fit(directory: str | Path, settings: Settings) -> None:
+    shape, per_token = settings.shape, settings.megatron.get("moe_router_topk", 0)
+    if shape.heads % shape.kv_heads:
+        raise UserError(
+            f"{directory}/config.json: num_key_value_heads={shape.kv_heads} does not divide num_attention_heads={shape.heads}; correct it"
+        )
+    if shape.experts is not None and per_token > shape.experts:
+        raise UserError(
+            f"{directory}/config.json: num_experts_per_tok={per_token} is more than the {shape.experts} experts there are; correct it"
+        )
+
+
+MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
+SIZES = MAY_BE_NONE | frozenset(
+    "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings "
+    "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
+)
+"""Fields of config.json that count something; those that may be null have a default that follows from others."""
 
 NEUTRAL = frozenset(
     "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id "

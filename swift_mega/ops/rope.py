@@ -10,12 +10,11 @@ from torch import Tensor
 
 
 def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [tokens, 1, rotary_dim / 2], of `positions` [tokens]; computed in float32 like Hugging Face.
+    """Cosine and sine, each [tokens, 1, rotary_dim / 2], of `positions` [tokens]; in float32 for every dtype, like Hugging Face.
 
     `scale` multiplies both (the attention factor of YaRN, arXiv:2309.00071).
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[:, None, None] * inverse_frequencies.to(wide)
+    angles = positions.float()[:, None, None] * inverse_frequencies
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 

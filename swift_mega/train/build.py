@@ -89,7 +89,7 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
 def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
     parallel = run.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=parallel.overlap_grad_reduce,
+        grad_reduce_in_fp32=part.config.params_dtype != torch.float64, overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
     )  # fmt: skip
     # Chunks after the first gather their parameters while the one before computes; buckets are for overlap only.

@@ -67,7 +67,7 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
 # ------------------------------------------------------------------------------------------------ Hugging Face's side
 
 
-def reference(model: Path, adapter: Path | None, rows: Rows, output: Path) -> None:
+def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes gradients and logits of transformers (and PEFT) for `rows` to `output`.
 
     PEFT folds the factors of all experts into one, so their gradients can't be told apart there. With experts the adapter is merged
@@ -78,7 +78,7 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path) -> No
     if folded:
         assert adapter is not None
         merge(model, adapter, output / "merged", overwrite=True)
-    network = _network(output / "merged" if folded else model, None if folded else adapter)
+    network = _network(output / "merged" if folded else model, None if folded else adapter, dtype)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
         gradients = _model_gradients(network)
@@ -91,14 +91,14 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path) -> No
     save_file({name: value.contiguous() for name, value in gradients.items()}, folder / "model.safetensors")
 
 
-def _network(model: Path, adapter: Path | None) -> Any:
+def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     if adapter is not None:
         from peft import PeftModel
 
-        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True).to(dtype)
     return network.eval()
 
 
@@ -109,7 +109,7 @@ def _backward(network: Any, rows: Rows) -> dict[str, Tensor]:
     for number, row in enumerate(rows):
         tokens = torch.tensor(row)[None]
         logits = network(input_ids=tokens, use_cache=False).logits[0]
-        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), tokens[0, 1:], reduction="sum") / count
+        loss = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum") / count
         loss.backward()
         found[f"logits.{number}"] = logits.detach().contiguous()
         total += float(loss.detach())
@@ -179,7 +179,7 @@ def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output:
         dist.barrier()
         _write_logits(training, logits, loss, output)
         write_directory(
-            training.part, groups, output / "gradients", list(training.tuner.held(training.part)), dtypes=torch.float32,
+            training.part, groups, output / "gradients", list(training.tuner.held(training.part)), dtypes=training.part.config.params_dtype,
             max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=lambda held: held.parameter.main_grad,
         )  # fmt: skip
     finally:
@@ -215,7 +215,7 @@ class _Collect:
         local = chunk.head_input(hidden) @ head.part.head_weight.t()
         shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
-        whole = torch.cat(shards, dim=-1)[:, : self.vocab].float().cpu()
+        whole = torch.cat(shards, dim=-1)[:, : self.vocab].cpu()
         bounds = batch.cu_seqlens.tolist()
         self.into.append([whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
         return self.objective.loss(head, chunk, hidden, batch)

@@ -76,6 +76,7 @@ def test_coordinates_are_megatrons(layout):
     assert expert.get_ranks("pp") == axes["pipeline"]
 
 
+@pytest.mark.filterwarnings("ignore:full scope is deprecated", "ignore:When using expert parallelism and tensor")
 @settings(max_examples=60, deadline=None)
 @given(layouts())
 def test_layers_are_what_megatron_builds(layout):

@@ -1,0 +1,375 @@
+"""Tokens per second of LoRA fine-tuning, here and with transformers + PEFT: `python benchmarks/train_step.py [--help]`.
+
+One server process each runs one optimizer step on command, so that steps alternate (ours, theirs, theirs, ours, ...) and whatever else
+the machine does falls on both. The ratio is the median over pairs of neighbouring steps, by the wall and by CPU time.
+
+Both train the same adapter (rank 8 on all seven linears) in float32 with AdamW and clipping, on the same tokens with the same
+number of threads, and must agree on loss and gradient norm before a step is timed:
+  unpacked  examples of equal length, one by one, gradients accumulated
+  mixed     batches of 8 examples of mixed length: theirs padded to the longest, with a mask; ours packed
+Tokens that are padding count for neither. Theirs runs as its own Trainer would: SDPA attention, fused AdamW, the loss over the
+number of items in the batch.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+RANK, RATE, CLIP, DECAY, BETAS, EPS = 8, 1e-4, 1.0, 0.01, (0.9, 0.95), 1e-8
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step trains on. together: examples share a forward pass, padded or packed; else one pass each."""
+
+    examples: list[list[int]]
+    trained: list[list[bool]]
+    together: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.examples))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a server answers. wall, cpu: seconds, cpu of all threads; peak: bytes resident at most, since the last scenario began."""
+
+    loss: float
+    grad_norm: float
+    wall: float
+    cpu: float
+    peak: int
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def unpacked_batches(count: int, examples: int, length: int, vocabulary: int) -> list[Batch]:
+    """Random tokens, all of them trained."""
+    draw = random.Random(1)
+    rows = [[[draw.randrange(vocabulary) for _ in range(length)] for _ in range(examples)] for _ in range(count)]
+    return [Batch(examples, [[True] * length for _ in examples], together=False) for examples in rows]
+
+
+def mixed_batches(count: int, vocabulary: int) -> list[Batch]:
+    """Eight examples each, their lengths log-normal around 100 tokens and within 20 .. 512, as instruction data has them."""
+    draw = random.Random(2)
+    batches = []
+    for _ in range(count):
+        lengths = [min(512, max(20, round(draw.lognormvariate(4.6, 0.8)))) for _ in range(8)]
+        rows = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+        batches.append(Batch(rows, [[True] * len(row) for row in rows], together=True))
+    return batches
+
+
+def file_batches(count: int, model: Path, dataset: str) -> list[Batch]:
+    """Eight conversations each from a file of SWIFT's formats; only the assistant's turns are trained."""
+    from swift_mega.config import schema
+    from swift_mega.data.chat import load_tokenizer
+    from swift_mega.data.loader import prepare
+
+    found = prepare(schema.Data(dataset=(dataset,)), load_tokenizer(str(model))).train
+    order = random.Random(3).sample(range(len(found)), 8 * count)
+    chosen = [[found[index] for index in order[8 * number : 8 * number + 8]] for number in range(count)]
+    return [
+        Batch([each.tokens.tolist() for each in batch], [each.trained.tolist() for each in batch], together=True)
+        for batch in chosen
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the two servers
+
+
+def serve(build: Callable[[Path, Path], Callable[[Batch], tuple[float, float]]], pipe: Connection, threads: int, model: Path, adapter: Path) -> None:  # fmt: skip
+    """Builds a side, says so, then answers each Batch with the Step that it took; "peak" starts a new peak; None ends it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    step = build(model, adapter)
+    pipe.send("ready")
+    while (command := pipe.recv()) is not None:
+        if command == "peak":
+            _forget_peak()
+            continue
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss, norm = step(command)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        pipe.send(Step(loss, norm, wall, cpu, _peak()))
+
+
+def ours(model: Path, adapter: Path) -> Callable[[Batch], tuple[float, float]]:
+    """swift_mega on one rank. Writes the adapter that both sides start from."""
+    import numpy as np
+    import torch
+
+    from swift_mega import api
+    from swift_mega.config import schema
+    from swift_mega.data.pack import Example, collate, pack_examples
+    from swift_mega.export.checkpoint import save_checkpoint
+    from swift_mega.parallel import groups
+    from swift_mega.train.build import build_training, layout_of
+    from swift_mega.train.step import train_step
+
+    run = schema.Run(
+        model=schema.Model(path=str(model), dtype="float32"),
+        tuner=schema.Tuner(type="lora", rank=RANK, alpha=2 * RANK),
+        optim=schema.Optim(lr=RATE, schedule="constant", weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, clip_grad=CLIP),
+    )  # fmt: skip
+    _one_rank()
+    training = build_training(run, api.DEVICE, groups.init(layout_of(run, 1)), steps=10**6)
+    with torch.no_grad():  # `up` starts at zero, which would hide a wrong `down`
+        for held in training.tuner.held(training.part):
+            if ".adapter.up." in held.name:
+                held.parameter.copy_(torch.randn(held.parameter.shape) * 0.02)
+    save_checkpoint(
+        training.tuner, training.part, training.groups, adapter, source=str(model), max_shard_size="5GB", dtype=torch.float32
+    )  # fmt: skip
+
+    def step(batch: Batch) -> tuple[float, float]:
+        rows = [[index] for index in range(len(batch.examples))]
+        if batch.together:
+            rows = pack_examples([len(tokens) for tokens in batch.examples], 1024)
+        examples = [
+            Example(tokens=np.asarray(tokens, dtype=np.int32), trained=np.asarray(trained))
+            for tokens, trained in zip(batch.examples, batch.trained, strict=True)
+        ]
+        result = train_step(training, [collate([examples[index] for index in row]) for row in rows])
+        return result.loss, result.grad_norm or 0.0
+
+    return step
+
+
+def _one_rank() -> None:
+    """A process group of this process alone, for as long as it lives."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def theirs(model: Path, adapter: Path) -> Callable[[Batch], tuple[float, float]]:
+    """transformers + PEFT, a step as transformers' Trainer takes it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    network: Any = PeftModel.from_pretrained(base, str(adapter), is_trainable=True).train()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+
+    def step(batch: Batch) -> tuple[float, float]:
+        pairs = list(zip(batch.examples, batch.trained, strict=True))
+        items = sum(sum(trained[1:]) for trained in batch.trained)
+        total = 0.0
+        for together in [pairs] if batch.together else [[pair] for pair in pairs]:
+            loss = network(**padded(together), num_items_in_batch=items, use_cache=False).loss
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, float(norm)
+
+    return step
+
+
+def padded(pairs: Sequence[tuple[list[int], list[bool]]]) -> dict[str, Any]:
+    """Inputs of transformers, padded on the right to the longest; the mask is left out where nothing is padded."""
+    import torch
+
+    longest = max(len(tokens) for tokens, _ in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (tokens, trained) in enumerate(pairs):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)] = torch.tensor(tokens).masked_fill(~torch.tensor(trained), -100)
+    return {"input_ids": ids, "labels": labels} | ({} if bool(mask.all()) else {"attention_mask": mask})
+
+
+def _forget_peak() -> None:
+    """Linux lets a process start its peak of resident memory anew; elsewhere the peak is the whole process's."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass(frozen=True)
+class Result:
+    """One scenario: every timed step of both sides, in pairs."""
+
+    scenario: str
+    tokens: list[int]
+    ours: list[Step]
+    theirs: list[Step]
+    loss_difference: float
+    norm_difference: float
+    """Largest over all steps; the norm's is relative."""
+
+    def ratio(self, kind: str) -> float:
+        """Their seconds over ours: the median over pairs."""
+        return statistics.median(getattr(b, kind) / getattr(a, kind) for a, b in zip(self.ours, self.theirs, strict=True))
+
+    def row(self, side: str) -> str:
+        steps: list[Step] = getattr(self, side)
+        speeds = [tokens / step.wall for tokens, step in zip(self.tokens, steps, strict=True)]
+        cpu = statistics.median(tokens / step.cpu for tokens, step in zip(self.tokens, steps, strict=True))
+        peak = max(step.peak for step in steps) / 2**30
+        ratios = f"{self.ratio('wall'):6.2f}x {self.ratio('cpu'):6.2f}x" if side == "ours" else ""
+        return (
+            f"{self.scenario:10} {side:7} {statistics.median(speeds):9.1f} {min(speeds):7.1f} {max(speeds):7.1f} "
+            f"{cpu:10.1f} {peak:8.2f}  {ratios}"
+        )  # fmt: skip
+
+
+class Sides:
+    """The two servers."""
+
+    def __init__(self, model: Path, adapter: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: dict[str, Connection] = {}
+        self.processes = []
+        for build in (ours, theirs):  # ours first: it writes the adapter
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(build, there, threads, model, adapter), daemon=True)
+            process.start()
+            there.close()  # or this end would not notice that the server died
+            self.processes.append(process)
+            self.pipes[build.__name__] = here
+            assert here.recv() == "ready"
+
+    def step(self, side: str, batch: Batch) -> Step:
+        self.pipes[side].send(batch)
+        return self.pipes[side].recv()
+
+    def forget_peaks(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send("peak")
+
+    def close(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send(None)
+        for process in self.processes:
+            process.join()
+
+
+def measure(sides: Sides, scenario: str, batches: Sequence[Batch], seconds: float, log: Callable[[str], None]) -> Result:
+    """One step of each to warm up and to compare, then pairs of steps until `seconds` are over, five at least."""
+    sides.forget_peaks()
+    first, second = sides.step("ours", batches[0]), sides.step("theirs", batches[0])
+    differences, norms = [abs(first.loss - second.loss)], [abs(first.grad_norm / second.grad_norm - 1)]
+    log(f"{scenario}: loss {first.loss:.6f} | {second.loss:.6f}, gradient norm {first.grad_norm:.6f} | {second.grad_norm:.6f}")
+    if max(differences + norms) > TOLERANCE:
+        raise SystemExit(f"{scenario}: the two sides do not compute the same; nothing was timed")
+    steps: dict[str, list[Step]] = {"ours": [], "theirs": []}
+    tokens: list[int] = []
+    until = time.monotonic() + seconds
+    while len(tokens) < 5 or time.monotonic() < until:
+        batch = batches[(len(tokens) + 1) % len(batches)]
+        for side in ("ours", "theirs") if len(tokens) % 2 else ("theirs", "ours"):
+            steps[side].append(sides.step(side, batch))
+        tokens.append(batch.tokens)
+        a, b = steps["ours"][-1], steps["theirs"][-1]
+        differences.append(abs(a.loss - b.loss))
+        norms.append(abs(a.grad_norm / b.grad_norm - 1))
+        log(f"{scenario}: {batch.tokens} tokens, seconds {a.wall:.2f} | {b.wall:.2f}, of CPU {a.cpu:.2f} | {b.cpu:.2f}")
+    return Result(scenario, tokens, steps["ours"], steps["theirs"], max(differences), max(norms))
+
+
+def table(results: Sequence[Result], threads: int) -> str:
+    """What is printed at the end."""
+    lines = [
+        f"LoRA rank {RANK} on all linears, float32, AdamW, {threads} thread(s); tokens/s of the median step, padding not counted",
+        f"{'':10} {'':7} {'tokens/s':>9} {'min':>7} {'max':>7} {'per CPU-s':>10} {'peak GiB':>8}  {'wall':>7} {'CPU':>7}",
+    ]
+    for result in results:
+        lines += [result.row("ours"), result.row("theirs")]
+    worst = max(result.loss_difference for result in results), max(result.norm_difference for result in results)
+    pairs = ", ".join(f"{len(result.tokens)} {result.scenario}" for result in results)
+    lines.append(
+        f"pairs of steps: {pairs}; over all of them losses differ by {worst[0]:.1e} at most, gradient norms by {worst[1]:.1e}"
+    )
+    return "\n".join(lines)
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="Hugging Face directory; default: SmolLM2, prepared where it is not there yet")
+    parser.add_argument("--threads", type=int, help="of each side; default: torch's own choice, which OMP_NUM_THREADS sets")
+    parser.add_argument("--scenario", choices=("unpacked", "mixed", "file"), action="append", help="default: unpacked and mixed")
+    parser.add_argument("--data", help="JSONL for the scenario `file`: mixed lengths, loss on the assistant's turns only")
+    parser.add_argument("--seconds", type=float, default=75, help="per scenario (default 75); five pairs of steps at least")
+    parser.add_argument("--length", type=int, default=256, help="tokens of an unpacked example (default 256)")
+    parser.add_argument("--examples", type=int, default=2, help="unpacked examples per step (default 2)")
+    parser.add_argument("--json", type=Path, help="writes every step to this file")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = _arguments(given)
+    scenarios = arguments.scenario or (["unpacked", "mixed"] + (["file"] if arguments.data else []))
+    if "file" in scenarios and not arguments.data:
+        raise SystemExit("--scenario file needs --data FILE.jsonl")
+    model = arguments.model or _prepared()
+    threads = arguments.threads or _default_threads()
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    make: dict[str, Callable[[], list[Batch]]] = {
+        "unpacked": lambda: unpacked_batches(4, arguments.examples, arguments.length, vocabulary),
+        "mixed": lambda: mixed_batches(6, vocabulary),
+        "file": lambda: file_batches(6, model, arguments.data),
+    }
+    batches = {scenario: make[scenario]() for scenario in scenarios}
+    with tempfile.TemporaryDirectory() as folder:
+        print("starting both sides", file=sys.stderr)
+        sides = Sides(model, Path(folder) / "adapter", threads)
+        log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+        results = [measure(sides, name, batches[name], arguments.seconds, log) for name in scenarios]
+        sides.close()
+    print(table(results, threads))
+    if arguments.json:
+        recorded = [asdict(r) | {"ratio_wall": r.ratio("wall"), "ratio_cpu": r.ratio("cpu")} for r in results]
+        arguments.json.write_text(json.dumps({"threads": threads, "model": str(model), "results": recorded}, indent=1))
+
+
+def _prepared() -> Path:
+    """The cached SmolLM2 of scripts/prepare_smollm2.py."""
+    import subprocess
+
+    script = Path(__file__).parent.parent / "scripts" / "prepare_smollm2.py"
+    return Path(subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def _default_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Packs equal layouts that are written out by hand, and, for any sizes, those that a slow loop counts out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads, Pack
+from tests import by_hand
+
+NONE = Heads(1, 1)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8)
+
+
+def cut(part: Tensor, axis: int | None, tensor: int, rank: int) -> Tensor:
+    """What a rank reads of one Hugging Face tensor."""
+    if axis is None:
+        return part
+    share = part.shape[axis] // tensor
+    return part.narrow(axis, rank * share, share)
+
+
+def shard(pack: Pack, parts: list[Tensor], heads: Heads, tensor: int, rank: int) -> Tensor:
+    return pack.join([cut(part, pack.axis, tensor, rank) for part in parts], heads)
+
+
+# --- written out by hand: 4 query heads in 2 groups of 2, head_dim 2, hidden 1; a query row q is 10 + q, key 30 + k, value 50 + v
+
+QUERY, KEY, VALUE = [10, 11, 12, 13, 14, 15, 16, 17], [30, 31, 32, 33], [50, 51, 52, 53]
+FUSED = [10, 11, 12, 13, 30, 31, 50, 51, 14, 15, 16, 17, 32, 33, 52, 53]
+GATE, UP = [1, 2, 3, 4], [-1, -2, -3, -4]
+
+# pack, Hugging Face tensors, tensor size -> the shard of each rank
+BY_HAND = [
+    (QKV, [QUERY, KEY, VALUE], 1, [FUSED]),
+    (QKV, [QUERY, KEY, VALUE], 2, [[10, 11, 12, 13, 30, 31, 50, 51], [14, 15, 16, 17, 32, 33, 52, 53]]),
+    (GATE_UP, [GATE, UP], 1, [[1, 2, 3, 4, -1, -2, -3, -4]]),
+    (GATE_UP, [GATE, UP], 2, [[1, 2, -1, -2], [3, 4, -3, -4]]),
+    (GATE_UP, [GATE, UP], 4, [[1, -1], [2, -2], [3, -3], [4, -4]]),
+    (COLUMN, [GATE], 2, [[1, 2], [3, 4]]),
+    (COLUMN, [GATE], 4, [[1], [2], [3], [4]]),
+    (REPLICATED, [GATE], 2, [GATE, GATE]),
+    (VOCAB, [GATE], 2, [[1, 2], [3, 4]]),
+]
+
+
+@pytest.mark.parametrize(("pack", "parts", "tensor", "shards"), BY_HAND)
+@pytest.mark.parametrize("columns", [0, 1, 3], ids=["bias", "weight1", "weight3"])
+def test_rows_are_where_the_hand_written_layout_has_them(pack, parts, tensor, shards, columns):
+    """columns 0: a bias [out]; else a weight [out, columns] whose rows repeat the number that names them."""
+
+    def made(rows: list[int]) -> Tensor:
+        flat = torch.tensor(rows)
+        return flat if columns == 0 else flat[:, None] * 100 + torch.arange(columns)
+
+    for rank, rows in enumerate(shards):
+        found = shard(pack, [made(part) for part in parts], Heads(2, 2), tensor, rank)
+        assert torch.equal(found, made(rows)), f"rank {rank}"
+
+
+def test_a_row_cut_takes_columns():
+    weight = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert shard(ROW, [weight], NONE, 2, 0).tolist() == [[1, 2], [5, 6]]
+    assert shard(ROW, [weight], NONE, 2, 1).tolist() == [[3, 4], [7, 8]]
+    assert shard(ROW, [weight], NONE, 4, 2).tolist() == [[3], [7]]
+
+
+def test_qkv_with_one_query_per_group_and_with_one_group():
+    """Multi-head attention (queries = groups) and multi-query attention are the two ends of the same rule."""
+    q, k, v = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])
+    assert QKV.join([q, k, v], Heads(1, 1)).tolist() == [1, 4, 7, 2, 5, 8, 3, 6, 9]
+    assert QKV.join([q, k[:1], v[:1]], Heads(3, 1)).tolist() == [1, 2, 3, 4, 7]
+
+
+def test_split_undoes_join_by_hand():
+    query, key, value = QKV.split(torch.tensor(FUSED), Heads(2, 2))
+    assert (query.tolist(), key.tolist(), value.tolist()) == (QUERY, KEY, VALUE)
+    gate, up = GATE_UP.split(torch.tensor([1, 2, -1, -2]), NONE)
+    assert (gate.tolist(), up.tolist()) == ([1, 2], [-1, -2])
+
+
+# --- any sizes
+
+
+def numbered(length: int, columns: int, first: int, dtype: torch.dtype) -> Tensor:
+    """[length(, columns)] of values that tell rows apart as far as the dtype can."""
+    count = length * max(columns, 1)
+    flat = (torch.arange(count) * 7 + first) % 120
+    return flat.to(dtype).reshape((length, columns) if columns else (length,))
+
+
+def agrees(pack: Pack, parts: list[Tensor], heads: Heads, tensor: int, rows: list[list[by_hand.Source]]) -> None:
+    """Every rank's shard is the slow loop's, and all shards give the parts back, bits and dtype."""
+    dim = pack.axis or 0
+    pieces = []
+    for rank in range(tensor):
+        found = shard(pack, parts, heads, tensor, rank)
+        expected = by_hand.gather(parts, rows[rank], dim)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        pieces.append(pack.split(found, heads))
+    for number, part in enumerate(parts):
+        back = torch.cat([piece[number] for piece in pieces], dim=dim)
+        assert back.dtype == part.dtype and torch.equal(back, part)
+
+
+SIZES = st.integers(1, 4)
+COLUMNS = st.integers(0, 3)
+TENSORS = st.sampled_from([1, 2, 3, 4])
+KINDS = st.sampled_from(DTYPES)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tensor=TENSORS, multiple=SIZES, queries=st.integers(1, 5), head_dim=st.integers(1, 5), columns=COLUMNS, dtype=KINDS
+)
+def test_qkv_equals_the_slow_loop(tensor, multiple, queries, head_dim, columns, dtype):
+    groups = tensor * multiple
+    lengths = (groups * queries * head_dim, groups * head_dim, groups * head_dim)
+    parts = [numbered(length, columns, 40 * n, dtype) for n, length in enumerate(lengths)]
+    rows = [
+        by_hand.qkv_rows(groups=groups, queries=queries, head_dim=head_dim, tensor=tensor, rank=rank)
+        for rank in range(tensor)
+    ]
+    agrees(QKV, parts, Heads(queries, head_dim), tensor, rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(tensor=TENSORS, multiple=SIZES, columns=COLUMNS, dtype=KINDS)
+def test_gate_up_equals_the_slow_loop(tensor, multiple, columns, dtype):
+    ffn = tensor * multiple
+    parts = [numbered(ffn, columns, 60 * n, dtype) for n in range(2)]
+    agrees(
+        GATE_UP,
+        parts,
+        NONE,
+        tensor,
+        [by_hand.gate_up_rows(ffn=ffn, tensor=tensor, rank=rank) for rank in range(tensor)],
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(tensor=TENSORS, multiple=SIZES, other=st.integers(1, 3), dtype=KINDS, axis=st.sampled_from([0, 1]))
+def test_even_cuts_equal_the_slow_loop(tensor, multiple, other, dtype, axis):
+    length = tensor * multiple
+    part = numbered(length, other, 0, dtype) if axis == 0 else numbered(other, length, 0, dtype)
+    rows = [by_hand.even_rows(length=length, tensor=tensor, rank=rank) for rank in range(tensor)]
+    agrees(COLUMN if axis == 0 else ROW, [part], NONE, tensor, rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tensor=TENSORS, multiple=SIZES, queries=st.integers(1, 4), head_dim=st.integers(1, 3), inner=st.integers(1, 3))
+def test_an_adapter_on_a_fused_linear_is_the_fused_adapters(tensor, multiple, queries, head_dim, inner):
+    """join commutes with a product from the right: the fused weight of B A is the fused B, times A. That is why a Pack serves both."""
+    groups, heads = tensor * multiple, Heads(queries, head_dim)
+    ups = [torch.randn(n * groups * head_dim, inner, dtype=torch.float64) for n in (queries, 1, 1)]
+    down = torch.randn(inner, 3, dtype=torch.float64)
+    for rank in range(tensor):
+        whole = shard(QKV, [up @ down for up in ups], heads, tensor, rank)
+        torch.testing.assert_close(shard(QKV, ups, heads, tensor, rank) @ down, whole, rtol=0, atol=1e-12)
