@@ -5,6 +5,9 @@ Megatron-core's own description of its fused linears (transformer/attention.py, 
 value), head_dim]; tensor_parallel/layers.py, ColumnParallelLinear: rank r has the r-th part of the rows).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -55,3 +58,87 @@ def gather(parts: list[Tensor], sources: list[Source] | list[Source | None], dim
         else:
             rows.append(parts[source[0]].select(dim, source[1]))
     return torch.stack(rows, dim=dim)
+
+
+# --- a whole parameter of one rank
+
+FFN, EXPERT_FFN = 48, {"qwen3_moe": 24, "mixtral": 48}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank is, as Megatron's parallel state has it, and the sizes of tests/tiny.py that decide the cut."""
+
+    tensor: tuple[int, int]
+    expert_tensor: tuple[int, int]
+    """(rank, size)."""
+    first_expert: int
+    groups: int
+    queries: int
+    head_dim: int
+    vocab: int
+    vocab_unit: int
+    hf_type: str
+
+
+def parameter(name: str, layer: int | None, hf: Mapping[str, Tensor], place: Place) -> Tensor:
+    """What Megatron's parameter `name` of one chunk must hold on this rank, from whole Hugging Face tensors.
+
+    layer: the global number of the layer that it is in, counted from 0; None outside of layers.
+    """
+    rank, size = place.tensor
+    if layer is None:
+        source = {
+            "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+            "output_layer.weight": "lm_head.weight",
+            "decoder.final_layernorm.weight": "model.norm.weight",
+        }[name]
+        if name == "decoder.final_layernorm.weight":
+            return hf[source]
+        # a tied model's head on its last stage has no tensor of its own
+        tensor = hf[source] if source in hf else hf["model.embed_tokens.weight"]
+        return gather([tensor], vocabulary_rows(vocab=place.vocab, unit=place.vocab_unit, tensor=size, rank=rank))
+    inside = name.split(".", 3)[3]
+    prefix = f"model.layers.{layer}."
+    if inside.startswith("self_attention."):
+        return _attention(inside.removeprefix("self_attention."), prefix + "self_attn.", hf, place)
+    if inside.startswith("mlp."):
+        return _mlp(inside.removeprefix("mlp."), prefix, hf, place)
+    norms = {"input_layernorm.weight": "input_layernorm.weight", "pre_mlp_layernorm.weight": "post_attention_layernorm.weight"}
+    return hf[prefix + norms[inside]]
+
+
+def _attention(name: str, prefix: str, hf: Mapping[str, Tensor], place: Place) -> Tensor:
+    rank, size = place.tensor
+    module, kind = name.split(".")
+    if module == "linear_qkv":
+        parts = [hf[f"{prefix}{letter}_proj.{kind}"] for letter in "qkv"]
+        rows = qkv_rows(groups=place.groups, queries=place.queries, head_dim=place.head_dim, tensor=size, rank=rank)
+        return gather(parts, rows)
+    if module == "linear_proj":
+        whole = hf[f"{prefix}o_proj.{kind}"]
+        if kind == "bias":
+            return whole
+        return gather([whole], even_rows(length=whole.shape[1], tensor=size, rank=rank), dim=1)
+    return hf[prefix + {"q_layernorm": "q_norm", "k_layernorm": "k_norm"}[module] + "." + kind]
+
+
+def _mlp(name: str, prefix: str, hf: Mapping[str, Tensor], place: Place) -> Tensor:
+    moe = prefix + ("block_sparse_moe." if place.hf_type == "mixtral" else "mlp.")
+    if name == "router.weight":
+        return hf[moe + "gate.weight"]
+    (rank, size), words, ffn = place.tensor, ("gate_proj", "up_proj", "down_proj"), FFN
+    source = prefix + "mlp."
+    if name.startswith("experts.local_experts."):
+        _, _, expert, name = name.split(".", 3)
+        source = f"{moe}experts.{int(expert) + place.first_expert}."
+        (rank, size), ffn = place.expert_tensor, EXPERT_FFN[place.hf_type]
+        if place.hf_type == "mixtral":
+            words = ("w1", "w3", "w2")
+    module, kind = name.split(".")
+    gate, up, down = (f"{source}{word}.{kind}" for word in words)
+    if module == "linear_fc1":
+        return gather([hf[gate], hf[up]], gate_up_rows(ffn=ffn, tensor=size, rank=rank))
+    if kind == "bias":
+        return hf[down]
+    return gather([hf[down]], even_rows(length=ffn, tensor=size, rank=rank), dim=1)

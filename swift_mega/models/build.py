@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -286,8 +285,23 @@ def build(
             share_embeddings_and_output_weights=settings.tied,
         )  # fmt: skip
         chunks.append(chunk.to(device.device))
-    assert parallel_state.model_parallel_is_initialized()
-    return ModelPart(family, settings, config, layout, coordinate, chunks)
+    part = ModelPart(family, settings, config, layout, coordinate, chunks)
+    _mark_cut(part)
+    return part
+
+
+def _mark_cut(part: ModelPart) -> None:
+    """Says which parameters are cut over tensor ranks, for the gradient's norm.
+
+    Megatron sets the mark while it initialises values, which we don't let it do (every value is read); without it the norm leaves out
+    the parts on tensor ranks but the first, silently, and clipping is wrong.
+    """
+    for held in part.held():
+        cut = held.rule.pack.axis is not None
+        # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
+        whole_counts = held.expert and part.coordinate.expert_tensor == 0
+        held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
+        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.axis or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

@@ -1,0 +1,245 @@
+"""Hugging Face to every rank of every layout and back: each parameter is the slow oracle's, each byte comes back.
+
+A round trip alone proves nothing, because its second half undoes an error of its first. So what ranks hold is compared, on the way,
+with tests/by_hand.py, by names and numbers that Megatron's own modules give.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state as state
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from swift_mega.config import schema
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.mcore import widest
+from swift_mega.convert.save import save
+from swift_mega.models.build import ModelPart
+from swift_mega.models.family import load_settings, read_config
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.groups import Groups
+from swift_mega.parallel.layout import parse_layout, plan_layout
+from swift_mega.train.build import build_part
+from tests import by_hand, tiny
+
+DENSE = ("tp2-dp2", "tp4", "pp2-dp2", "pp4", "tp2-pp2-sp", "pp2-vpp2-dp2", "pp2:1,3")
+MOE = ("ep2-dp4", "ep4-dp4", "pp2-ep2-dp2", "tp2-ep2-etp1-sp-dp2", "tp2-ep2-etp2-sp-dp2", "tp4-etp1", "tp4-ep2-etp2", "pp2:3,1")
+FEWER = ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp2-sp-dp2")
+
+
+def layouts_for(name: str) -> tuple[str, ...]:
+    """Those worth the time: families that differ from another in how they compute only get one."""
+    if name.startswith("llama_") and "rope_parameters" in tiny.FAMILIES[name]:
+        return ("tp2-pp2-sp",)
+    if name == "qwen3_moe_mixed":
+        return DENSE + MOE
+    return FEWER if "moe" in name or name == "mixtral" else DENSE
+
+
+def hugging_face(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, by safetensors itself."""
+    return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def part_of(name: str, directory: Path, dtype: torch.dtype, cpu: Any) -> tuple[ModelPart, Groups]:
+    """This rank's part in the layout `name`; 'pp2:1,3' has layers as listed, and as many data ranks as are left."""
+    name, _, layers = name.partition(":")
+    parallel, world = parse_layout(name)
+    if layers:
+        parallel, world = schema.Parallel(pipeline=parallel.pipeline, pipeline_layout=layers), 4
+    layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
+    groups = parallel_groups.init(layout)
+    run = schema.Run(parallel=parallel)
+    return build_part(run, cpu, groups, dtype=dtype, adapters=False, checkpoint=Checkpoint(directory)), groups
+
+
+def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -> int:
+    """Compares every parameter of this rank; returns how many."""
+    config = read_config(directory)
+    experts = config.get("num_experts", config.get("num_local_experts", 0)) or 0
+    place = by_hand.Place(
+        tensor=(state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()),
+        expert_tensor=(state.get_expert_tensor_parallel_rank(), state.get_expert_tensor_parallel_world_size()),
+        first_expert=state.get_expert_model_parallel_rank() * (experts // state.get_expert_model_parallel_world_size()),
+        groups=config["num_key_value_heads"],
+        queries=config["num_attention_heads"] // config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        vocab=config["vocab_size"],
+        vocab_unit=128,
+        hf_type=config["model_type"],
+    )
+    count = 0
+    for chunk in part.chunks:
+        for name, parameter in chunk.named_parameters():
+            words = name.split(".")
+            # Megatron numbers layers from 1, over all stages
+            layer = chunk.decoder.layers[int(words[2])].layer_number - 1 if words[1] == "layers" else None
+            expected = by_hand.parameter(name, layer, hf, place).to(parameter.dtype)
+            assert parameter.shape == expected.shape, f"{name}: {parameter.shape} for {expected.shape}"
+            assert torch.equal(parameter, expected), f"{name} (layer {layer})"
+            count += 1
+    return count
+
+
+def same_bits(found: Path, source: Path) -> None:
+    """The same tensors, dtypes and bytes, NaN and negative zero included."""
+    have, want = hugging_face(found), hugging_face(source)
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        assert have[name].dtype == value.dtype, name
+        assert torch.equal(have[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
+
+
+def there_and_back(layouts: tuple[str, ...], directory: Path, output: Path, cpu: Any) -> list[int]:
+    """Runs in every rank: load, compare, save, for each layout. Returns the number of parameters that rank 0 compared."""
+    hf, checkpoint = hugging_face(directory), Checkpoint(directory)
+    dtypes = {name: entry.dtype for name, entry in checkpoint.entries.items()}
+    compared = []
+    for name in layouts:
+        part, groups = part_of(name, directory, widest(checkpoint), cpu)
+        compared.append(equals_by_hand(part, directory, hf))
+        save(part, groups, output / name, source=directory, dtypes=dtypes, max_shard_bytes=1 << 40)
+        parallel_groups.close()
+    return compared
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_every_layout_there_and_back(ranks, cpu, tmp_path, name):
+    """Every family in every layout on 4 ranks: parameters as counted out by hand, files as they were."""
+    source = tiny.make(tmp_path / "hf", name)
+    layouts = layouts_for(name)
+    compared = ranks(4, there_and_back, layouts, source, tmp_path, cpu)
+    assert all(count > 5 for count in compared)
+    for layout in layouts:
+        same_bits(tmp_path / layout, source)
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "qwen2_window", "qwen3_moe_mixed"])
+def test_one_rank_there_and_back(ranks, cpu, tmp_path, name):
+    source = tiny.make(tmp_path / "hf", name)
+    ranks(1, there_and_back, ("single",), source, tmp_path, cpu)
+    same_bits(tmp_path / "single", source)
+
+
+def cast(directory: Path, kinds: list[torch.dtype]) -> Path:
+    """Gives the tensors of a directory these dtypes in turn."""
+    (file,) = directory.glob("*.safetensors")
+    tensors = {name: value.to(kinds[n % len(kinds)]) for n, (name, value) in enumerate(sorted(load_file(file).items()))}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [torch.bfloat16],
+        [torch.float16],
+        [torch.bfloat16, torch.float32],
+        [torch.bfloat16, torch.float16, torch.float32],
+        [torch.float64, torch.bfloat16],
+    ],
+    ids=lambda kinds: "-".join(str(kind).removeprefix("torch.") for kind in kinds),
+)
+@pytest.mark.parametrize("name", ["qwen3_tied", "mixtral"])
+def test_dtypes_are_kept_tensor_by_tensor(ranks, cpu, tmp_path, name, kinds):
+    """Held in the narrowest dtype that has them all, written in each one's own."""
+    source = cast(tiny.make(tmp_path / "hf", name), kinds)
+    layouts = ("tp2-pp2-sp", "pp4") if name != "mixtral" else ("tp2-ep2-etp2-sp-dp2", "pp2-ep2-dp2")
+    ranks(4, there_and_back, layouts, source, tmp_path, cpu)
+    for layout in layouts:
+        same_bits(tmp_path / layout, source)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_special_values_are_kept(ranks, cpu, tmp_path, kind):
+    """Negative zero, infinities, subnormals, and NaN with its payload, are bits like others."""
+    source = tiny.make(tmp_path / "hf", "llama", dtype=kind)
+    tensors = hugging_face(source)
+    integer = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[kind]
+    odd = torch.tensor([0, 1, -1, 0x7F81 if kind == torch.bfloat16 else 0x7FC12345], dtype=integer).view(kind)
+    odd = torch.cat([odd, torch.tensor([-0.0, math.inf, -math.inf, math.nan], dtype=kind)])
+    for name in ("lm_head.weight", "model.layers.2.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        tensors[name].view(-1)[: len(odd)] = odd
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    ranks(4, back_only, ("tp2-pp2-sp",), source, tmp_path, cpu)
+    same_bits(tmp_path / "tp2-pp2-sp", source)
+
+
+def back_only(layouts: tuple[str, ...], directory: Path, output: Path, cpu: Any) -> None:
+    checkpoint = Checkpoint(directory)
+    for name in layouts:
+        part, groups = part_of(name, directory, widest(checkpoint), cpu)
+        dtypes = {name: entry.dtype for name, entry in checkpoint.entries.items()}
+        save(part, groups, output / name, source=directory, dtypes=dtypes, max_shard_bytes=1 << 40)
+        parallel_groups.close()
+
+
+@pytest.mark.parametrize("vocab", [127, 128, 129, 300])
+def test_vocabularies_that_ranks_do_not_divide(ranks, cpu, tmp_path, vocab):
+    """Padded inside (a rank may have padding only), trimmed outside; each divisor of the padded size has its own case here."""
+    source = tiny.make(tmp_path / "hf", "llama", vocab_size=vocab, num_hidden_layers=2)
+    ranks(4, there_and_back, ("tp2-dp2", "tp4"), source, tmp_path, cpu)
+    for layout in ("tp2-dp2", "tp4"):
+        same_bits(tmp_path / layout, source)
+
+
+# --- what is written is a model
+
+
+def write_in_shards(directory: Path, output: Path, max_shard_bytes: int, cpu: Any) -> None:
+    part, groups = part_of("tp2-pp2-sp", directory, torch.float32, cpu)
+    save(part, groups, output, source=directory, dtypes=torch.float32, max_shard_bytes=max_shard_bytes)
+    parallel_groups.close()
+
+
+def logits(directory: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        return model.eval()(torch.arange(20)[None] * 5 % 131).logits
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3_moe", "mixtral"])
+def test_transformers_loads_what_is_written(ranks, cpu, tmp_path, name):
+    """Several files and an index; config, tokenizer and chat template beside them; the very same logits."""
+    source = tiny.make(tmp_path / "hf", name)
+    for file in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
+        (source / file).write_text("{} " + file)
+    limit = 40_000
+    ranks(4, write_in_shards, source, tmp_path / "out", limit, cpu)
+    out = tmp_path / "out"
+    files = sorted(out.glob("*.safetensors"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == [file.name for file in files]
+    for file in files:
+        assert sum(value.numel() * 4 for value in load_file(file).values()) <= limit
+    companions = ("generation_config.json", "tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
+    for file in companions:
+        assert (out / file).read_bytes() == (source / file).read_bytes()
+    same_bits(out, source)
+    for directory in (source, out):  # the stand-ins for a tokenizer are no tokenizer
+        (directory / "tokenizer_config.json").unlink()
+        (directory / "tokenizer.json").unlink()
+    assert torch.equal(logits(out), logits(source))
+    assert not list(tmp_path.glob("*.writing")) and not list(tmp_path.glob("*.old"))
+
+
+def test_one_dtype_for_all_is_said_in_the_config(ranks, cpu, tmp_path):
+    source = tiny.make(tmp_path / "hf", "qwen3")
+
+    def body() -> None:
+        part, groups = part_of("tp2", source, torch.float32, cpu)
+        save(part, groups, tmp_path / "out", source=source, dtypes=torch.bfloat16, max_shard_bytes=1 << 40)
+
+    ranks(2, body)
+    assert read_config(tmp_path / "out")["dtype"] == "bfloat16" and read_config(source)["dtype"] == "float32"
+    have, want = hugging_face(tmp_path / "out"), hugging_face(source)
+    assert have.keys() == want.keys() and all(torch.equal(have[name], want[name].bfloat16()) for name in want)
