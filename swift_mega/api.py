@@ -6,6 +6,7 @@ Everything that can be checked before a rank starts is checked before.
 
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ from swift_mega.objectives.objective import find_objective  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
 from swift_mega.train import validate  # noqa: E402
-from swift_mega.train.build import build_part  # noqa: E402
-from swift_mega.train.loop import TrainResult, check_training, make_batches, train_rank  # noqa: E402
+from swift_mega.train.build import build_part, warmup_steps  # noqa: E402
+from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank  # noqa: E402
 
 __all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "train", "verify"]
 
@@ -61,7 +62,8 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     tokenizer = load_tokenizer(run.model.path)
     prepared = _prepare(run, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    make_batches(run, layout, 0, prepared, pad)
+    batches, _ = make_batches(run, layout, 0, prepared, pad)
+    warmup_steps(run.optim, total_steps(run.train, batches))
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
@@ -155,7 +157,9 @@ class Answerer:
 
     def __init__(self, model: str, adapters: str | None = None) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         family_of(model)
         self.tokenizer = load_tokenizer(model)
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
@@ -190,12 +194,26 @@ LAYOUTS = ("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2",
 """Tried by `verify` where no layouts are given, as far as the model can be cut so; with tp2 possible, tp3 is left out."""
 
 
+SENTENCES = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+    "Who are you? I am a language model.",
+    "Water boils at one hundred degrees Celsius at sea level.",
+    "Once upon a time there was a small village by the sea where nobody had ever seen a ship.",
+    "In 1969 two people walked on the Moon for the first time.",
+    "SELECT name, age FROM users WHERE age > 30 ORDER BY name;",
+    "Twice two is four, twice three is six, twice four is eight.",
+)
+"""What `verify` compares on where nothing is given: ordinary text, since random tokens drive models where they never go."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What `verify` measured."""
 
     differences: list[validate.Difference]
     tolerance: float
+    dtype: str
 
     @property
     def passed(self) -> bool:
@@ -209,43 +227,51 @@ class Report:
             ok = "ok" if max(d.logits, d.gradient, d.loss) <= self.tolerance else "FAIL"
             lines.append(f"{d.layout:18} {d.logits:9.1e} {d.loss:9.1e} {d.gradient:9.1e}  {ok:4} {d.worst} (of {d.tensors})")
         verdict = "every layout equals Hugging Face" if self.passed else "NOT EQUAL"
-        return "\n".join([*lines, f"{verdict} within {self.tolerance:g} (float32; gradients relative to the tensor's largest)"])
+        return "\n".join([*lines, f"{verdict} within {self.tolerance:g} ({self.dtype}; gradients relative to the tensor's largest)"])
 
 
 def verify(
     model: str, layouts: Sequence[str] | None = None, *, tolerance: float = 1e-4, prompts: str | None = None, tuner: str = "full",
-    target_modules: Sequence[str] = ("all-linear",),
+    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64",
 ) -> Report:  # fmt: skip
-    """Compares logits, loss and gradients of every layout with Hugging Face's, in float32, on random rows or those of `prompts`.
+    """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
 
-    prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of a random adapter on
-    `target_modules` with PEFT's.
+    prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
+    the one in `adapters`, or a random one on `target_modules`. dtype: of both sides. In float32 both round, and
+    deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
     """
     settings = load_settings(model)
     chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
-    base = schema.Run(
-        model=schema.Model(path=model, dtype="float32"),
-        tuner=schema.Tuner(type=tuner, target_modules=tuple(target_modules)),
-        optim=schema.Optim(),
-    )
+    run = schema.Run(model=schema.Model(path=model, dtype=dtype), tuner=_verified_tuner(tuner, target_modules, adapters))  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
         found = Path(folder)
-        adapter = None
-        if tuner == "lora":
+        adapter = Path(adapters) if adapters else None
+        if run.tuner.type == "lora" and adapter is None:
             adapter = found / "adapter"
-            run_ranks(1, validate.random_adapter, _for(base, schema.Parallel()), DEVICE, plan_layout(schema.Parallel(), settings.shape, 1), adapter)
-        run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference")
+            alone = plan_layout(schema.Parallel(), settings.shape, 1)
+            run_ranks(1, validate.random_adapter, _for(run, schema.Parallel()), DEVICE, alone, adapter)
+        run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference", getattr(torch, dtype))
         differences = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
-            run = _for(base, parallel, (str(adapter),) if adapter else ())
-            output = found / "layout"
-            run_ranks(layout.world, validate.measure, run, DEVICE, layout, rows, output)
+            mine = _for(run, parallel, (str(adapter),) if adapter else ())
+            output = found / f"layout{len(differences)}"
+            run_ranks(layout.world, validate.measure, mine, DEVICE, layout, rows, output)
             differences.append(validate.compare(layout.name, found / "reference", output))
-            for file in output.glob("logits-*"):
-                file.unlink()
-        return Report(differences, tolerance)
+            shutil.rmtree(output)
+        return Report(differences, tolerance, dtype)
+
+
+def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | None) -> schema.Tuner:
+    """The tuner to verify; a given adapter's own rank, scale and targets."""
+    if adapters is None:
+        return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
+    config = merged.read_adapter(adapters).config
+    return schema.Tuner(
+        type="lora", rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")),
+        target_modules=tuple(config["target_modules"]),
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:
@@ -275,11 +301,15 @@ def _fitting(shape: Any) -> list[tuple[schema.Parallel, Layout]]:
 
 
 def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[int]]:
-    if prompts is None:
+    """`count` rows of tokens, or a multiple of it: sentences where the model has a tokenizer, random tokens where not."""
+    if prompts is not None:
+        lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif (Path(model) / "tokenizer_config.json").is_file() or (Path(model) / "tokenizer.json").is_file():
+        lines = list(SENTENCES)
+    else:
         return validate.example_rows(vocab, examples=count)
     tokenizer = load_tokenizer(model)
-    lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = [row for row in (tokenizer(line)["input_ids"] for line in lines) if len(row) > 1]
     if not rows:
         raise UserError(f"{prompts} has no line of two tokens or more; give a text file with one prompt a line")
-    return [rows[number % len(rows)] for number in range(max(count, -(-len(rows) // count) * count))]
+    return [rows[number % len(rows)] for number in range(-(-len(rows) // count) * count)]

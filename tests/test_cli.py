@@ -171,10 +171,6 @@ MISTAKES = [
         ["convert", "--to", "hf", "--output", "o", "--mcore", "mcore", "--model", "model"],
         "convert --to hf reads --mcore;",
     ),
-    (
-        ["convert", "--to", "hf", "--output", "o", "--mcore", "mcore", "--tp", "2"],
-        "convert --to hf reads the layout from",
-    ),
     # export
     (["export", "--merge_lora", "true"], "export: give one --adapters DIR, not 0"),
     (["export", "--adapters", "adapter"], "export: an adapter is in PEFT's format already; give --merge_lora true"),
@@ -309,9 +305,9 @@ def test_convert_to_megatron(api: Recorder) -> None:
 
 
 def test_convert_to_hugging_face(api: Recorder) -> None:
-    assert main(["convert", "--mcore", "mcore", "--to", "hf", "--output", "out", "--max_shard_size=1GB"]) == 0
+    assert main(["convert", "--mcore", "mcore", "--to", "hf", "--output", "out", "--max_shard_size=1GB", "--pp=2"]) == 0
     expected = {"source": "mcore", "to": "hf", "output": "out", "dtype": None, "max_shard_size": "1GB"}
-    assert api.calls == [("convert", (), expected | {"parallel": Parallel()})]
+    assert api.calls == [("convert", (), expected | {"parallel": Parallel(pipeline=2)})]
 
 
 def test_overwrite_replaces_when_complete(api: Recorder, place: Path) -> None:

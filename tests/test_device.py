@@ -190,3 +190,12 @@ def test_seed_all(cpu):
     first = torch.rand(2)
     cpu.seed_all(3)
     assert torch.equal(torch.rand(2), first)
+
+
+@no_cuda
+def test_device_contexts_still_work(cpu):
+    """`with torch.device(...)` reaches factories under the facade: transformers builds models on "meta" with it, and a context
+    that did nothing left rotary frequencies unset, without an error."""
+    with torch.device("meta"):
+        for made in (torch.empty(1), torch.zeros(1), torch.arange(2), torch.tensor(1.0), torch.ones(1)):
+            assert made.device.type == "meta"

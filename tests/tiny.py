@@ -39,6 +39,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. Who are you? I am an assistant, made to help you.",
+    "def add(a, b):\n    return a + b\n\nassistant user system Hello there, how are you today?\n",
+    "<think>\nLet me think about this.\n</think>\n\nThe answer is four.  Two  spaces, and\ttabs.\n\n\n",
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(template: str | None = None, *special: str, eos: str = "</s>") -> Any:
+    """A byte-level BPE of a few hundred merges, made on the spot, with `special` as single tokens; a fast tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token=eos, pad_token=eos)
+    made.add_special_tokens({"additional_special_tokens": list(special)})
+    made.chat_template = template
+    return made
+
+
+def make_chat(directory: Path, name: str, **changes: Any) -> Path:
+    """`make` with a chatml tokenizer beside the weights, and a vocabulary that holds it."""
+    made = tokenizer(CHATML, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+    make(directory, name, vocab_size=len(made) + 3, **changes)
+    made.save_pretrained(directory)
+    return directory
+
+
 def make(
     directory: Path, name: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any
 ) -> Path:

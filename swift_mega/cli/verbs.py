@@ -10,7 +10,6 @@ from typing import Any
 from swift_mega.cli.arguments import Arguments, Option, Verb
 from swift_mega.cli.files import check_output, model_of, output_directory, read_questions
 from swift_mega.config.check import check_inputs, check_model_directory
-from swift_mega.config.schema import Parallel
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import refuse_joined, world_size
@@ -44,8 +43,6 @@ def convert(arguments: Arguments) -> int:
         source = _source(arguments.text("mcore"), "--mcore", unused=run.model.path, other="--model", to=to)
         if not Path(source).is_dir():
             raise UserError(f"--mcore={source}: no such directory")
-        if run.parallel != Parallel():
-            raise UserError("convert --to hf reads the layout from the checkpoint; leave the parallel sizes out")
     overwrite = arguments.switch("overwrite")
     check_output(output, overwrite=overwrite, inputs=[source])
     from swift_mega import api
@@ -95,10 +92,10 @@ def infer(arguments: Arguments) -> int:
     if len(run.model.adapters) > 1:
         raise UserError(f"infer: give one --adapters DIR, not {len(run.model.adapters)}")
     adapters = run.model.adapters[0] if run.model.adapters else None
-    if adapters is None and run.model.path is None:
-        raise UserError("infer: no model; give --model DIR, or --adapters DIR")
     model = model_of(adapters, run.model.path) if adapters else run.model.path
-    check_model_directory(str(model), what="--model")
+    if model is None:
+        raise UserError("infer: no model; give --model DIR, or --adapters DIR")
+    check_model_directory(model, what="--model")
     if output is not None and Path(output).exists() and not arguments.switch("overwrite"):
         raise UserError(f"--output={output} exists; give another file, or --overwrite true")
     questions = read_questions(source, system=run.data.system) if source is not None else []
@@ -169,6 +166,15 @@ def verify(arguments: Arguments) -> int:
         options["prompts"] = prompts
     if (tuner := arguments.text("tuner")) is not None:
         options["tuner"] = tuner
+    if len(run.model.adapters) > 1:
+        raise UserError(f"verify: give one --adapters DIR, not {len(run.model.adapters)}")
+    if run.model.adapters:
+        if tuner == "full":
+            raise UserError("verify: --adapters compares an adapter's gradients, --tuner full those of the model; leave one out")
+        check_model_directory(run.model.adapters[0], what="--adapters", file="adapter_config.json")
+        options["adapters"] = run.model.adapters[0]
+    if run.model.dtype != "auto":
+        options["dtype"] = run.model.dtype
     from swift_mega import api
 
     report = api.verify(run.model.path, **options)
@@ -294,7 +300,7 @@ _ALL = (
         description="For each layout, the largest difference of logits, loss and gradients from Hugging Face, as a table. "
         "Exits with 1 beyond the tolerance.",
         usage=(
-            "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] [--tuner lora|full]",
+            "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] [--tuner lora|full] [--adapters DIR]",
         ),
         options=(
             Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),
@@ -307,7 +313,7 @@ _ALL = (
                 choices=("lora", "full"),
             ),
         ),
-        takes=_only("model.path"),
+        takes=_only("model.path", "model.adapters", "model.dtype"),
         run=verify,
     ),
     Verb(

@@ -6,7 +6,7 @@ that the family lists as derived, and the checkpoint must hold every tensor they
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -48,10 +48,16 @@ def check_coverage(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, 
     ]
     if shapes:
         raise UserError(f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; use the config.json of this checkpoint")
-    strange = [f"{name} ({checkpoint.entries[name].dtype})" for name in wanted if checkpoint.entries[name].dtype not in FLOATS]
+    refuse_quantised(checkpoint, wanted)
+
+
+def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """UserError where one of these tensors is not of a plain floating-point dtype."""
+    strange = [f"{name} ({checkpoint.entries[name].dtype})" for name in names if checkpoint.entries[name].dtype not in FLOATS]
     if strange:
         raise UserError(
-            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 with its own tools first"
+            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 with its own "
+            "tools first"
         )
 
 

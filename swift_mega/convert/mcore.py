@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+from swift_mega.convert.check import refuse_quantised
 from swift_mega.convert.hf_files import NAMES, Checkpoint, copy_companions, some
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -25,7 +26,8 @@ SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "cha
 
 
 def widest(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that holds every tensor of a checkpoint exactly."""
+    """The dtype that holds every tensor of a checkpoint exactly; UserError where one is quantised."""
+    refuse_quantised(checkpoint, checkpoint.entries)
     kinds = {entry.dtype for entry in checkpoint.entries.values()}
     wide = kinds.pop()
     for kind in kinds:

@@ -97,9 +97,10 @@ def run_ranks(
     """Run `body(*args)` in `world` ranks, each with torch.distributed initialised, and return the first rank's result.
 
     body: on CPU anything (a fork has it already); on CUDA an importable module-level function with picklable arguments.
-    Its result must be picklable. start="here" runs one rank inside this process (to debug it); group and environment are
-    taken away afterwards, but gloo's threads stay, and a process that has them can't fork ranks any more: they crash. With NNODES > 1 this machine starts world / NNODES of the ranks and returns its first one's
-    result. A rank that was started already (`joined`) only enters the group, runs, and returns its own result.
+    Its result must be picklable. With NNODES > 1 this machine starts world / NNODES of the ranks and returns its first
+    one's result. A rank that was started already (`joined`) only enters the group, runs, and returns its own result.
+    start: "here" runs one rank inside this process, for a debugger. Group and environment are taken away afterwards, but
+    what gloo leaves behind makes later forks of this process crash or hang, so that one rank is a process too otherwise.
     logs: a folder that keeps rank<N>.log, the output of every rank but the machine's first; None keeps nothing.
 
     Raises UserError as the rank raised it; RankError with the rank and its traceback, or the signal that killed it.

@@ -1,7 +1,7 @@
 """Waiting for ranks: all of them succeed, or the first failure ends all of them and is the one that is raised.
 
 Peers of a failed rank fail as well, some milliseconds later, with errors about a closed connection. `cause` picks the
-error that says why: a user's error, then a death by signal, then the earliest exception.
+error that says why: a user's error, a death by signal, a rank that left without a word, or the earliest exception.
 """
 
 import os
@@ -88,12 +88,12 @@ def _cause(ended: dict[Seat, Ended], folder: Path, logs: Path) -> Exception:
     for seat, number in sorted(killed, key=lambda k: (k[1] == signal.SIGABRT, k[0].rank)):
         if number != signal.SIGABRT or not failures:
             return RankError(_killed(seat, number, logs))
-    if failures:
-        return RankError(_traceback(failures[0][2], failures[0][3]))
-    seat = min((s for s, e in ended.items() if e.status != 0 or s not in reports), key=lambda s: s.rank)
-    return RankError(
-        f"rank {seat.rank} left with status {ended[seat].status} in the middle of its work{_tail(seat, logs)}"
-    )
+    silent = [seat for seat, end in ended.items() if end.signal is None and seat not in reports]
+    for seat in sorted(silent, key=lambda s: s.rank):
+        status = ended[seat].status
+        return RankError(f"rank {seat.rank} left with status {status} in the middle of its work{_tail(seat, logs)}")
+    assert failures, "a report of success, and then a status that says otherwise"
+    return RankError(_traceback(failures[0][2], failures[0][3]))
 
 
 def _traceback(seat: Seat, report: Report) -> str:

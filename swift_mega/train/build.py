@@ -122,14 +122,19 @@ def _connect(run: schema.Run, part: ModelPart, chunks: list[DistributedDataParal
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
 
-def _scheduler(optim: schema.Optim, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+def warmup_steps(optim: schema.Optim, steps: int) -> int:
+    """Steps that warm up, of `steps`; UserError where nothing is left."""
     warmup = optim.warmup_steps or round(optim.warmup_fraction * steps)
-    if warmup >= steps:
+    if warmup >= steps and warmup > 0:
         raise UserError(
             f"optim.warmup_steps={warmup} leaves nothing of {steps} steps to train at the full rate; choose fewer than {steps}"
         )
+    return warmup
+
+
+def _scheduler(optim: schema.Optim, optimizer: Any, steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=warmup, lr_decay_steps=steps,
-        lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay, wd_incr_steps=steps,
-        wd_incr_style="constant",
+        optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=warmup_steps(optim, steps),
+        lr_decay_steps=steps, lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay,
+        wd_incr_steps=steps, wd_incr_style="constant",
     )  # fmt: skip

@@ -17,6 +17,7 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import merge
+from swift_mega.models.build import check_passthrough
 from swift_mega.models.family import Family, Settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, check_microbatches
@@ -75,6 +76,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
             f"model.router_aux_loss_coefficient={run.model.router_aux_loss_coefficient:g}: this model has no experts; leave it out"
         )
     parse_size(run.export.max_shard_size)
+    check_passthrough(run.model.megatron)
 
 
 def total_steps(train: schema.Train, batches: Batches) -> int:

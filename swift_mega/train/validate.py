@@ -93,7 +93,9 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
 
 def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
     if adapter is not None:
         from peft import PeftModel

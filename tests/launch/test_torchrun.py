@@ -1,11 +1,13 @@
 """Ranks are started, watched and ended: real processes, real gloo."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,18 @@ def note_and_hang(folder: Path, failing: int, how: str) -> None:
             os._exit(3)
         os.kill(os.getpid(), signal.Signals[how])
     time.sleep(600)
+
+
+def fail_among_collectives(rank: int, how: str) -> None:
+    values = torch.ones(100_000)
+    for step in range(1000):
+        dist.all_reduce(values)
+        if step == 30 and dist.get_rank() == rank:
+            if how == "leave":
+                os._exit(0)
+            if how == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("mine") if how == "user" else KeyError("mine")
 
 
 def leave_a_child_behind(folder: Path) -> None:
@@ -134,26 +148,35 @@ def test_a_fresh_interpreter_needs_an_importable_body(monkeypatch: pytest.Monkey
         run_ranks(2, sum_of_ranks, 1, start="exec", device_kind="cpu")
 
 
-def test_one_rank_runs_here_and_leaves_nothing() -> None:
+def test_one_rank_is_a_process_too() -> None:
     result = run_ranks(1, sum_of_ranks, 10)
-    assert result["pid"] == os.getpid() and result["environment"] == ["0", "1", "0", "1"]
-    assert not dist.is_initialized() and not joined()
+    assert result["pid"] != os.getpid() and result["environment"] == ["0", "1", "0", "1"]
 
 
-def test_one_rank_that_fails_leaves_nothing() -> None:
-    """Its own exception comes through unchanged, so that a notebook's debugger sees it."""
+def run_here() -> dict[str, object]:
+    result = run_ranks(1, sum_of_ranks, 10, start="here")
     with pytest.raises(KeyError, match="number 7"):
-        run_ranks(1, fail_on, 0, KeyError)
-    assert not dist.is_initialized() and not joined()
+        run_ranks(1, fail_on, 0, KeyError, start="here")
+    return result | {"left": dist.is_initialized() or joined(), "starter": os.getpid()}
+
+
+def test_one_rank_can_run_here_and_leaves_no_group() -> None:
+    """Its own exception comes through unchanged. In a fresh process, since this one has to fork ranks later."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(run_here).result(timeout=120)
+    assert result["pid"] == result["starter"] and result["environment"] == ["0", "1", "0", "1"]
+    assert not result["left"]
+
+
+def use_the_group_that_is_there() -> int:
+    own = run_ranks(2, sum_of_ranks, 10)
+    with pytest.raises(UserError, match="already initialised with 2 ranks, but the settings need 3"):
+        run_ranks(3, talk)
+    return int(own["pid"] == os.getpid())
 
 
 def test_an_existing_group_is_used() -> None:
-    def inside() -> object:
-        return run_ranks(1, sum_of_ranks, 10)["pid"]
-
-    assert run_ranks(1, inside) == os.getpid()
-    with pytest.raises(UserError, match="already initialised with 1 ranks, but the settings need 2"):
-        run_ranks(1, run_ranks, 2, talk)
+    assert run_ranks(2, use_the_group_that_is_there) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -193,6 +216,20 @@ def test_a_rank_that_leaves_is_a_failure(tmp_path: Path) -> None:
     assert gone(noted(tmp_path, 2), 0)
 
 
+@pytest.mark.parametrize("how", ["user", "defect", "SIGKILL", "leave"])
+def test_the_cause_is_named_and_not_its_consequences(how: str) -> None:
+    """In the middle of collectives every peer fails within a millisecond, with an error of its own."""
+    expected = {
+        "user": "^mine$",
+        "defect": "rank 1 of 3 failed(?s:.*)KeyError: 'mine'",
+        "SIGKILL": "rank 1 of 3 was killed",
+    }
+    kind = UserError if how == "user" else RankError
+    for _ in range(3):
+        with pytest.raises(kind, match=expected.get(how, "rank 1 left with status 0")):
+            run_ranks(3, fail_among_collectives, 1, how)
+
+
 def test_children_of_ranks_are_ended_too(tmp_path: Path) -> None:
     run_ranks(2, leave_a_child_behind, tmp_path)
     assert gone(noted(tmp_path, 2))
@@ -219,7 +256,10 @@ def test_no_rank_outlives_its_starter(tmp_path: Path, number: signal.Signals) ->
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(HANGING_SCRIPT))
     starter = subprocess.Popen(
-        [sys.executable, script, tmp_path], stderr=subprocess.PIPE, text=True, env=script_environment()
+        [sys.executable, script, tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=script_environment(TMPDIR=str(tmp_path)),
     )
     try:
         pids = noted(tmp_path, 2)
