@@ -104,7 +104,10 @@ def parameter(name: str, layer: int | None, hf: Mapping[str, Tensor], place: Pla
         return _attention(inside.removeprefix("self_attention."), prefix + "self_attn.", hf, place)
     if inside.startswith("mlp."):
         return _mlp(inside.removeprefix("mlp."), prefix, hf, place)
-    norms = {"input_layernorm.weight": "input_layernorm.weight", "pre_mlp_layernorm.weight": "post_attention_layernorm.weight"}
+    norms = {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    }
     return hf[prefix + norms[inside]]
 
 

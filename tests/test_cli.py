@@ -268,7 +268,7 @@ def test_help_names_all_that_a_verb_takes(verb: str, capsys: pytest.CaptureFixtu
         assert (f"[{key}: " in text.replace("\n" + " " * 30, " ")) == VERBS[verb].takes(key)
         if VERBS[verb].takes(key):
             assert all(f"--{flag}" in text for flag in setting.flags)
-    assert max(map(len, text.splitlines())) <= 132
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from swift_mega.config.tree import Setting, sections, settings
 
 WIDTH = 100
 INDENT = 30
+RECIPE_HELP = "Settings go into a recipe by section and name, or follow it as section.name=value or --flag value."
 
 
 def overview(verbs: Iterable[Verb]) -> str:
@@ -26,18 +27,15 @@ def overview(verbs: Iterable[Verb]) -> str:
 
 def verb_help(verb: Verb) -> str:
     """Usage, the verb's own options, then every setting it takes by section: flags, type, default, help."""
-    lines = [f"usage: swift-mega {usage}" for usage in verb.usage]
-    lines += ["", *textwrap.wrap(verb.description, WIDTH)]
+    lines = [line for usage in verb.usage for line in _wrapped(f"usage: swift-mega {usage}", indent=8)]
+    lines += ["", *_wrapped(verb.description)]
     if verb.options:
         lines += ["", "options:"]
         for option in verb.options:
             lines += _entry(_option_name(option), option.help)
     taken = [setting for key, setting in settings().items() if verb.takes(key)]
     if verb.recipe:
-        lines += [
-            "",
-            "Settings go into a recipe as their dotted names, by section, or follow it as name=value or --flag value.",
-        ]
+        lines += ["", *_wrapped(RECIPE_HELP)]
     section = ""
     for setting in taken:
         if setting.section != section:
@@ -45,6 +43,10 @@ def verb_help(verb: Verb) -> str:
             lines += ["", f"{section}: {(sections()[section].__doc__ or '').splitlines()[0]}"]
         lines += _setting_entry(setting, defaults=dict(verb.defaults))
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, *, indent: int = 0) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _option_name(option: Option) -> str:

@@ -170,7 +170,9 @@ def verify(arguments: Arguments) -> int:
         raise UserError(f"verify: give one --adapters DIR, not {len(run.model.adapters)}")
     if run.model.adapters:
         if tuner == "full":
-            raise UserError("verify: --adapters compares an adapter's gradients, --tuner full those of the model; leave one out")
+            raise UserError(
+                "verify: --adapters compares an adapter's gradients, --tuner full those of the model; leave one out"
+            )
         check_model_directory(run.model.adapters[0], what="--adapters", file="adapter_config.json")
         options["adapters"] = run.model.adapters[0]
     if run.model.dtype != "auto":
@@ -300,7 +302,8 @@ _ALL = (
         description="For each layout, the largest difference of logits, loss and gradients from Hugging Face, as a table. "
         "Exits with 1 beyond the tolerance.",
         usage=(
-            "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] [--tuner lora|full] [--adapters DIR]",
+            "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] "
+            "[--tuner lora|full] [--adapters DIR]",
         ),
         options=(
             Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),

@@ -92,6 +92,11 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true (one set of buckets serves both)",
         ),
         (
+            parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce,
+            f"parallel.ddp_bucket_size={parallel.ddp_bucket_size} has no effect without parallel.overlap_grad_reduce=true: "
+            "leave it out, or overlap",
+        ),
+        (
             optim.min_lr > optim.lr,
             f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}: the learning rate decays from lr to min_lr",
         ),

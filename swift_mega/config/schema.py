@@ -61,6 +61,9 @@ class Parallel:
     overlap_param_gather: bool = setting(
         False, flag="overlap_param_gather", help="gather parameters during the forward pass (distributed optimizer)"
     )
+    ddp_bucket_size: int | None = setting(
+        flag="ddp_bucket_size", help="numbers per bucket of overlapped communication; default: Megatron's"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,9 @@ def needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def check_coverage(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+def check_coverage(
+    family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], *, tied: bool
+) -> None:
     """UserError unless `wanted`, of all ranks together, and the checkpoint are the same tensors."""
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
     extra = [name for name in sorted(checkpoint.entries.keys() - wanted.keys()) if not _derived(family, name)]
@@ -47,13 +49,17 @@ def check_coverage(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, 
         if checkpoint.entries[name].shape != tuple(shape)
     ]
     if shapes:
-        raise UserError(f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; use the config.json of this checkpoint")
+        raise UserError(
+            f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; use the config.json of this checkpoint"
+        )
     refuse_quantised(checkpoint, wanted)
 
 
 def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """UserError where one of these tensors is not of a plain floating-point dtype."""
-    strange = [f"{name} ({checkpoint.entries[name].dtype})" for name in names if checkpoint.entries[name].dtype not in FLOATS]
+    strange = [
+        f"{name} ({checkpoint.entries[name].dtype})" for name in names if checkpoint.entries[name].dtype not in FLOATS
+    ]
     if strange:
         raise UserError(
             f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 with its own "

@@ -62,7 +62,9 @@ class Checkpoint:
                     )
                 self.entries[entry.name] = entry
         if not self.entries:
-            raise UserError(f"the safetensors files of {self.directory} hold no tensor; copy them from the source again")
+            raise UserError(
+                f"the safetensors files of {self.directory} hold no tensor; copy them from the source again"
+            )
         self._check_index()
         self._maps: dict[Path, Tensor] = {}
 
@@ -74,7 +76,9 @@ class Checkpoint:
         listed: dict[str, str] = _read_json(index).get("weight_map", {})
         for name, file in listed.items():
             if name not in self.entries:
-                raise UserError(f"{index} lists tensor {name} in {file}, which does not hold it; copy {file} from the source again")
+                raise UserError(
+                    f"{index} lists tensor {name} in {file}, which does not hold it; copy {file} from the source again"
+                )
             if self.entries[name].file.name != file:
                 raise UserError(
                     f"{index} says tensor {name} is in {file}, but it is in {self.entries[name].file.name}; copy index and files again"
@@ -89,7 +93,9 @@ class Checkpoint:
         if entry.begin % entry.dtype.itemsize:
             raw = raw.clone()  # a view of another dtype needs alignment; old writers did not keep it
         whole = raw.view(entry.dtype).view(entry.shape)
-        return whole if axis is None else whole.narrow(axis, start, (entry.shape[axis] if stop is None else stop) - start)
+        return (
+            whole if axis is None else whole.narrow(axis, start, (entry.shape[axis] if stop is None else stop) - start)
+        )
 
     def _map(self, file: Path) -> Tensor:
         if file not in self._maps:
@@ -102,17 +108,23 @@ class Checkpoint:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory; UserError with the reason where there is no usable set."""
     if not directory.is_dir():
-        raise UserError(f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory")
+        raise UserError(
+            f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory"
+        )
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         listed = _read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise UserError(f"{index} has no weight_map; copy it from the source again")
         if odd := sorted({repr(file) for file in listed.values() if not _plain_name(file)}):
-            raise UserError(f"{index} names {some(odd)}, which is no file of {directory}; copy it from the source again")
+            raise UserError(
+                f"{index} names {some(odd)}, which is no file of {directory}; copy it from the source again"
+            )
         files = sorted({directory / file for file in listed.values()})
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{directory} lacks {some(missing)}, which {index.name} lists; copy the missing files from the source")
+            raise UserError(
+                f"{directory} lacks {some(missing)}, which {index.name} lists; copy the missing files from the source"
+            )
         return files
     files = sorted(directory.glob("*.safetensors"))
     numbered = [found for file in files if (found := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", file.name))]
@@ -127,7 +139,9 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory} holds pickle files only ({some(pickles)}), which can run code when read and are refused; convert them to "
                 "safetensors with transformers' save_pretrained first"
             )
-        raise UserError(f"{directory} holds no *.safetensors file; give the directory of a complete Hugging Face checkpoint")
+        raise UserError(
+            f"{directory} holds no *.safetensors file; give the directory of a complete Hugging Face checkpoint"
+        )
     return files
 
 
@@ -146,14 +160,24 @@ def read_header(file: Path) -> list[Entry]:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; copy it from the source again") from None
     if len(start) < 8 or 8 + length > size:
-        raise UserError(f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again")
+        raise UserError(
+            f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again"
+        )
     try:
         header = json.loads(raw, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
     except UserError as error:
         raise UserError(f"{file}: {error}; copy it from the source again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{file} has a damaged safetensors header ({error}); copy it from the source again") from None
     _check_cover(file, entries, 8 + length, size)
     return entries
@@ -171,7 +195,9 @@ def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> Non
             )
         reached, before = entry.end, entry.name
     if reached > size:
-        raise UserError(f"{file} is cut short: {size} bytes, but {before} ends at {reached}; copy it from the source again")
+        raise UserError(
+            f"{file} is cut short: {size} bytes, but {before} ends at {reached}; copy it from the source again"
+        )
     if reached < size:
         raise UserError(
             f"{file} has {size - reached} bytes after {before}, which belong to no tensor; copy it from the source again"
@@ -193,7 +219,9 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise UserError(f"tensor {name} has shape {list(shape)} and bytes {begin} to {end}, which are not counts")
     if end - begin != dtype.itemsize * math.prod(shape):
-        raise UserError(f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} cannot lie in bytes {begin} to {end}")
+        raise UserError(
+            f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} cannot lie in bytes {begin} to {end}"
+        )
     return Entry(name, file, dtype, shape, base + begin, base + end)
 
 
@@ -230,7 +258,9 @@ class Planned:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def plan_files(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model") -> dict[str, Planned]:
+def plan_files(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model"
+) -> dict[str, Planned]:
     """Files and offsets (header included) for `tensors`, in their order; a file holds at most max_bytes, or one tensor."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -276,7 +306,10 @@ def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
             handle.truncate(max(planned[name].offset + planned[name].bytes for name in tensors))
     if len(files) > 1:
         total = sum(tensor.bytes for tensor in planned.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: tensor.file for name, tensor in planned.items()}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: tensor.file for name, tensor in planned.items()},
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -26,7 +26,9 @@ def values(part: ModelPart, checkpoint: Checkpoint) -> Iterator[tuple[Held, Tens
         rank, size = part.tensor_axis(held)
         pieces = [_piece(checkpoint, name, held, rank, size) for name in held.parts]
         value = held.rule.pack.join(pieces, part.settings.heads)
-        assert value.shape == held.parameter.shape, f"{held.name}: {tuple(value.shape)} for {tuple(held.parameter.shape)}"
+        assert value.shape == held.parameter.shape, (
+            f"{held.name}: {tuple(value.shape)} for {tuple(held.parameter.shape)}"
+        )
         yield held, value
 
 
@@ -55,5 +57,7 @@ def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
     for wanted in gathered:
         for name, shape in wanted.items():
             if union.setdefault(name, shape) != shape:
-                raise UserError(f"ranks disagree on the shape of {name}: {union[name]} and {shape}; start all ranks with one recipe")
+                raise UserError(
+                    f"ranks disagree on the shape of {name}: {union[name]} and {shape}; start all ranks with one recipe"
+                )
     return union

@@ -5,6 +5,7 @@ tokenizer, and the dtype of every source tensor, so that the way back is bit-exa
 """
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,27 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import refuse_quantised
 from swift_mega.convert.hf_files import NAMES, Checkpoint, copy_companions, some
+from swift_mega.convert.save import agree, cannot_write, check_output, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
+UNREADABLE = (
+    CheckpointingException,
+    CheckpointException,
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    pickle.UnpicklingError,
+)
+LONGEST_REASON = 300
 SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
 
@@ -36,21 +50,48 @@ def widest(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def save_mcore(part: ModelPart, groups: Groups, directory: str | Path, source: Checkpoint) -> None:
-    """Writes the part's weights as a torch_dist checkpoint. Collective; the tracker file, written last, makes it complete."""
+    """Writes the part's weights as a torch_dist checkpoint, where nothing is yet; UserError where something is.
+
+    Collective; the tracker file, written last, makes it complete.
+    """
     target = Path(directory)
-    if dist.get_rank() == 0:
-        (target / RELEASE).mkdir(parents=True, exist_ok=True)
-        (target / COMPANIONS).mkdir(exist_ok=True)
-        copy_companions(source.directory, target / COMPANIONS)
-        kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
-        (target / COMPANIONS / DTYPES).write_text(json.dumps(kinds, indent=0))
-    dist.barrier()
+    agree(on_first_rank(lambda: _begin(target, source)))
     state = {**_sharded(part, groups), "iteration": 0, "checkpoint_version": 3.0}
-    dist_checkpointing.save(state, str(target / RELEASE))
+    try:
+        dist_checkpointing.save(state, str(target / RELEASE))
+    except (OSError, CheckpointingException, CheckpointException) as error:
+        raise UserError(
+            f"cannot write {target}: {_reason(error)}; free the space or choose another --output"
+        ) from error
     dist.barrier()
-    if dist.get_rank() == 0:
+    agree(on_first_rank(lambda: _complete(target)))
+
+
+def _begin(target: Path, source: Checkpoint) -> None:
+    check_output(target, overwrite=False)
+    kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
+    try:
+        (target / RELEASE).mkdir(parents=True)
+        (target / COMPANIONS).mkdir()
+        copy_companions(source.directory, target / COMPANIONS)
+        (target / COMPANIONS / DTYPES).write_text(json.dumps(kinds, indent=0))
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+
+
+def _complete(target: Path) -> None:
+    try:
         (target / TRACKER).write_text(RELEASE)
-    dist.barrier()
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    """One line; torch wraps what a rank met, and says only that there was something."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " …"
 
 
 def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
@@ -59,9 +100,10 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
     folder = iteration_directory(directory)
     try:
         loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
-    except (CheckpointingException, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder} cannot be read as a torch_dist checkpoint: {reason}; copy it again, or convert it again") from error
+    except UNREADABLE as error:
+        raise UserError(
+            f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the config.json that belongs to it"
+        ) from error
     extra = sorted(key for key in unexpected if not key.startswith(SKIPPED))
     if missing or extra:
         raise UserError(
@@ -96,12 +138,15 @@ def companions_of(directory: str | Path) -> tuple[Path, Mapping[str, torch.dtype
     folder = Path(directory) / COMPANIONS
     try:
         named = json.loads((folder / DTYPES).read_text())
-        return folder, {name: kinds[kind] for name, kind in named.items()}
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError) as error:
+        found = {name: kinds[kind] for name, kind in named.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        found = {}
+    if not found:
         raise UserError(
-            f"{folder} lacks a readable {DTYPES} ({type(error).__name__}), so the Hugging Face side of {directory} is unknown; "
+            f"{folder} lacks a readable {DTYPES}, so the Hugging Face side of {directory} is unknown; "
             "give a directory that swift-mega convert --to mcore wrote"
-        ) from None
+        )
+    return folder, found
 
 
 def _keys(part: ModelPart) -> list[str]:
@@ -110,4 +155,6 @@ def _keys(part: ModelPart) -> list[str]:
 
 def _sharded(part: ModelPart, groups: Groups) -> dict[str, Any]:
     metadata = {"dp_cp_group": groups.data_context, "singleton_local_shards": False}
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_keys(part), part.chunks, strict=True)}
+    return {
+        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_keys(part), part.chunks, strict=True)
+    }

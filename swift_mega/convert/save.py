@@ -23,7 +23,9 @@ from swift_mega.parallel.groups import Groups
 Value = Callable[[Held], Tensor]
 
 
-def whole_tensors(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(
+    part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value
+) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors, each whole on the one rank that owns it, one parameter in flight.
 
     Collective over the tensor ranks of data replica 0. exported: `part.held()`, or what a tuner holds. `value` gives what to export
@@ -62,7 +64,9 @@ def _glue(part: ModelPart, held: Held, shards: list[Tensor]) -> list[Tensor]:
     pieces = [pack.split(shard, part.settings.heads) for shard in shards]
     if pack.axis is None:
         return list(pieces[0])
-    whole = [torch.cat(tensors, dim=pack.axis) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)]
+    whole = [
+        torch.cat(tensors, dim=pack.axis) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)
+    ]
     return [tensor[: part.settings.shape.vocab] for tensor in whole] if pack.padded else whole
 
 
@@ -108,9 +112,9 @@ def write_directory(
     kinds = _kinds(shapes, dtypes)
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
     staging = staging_of(target)
-    _agree(_first_rank(lambda: _begin(target, staging, planned, overwrite)))
-    _agree(_write(whole_tensors(part, groups, exported, value), staging, planned), staging)
-    _agree(_first_rank(lambda: _finish(staging, target, companions)), staging)
+    agree(on_first_rank(lambda: _begin(target, staging, planned, overwrite)))
+    agree(_write(whole_tensors(part, groups, exported, value), staging, planned), staging)
+    agree(on_first_rank(lambda: _finish(staging, target, companions)), staging)
 
 
 def _write(tensors: Iterable[tuple[str, Tensor]], staging: Path, planned: Mapping[str, Planned]) -> str | None:
@@ -126,8 +130,8 @@ def _write(tensors: Iterable[tuple[str, Tensor]], staging: Path, planned: Mappin
     return problem
 
 
-def _first_rank(action: Callable[[], None]) -> str | None:
-    """Rank 0 acts; returns what went wrong."""
+def on_first_rank(action: Callable[[], None]) -> str | None:
+    """Rank 0 acts; returns what went wrong there."""
     if dist.get_rank() == 0:
         try:
             action()
@@ -136,7 +140,7 @@ def _first_rank(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _agree(problem: str | None, staging: Path | None = None) -> None:
+def agree(problem: str | None, staging: Path | None = None) -> None:
     """Every rank raises the UserError of the first rank that has a problem; none is left waiting. Rank 0 removes `staging`."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
@@ -148,7 +152,9 @@ def _agree(problem: str | None, staging: Path | None = None) -> None:
     raise UserError(said)
 
 
-def _kinds(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] | torch.dtype) -> dict[str, torch.dtype]:
+def _kinds(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype] | torch.dtype
+) -> dict[str, torch.dtype]:
     if isinstance(dtypes, torch.dtype):
         return dict.fromkeys(shapes, dtypes)
     if unknown := [name for name in shapes if name not in dtypes]:
@@ -171,6 +177,7 @@ def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[
 
 def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Layer by layer in number order, so that a file holds whole layers and a listing reads well."""
+
     def key(name: str) -> list[tuple[int, str | int]]:
         return [(1, int(word)) if word.isdigit() else (0, word) for word in re.split(r"(\d+)", name)]  # fmt: skip
 
@@ -217,7 +224,9 @@ def check_output(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file and is left as it is; choose another path")
     if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise UserError(f"output {target} exists already and is left as it is; choose another path, or pass --overwrite true")
+        raise UserError(
+            f"output {target} exists already and is left as it is; choose another path, or pass --overwrite true"
+        )
 
 
 def publish(staging: Path, target: Path) -> None:

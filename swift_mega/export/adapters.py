@@ -13,36 +13,45 @@ from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
 
 
-def load_adapter(directory: str | Path, exported: Sequence[Held], part: ModelPart, config: Mapping[str, Any] | None) -> None:
+def load_adapter(
+    directory: str | Path, exported: Sequence[Held], part: ModelPart, config: Mapping[str, Any] | None
+) -> None:
     """Fills this rank's adapter factors from a PEFT directory, each by its slice; UserError where the two do not fit.
 
     exported, config: what the tuner of the run holds and would write.
     """
     adapter = read_adapter(directory)
     if config is None:
-        raise UserError(f"model.adapters={directory} with a tuner that trains the whole model; merge the adapter first (swift-mega export)")
+        raise UserError(
+            f"model.adapters={directory} with a tuner that trains the whole model; merge the adapter first (swift-mega export)"
+        )
     for key in ("r", "lora_alpha", "use_rslora"):
         if adapter.config.get(key, False) != config[key]:
-            raise UserError(f"{directory} has {key}={adapter.config.get(key)!r}, the run {config[key]!r}; set the tuner's settings to the adapter's")
-    wanted = _gather_names(exported)
-    if odd := sorted(wanted ^ adapter.checkpoint.entries.keys()):
-        raise UserError(f"{directory} and tuner.target_modules differ in {len(odd)} factors: {some(odd)}; set target_modules to the adapter's")
+            raise UserError(
+                f"{directory} has {key}={adapter.config.get(key)!r}, the run {config[key]!r}; set the tuner's settings to the adapter's"
+            )
+    wanted, entries = _gather_shapes(part, exported), adapter.checkpoint.entries
+    if odd := sorted(wanted.keys() ^ entries.keys()):
+        raise UserError(
+            f"{directory} and tuner.target_modules differ in {len(odd)} factors: {some(odd)}; set target_modules to the adapter's"
+        )
+    for name, shape in wanted.items():
+        if entries[name].shape != shape:
+            raise UserError(
+                f"{directory}: {name} is {list(entries[name].shape)} for a factor of {list(shape)}; give an adapter of this model"
+            )
     with torch.no_grad():
         for held in exported:
             (name,), axis = held.parts, held.rule.pack.axis
             rank, size = part.tensor_axis(held)
-            length = adapter.checkpoint.entries[name].shape[axis or 0]
-            if axis is None:
-                value = adapter.checkpoint.read(name)
-            else:
-                value = adapter.checkpoint.read(name, axis, length * rank // size, length * (rank + 1) // size)
-            if value.shape != held.parameter.shape:
-                raise UserError(f"{directory}: {name} is {list(value.shape)} for a factor of {list(held.parameter.shape)}; give an adapter of this model")
-            held.parameter.copy_(value)
+            length = entries[name].shape[axis or 0]
+            cut = () if axis is None else (axis, length * rank // size, length * (rank + 1) // size)
+            held.parameter.copy_(adapter.checkpoint.read(name, *cut))
 
 
-def _gather_names(exported: Sequence[Held]) -> set[str]:
-    mine = [name for held in exported for name in held.parts]
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of every rank's factors: all ranks then find the same fault, and none goes on alone."""
+    mine = {name: shape for held in exported for name, shape in zip(held.parts, part.part_shapes(held), strict=True)}
+    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)
-    return {name for names in gathered for name in names}
+    return {name: shape for shapes in gathered for name, shape in shapes.items()}

@@ -21,7 +21,15 @@ def save_checkpoint(
     """
     config = tuner.adapter_config(part, str(Path(source).resolve()))
     if config is None:
-        save(part, groups, directory, source=source, dtypes=dtype, max_shard_bytes=parse_size(max_shard_size), overwrite=True)
+        save(
+            part,
+            groups,
+            directory,
+            source=source,
+            dtypes=dtype,
+            max_shard_bytes=parse_size(max_shard_size),
+            overwrite=True,
+        )
         return
 
     def companions(staging: Path) -> None:

@@ -12,8 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swift_mega.convert.hf_files import Checkpoint, copy_companions, parse_size, plan_files, some, write_headers, write_tensor
-from swift_mega.convert.check import FLOATS
+from swift_mega.convert.check import FLOATS, refuse_quantised
+from swift_mega.convert.hf_files import (
+    Checkpoint,
+    copy_companions,
+    parse_size,
+    plan_files,
+    some,
+    write_headers,
+    write_tensor,
+)
 from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, staging_of
 from swift_mega.errors import UserError
 
@@ -25,7 +33,10 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"), (False,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({},)),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"), ([],)),
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"), ()),
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"),
+        (),
+    ),
 }
 """Fields of adapter_config.json that mean more than W + scale * B A, unless they have one of these values or none."""
 
@@ -50,36 +61,55 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
     """A PEFT LoRA directory, every tensor accounted for; UserError with what is wrong."""
     path = Path(directory) / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"{directory} has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory of a LoRA run")
+        raise UserError(
+            f"{directory} has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory of a LoRA run"
+        )
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}; only LORA can be merged")
+        raise UserError(
+            f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}; only LORA can be merged"
+        )
     for key, plain in UNSUPPORTED.items():
         if config.get(key) not in (*plain, None):
-            raise UserError(f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload")
+            raise UserError(
+                f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload"
+            )
     checkpoint = Checkpoint(directory)
     modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in checkpoint.entries}
     expected = {f"{PREFIX}{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
     if odd := sorted(expected ^ checkpoint.entries.keys()):
-        raise UserError(f"{directory}: LoRA factors come in pairs A and B under {PREFIX}…, but {some(odd)} are missing or unknown")
+        raise UserError(
+            f"{directory}: LoRA factors come in pairs A and B under {PREFIX}…, but {some(odd)} are missing or unknown"
+        )
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers; copy it again") from None
+        raise UserError(
+            f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers; copy it again"
+        ) from None
     if rank < 1 or not math.isfinite(alpha):
         raise UserError(f"{path}: r={rank} and lora_alpha={alpha} are no rank and scale; copy it again")
-    for module in modules:
-        found = checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape[0]
-        if found != rank:
-            raise UserError(f"{directory}: {module} has rank {found}, {path.name} says r={rank}; use the adapter_config.json of this adapter")
+    refuse_quantised(checkpoint, checkpoint.entries)
+    for module in sorted(modules):
+        down, up = (checkpoint.entries[f"{PREFIX}{module}.lora_{letter}.weight"].shape for letter in "AB")
+        if len(down) != 2 or len(up) != 2:
+            raise UserError(
+                f"{directory}: the factors of {module} are {list(down)} and {list(up)}, not matrices; copy them again"
+            )
+        if found := {down[0], up[1]} - {rank}:
+            raise UserError(
+                f"{directory}: {module} has rank {found.pop()}, {path.name} says r={rank}; use the adapter_config.json of this adapter"
+            )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return PeftAdapter(checkpoint, scale, frozenset(modules), config)
 
 
-def merge(model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False) -> None:
+def merge(
+    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False
+) -> None:
     """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
 
     Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
@@ -90,7 +120,9 @@ def merge(model: str | Path, adapters: str | Path, output: str | Path, *, max_sh
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
     check_output(target, overwrite)
     _check_fit(base, adapter)
-    planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size))
+    planned = plan_files(
+        {name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
+    )
     staging = staging_of(target)
     try:
         begin_staging(staging)
@@ -98,7 +130,9 @@ def merge(model: str | Path, adapters: str | Path, output: str | Path, *, max_sh
         for name, place in planned.items():
             value, module = base.read(name), name.removesuffix(".weight")
             if module in adapter.modules:
-                value = (value.to(torch.promote_types(place.dtype, torch.float32)) + adapter.delta(module)).to(place.dtype)
+                value = (value.to(torch.promote_types(place.dtype, torch.float32)) + adapter.delta(module)).to(
+                    place.dtype
+                )
             write_tensor(staging, place, value)
         copy_companions(Path(model), staging)
         publish(staging, target)
@@ -117,6 +151,10 @@ def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
         down = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape
         up = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_B.weight"].shape
         if (up[0], down[1]) != want:
-            raise UserError(f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the model of this adapter")
+            raise UserError(
+                f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the model of this adapter"
+            )
         if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
-            raise UserError(f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from")
+            raise UserError(
+                f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from"
+            )

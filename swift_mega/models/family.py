@@ -111,9 +111,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory; UserError where it is missing or not one."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
-        raise UserError(f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory")
+        raise UserError(
+            f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory"
+        )
     if not path.is_file():
-        raise UserError(f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it")
+        raise UserError(
+            f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it"
+        )
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -127,7 +131,9 @@ def family_of(directory: str | Path) -> Family:
     """The family of a Hugging Face directory; UserError with the supported types where there is none."""
     hf_type = read_config(directory)["model_type"]
     if hf_type not in families():
-        raise UserError(f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}")
+        raise UserError(
+            f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}"
+        )
     return families()[hf_type]
 
 
@@ -157,7 +163,9 @@ def load_settings(directory: str | Path) -> Settings:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"transformers cannot read {directory}/config.json: {reason}; correct the field it names") from None
+        raise UserError(
+            f"transformers cannot read {directory}/config.json: {reason}; correct the field it names"
+        ) from None
     settings = family.translate(config)
     _check_fit(directory, settings)
     return settings
@@ -167,7 +175,7 @@ def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
     """Sizes are counts; transformers lets most of them be anything, and Megatron would fail far from the cause."""
     for key in SIZES & raw.keys():
         value = raw[key]
-        if type(value) is not int and not (value is None and key in MAY_BE_NONE) or type(value) is int and value < 1:
+        if (type(value) is not int and not (value is None and key in MAY_BE_NONE)) or (type(value) is int and value < 1):
             raise UserError(f"{directory}/config.json: {key}={value!r} is not a whole number of at least 1; correct it")
 
 

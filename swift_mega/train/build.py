@@ -91,6 +91,7 @@ def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=part.config.params_dtype != torch.float64, overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
     )  # fmt: skip
     # Chunks after the first gather their parameters while the one before computes; buckets are for overlap only.
     wrapped = [

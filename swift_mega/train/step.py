@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
-from swift_mega.models.build import Decoder
 from swift_mega.train.build import Training
 
 
@@ -78,13 +78,22 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
 
 def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     row = _to(next(rows), training.device.device)
-    chunk: Any = getattr(model, "module", model)
-    return model(row.tokens, row.positions, row.cu_seqlens), partial(_loss, training, chunk, row)
+    return model(row.tokens, row.positions, row.cu_seqlens), partial(_loss, training, model, row)
 
 
-def _loss(training: Training, chunk: Decoder, row: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    loss = training.objective.loss(training.head, chunk, hidden, row)
+def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    if training.run.parallel.overlap_param_gather:
+        _await_head(training, model)
+    loss = training.objective.loss(training.head, model.module, hidden, row)
     return loss.sum, loss.count.to(torch.int), {"loss": loss.sum.detach(), "count": loss.count}
+
+
+def _await_head(training: Training, model: DistributedDataParallel) -> None:
+    """Waits for the head's weights. Megatron waits for parameters in the forward hook of their module, and the head's module is not
+    called: log-probabilities read its weight. Without this the last step's values would be used, silently."""
+    weight = training.part.head_weight
+    if weight in model.param_to_bucket_group:
+        model.param_to_bucket_group[weight].finish_param_sync()
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:

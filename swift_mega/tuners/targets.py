@@ -34,8 +34,14 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
     for rule in family.rules:
         if LINEAR.fullmatch(rule.megatron):
             experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
-            layers = [i for i, moe in enumerate(settings.moe_layers) if ".mlp." not in rule.megatron or moe == ("{e}" in rule.megatron)]
-            found.update(part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
+            layers = [
+                i
+                for i, moe in enumerate(settings.moe_layers)
+                if ".mlp." not in rule.megatron or moe == ("{e}" in rule.megatron)
+            ]
+            found.update(
+                part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts
+            )
     return found
 
 
@@ -56,12 +62,19 @@ def check_targets(family: Family, settings: Settings, targets: Sequence[str]) ->
         raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(names)}")
     for target in targets:
         if not any(wanted(module, (target,)) for module in modules):
-            raise UserError(f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(names)}")
+            raise UserError(
+                f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(names)}"
+            )
 
 
 def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
     """This rank's linears that get an adapter."""
-    owners = {id(parameter): module for chunk in part.chunks for module in chunk.modules() for parameter in module.parameters(recurse=False)}
+    owners = {
+        id(parameter): module
+        for chunk in part.chunks
+        for module in chunk.modules()
+        for parameter in module.parameters(recurse=False)
+    }
     for held in part.held():
         if not LINEAR.fullmatch(held.name):
             continue

@@ -40,7 +40,11 @@ KINDS = [kind for kind in hf_files.DTYPES.values() if kind not in (torch.float8_
 
 @pytest.mark.parametrize("dtype", hf_files.DTYPES.values(), ids=str)
 def test_reads_what_safetensors_wrote(tmp_path, dtype):
-    tensors = {"a": torch.arange(24).reshape(4, 6).to(dtype), "b": torch.tensor([1, 0, 1]).to(dtype), "scalar": torch.tensor(1).to(dtype)}
+    tensors = {
+        "a": torch.arange(24).reshape(4, 6).to(dtype),
+        "b": torch.tensor([1, 0, 1]).to(dtype),
+        "scalar": torch.tensor(1).to(dtype),
+    }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     found = Checkpoint(tmp_path)
     assert found.entries.keys() == tensors.keys()
@@ -141,7 +145,9 @@ def test_a_damaged_header(tmp_path, name):
 
 
 def test_a_header_length_that_ends_inside_the_header(tmp_path):
-    refused(raw(tmp_path / "model.safetensors", {"a": F32}, WHOLE, length=10).parent, "has a damaged safetensors header")
+    refused(
+        raw(tmp_path / "model.safetensors", {"a": F32}, WHOLE, length=10).parent, "has a damaged safetensors header"
+    )
 
 
 @settings(max_examples=120, deadline=None)
@@ -149,7 +155,9 @@ def test_a_header_length_that_ends_inside_the_header(tmp_path):
 def test_no_flipped_bit_or_cut_escapes_as_another_error(tmp_path_factory, position, bit, keep, cut):
     """A flipped bit is refused or changes values, names or dtype: the reader raises nothing but UserError. A cut is always refused."""
     folder = tmp_path_factory.mktemp("flip")
-    save_file({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, folder / "model.safetensors")
+    save_file(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, folder / "model.safetensors"
+    )
     content = bytearray((folder / "model.safetensors").read_bytes())
     if cut:
         content = content[: keep % len(content)]
@@ -231,7 +239,9 @@ def test_a_missing_shard(tmp_path, indexed):
     (two_files(tmp_path) / FIRST).unlink()
     if not indexed:
         (tmp_path / "model.safetensors.index.json").unlink()
-    refused(tmp_path, f"lacks {FIRST}, which model.safetensors.index.json" if indexed else "has 1 of 2 numbered safetensors")
+    refused(
+        tmp_path, f"lacks {FIRST}, which model.safetensors.index.json" if indexed else "has 1 of 2 numbered safetensors"
+    )
 
 
 def test_a_tensor_in_two_files(tmp_path):
@@ -249,7 +259,10 @@ def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path):
 
 def test_pickle_files_are_not_opened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
-    refused(tmp_path, r"holds pickle files only \(pytorch_model.bin\), which can run code when read and are refused; convert")
+    refused(
+        tmp_path,
+        r"holds pickle files only \(pytorch_model.bin\), which can run code when read and are refused; convert",
+    )
 
 
 def test_no_weights_at_all(tmp_path):
@@ -272,7 +285,13 @@ def written(directory: Path, tensors: dict[str, torch.Tensor], max_bytes: int) -
 
 def samples() -> dict[str, torch.Tensor]:
     values = {f"t{n}": (torch.arange(2 * n + 1) % 2).to(kind) for n, kind in enumerate(KINDS)}
-    return {**values, "matrix": torch.randn(3, 5), "column": torch.randn(4, 6).t(), "scalar": torch.tensor(2.5), "none": torch.empty(0, 4)}
+    return {
+        **values,
+        "matrix": torch.randn(3, 5),
+        "column": torch.randn(4, 6).t(),
+        "scalar": torch.tensor(2.5),
+        "none": torch.empty(0, 4),
+    }
 
 
 @pytest.mark.parametrize("max_bytes", [1, 60, 200, 1 << 30])
@@ -293,7 +312,9 @@ def test_safetensors_reads_what_is_written(tmp_path, max_bytes):
         return
     listing = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert listing["metadata"]["total_size"] == sum(value.numel() * value.element_size() for value in tensors.values())
-    assert [file.name for file in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert [file.name for file in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
 
 
 def test_tensors_start_at_aligned_bytes(tmp_path):
@@ -322,7 +343,15 @@ def test_companions_are_everything_but_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("500MB", 500_000_000), ("5GB", 5_000_000_000), ("1GiB", 1 << 30), ("1.5kb", 1500), ("7", 7), (" 2 KiB ", 2048), ("3T", 3 * 10**12)],
+    [
+        ("500MB", 500_000_000),
+        ("5GB", 5_000_000_000),
+        ("1GiB", 1 << 30),
+        ("1.5kb", 1500),
+        ("7", 7),
+        (" 2 KiB ", 2048),
+        ("3T", 3 * 10**12),
+    ],
 )
 def test_sizes(text, size):
     assert hf_files.parse_size(text) == size

@@ -29,7 +29,16 @@ from swift_mega.train.build import build_part
 from tests import by_hand, tiny
 
 DENSE = ("tp2-dp2", "tp4", "pp2-dp2", "pp4", "tp2-pp2-sp", "pp2-vpp2-dp2", "pp2:1,3")
-MOE = ("ep2-dp4", "ep4-dp4", "pp2-ep2-dp2", "tp2-ep2-etp1-sp-dp2", "tp2-ep2-etp2-sp-dp2", "tp4-etp1", "tp4-ep2-etp2", "pp2:3,1")
+MOE = (
+    "ep2-dp4",
+    "ep4-dp4",
+    "pp2-ep2-dp2",
+    "tp2-ep2-etp1-sp-dp2",
+    "tp2-ep2-etp2-sp-dp2",
+    "tp4-etp1",
+    "tp4-ep2-etp2",
+    "pp2:3,1",
+)
 FEWER = ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp2-sp-dp2")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint, plan_files, write_headers, write_tensor
 from swift_mega.convert.save import begin_staging, check_output, publish, save, staging_of
 from swift_mega.errors import UserError
@@ -19,7 +20,6 @@ from swift_mega.models.family import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part
-from swift_mega.config import schema
 from tests import tiny
 
 
@@ -135,7 +135,9 @@ def test_what_is_there_is_left_or_replaced(ranks, cpu, source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="out exists already and is left as it is; choose another path, or pass --overwrite"):
+    with pytest.raises(
+        UserError, match="out exists already and is left as it is; choose another path, or pass --overwrite"
+    ):
         ranks(2, saved, "tp2", source, out, cpu)
     assert contents(out) == {"notes.txt": b"mine"} and len(list(tmp_path.iterdir())) == 1
     ranks(1, lambda: saved("single", source, out, cpu, overwrite=True, max_shard_bytes=1 << 30))
@@ -170,8 +172,14 @@ def test_a_trailing_slash_is_the_same_directory(ranks, cpu, source, tmp_path):
 
 
 def test_a_tensor_whose_dtype_nobody_knows(ranks, cpu, source, tmp_path):
-    with pytest.raises(UserError, match="no dtype is known for lm_head.weight, model.embed_tokens.weight, .* more, which the source"):
-        ranks(2, lambda: saved("tp2", source, tmp_path / "out", cpu, dtypes={"model.norm.weight": torch.float32}), timeout=60)
+    with pytest.raises(
+        UserError, match="no dtype is known for lm_head.weight, model.embed_tokens.weight, .* more, which the source"
+    ):
+        ranks(
+            2,
+            lambda: saved("tp2", source, tmp_path / "out", cpu, dtypes={"model.norm.weight": torch.float32}),
+            timeout=60,
+        )
     assert list(tmp_path.iterdir()) == []
 
 

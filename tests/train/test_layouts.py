@@ -185,7 +185,8 @@ def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str
     """Optimizer state cut over data ranks trains what one rank does, with communication hidden or not."""
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(
-        parallel, distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap
+        parallel, distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap,
+        ddp_bucket_size=4000 if overlap else None,  # many buckets: each parameter is waited for where it is used
     )  # fmt: skip
     one = bench(work, cpu, family, tuner)
     check_steps(one, *one.steps(f"{layout}-{overlap}", parallel, world))

@@ -204,3 +204,13 @@ def test_one_rank_needs_no_process_group(model: Path, rows: Path, tmp_path: Path
     api.train(recipe(model, rows, tmp_path, "train.steps=1"), nproc=1)
     assert not torch.distributed.is_initialized()
     assert run_ranks(2, torch.distributed.get_world_size) == 2
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_dropout_of_adapters_differs_by_step_and_not_by_rank(model: Path, rows: Path, tmp_path: Path, sequence: bool) -> None:
+    """Dropout changes the loss of a step that starts from a trained adapter, and replicas stay equal (the run would drift apart)."""
+    base = ["train.steps=3", "parallel.tensor=2", f"parallel.sequence={str(sequence).lower()}", "tuner.rank=4"]
+    plain = api.train(recipe(model, rows, tmp_path / "plain", *base), nproc=2)
+    dropped = api.train(recipe(model, rows, tmp_path / "dropped", *base, "tuner.dropout=0.5"), nproc=2)
+    assert dropped.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)  # `up` is zero: the adapter adds nothing yet
+    assert abs(dropped.losses[2] - plain.losses[2]) > 1e-4

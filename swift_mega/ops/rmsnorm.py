@@ -1,0 +1,45 @@
+"""RMSNorm over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467), in few passes over memory on the CPU.
+
+torch computes it there from eight operators and differentiates each of them. The gradient in closed form needs only the
+input and one number per row: with n = x r and r = 1 / rms(x), dx = r (w g - n mean(w g n)) and dw = sum of g n over rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        towards_x = towards_weight = None
+        if ctx.needs_input_grad[1]:
+            towards_weight = (x * scale).mul_(gradients[0]).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            towards_x = gradients[0] * weight
+            mean = (towards_x * x).sum(-1, keepdim=True).div_(x.shape[-1])
+            towards_x.mul_(scale).addcmul_(x, mean.mul_(scale.pow(3)), value=-1)
+        return towards_x, towards_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight. x: [..., hidden], weight: [hidden], of one dtype; returns x's shape and dtype."""
+    # Narrow dtypes stay with torch, which computes them in float32 inside.
+    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and x.dim() > 1:
+        return _RmsNorm.apply(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by torch."""
+    return F.rms_norm(x, weight.shape, weight, eps)

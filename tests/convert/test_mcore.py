@@ -1,0 +1,194 @@
+"""Megatron-core's own checkpoints through the public API: written in one layout, read on one rank, the same bytes come back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from swift_mega import api
+from swift_mega.config.schema import Parallel
+from swift_mega.errors import UserError
+from tests import tiny
+
+LAYOUTS = {
+    "single": Parallel(),
+    "tp2-pp2-sp": Parallel(tensor=2, pipeline=2, sequence=True),
+    "uneven": Parallel(pipeline=2, pipeline_layout="1,3"),
+    "vpp": Parallel(pipeline=2, virtual_pipeline=2),
+    "tp4": Parallel(tensor=4),
+    "ep2-etp1": Parallel(tensor=2, expert=2, expert_tensor=1, sequence=True),
+    "ep2-pp2": Parallel(expert=2, pipeline=2),
+}
+CASES = [
+    ("llama_bias", "single", torch.float32), ("llama_bias", "tp2-pp2-sp", torch.bfloat16), ("qwen2_window", "uneven", torch.float32),
+    ("qwen2", "vpp", torch.float16), ("qwen3_tied", "tp4", torch.bfloat16), ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
+    ("mixtral", "ep2-pp2", torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def same_bits(found: Path, source: Path) -> None:
+    have, want = load_file(found / "model.safetensors"), load_file(source / "model.safetensors")
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        assert have[name].dtype == value.dtype, name
+        assert torch.equal(have[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("name", "layout", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
+def test_there_and_back(tmp_path, name, layout, dtype):
+    """--to mcore in a layout, --to hf on one rank."""
+    source = tiny.make(tmp_path / "hf", name, dtype=dtype)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    before = files(source)
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS[layout])
+    assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {path.name for path in source.iterdir()}
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+    assert files(source) == before
+
+
+def test_mixed_dtypes_there_and_back(tmp_path):
+    source = tiny.make(tmp_path / "hf", "qwen3")
+    kinds = [torch.bfloat16, torch.float32, torch.float16]
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name: value.to(kinds[n % 3]) for n, (name, value) in enumerate(tensors.items())}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+
+
+def test_from_one_layout_into_another(tmp_path):
+    """Saved at TP2 x PP2, read at TP4 and at PP4 (an uneven one), written from there."""
+    source = tiny.make(tmp_path / "hf", "llama_tied")
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
+    for name, parallel in (("tp4", LAYOUTS["tp4"]), ("uneven", Parallel(pipeline=2, pipeline_layout="3,1"))):
+        api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / name), parallel=parallel)
+        same_bits(tmp_path / name, source)
+
+
+def test_another_dtype_and_small_files(tmp_path):
+    source = tiny.make(tmp_path / "hf", "llama")
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), dtype="bfloat16")
+    api.convert(
+        source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"), dtype="bfloat16", max_shard_size="20KB"
+    )
+    want = load_file(source / "model.safetensors")
+    found = {
+        name: value for file in (tmp_path / "back").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    assert found.keys() == want.keys() and all(
+        torch.equal(found[name], value.bfloat16()) for name, value in want.items()
+    )
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 5
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# --- refusals
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Hugging Face directory and the Megatron checkpoint of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    source = tiny.make(folder / "hf", "llama")
+    api.convert(source=str(source), to="mcore", output=str(folder / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
+    return source, folder / "mcore"
+
+
+def spoil(mcore: Path, what: str) -> None:
+    shards = sorted((mcore / "release").glob("*.distcp"))
+    config = mcore / "hf" / "config.json"
+    actions = {
+        "no tracker": lambda: (mcore / "latest_checkpointed_iteration.txt").unlink(),
+        "tracker names another": lambda: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
+        "no metadata": lambda: (mcore / "release" / ".metadata").unlink(),
+        "no type": lambda: (mcore / "release" / "metadata.json").unlink(),
+        "metadata cut short": lambda: (mcore / "release" / ".metadata").write_bytes((mcore / "release" / ".metadata").read_bytes()[:40]),
+        "a shard is missing": lambda: shards[0].unlink(),
+        "a shard is cut short": lambda: shards[0].write_bytes(shards[0].read_bytes()[:500]),
+        "no dtypes": lambda: (mcore / "hf" / "source_dtypes.json").unlink(),
+        "dtypes of another kind": lambda: (mcore / "hf" / "source_dtypes.json").write_text('{"a": "F31"}'),
+        "no dtype in it": lambda: (mcore / "hf" / "source_dtypes.json").write_text("{}"),
+        "dtypes of another model": lambda: (mcore / "hf" / "source_dtypes.json").write_text('{"a": "F32"}'),
+        "no config": lambda: config.unlink(),
+        "another width": lambda: config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64')),
+        "another depth": lambda: config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 2')),
+        "more depth": lambda: config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 6')),
+        "biases": lambda: config.write_text(config.read_text().replace("_bias\": false", "_bias\": true")),
+    }  # fmt: skip
+    actions[what]()
+
+
+SPOILED = {
+    "no tracker": "has no latest_checkpointed_iteration.txt, so it is not a complete Megatron checkpoint; give",
+    "tracker names another": "names iter_0000007, which is not there or not complete; copy",
+    "no metadata": "cannot be read as a torch_dist checkpoint: .*; copy it again",
+    "no type": "names release, which is not there or not complete; copy",
+    "metadata cut short": "cannot be read as a torch_dist checkpoint: .*; copy it again",
+    "a shard is missing": "cannot be read as a torch_dist checkpoint: .*No such file or directory.*; copy it again",
+    "a shard is cut short": "cannot be read as a torch_dist checkpoint: .*; copy it again",
+    "no dtypes": "lacks a readable source_dtypes.json, .* give a directory that swift-mega convert --to mcore wrote",
+    "dtypes of another kind": "lacks a readable source_dtypes.json",
+    "no dtype in it": "lacks a readable source_dtypes.json",
+    "dtypes of another model": "no dtype is known for lm_head.weight, .*",
+    "no config": "has no config.json",
+    "another width": "cannot be read as a torch_dist checkpoint: .*(?i:shape|size).*the config.json that belongs to it",
+    "another depth": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
+    "more depth": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
+    "biases": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_damaged_checkpoint(tmp_path, pair, what):
+    shutil.copytree(pair[1], tmp_path / "mcore")
+    spoil(tmp_path / "mcore", what)
+    with pytest.raises(UserError, match=SPOILED[what]) as caught:
+        api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "out"))
+    assert str(tmp_path) in str(caught.value) or what == "dtypes of another model"
+    assert "dict_keys([0])" not in str(caught.value) and len(str(caught.value)) < 900
+    assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
+
+
+def test_what_is_there_is_left(tmp_path, pair):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="mine exists already and is left as it is; choose another path"):
+        api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "mine"), parallel=Parallel(tensor=2))
+    with pytest.raises(UserError, match="file is a file and is left as it is; choose another path"):
+        api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "file"), parallel=Parallel(tensor=2))
+    with pytest.raises(UserError, match="cannot write .*file/out: Not a directory; free the space"):
+        api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "file" / "out"), parallel=Parallel(tensor=2))
+    assert files(tmp_path) == {"mine/notes.txt": b"mine", "file": b"mine"}
+
+
+def test_quantised_weights_and_a_size_that_is_none(tmp_path, pair):
+    source = tmp_path / "hf"
+    shutil.copytree(pair[0], source)
+    tensors = {name: value.to(torch.int8) for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match="are quantised; convert the checkpoint to bfloat16 or float32"):
+        api.convert(source=str(source), to="mcore", output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="size 'big' is not understood"):
+        api.convert(source=str(pair[1]), to="hf", output=str(tmp_path / "out"), max_shard_size="big")
+    with pytest.raises(UserError, match="parallel.tensor=3 does not divide the model's 8 attention heads"):
+        api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "out"), parallel=Parallel(tensor=3))
+    assert not (tmp_path / "out").exists()
