@@ -122,7 +122,9 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
     return wide
 
 
-def _to_mcore(run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint) -> None:
+def _to_mcore(
+    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint
+) -> None:
     groups = parallel_groups.init(layout)
     part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
     save_mcore(part, groups, output, checkpoint)
@@ -190,7 +192,10 @@ def infer(*, model: str, adapters: str | None = None) -> Answerer:
 
 # ------------------------------------------------------------------------------------------------ verify
 
-LAYOUTS = ("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2", "tp2-ep2-etp1-sp")  # fmt: skip
+LAYOUTS = (
+    *("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2"),
+    "tp2-ep2-etp1-sp",
+)
 """Tried by `verify` where no layouts are given, as far as the model can be cut so; with tp2 possible, tp3 is left out."""
 
 
@@ -218,16 +223,23 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether logits (absolute) and gradients (relative) of every layout are within the tolerance."""
-        return all(d.logits <= self.tolerance and d.gradient <= self.tolerance and d.loss <= self.tolerance for d in self.differences)
+        return all(
+            d.logits <= self.tolerance and d.gradient <= self.tolerance and d.loss <= self.tolerance
+            for d in self.differences
+        )
 
     def table(self) -> str:
         """One line per layout."""
         lines = [f"{'layout':18} {'logits':>9} {'loss':>9} {'gradients':>9}  {'':4} worst gradient"]
         for d in self.differences:
             ok = "ok" if max(d.logits, d.gradient, d.loss) <= self.tolerance else "FAIL"
-            lines.append(f"{d.layout:18} {d.logits:9.1e} {d.loss:9.1e} {d.gradient:9.1e}  {ok:4} {d.worst} (of {d.tensors})")
+            lines.append(
+                f"{d.layout:18} {d.logits:9.1e} {d.loss:9.1e} {d.gradient:9.1e}  {ok:4} {d.worst} (of {d.tensors})"
+            )
         verdict = "every layout equals Hugging Face" if self.passed else "NOT EQUAL"
-        return "\n".join([*lines, f"{verdict} within {self.tolerance:g} ({self.dtype}; gradients relative to the tensor's largest)"])
+        return "\n".join(
+            [*lines, f"{verdict} within {self.tolerance:g} ({self.dtype}; gradients relative to the tensor's largest)"]
+        )
 
 
 def verify(
@@ -244,7 +256,10 @@ def verify(
     chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
-    run = schema.Run(model=schema.Model(path=model, dtype=dtype), tuner=_verified_tuner(tuner, target_modules, adapters))  # type: ignore[arg-type]
+    run = schema.Run(
+        model=schema.Model(path=model, dtype=dtype),  # type: ignore[arg-type]
+        tuner=_verified_tuner(tuner, target_modules, adapters),
+    )
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
         found = Path(folder)
         adapter = Path(adapters) if adapters else None
@@ -253,7 +268,7 @@ def verify(
             alone = plan_layout(schema.Parallel(), settings.shape, 1)
             run_ranks(1, validate.random_adapter, _for(run, schema.Parallel()), DEVICE, alone, adapter)
         run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference", getattr(torch, dtype))
-        differences = []
+        differences: list[validate.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
             mine = _for(run, parallel, (str(adapter),) if adapter else ())
             output = found / f"layout{len(differences)}"
@@ -267,17 +282,19 @@ def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | N
     """The tuner to verify; a given adapter's own rank, scale and targets."""
     if adapters is None:
         return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
-    config = merged.read_adapter(adapters).config
+    config: dict[str, Any] = dict(merged.read_adapter(adapters).config)
     return schema.Tuner(
         type="lora", rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")),
         target_modules=tuple(config["target_modules"]),
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:
     """`run` in a layout; gradients are whole only where the optimizer is not cut over data ranks."""
     return dataclasses.replace(
-        run, parallel=dataclasses.replace(parallel, distributed_optimizer=False), model=dataclasses.replace(run.model, adapters=adapters)
+        run,
+        parallel=dataclasses.replace(parallel, distributed_optimizer=False),
+        model=dataclasses.replace(run.model, adapters=adapters),
     )
 
 

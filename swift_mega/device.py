@@ -117,6 +117,7 @@ _KNOWN_WARNINGS = (
     (r"full scope is deprecated", r"megatron\."),
     (r"MimoModelConfig is experimental", r"megatron\."),  # since 0.19, from an import of GPTModel
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\."),
+    (r"`load_state_dict` is deprecated", r"megatron\."),
     (r"Please use DTensor", r"torch\.distributed\.checkpoint"),
     (r"`is_gradient_checkpointing` is deprecated", r"transformers\."),
     (r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", r"torch\.distributed\.c10d_logger"),

@@ -1,7 +1,8 @@
 """Where every row of a Megatron parameter comes from, counted out one row at a time: the slow oracle of packs and of loading.
 
 Nothing here is shared with swift_mega: no reshape, no concatenation of blocks, just loops over heads, features and ranks, after
-Megatron-core's own description of its fused linears (transformer/attention.py, get_query_key_value_tensors: [group, (queries, key,
+Megatron-core's own description of its fused linears (transformer/attention.py, get_query_key_value_tensors: [group,
+(queries, key,
 value), head_dim]; tensor_parallel/layers.py, ColumnParallelLinear: rank r has the r-th part of the rows).
 """
 

@@ -21,7 +21,9 @@ class Model:
     path: str | None = setting(flag="model model_name_or_path", help="Hugging Face directory of the model")
     adapters: tuple[str, ...] = setting((), flag="adapters", help="PEFT directories to start the adapter from")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = setting(
-        "auto", flag="torch_dtype", help="weights while training; auto: bfloat16 on CUDA, float32 on CPU; float64: for proofs"
+        "auto",
+        flag="torch_dtype",
+        help="weights while training; auto: bfloat16 on CUDA, float32 on CPU; float64: for proofs",
     )
     vocab_divisible_by: int = setting(
         128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"
@@ -29,7 +31,9 @@ class Model:
     router_aux_loss_coefficient: float = setting(
         0.0, flag="moe_aux_loss_coeff", help="weight of the load-balancing loss of an MoE model"
     )
-    megatron: dict[str, Any] = setting(factory=dict, help="passed to Megatron's TransformerConfig, checked against its fields")
+    megatron: dict[str, Any] = setting(
+        factory=dict, help="passed to Megatron's TransformerConfig, checked against its fields"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,9 @@ class Parallel:
     distributed_optimizer: bool = setting(
         True, flag="use_distributed_optimizer", help="cut optimizer state over the data-parallel ranks"
     )
-    overlap_grad_reduce: bool = setting(False, flag="overlap_grad_reduce", help="reduce gradients during the backward pass")
+    overlap_grad_reduce: bool = setting(
+        False, flag="overlap_grad_reduce", help="reduce gradients during the backward pass"
+    )
     overlap_param_gather: bool = setting(
         False, flag="overlap_param_gather", help="gather parameters during the forward pass (distributed optimizer)"
     )
@@ -74,7 +80,9 @@ class Data:
     val_dataset: tuple[str, ...] = setting((), flag="val_dataset", help="JSONL files of the validation split")
     split_dataset_ratio: float = setting(0.0, flag="split_dataset_ratio", help="share of the rows kept for validation")
     columns: dict[str, str] = setting(factory=dict, flag="columns", help="column of the file -> our column")
-    dataset_info: str | None = setting(flag="custom_dataset_info dataset_info", help="dataset_info.json that names data sets")
+    dataset_info: str | None = setting(
+        flag="custom_dataset_info dataset_info", help="dataset_info.json that names data sets"
+    )
     system: str | None = setting(flag="system", help="system message for rows that have none")
     chat_template: str | None = setting(
         flag="chat_template", help="a .jinja file used in place of the tokenizer's own chat template"
@@ -85,11 +93,15 @@ class Data:
     truncation: Literal["delete", "left", "right", "raise"] = setting(
         "delete", flag="truncation_strategy", help="what happens to an example of more than max_length tokens"
     )
-    packing: bool = setting(False, flag="packing", help="join examples into rows of max_length tokens, without attention across")
+    packing: bool = setting(
+        False, flag="packing", help="join examples into rows of max_length tokens, without attention across"
+    )
     loss_on: Literal["assistant", "last", "all"] = setting(
         "assistant", flag="loss_scale", help="tokens that are trained: replies, the last reply, or every token"
     )
-    shuffle: bool = setting(True, flag="dataset_shuffle train_dataloader_shuffle", help="shuffle the rows anew each epoch")
+    shuffle: bool = setting(
+        True, flag="dataset_shuffle train_dataloader_shuffle", help="shuffle the rows anew each epoch"
+    )
     seed: int = setting(42, flag="data_seed", help="of the shuffle and the validation split")
 
 
@@ -106,7 +118,9 @@ class Tuner:
 
     type: str = setting("lora", flag="tuner_type train_type", help="a module of swift_mega/tuners: lora, full")
     rank: int = setting(8, flag="lora_rank", help="inner dimension of an adapter")
-    alpha: float = setting(32.0, flag="lora_alpha", help="adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))")
+    alpha: float = setting(
+        32.0, flag="lora_alpha", help="adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+    )
     dropout: float = setting(0.0, flag="lora_dropout", help="probability of dropping an adapter's input")
     rslora: bool = setting(False, flag="use_rslora", help="rank-stabilised scale, arXiv:2312.03732")
     target_modules: tuple[str, ...] = setting(
@@ -121,8 +135,12 @@ class Optim:
     lr: float = setting(1e-4, flag="lr learning_rate", help="peak learning rate")
     min_lr: float = setting(0.0, flag="min_lr", help="learning rate at the end of the decay")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", flag="lr_decay_style lr_scheduler_type")
-    warmup_fraction: float = setting(0.0, flag="lr_warmup_fraction warmup_ratio", help="share of the steps that warm up")
-    warmup_steps: int = setting(0, flag="lr_warmup_iters warmup_steps", help="steps that warm up; wins over warmup_fraction")
+    warmup_fraction: float = setting(
+        0.0, flag="lr_warmup_fraction warmup_ratio", help="share of the steps that warm up"
+    )
+    warmup_steps: int = setting(
+        0, flag="lr_warmup_iters warmup_steps", help="steps that warm up; wins over warmup_fraction"
+    )
     weight_decay: float = setting(0.1, flag="weight_decay")
     beta1: float = setting(0.9, flag="adam_beta1")
     beta2: float = setting(0.95, flag="adam_beta2")
@@ -136,16 +154,24 @@ class Train:
 
     output_dir: str = setting("output", flag="output_dir save", help="each run makes vN-YYYYMMDD-HHMMSS in it")
     add_version: bool = setting(True, flag="add_version", help="false: write into output_dir itself")
-    micro_batch_size: int = setting(1, flag="micro_batch_size per_device_train_batch_size", help="examples (or packed rows)")
+    micro_batch_size: int = setting(
+        1, flag="micro_batch_size per_device_train_batch_size", help="examples (or packed rows)"
+    )
     global_batch_size: int = setting(16, flag="global_batch_size", help="examples (or packed rows) per optimizer step")
     steps: int | None = setting(flag="train_iters max_steps", help="optimizer steps; default: epochs")
-    epochs: float | None = setting(flag="num_train_epochs max_epochs", help="passes over the data; default 1 where steps is not set")
+    epochs: float | None = setting(
+        flag="num_train_epochs max_epochs", help="passes over the data; default 1 where steps is not set"
+    )
     seed: int = setting(42, flag="seed", help="of initial adapter values and dropout")
     recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
     recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")
     recompute_layers: int = setting(1, flag="recompute_num_layers", help="layers per recomputed block")
-    eval_steps: int | None = setting(flag="eval_interval eval_steps", help="steps between evaluations; default: at the end")
-    save_steps: int | None = setting(flag="save_interval save_steps", help="steps between checkpoints; default: at the end")
+    eval_steps: int | None = setting(
+        flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"
+    )
+    save_steps: int | None = setting(
+        flag="save_interval save_steps", help="steps between checkpoints; default: at the end"
+    )
     save_total_limit: int | None = setting(flag="save_total_limit", help="checkpoints kept")
     logging_steps: int = setting(1, flag="log_interval logging_steps", help="steps between lines of logging.jsonl")
 

@@ -62,8 +62,8 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     ]
     if strange:
         raise UserError(
-            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 with its own "
-            "tools first"
+            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
+            "with its own tools first"
         )
 
 
@@ -76,8 +76,8 @@ def _same_head(checkpoint: Checkpoint) -> None:
     head, embedding = checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
     if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise UserError(
-            f"{checkpoint.directory}: config.json says tie_word_embeddings=true, but lm_head.weight differs from model.embed_tokens.weight; "
-            "set tie_word_embeddings=false, or delete lm_head.weight"
+            f"{checkpoint.directory}: config.json says tie_word_embeddings=true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings=false, or delete lm_head.weight"
         )
 
 

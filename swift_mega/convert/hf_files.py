@@ -1,8 +1,8 @@
 """Safetensors directories, read by slices and written in place.
 
-A checkpoint is its headers: name, dtype, shape and byte range of every tensor, checked against the files before a byte of weight
-moves. Writing goes the other way: sizes are known first, so headers are written and every owner puts its tensors where they belong.
-Pickle files are never opened.
+A checkpoint is its headers: name, dtype, shape and byte range of every tensor, checked against the files before a byte of
+weight moves. Writing goes the other way: sizes are known first, so headers are written and every owner puts its tensors where
+they belong. Pickle files are never opened.
 """
 
 import json
@@ -57,8 +57,8 @@ class Checkpoint:
             for entry in read_header(file):
                 if entry.name in self.entries:
                     raise UserError(
-                        f"tensor {entry.name} is in {self.entries[entry.name].file.name} and again in {file.name} of {self.directory}; "
-                        "delete the file that does not belong to this checkpoint"
+                        f"tensor {entry.name} is in {self.entries[entry.name].file.name} and again in {file.name} of "
+                        f"{self.directory}; delete the file that does not belong to this checkpoint"
                     )
                 self.entries[entry.name] = entry
         if not self.entries:
@@ -81,7 +81,8 @@ class Checkpoint:
                 )
             if self.entries[name].file.name != file:
                 raise UserError(
-                    f"{index} says tensor {name} is in {file}, but it is in {self.entries[name].file.name}; copy index and files again"
+                    f"{index} says tensor {name} is in {file}, but it is in {self.entries[name].file.name}; copy index "
+                    "and files again"
                 )
         if extra := sorted(self.entries.keys() - listed.keys()):
             raise UserError(f"{index} does not list {some(extra)}, which the files hold; copy index and files again")
@@ -130,14 +131,15 @@ def weight_files(directory: Path) -> list[Path]:
     numbered = [found for file in files if (found := re.fullmatch(r".*-(\d{5})-of-(\d{5})\.safetensors", file.name))]
     if numbered and len(numbered) != int(numbered[0][2]):
         raise UserError(
-            f"{directory} has {len(numbered)} of {int(numbered[0][2])} numbered safetensors files and no index; copy the missing ones"
+            f"{directory} has {len(numbered)} of {int(numbered[0][2])} numbered safetensors files and no index; copy "
+            "the missing ones"
         )
     if not files:
         pickles = [file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise UserError(
-                f"{directory} holds pickle files only ({some(pickles)}), which can run code when read and are refused; convert them to "
-                "safetensors with transformers' save_pretrained first"
+                f"{directory} holds pickle files only ({some(pickles)}), which can run code when read and are refused; "
+                "convert them to safetensors with transformers' save_pretrained first"
             )
         raise UserError(
             f"{directory} holds no *.safetensors file; give the directory of a complete Hugging Face checkpoint"
@@ -317,7 +319,7 @@ def write_tensor(directory: Path, planned: Planned, value: Tensor) -> None:
     """Puts one whole tensor where the plan says; any process may do so, once the headers are there."""
     assert tuple(value.shape) == planned.shape, f"{value.shape} planned as {planned.shape}"
     flat = value.detach().to("cpu", planned.dtype).contiguous().view(-1)
-    raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
     handle = os.open(directory / planned.file, os.O_WRONLY)
     try:
         done = 0

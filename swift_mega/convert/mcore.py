@@ -1,7 +1,7 @@
 """Megatron-core's own checkpoints (torch_dist): this rank's part to and from one, in any layout.
 
-The directory is laid out as Megatron-LM lays its own (`release/` and a tracker file), with the Hugging Face side beside it: config,
-tokenizer, and the dtype of every source tensor, so that the way back is bit-exact.
+The directory is laid out as Megatron-LM lays its own (`release/` and a tracker file), with the Hugging Face side beside it:
+config, tokenizer, and the dtype of every source tensor, so that the way back is bit-exact.
 """
 
 import json
@@ -102,13 +102,14 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
         loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
-            f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the config.json that belongs to it"
+            f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the "
+            "config.json that belongs to it"
         ) from error
     extra = sorted(key for key in unexpected if not key.startswith(SKIPPED))
     if missing or extra:
         raise UserError(
-            f"{folder} does not fit its config.json: {len(missing)} tensors missing ({some(sorted(missing))}), {len(extra)} that nothing "
-            f"reads ({some(extra)}); use the checkpoint that belongs to this config"
+            f"{folder} does not fit its config.json: {len(missing)} tensors missing ({some(sorted(missing))}), "
+            f"{len(extra)} that nothing reads ({some(extra)}); use the checkpoint that belongs to this config"
         )
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
         chunk.load_state_dict(loaded[key], strict=True)
@@ -122,7 +123,8 @@ def iteration_directory(directory: str | Path) -> Path:
         if (root / "metadata.json").is_file():
             return root
         raise UserError(
-            f"{root} has no {TRACKER}, so it is not a complete Megatron checkpoint; give the directory that swift-mega convert --to mcore wrote"
+            f"{root} has no {TRACKER}, so it is not a complete Megatron checkpoint; give the directory that swift-mega "
+            "convert --to mcore wrote"
         )
     word = tracker.read_text().strip()
     folder = root / (word if word == RELEASE else f"iter_{int(word):07d}" if word.isdigit() else word)

@@ -28,8 +28,9 @@ def whole_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors, each whole on the one rank that owns it, one parameter in flight.
 
-    Collective over the tensor ranks of data replica 0. exported: `part.held()`, or what a tuner holds. `value` gives what to export
-    for a parameter (its data, its gradient, …), shaped like it. The owner is tensor rank 0 of the stage (and expert rank).
+    Collective over the tensor ranks of data replica 0. exported: `part.held()`, or what a tuner holds. `value` gives what to
+    export for a parameter (its data, its gradient, …), shaped like it. The owner is tensor rank 0 of the stage (and expert
+    rank).
     """
     for held in exported:
         if held.copy or not _takes_part(part, held):
@@ -80,8 +81,8 @@ def owned(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...
 
 
 def save(
-    part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype,
-    max_shard_bytes: int, overwrite: bool = False,
+    part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Writes a complete Hugging Face directory. Collective; `source` gives config, tokenizer and chat template.
 
@@ -118,7 +119,7 @@ def write_directory(
 
 
 def _write(tensors: Iterable[tuple[str, Tensor]], staging: Path, planned: Mapping[str, Planned]) -> str | None:
-    """Writes this rank's tensors; returns what went wrong. Goes on taking tensors then, since the other ranks wait in `_gather`."""
+    """Writes this rank's tensors; returns what went wrong. It goes on taking tensors then: other ranks wait in `_gather`."""
     problem = None
     with torch.no_grad():
         for name, tensor in tensors:
@@ -159,7 +160,8 @@ def _kinds(
         return dict.fromkeys(shapes, dtypes)
     if unknown := [name for name in shapes if name not in dtypes]:
         raise UserError(
-            f"no dtype is known for {some(unknown)}, which the source of this checkpoint did not have; give --torch_dtype bfloat16 or float32"
+            f"no dtype is known for {some(unknown)}, which the source of this checkpoint did not have; give "
+            "--torch_dtype bfloat16 or float32"
         )
     return {name: dtypes[name] for name in shapes}
 

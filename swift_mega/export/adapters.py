@@ -28,7 +28,8 @@ def load_adapter(
     for key in ("r", "lora_alpha", "use_rslora"):
         if adapter.config.get(key, False) != config[key]:
             raise UserError(
-                f"{directory} has {key}={adapter.config.get(key)!r}, the run {config[key]!r}; set the tuner's settings to the adapter's"
+                f"{directory} has {key}={adapter.config.get(key)!r}, the run {config[key]!r}; set the tuner's settings "
+                "to the adapter's"
             )
     wanted, entries = _gather_shapes(part, exported), adapter.checkpoint.entries
     if odd := sorted(wanted.keys() ^ entries.keys()):

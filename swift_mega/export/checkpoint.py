@@ -13,7 +13,8 @@ from swift_mega.tuners.tuner import Tuner
 
 
 def save_checkpoint(
-    tuner: Tuner, part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, max_shard_size: str, dtype: torch.dtype
+    tuner: Tuner, part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, max_shard_size: str,
+    dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Writes what `tuner` trained to `directory`, which appears whole or not at all. Collective.
 

@@ -101,7 +101,8 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
             )
         if found := {down[0], up[1]} - {rank}:
             raise UserError(
-                f"{directory}: {module} has rank {found.pop()}, {path.name} says r={rank}; use the adapter_config.json of this adapter"
+                f"{directory}: {module} has rank {found.pop()}, {path.name} says r={rank}; use the adapter_config.json "
+                "of this adapter"
             )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return PeftAdapter(checkpoint, scale, frozenset(modules), config)
@@ -145,14 +146,16 @@ def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
     for module in sorted(adapter.modules):
         if f"{module}.weight" not in base.entries:
             raise UserError(
-                f"the adapter has factors for {module}, and {base.directory} has no such linear; give the model that it was trained on"
+                f"the adapter has factors for {module}, and {base.directory} has no such linear; give the model that "
+                "it was trained on"
             )
         want = base.entries[f"{module}.weight"].shape
         down = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape
         up = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_B.weight"].shape
         if (up[0], down[1]) != want:
             raise UserError(
-                f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the model of this adapter"
+                f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the "
+                "model of this adapter"
             )
         if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
             raise UserError(

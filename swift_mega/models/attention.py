@@ -26,7 +26,7 @@ class Segments(PackedSeqParams):
     qkv_format: str = "sbhd"
     bounds: tuple[int, ...] = ()
     """First token of each example, and the end of the last one; on the host."""
-    starts: Tensor | None = None
+    starts: Tensor = None  # type: ignore[assignment]  # the parent's fields have defaults, so these must; it is never left out
     """The same as int32 on the device: cu_seqlens."""
     cos: Tensor | None = None
     sin: Tensor | None = None
@@ -37,7 +37,8 @@ class CoreAttention(MegatronModule):
     """Attention within each example of a row, after rotating queries and keys by their positions."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, windows: tuple[int | None, ...], softmax_scale: float | None = None, **given: Any
+        self, config: TransformerConfig, layer_number: int, *, windows: tuple[int | None, ...],
+        softmax_scale: float | None = None, **given: Any,
     ) -> None:  # fmt: skip
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention."""
         super().__init__(config=config)
@@ -51,7 +52,7 @@ class CoreAttention(MegatronModule):
         """query [tokens, 1, heads, head_dim], key and value [tokens, 1, kv_heads, head_dim] -> [tokens, 1, heads * head_dim]."""
         row = packed_seq_params
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if row.cos is not None:
+        if row.cos is not None and row.sin is not None:
             query, key = rotate(query, row.cos, row.sin), rotate(key, row.cos, row.sin)
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window
@@ -68,7 +69,7 @@ class Norm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **given: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

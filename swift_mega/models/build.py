@@ -271,7 +271,9 @@ def build(
     specs = layer_specs(settings, device, adapters=adapters)
     norm: Any = Norm
     if device.kind == "cuda":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)

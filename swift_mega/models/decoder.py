@@ -100,7 +100,9 @@ def translate(config: Any, **changes: Any) -> Settings:
     return Settings(megatron=megatron, **found)
 
 
-def moe(settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool) -> Settings:
+def moe(
+    settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool
+) -> Settings:
     """Settings with a softmax-routed mixture of experts in the marked layers.
 
     normalise: the chosen probabilities sum to one, which is what Megatron computes when it takes the softmax after the choice.
@@ -143,7 +145,9 @@ def rope(config: Any, head_dim: int) -> Rope:
         longest = config.max_position_embeddings if kind == "dynamic" else None
         return Rope(tuple(frequencies.tolist()), longest=longest)
     if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn")
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
+        )
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return Rope(tuple(frequencies.tolist()), scale=float(scale))
 
@@ -157,5 +161,9 @@ def vary(base: Family, **changes: Any) -> Family:
 
 
 DECODER = Family(
-    hf_types=(), translate=translate, rules=RULES, reads=READS, absent=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    hf_types=(),
+    translate=translate,
+    rules=RULES,
+    reads=READS,
+    absent=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

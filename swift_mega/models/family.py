@@ -152,8 +152,8 @@ def load_settings(directory: str | Path) -> Settings:
     if unknown:
         listed = ", ".join(f"{key}={raw[key]!r}" for key in unknown)
         raise UserError(
-            f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they may change "
-            "what the model computes. Remove them if they don't, or add them to the family's file"
+            f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they "
+            "may change what the model computes. Remove them if they don't, or add them to the family's file"
         )
     _check_sizes(directory, raw)
     from huggingface_hub.errors import StrictDataclassError
@@ -175,7 +175,8 @@ def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
     """Sizes are counts; transformers lets most of them be anything, and Megatron would fail far from the cause."""
     for key in SIZES & raw.keys():
         value = raw[key]
-        if (type(value) is not int and not (value is None and key in MAY_BE_NONE)) or (type(value) is int and value < 1):
+        unset = value is None and key in MAY_BE_NONE
+        if not unset and (type(value) is not int or value < 1):
             raise UserError(f"{directory}/config.json: {key}={value!r} is not a whole number of at least 1; correct it")
 
 
@@ -183,27 +184,31 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
     shape, per_token = settings.shape, settings.megatron.get("moe_router_topk", 0)
     if shape.heads % shape.kv_heads:
         raise UserError(
-            f"{directory}/config.json: num_key_value_heads={shape.kv_heads} does not divide num_attention_heads={shape.heads}; correct it"
+            f"{directory}/config.json: num_key_value_heads={shape.kv_heads} does not divide "
+            f"num_attention_heads={shape.heads}; correct it"
         )
     if shape.experts is not None and per_token > shape.experts:
         raise UserError(
-            f"{directory}/config.json: num_experts_per_tok={per_token} is more than the {shape.experts} experts there are; correct it"
+            f"{directory}/config.json: num_experts_per_tok={per_token} is more than the {shape.experts} experts there "
+            "are; correct it"
         )
 
 
 MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
 SIZES = MAY_BE_NONE | frozenset(
-    "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings "
+    "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
+    "max_position_embeddings "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""
 
 NEUTRAL = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id sep_token_id "
-    "unk_token_id cls_token_id mask_token_id decoder_start_token_id suppress_tokens begin_suppress_tokens "
-    "initializer_range output_router_logits router_aux_loss_coef auto_map name_or_path is_llama_config unsloth_version "
-    "unsloth_fixed return_dict output_attentions output_hidden_states id2label label2id problem_type finetuning_task task_specific_params "
-    "tokenizer_class prefix chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention "
+    "architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id "
+    "sep_token_id unk_token_id cls_token_id mask_token_id decoder_start_token_id suppress_tokens "
+    "begin_suppress_tokens initializer_range output_router_logits router_aux_loss_coef auto_map name_or_path "
+    "is_llama_config unsloth_version unsloth_fixed return_dict output_attentions output_hidden_states id2label "
+    "label2id problem_type finetuning_task task_specific_params tokenizer_class prefix chunk_size_feed_forward "
+    "is_encoder_decoder is_decoder add_cross_attention "
     "transformers.js_config attn_implementation attention_implementation max_length".split()
 )
 """Fields of config.json that change nothing that a decoder computes."""

@@ -1,9 +1,9 @@
 """How the Hugging Face tensors of one Megatron parameter are laid out in it.
 
 A Pack sees tensors and never a rank. Tensor parallelism cuts every part along the same dim (`axis`), and `join` of parts that
-are all cut at the same fraction *is* the shard of that fraction. So `join(cut parts)` makes a rank's parameter, `split(parameter)`
-gives back its pieces, and neither knows how many ranks there are. The same Pack serves weight and bias, and the `up`
-factor of an adapter on that linear.
+are all cut at the same fraction *is* the shard of that fraction. So `join(cut parts)` makes a rank's parameter,
+`split(parameter)` gives back its pieces, and neither knows how many ranks there are. The same Pack serves weight and bias,
+and the `up` factor of an adapter on that linear.
 """
 
 from collections.abc import Sequence

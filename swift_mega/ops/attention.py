@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
-QUERY_BLOCK = 128  # queries of one block of the CPU's backward pass: enough rows for a fast product, few keys seen in vain
+SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
+QUERY_BLOCK = 96  # queries of one block of the CPU's backward pass: enough rows for a fast product, few keys seen in vain
 
 
 @functools.cache
@@ -77,13 +78,9 @@ class _CpuAttention(torch.autograd.Function):
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[1], query.shape[0])
         for start, end in _examples(bounds):
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            banded = window is not None and end - start > window
-            mask = None
-            if banded:  # this kernel adds its mask
-                mask = q.new_zeros(q.shape[2], q.shape[2]).masked_fill_(~_seen(q.shape[2], window, q.device), -torch.inf)
+            q, k, v = (_heads_first(x, start, end) for x in (query, key, value))
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, not banded, attn_mask=mask, scale=scale
+                q, k, v, 0.0, **_kernel_mask(q, window), scale=scale
             )
             out[start:end] = part[0].transpose(0, 1)
             lse[:, start:end] = part_lse[0]
@@ -94,36 +91,67 @@ class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, lse = ctx.saved_tensors
-        keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
-        towards_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        towards_keys, towards_values = torch.zeros_like(keys), torch.zeros_like(values)
-        lse2 = lse * LOG2_E  # powers of two take half the time of exp
-        for first, start, end in _blocks(ctx.bounds, ctx.window):
-            # [kv_heads, queries_per_group * block, head_dim]: the queries that share keys are rows of one product.
-            q, grad, o = (_grouped(x[start:end], len(keys)) for x in (query, gradients[0], out))
-            q = q * (ctx.scale * LOG2_E)
-            k, v = keys[:, first:end], values[:, first:end]
-            weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse2[:, start:end].reshape(len(keys), -1, 1)).exp2_()
-            _hide(weights.view(-1, end - start, end - first), ctx.window)
-            towards_values[:, first:end].baddbmm_(weights.transpose(1, 2), grad)
-            mean = (grad * o).sum(-1, keepdim=True)
-            scores = torch.bmm(grad, v.transpose(1, 2)).sub_(mean).mul_(weights)
-            towards_keys[:, first:end].baddbmm_(scores.transpose(1, 2), q)
-            _ungroup(torch.bmm(scores, k).mul_(ctx.scale), towards_query[start:end])
-        towards_keys.div_(LOG2_E)  # q carried it
-        return towards_query, towards_keys.transpose(0, 1), towards_values.transpose(0, 1), None, None, None
+        towards = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+        for start, end in _examples(ctx.bounds):
+            backward = _kernel_backward if end - start <= SHORT else _blocked_backward
+            backward(
+                gradients[0][start:end], query[start:end], key[start:end], value[start:end], out[start:end], lse[:, start:end],
+                into=tuple(x[start:end] for x in towards), scale=ctx.scale, window=ctx.window,
+            )  # fmt: skip
+        return *towards, None, None, None
+
+
+def _kernel_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None,
+) -> None:  # fmt: skip
+    """Gradients of one example by torch's kernel."""
+    g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, o, lse[None], 0.0, **_kernel_mask(q, window), scale=scale
+    )
+    for target, part in zip(into, found, strict=True):
+        target.copy_(part[0].transpose(0, 1))
+
+
+def _blocked_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None,
+) -> None:  # fmt: skip
+    """Gradients of one example, from its softmax computed again by blocks of queries."""
+    keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
+    towards_keys, towards_values = torch.zeros_like(keys), torch.zeros_like(values)
+    lse2 = lse * LOG2_E  # powers of two take half the time of exp
+    for first, start, end in _blocks(len(query), window):
+        # [kv_heads, queries_per_group * block, head_dim]: the queries that share keys are rows of one product.
+        q, g, o = (_grouped(x[start:end], len(keys)) for x in (query, grad, out))
+        q = q * (scale * LOG2_E)
+        k, v = keys[:, first:end], values[:, first:end]
+        weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse2[:, start:end].reshape(len(keys), -1, 1)).exp2_()
+        _hide(weights.view(-1, end - start, end - first), window)
+        towards_values[:, first:end].baddbmm_(weights.transpose(1, 2), g)
+        mean = (g * o).sum(-1, keepdim=True)
+        scores = torch.bmm(g, v.transpose(1, 2)).sub_(mean).mul_(weights)
+        towards_keys[:, first:end].baddbmm_(scores.transpose(1, 2), q)
+        rows = torch.bmm(scores, k).view(query.shape[1], end - start, -1)
+        torch.mul(rows.transpose(0, 1), scale, out=into[0][start:end])
+    torch.div(towards_keys.transpose(0, 1), LOG2_E, out=into[1])  # q carried it
+    into[2].copy_(towards_values.transpose(0, 1))
 
 
 def _examples(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
     return zip(bounds, bounds[1:], strict=False)
 
 
-def _blocks(bounds: Sequence[int], window: int | None) -> Iterator[tuple[int, int, int]]:
+def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
     """(first key seen, first query, end of queries) of each block; the last query sees the last key."""
-    for start, end in _examples(bounds):
-        for block in range(start, end, QUERY_BLOCK):
-            first = start if window is None else max(start, block - window + 1)
-            yield first, block, min(block + QUERY_BLOCK, end)
+    for start in range(0, length, QUERY_BLOCK):
+        yield 0 if window is None else max(0, start - window + 1), start, min(start + QUERY_BLOCK, length)
+
+
+def _heads_first(x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+    """[tokens, heads, head_dim] -> [1, heads, end - start, head_dim], a view."""
+    return x[start:end].transpose(0, 1)[None]
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -131,9 +159,13 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.transpose(0, 1).reshape(kv_heads, -1, x.shape[-1])
 
 
-def _ungroup(grouped: Tensor, into: Tensor) -> None:
-    """Inverse of `_grouped`, written to `into` [tokens, heads, head_dim]."""
-    into.copy_(grouped.view(into.shape[1], into.shape[0], into.shape[2]).transpose(0, 1))
+def _kernel_mask(query: Tensor, window: int | None) -> dict[str, Any]:
+    """What torch's kernels are told of causality and window; a mask is added to scores. query: [1, heads, length, head_dim]."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True, "attn_mask": None}
+    seen = _seen(length, window, query.device)
+    return {"is_causal": False, "attn_mask": query.new_zeros(length, length).masked_fill_(~seen, -torch.inf)}
 
 
 def _hide(weights: Tensor, window: int | None) -> None:

@@ -81,6 +81,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
         load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))
     chunks = _wrap(run, part)
     optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks)
+    if device.kind == "cpu":
+        _fuse(optimizer)
     _connect(run, part, chunks, optimizer)
     scheduler = _scheduler(run.optim, optimizer, steps)
     return Training(run, device, groups, part, tuner, objective, Head(part, groups), chunks, optimizer, scheduler)
@@ -111,6 +113,17 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
         params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )  # fmt: skip
+
+
+def _fuse(optimizer: Any) -> None:
+    """One call per group in place of ten per parameter. torch's own AdamW takes it from its groups; Megatron has no setting for it.
+
+    An adapter has hundreds of small parameters, and their calls were most of the step on the CPU. On CUDA Megatron uses a
+    fused Adam of Transformer Engine or Apex where they are installed.
+    """
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = True
 
 
 def _connect(run: schema.Run, part: ModelPart, chunks: list[DistributedDataParallel], optimizer: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,11 @@ class TrainResult:
     """Trained on, padding left out."""
 
 
-def make_batches(run: schema.Run, layout: Layout, data_rank: int, prepared: Prepared, pad_token: int) -> tuple[Batches, Batches | None]:
+def make_batches(
+    run: schema.Run, layout: Layout, data_rank: int, prepared: Prepared, pad_token: int
+) -> tuple[Batches, Batches | None]:
     """Batches of both splits for one data rank; UserError where sizes do not fit the layout."""
+
     def make(examples: list, once: bool) -> Batches:
         return Batches(
             examples, settings=run.data, micro_batch_size=run.train.micro_batch_size, global_batch_size=run.train.global_batch_size,
@@ -63,8 +66,8 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
         check_targets(family, settings, run.tuner.target_modules)
     elif run.model.adapters:
         raise UserError(
-            f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; merge the adapter first "
-            "(swift-mega export --merge_lora true), or set tuner.type=lora"
+            f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; "
+            "merge the adapter first (swift-mega export --merge_lora true), or set tuner.type=lora"
         )
     if settings.longest is not None and run.data.max_length > settings.longest:
         raise UserError(
@@ -177,7 +180,8 @@ class Loop:
             )  # fmt: skip
         if not math.isfinite(result.loss) or not result.applied:
             raise UserError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not a finite number, so nothing that follows would be; "
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not a finite number, so nothing that follows "
+                "would be; "
                 f"lower optim.lr={self.training.run.optim.lr:g}, or look for damaged rows in the data of this step"
             )
 
@@ -221,5 +225,5 @@ class Loop:
         dist.barrier()
         return merged
 
-    def _paused(self):
+    def _paused(self) -> AbstractContextManager[None]:
         return self.monitor.paused() if self.monitor is not None else nullcontext()

@@ -22,6 +22,7 @@ from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
+from swift_mega.models.build import Held
 from swift_mega.models.family import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
@@ -48,7 +49,9 @@ class Difference:
     """Gradients compared."""
 
 
-def example_rows(vocab: int, *, examples: int = 8, shortest: int = 5, longest: int = 24, seed: int = 0) -> list[list[int]]:
+def example_rows(
+    vocab: int, *, examples: int = 8, shortest: int = 5, longest: int = 24, seed: int = 0
+) -> list[list[int]]:
     """Rows of random tokens of mixed lengths, the same ones for the same arguments."""
     draw = random.Random(seed)
     return [[draw.randrange(vocab) for _ in range(draw.randint(shortest, longest))] for _ in range(examples)]
@@ -182,10 +185,14 @@ def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output:
         _write_logits(training, logits, loss, output)
         write_directory(
             training.part, groups, output / "gradients", list(training.tuner.held(training.part)), dtypes=training.part.config.params_dtype,
-            max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=lambda held: held.parameter.main_grad,
+            max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient,
         )  # fmt: skip
     finally:
         parallel_groups.close()
+
+
+def _gradient(held: Held) -> Tensor:
+    return held.parameter.main_grad  # type: ignore[attr-defined]  # Megatron's, filled by its DDP
 
 
 def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[Tensor]]:
@@ -242,7 +249,9 @@ def _write_logits(training: Training, collected: list[list[Tensor]], loss: float
 
 def compare(name: str, expected: Path, found: Path) -> Difference:
     """The differences between two directories that `reference` or `measure` wrote."""
-    want = load_file(expected / "logits.safetensors") if (expected / "logits.safetensors").is_file() else _joined(expected)
+    want = (
+        load_file(expected / "logits.safetensors") if (expected / "logits.safetensors").is_file() else _joined(expected)
+    )
     have = _joined(found)
     if want.keys() != have.keys():
         raise AssertionError(f"{name}: examples differ: {sorted(want.keys() ^ have.keys())}")
@@ -268,7 +277,9 @@ def gradients(expected: Path, found: Path) -> Iterator[tuple[str, Tensor, Tensor
 
 
 def _joined(directory: Path) -> dict[str, Tensor]:
-    return {key: value for file in sorted(directory.glob("logits-*.safetensors")) for key, value in load_file(file).items()}
+    return {
+        key: value for file in sorted(directory.glob("logits-*.safetensors")) for key, value in load_file(file).items()
+    }
 
 
 def _largest(difference: Tensor) -> float:

@@ -130,7 +130,7 @@ class Adapter(nn.Module):
         self.outs = [part.shape[0] for part in self.pack.split(torch.empty(weight.shape, device="meta"), heads)]
         self.names = [name.split(".")[-2] for name in target.held.parts]
         self.chosen = target.parts
-        make = {"dtype": weight.dtype, "device": weight.device}
+        make: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         for name, out, chosen in zip(self.names, self.outs, self.chosen, strict=True):
             if chosen:
                 # Of this module itself, not of a ParameterDict: with overlap_param_gather Megatron waits for a parameter in the
@@ -238,7 +238,7 @@ class GroupedAdapter(nn.ModuleList):
         return torch.cat([adapter(piece, result) for adapter, piece, result in pieces])
 
 
-def _add(linear: nn.Module, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+def _add(linear: Any, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     """Forward hook of a Megatron linear, which returns (output, bias)."""
     return (linear.adapter(given[0], result[0], *given[1:2] if isinstance(linear.adapter, GroupedAdapter) else ()), result[1])
 

@@ -6,8 +6,7 @@ A fused linear (query, key and value; gate and up) holds several Hugging Face li
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
@@ -21,7 +20,8 @@ ALL = "all-linear"
 class Target:
     """A Megatron linear of this rank, its weight, and which of its parts get an adapter."""
 
-    linear: nn.Module
+    linear: Any
+    """An nn.Module; what is added to it later has no type that it knows."""
     held: Held
     parts: tuple[bool, ...]
     index: int | None
@@ -30,7 +30,7 @@ class Target:
 
 def modules_of(family: Family, settings: Settings) -> set[str]:
     """Hugging Face names of every linear of this model that can have an adapter."""
-    found = set()
+    found: set[str] = set()
     for rule in family.rules:
         if LINEAR.fullmatch(rule.megatron):
             experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)

@@ -53,33 +53,123 @@ def nothing(tensors: Tensors) -> None:
 
 K = "model.layers.1.self_attn.k_proj.weight"
 FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = {
-    "missing": ("llama", removed(K), {}, rf"lacks 1 tensors that config.json asks for: {K}; use the config.json that belongs"),
+    "missing": (
+        "llama",
+        removed(K),
+        {},
+        rf"lacks 1 tensors that config.json asks for: {K}; use the config.json that belongs",
+    ),
     "missing on another stage": (
-        "llama", removed("model.layers.3.mlp.up_proj.weight", "model.norm.weight"), {},
+        "llama",
+        removed("model.layers.3.mlp.up_proj.weight", "model.norm.weight"),
+        {},
         r"lacks 2 tensors .*: model\.layers\.3\.mlp\.up_proj\.weight, model\.norm\.weight",
     ),
-    "missing head": ("llama", removed("lm_head.weight"), {}, "the likely cause: config.json should say tie_word_embeddings=true"),
-    "missing expert": (
-        "qwen3_moe", removed("model.layers.2.mlp.experts.3.down_proj.weight"), {}, r"lacks 1 .*layers\.2\.mlp\.experts\.3\.down_proj",
+    "missing head": (
+        "llama",
+        removed("lm_head.weight"),
+        {},
+        "the likely cause: config.json should say tie_word_embeddings=true",
     ),
-    "extra": ("llama", added(model__layers__0__self_attn__q_norm__weight=torch.ones(8)), {}, "holds 1 tensors that nothing reads: model.*q_norm"),
-    "extra bias": ("qwen3", added(model__layers__0__self_attn__q_proj__bias=torch.ones(64)), {}, "nothing reads: .*q_proj.bias"),
-    "extra layers": ("llama", nothing, {"num_hidden_layers": 2}, r"holds 18 tensors .*number of layers is too small \(layer 3 is there\)"),
+    "missing expert": (
+        "qwen3_moe",
+        removed("model.layers.2.mlp.experts.3.down_proj.weight"),
+        {},
+        r"lacks 1 .*layers\.2\.mlp\.experts\.3\.down_proj",
+    ),
+    "extra": (
+        "llama",
+        added(model__layers__0__self_attn__q_norm__weight=torch.ones(8)),
+        {},
+        "holds 1 tensors that nothing reads: model.*q_norm",
+    ),
+    "extra bias": (
+        "qwen3",
+        added(model__layers__0__self_attn__q_proj__bias=torch.ones(64)),
+        {},
+        "nothing reads: .*q_proj.bias",
+    ),
+    "extra layers": (
+        "llama",
+        nothing,
+        {"num_hidden_layers": 2},
+        r"holds 18 tensors .*number of layers is too small \(layer 3 is there\)",
+    ),
     "too few layers": ("llama", nothing, {"num_hidden_layers": 6}, "lacks 18 tensors that config.json asks for"),
-    "wrong rows": ("llama", replaced(K, lambda t: t[:-8]), {}, rf"shapes differ from config.json: {K} is \[24, 32\], config.json says \[32, 32\]; use"),
-    "wrong columns": ("llama", replaced(K, lambda t: t.t()[:, :30].t()), {}, r"k_proj.weight is \[30, 32\], config.json says \[32, 32\]"),
-    "turned": ("llama", replaced("model.layers.0.mlp.up_proj.weight", lambda t: t.t()), {}, r"is \[32, 48\], config.json says \[48, 32\]"),
-    "one dimension more": ("llama", replaced("model.norm.weight", lambda t: t[None]), {}, r"norm.weight is \[1, 32\], config.json says \[32\]"),
-    "vocabulary": ("llama", nothing, {"vocab_size": 132}, r"embed_tokens.weight is \[131, 32\], config.json says \[132, 32\]"),
-    "vocabulary that pads to the same": ("llama", replaced("lm_head.weight", lambda t: t[:-1]), {}, r"lm_head.weight is \[130, 32\], .*\[131, 32\]"),
+    "wrong rows": (
+        "llama",
+        replaced(K, lambda t: t[:-8]),
+        {},
+        rf"shapes differ from config.json: {K} is \[24, 32\], config.json says \[32, 32\]; use",
+    ),
+    "wrong columns": (
+        "llama",
+        replaced(K, lambda t: t.t()[:, :30].t()),
+        {},
+        r"k_proj.weight is \[30, 32\], config.json says \[32, 32\]",
+    ),
+    "turned": (
+        "llama",
+        replaced("model.layers.0.mlp.up_proj.weight", lambda t: t.t()),
+        {},
+        r"is \[32, 48\], config.json says \[48, 32\]",
+    ),
+    "one dimension more": (
+        "llama",
+        replaced("model.norm.weight", lambda t: t[None]),
+        {},
+        r"norm.weight is \[1, 32\], config.json says \[32\]",
+    ),
+    "vocabulary": (
+        "llama",
+        nothing,
+        {"vocab_size": 132},
+        r"embed_tokens.weight is \[131, 32\], config.json says \[132, 32\]",
+    ),
+    "vocabulary that pads to the same": (
+        "llama",
+        replaced("lm_head.weight", lambda t: t[:-1]),
+        {},
+        r"lm_head.weight is \[130, 32\], .*\[131, 32\]",
+    ),
     "head dim": ("llama", nothing, {"head_dim": 16}, r"is \[\d+, (32|64)\], config.json says \[\d+, (32|128)\]"),
-    "fewer key heads": ("llama", nothing, {"num_key_value_heads": 2}, r"k_proj.weight is \[32, 32\], config.json says \[16, 32\]"),
-    "one quantised": ("llama", replaced(K, lambda t: t.to(torch.float8_e4m3fn)), {}, rf"{K} \(torch.float8_e4m3fn\) are quantised; convert"),
-    "all integers": ("llama", every(lambda t: t.to(torch.int8)), {}, r"torch\.int8\) and \d+ more are quantised; convert the checkpoint"),
-    "untied files": ("llama_tied", added(lm_head__weight=torch.zeros(131, 32)), {}, "says tie_word_embeddings=true, but lm_head.weight differs"),
-    "head of another shape": ("llama_tied", added(lm_head__weight=torch.zeros(130, 32)), {}, "but lm_head.weight differs"),
-    "tied by mistake": ("llama", nothing, {"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight; set tie"),
-}  # fmt: skip
+    "fewer key heads": (
+        "llama",
+        nothing,
+        {"num_key_value_heads": 2},
+        r"k_proj.weight is \[32, 32\], config.json says \[16, 32\]",
+    ),
+    "one quantised": (
+        "llama",
+        replaced(K, lambda t: t.to(torch.float8_e4m3fn)),
+        {},
+        rf"{K} \(torch.float8_e4m3fn\) are quantised; convert",
+    ),
+    "all integers": (
+        "llama",
+        every(lambda t: t.to(torch.int8)),
+        {},
+        r"torch\.int8\) and \d+ more are quantised; convert the checkpoint",
+    ),
+    "untied files": (
+        "llama_tied",
+        added(lm_head__weight=torch.zeros(131, 32)),
+        {},
+        "says tie_word_embeddings=true, but lm_head.weight differs",
+    ),
+    "head of another shape": (
+        "llama_tied",
+        added(lm_head__weight=torch.zeros(130, 32)),
+        {},
+        "but lm_head.weight differs",
+    ),
+    "tied by mistake": (
+        "llama",
+        nothing,
+        {"tie_word_embeddings": True},
+        "lm_head.weight differs from model.embed_tokens.weight; set tie",
+    ),
+}
 
 
 def messages(directories: list[Path], layout_name: str, cpu: Any) -> list[str]:

@@ -1,4 +1,5 @@
-"""Safetensors directories: read what safetensors itself wrote, write what it reads, and refuse every damaged one with one message.
+"""Safetensors directories: read what safetensors itself wrote, write what it reads, and refuse every damaged one with one
+message.
 
 Damaged files are put together byte by byte here, so that the reader is not tested by its own writer.
 """
@@ -93,7 +94,11 @@ HEADERS = {
     "null": (None, b"", "has a damaged safetensors header"),
     "deep": (b'{"a":' * 100_000, b"", "has a damaged safetensors header"),
     "entry is text": ({"a": "x"}, b"", "has a damaged safetensors header"),
-    "entry lacks offsets": ({"a": {"dtype": "F32", "shape": [2]}}, WHOLE, "has a damaged safetensors header .'data_offsets'"),
+    "entry lacks offsets": (
+        {"a": {"dtype": "F32", "shape": [2]}},
+        WHOLE,
+        "has a damaged safetensors header .'data_offsets'",
+    ),
     "three offsets": ({"a": {**F32, "data_offsets": [0, 4, 8]}}, WHOLE, "has a damaged safetensors header"),
     "cut short": ({"a": F32}, WHOLE[:-1], "is cut short: .* but a ends at"),
     "no data": ({"a": F32}, b"", "is cut short"),
@@ -104,20 +109,32 @@ HEADERS = {
     "overlap": ({"a": at(0, 8), "b": at(4, 8)}, WHOLE, "tensor b begins at byte .* overlaps a"),
     "same bytes": ({"a": F32, "b": F32}, WHOLE, "tensor b begins at byte .* overlaps a"),
     "doubled name": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), WHOLE, "header lists a twice"),
-    "doubled key": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}', WHOLE, "header lists dtype twice"),
+    "doubled key": (
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        WHOLE,
+        "header lists dtype twice",
+    ),
     "unknown dtype": ({"a": {**F32, "dtype": "F31"}}, WHOLE, "tensor a has dtype F31, supported: F64, F32"),
     "sub-byte dtype": ({"a": {**F32, "dtype": "F4", "shape": [16]}}, WHOLE, "tensor a has dtype F4, supported"),
     "dtype is a list": ({"a": {**F32, "dtype": ["F32"]}}, WHOLE, "has a damaged safetensors header"),
-    "shape too large": ({"a": {**F32, "shape": [3]}}, WHOLE, r"tensor a of shape \[3\] and dtype F32 cannot lie in bytes 0 to 8"),
+    "shape too large": (
+        {"a": {**F32, "shape": [3]}},
+        WHOLE,
+        r"tensor a of shape \[3\] and dtype F32 cannot lie in bytes 0 to 8",
+    ),
     "shape too small": ({"a": {**F32, "shape": [1]}}, WHOLE, "cannot lie in bytes 0 to 8"),
-    "negative sizes": ({"a": {**F32, "shape": [-1, -2]}}, WHOLE, r"shape \[-1, -2\] and bytes 0 to 8, which are not counts"),
+    "negative sizes": (
+        {"a": {**F32, "shape": [-1, -2]}},
+        WHOLE,
+        r"shape \[-1, -2\] and bytes 0 to 8, which are not counts",
+    ),
     "fractional size": ({"a": {**F32, "shape": [2.0]}}, WHOLE, "which are not counts"),
     "size is text": ({"a": {**F32, "shape": ["2"]}}, WHOLE, "which are not counts"),
     "shape is null": ({"a": {**F32, "shape": None}}, WHOLE, "has a damaged safetensors header"),
     "negative offset": ({"a": at(-8, 0, shape=[2])}, WHOLE, "which are not counts"),
     "offsets turned round": ({"a": {**F32, "data_offsets": [8, 0]}}, WHOLE, "cannot lie in bytes 8 to 0"),
     "sizes that overflow": ({"a": {**F32, "shape": [1 << 62, 8]}}, WHOLE, "cannot lie in bytes 0 to 8"),
-}  # fmt: skip
+}
 
 
 def refused(directory: Path, message: str) -> str:
@@ -153,7 +170,8 @@ def test_a_header_length_that_ends_inside_the_header(tmp_path):
 @settings(max_examples=120, deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7), keep=st.integers(0, 10_000), cut=st.booleans())
 def test_no_flipped_bit_or_cut_escapes_as_another_error(tmp_path_factory, position, bit, keep, cut):
-    """A flipped bit is refused or changes values, names or dtype: the reader raises nothing but UserError. A cut is always refused."""
+    """A flipped bit is refused or changes values, names or dtype: the reader raises nothing but UserError. A cut is always
+    refused."""
     folder = tmp_path_factory.mktemp("flip")
     save_file(
         {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, folder / "model.safetensors"
@@ -329,10 +347,28 @@ def test_tensors_start_at_aligned_bytes(tmp_path):
 def test_companions_are_everything_but_weights(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
-    keep = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
-            "merges.txt", "special_tokens_map.json", "tokenizer.model", "README.md"]  # fmt: skip
-    leave = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5",
-             "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf"]  # fmt: skip
+    keep = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "README.md",
+    ]
+    leave = [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "pytorch_model.bin.index.json",
+        "consolidated.00.pth",
+        "model.gguf",
+    ]
     for name in keep + leave:
         (source / name).write_text(name)
     (source / "onnx").mkdir()

@@ -1,6 +1,7 @@
 """Hugging Face to every rank of every layout and back: each parameter is the slow oracle's, each byte comes back.
 
-A round trip alone proves nothing, because its second half undoes an error of its first. So what ranks hold is compared, on the way,
+A round trip alone proves nothing, because its second half undoes an error of its first. So what ranks hold is compared, on
+the way,
 with tests/by_hand.py, by names and numbers that Megatron's own modules give.
 """
 

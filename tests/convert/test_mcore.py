@@ -23,10 +23,14 @@ LAYOUTS = {
     "ep2-pp2": Parallel(expert=2, pipeline=2),
 }
 CASES = [
-    ("llama_bias", "single", torch.float32), ("llama_bias", "tp2-pp2-sp", torch.bfloat16), ("qwen2_window", "uneven", torch.float32),
-    ("qwen2", "vpp", torch.float16), ("qwen3_tied", "tp4", torch.bfloat16), ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
+    ("llama_bias", "single", torch.float32),
+    ("llama_bias", "tp2-pp2-sp", torch.bfloat16),
+    ("qwen2_window", "uneven", torch.float32),
+    ("qwen2", "vpp", torch.float16),
+    ("qwen3_tied", "tp4", torch.bfloat16),
+    ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
     ("mixtral", "ep2-pp2", torch.bfloat16),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -114,28 +118,35 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def spoil(mcore: Path, what: str) -> None:
     shards = sorted((mcore / "release").glob("*.distcp"))
-    config = mcore / "hf" / "config.json"
+    config, metadata = mcore / "hf" / "config.json", mcore / "release" / ".metadata"
+
+    def edited(key: str, before: int, after: int) -> None:
+        text = config.read_text()
+        assert f'"{key}": {before}' in text
+        config.write_text(text.replace(f'"{key}": {before}', f'"{key}": {after}'))
+
     actions = {
         "no tracker": lambda: (mcore / "latest_checkpointed_iteration.txt").unlink(),
         "tracker names another": lambda: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
-        "no metadata": lambda: (mcore / "release" / ".metadata").unlink(),
+        "no metadata": metadata.unlink,
         "no type": lambda: (mcore / "release" / "metadata.json").unlink(),
-        "metadata cut short": lambda: (mcore / "release" / ".metadata").write_bytes((mcore / "release" / ".metadata").read_bytes()[:40]),
+        "metadata cut short": lambda: metadata.write_bytes(metadata.read_bytes()[:40]),
         "a shard is missing": lambda: shards[0].unlink(),
         "a shard is cut short": lambda: shards[0].write_bytes(shards[0].read_bytes()[:500]),
         "no dtypes": lambda: (mcore / "hf" / "source_dtypes.json").unlink(),
         "dtypes of another kind": lambda: (mcore / "hf" / "source_dtypes.json").write_text('{"a": "F31"}'),
         "no dtype in it": lambda: (mcore / "hf" / "source_dtypes.json").write_text("{}"),
         "dtypes of another model": lambda: (mcore / "hf" / "source_dtypes.json").write_text('{"a": "F32"}'),
-        "no config": lambda: config.unlink(),
-        "another width": lambda: config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64')),
-        "another depth": lambda: config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 2')),
-        "more depth": lambda: config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 6')),
-        "biases": lambda: config.write_text(config.read_text().replace("_bias\": false", "_bias\": true")),
-    }  # fmt: skip
+        "no config": config.unlink,
+        "another width": lambda: edited("intermediate_size", 48, 64),
+        "another depth": lambda: edited("num_hidden_layers", 4, 2),
+        "more depth": lambda: edited("num_hidden_layers", 4, 6),
+        "biases": lambda: config.write_text(config.read_text().replace('_bias": false', '_bias": true')),
+    }
     actions[what]()
 
 
+MISFIT = "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it"
 SPOILED = {
     "no tracker": "has no latest_checkpointed_iteration.txt, so it is not a complete Megatron checkpoint; give",
     "tracker names another": "names iter_0000007, which is not there or not complete; copy",
@@ -150,9 +161,9 @@ SPOILED = {
     "dtypes of another model": "no dtype is known for lm_head.weight, .*",
     "no config": "has no config.json",
     "another width": "cannot be read as a torch_dist checkpoint: .*(?i:shape|size).*the config.json that belongs to it",
-    "another depth": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
-    "more depth": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
-    "biases": "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it",
+    "another depth": MISFIT,
+    "more depth": MISFIT,
+    "biases": MISFIT,
 }
 
 
@@ -175,7 +186,7 @@ def test_what_is_there_is_left(tmp_path, pair):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "mine"), parallel=Parallel(tensor=2))
     with pytest.raises(UserError, match="file is a file and is left as it is; choose another path"):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "file"), parallel=Parallel(tensor=2))
-    with pytest.raises(UserError, match="cannot write .*file/out: Not a directory; free the space"):
+    with pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory; free the space"):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "file" / "out"), parallel=Parallel(tensor=2))
     assert files(tmp_path) == {"mine/notes.txt": b"mine", "file": b"mine"}
 
@@ -189,6 +200,6 @@ def test_quantised_weights_and_a_size_that_is_none(tmp_path, pair):
         api.convert(source=str(source), to="mcore", output=str(tmp_path / "out"))
     with pytest.raises(UserError, match="size 'big' is not understood"):
         api.convert(source=str(pair[1]), to="hf", output=str(tmp_path / "out"), max_shard_size="big")
-    with pytest.raises(UserError, match="parallel.tensor=3 does not divide the model's 8 attention heads"):
+    with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide the model's 8 attention heads"):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "out"), parallel=Parallel(tensor=3))
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 def small_files(ranks_limited: tuple[int, ...], limit: int, source: Path, output: Path, cpu: Any) -> str:
     """A rank in `ranks_limited` may not write past `limit` bytes of a file: what a full disk looks like. Returns the UserError.
 
-    The limit leaves room for the file in which ranks meet, which grows while groups are made. Every rank of the four must raise the same one, and none may wait: their answers are gathered."""
+    The limit leaves room for the file in which ranks meet, which grows while groups are made. Every rank of the four must
+    raise the same one, and none may wait: their answers are gathered."""
     if dist.get_rank() in ranks_limited:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -161,7 +162,7 @@ def test_what_a_killed_save_left_is_replaced(ranks, cpu, source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "model-00099-of-00099.safetensors").exists()
     staging.write_text("mine")
-    with pytest.raises(UserError, match="cannot write .*out.writing: File exists"):
+    with pytest.raises(UserError, match=r"cannot write .*out.writing: File exists"):
         ranks(1, lambda: saved("single", source, tmp_path / "out", cpu, overwrite=True))
     assert staging.read_text() == "mine" and Checkpoint(tmp_path / "out").entries
 
@@ -173,7 +174,7 @@ def test_a_trailing_slash_is_the_same_directory(ranks, cpu, source, tmp_path):
 
 def test_a_tensor_whose_dtype_nobody_knows(ranks, cpu, source, tmp_path):
     with pytest.raises(
-        UserError, match="no dtype is known for lm_head.weight, model.embed_tokens.weight, .* more, which the source"
+        UserError, match=r"no dtype is known for lm_head.weight, model.embed_tokens.weight, .* more, which the source"
     ):
         ranks(
             2,
@@ -228,7 +229,8 @@ def test_a_kill_leaves_a_whole_directory(tmp_path):
 
 
 def test_a_killed_rank_ends_the_save_and_leaves_the_older_directory(ranks, cpu, source, tmp_path):
-    """One rank dies in the middle of the exchange; the launcher ends the others, and the target is the older one, byte for byte."""
+    """One rank dies in the middle of the exchange; the launcher ends the others, and the target is the older one, byte for
+    byte."""
     shutil.copytree(source, tmp_path / "out")
     before = contents(tmp_path / "out")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from transformers import PreTrainedTokenizerFast
+
+import tiny
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 

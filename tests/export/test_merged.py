@@ -1,6 +1,8 @@
-"""Merging from files to files: the arithmetic in float32, everything else left byte for byte; and every adapter that is refused."""
+"""Merging from files to files: the arithmetic in float32, everything else left byte for byte; and every adapter that is
+refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,8 @@ def test_an_adapter_in_bfloat16_and_extra_fields_that_say_nothing(tmp_path, base
     """What PEFT itself writes: many fields, most of them null."""
     from peft import LoraConfig
 
-    written = {key: sorted(value) if isinstance(value, set) else value for key, value in LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM").to_dict().items()}  # fmt: skip
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM").to_dict()
+    written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     made = adapter(
         tmp_path / "adapter", {k: v.bfloat16() for k, v in factors().items()}, json.dumps(written, default=str)
     )
@@ -214,7 +217,7 @@ def test_the_api_has_nothing_to_do_without_merging(tmp_path, base):
         (dict(r=0), "r=0 and lora_alpha=6.0 are no rank and scale"),
         (dict(lora_alpha=float("inf")), "r=2 and lora_alpha=inf are no rank and scale"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_means_more_than_two_factors(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         read_adapter(adapter(tmp_path / "adapter", **changes))
@@ -222,7 +225,7 @@ def test_a_config_that_means_more_than_two_factors(tmp_path, changes, message):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"r": 2}'])
 def test_a_config_that_is_none(tmp_path, text):
-    with pytest.raises(UserError, match="is not valid JSON .*; copy it again|peft_type is .*; only LORA"):
+    with pytest.raises(UserError, match=r"is not valid JSON .*; copy it again|peft_type is .*; only LORA"):
         read_adapter(adapter(tmp_path / "adapter", config=text))
 
 
@@ -233,10 +236,10 @@ def test_files_that_are_not_there(tmp_path):
         read_adapter(made)
     (made / "adapter_config.json").unlink()
     with pytest.raises(
-        UserError, match="has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory"
+        UserError, match=r"has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory"
     ):
         read_adapter(made)
-    with pytest.raises(UserError, match="absent has no adapter_config.json"):
+    with pytest.raises(UserError, match=r"absent has no adapter_config.json"):
         read_adapter(tmp_path / "absent")
 
 
@@ -303,17 +306,23 @@ TUNER = {"rank": 2, "alpha": 6.0, "target_modules": ("layers.0.self_attn.q_proj"
         ({"rank": 4}, SHAPES, "has r=2, the run 4; set the tuner's settings to the adapter's"),
         ({"alpha": 8.0}, SHAPES, "has lora_alpha=6, the run 8.0; set"),
         ({"rslora": True}, SHAPES, "has use_rslora="),
-        ({"target_modules": ("layers.0.self_attn.q_proj",)}, SHAPES, "and tuner.target_modules differ in 2 factors: .*down_proj.lora_A"),
+        (
+            {"target_modules": ("layers.0.self_attn.q_proj",)},
+            SHAPES,
+            "and tuner.target_modules differ in 2 factors: .*down_proj.lora_A",
+        ),
         ({"target_modules": ("all-linear",)}, SHAPES, "and tuner.target_modules differ in 52 factors"),
         ({"type": "full"}, SHAPES, "with a tuner that trains the whole model; merge the adapter first"),
-        ({}, {**SHAPES, Q: (64, 16)}, r"q_proj.lora_A.weight is \[2, 16\] for a factor of \[2, 32\]; give an adapter of this model"),
+        (
+            {},
+            {**SHAPES, Q: (64, 16)},
+            r"q_proj.lora_A.weight is \[2, 16\] for a factor of \[2, 32\]; give an adapter of this model",
+        ),
         ({}, {**SHAPES, Q: (62, 32)}, r"q_proj.lora_B.weight is \[62, 2\] for a factor of \[64, 2\]; give an adapter"),
         ({}, {**SHAPES, DOWN: (32, 47)}, r"down_proj.lora_A.weight is \[2, 47\] for a factor of \[2, 48\]"),
     ],
-)  # fmt: skip
+)
 def test_starting_from_an_adapter(ranks, cpu, tmp_path, base, changes, shapes, message, world):
     made = adapter(tmp_path / "adapter", factors(shapes=shapes))
     said = ranks(world, start, base, made, {**TUNER, **changes}, world, cpu, timeout=60)
-    assert bool(said) == bool(message)
-    with pytest.raises(UserError, match=message):
-        raise UserError(said)
+    assert re.search(message, said) if message else said == ""

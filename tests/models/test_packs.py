@@ -151,7 +151,8 @@ def test_even_cuts_equal_the_slow_loop(tensor, multiple, other, dtype, axis):
 @settings(max_examples=60, deadline=None)
 @given(tensor=TENSORS, multiple=SIZES, queries=st.integers(1, 4), head_dim=st.integers(1, 3), inner=st.integers(1, 3))
 def test_an_adapter_on_a_fused_linear_is_the_fused_adapters(tensor, multiple, queries, head_dim, inner):
-    """join commutes with a product from the right: the fused weight of B A is the fused B, times A. That is why a Pack serves both."""
+    """join commutes with a product from the right: the fused weight of B A is the fused B, times A. That is why a Pack
+    serves both."""
     groups, heads = tensor * multiple, Heads(queries, head_dim)
     ups = [torch.randn(n * groups * head_dim, inner, dtype=torch.float64) for n in (queries, 1, 1)]
     down = torch.randn(inner, 3, dtype=torch.float64)

@@ -31,7 +31,7 @@ def _dense(hidden: Tensor, weight: Tensor, targets: Tensor, above: Tensor) -> tu
     return value.detach(), hidden.grad, weight.grad
 
 
-def _cut_equals_dense(padded: int, chunk: int | None, trained: bool) -> None:
+def _cut_equals_dense(padded: int, chunk: int | None, trained: bool, columns: int | None = None) -> None:
     """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, targets, above = _problem()
@@ -48,6 +48,7 @@ def _cut_equals_dense(padded: int, chunk: int | None, trained: bool) -> None:
         vocab_size=VOCAB,
         first_row=rank * rows,
         chunk=chunk,
+        columns=columns,
     )
     close = {"rtol": 0, "atol": 1e-13}
     torch.testing.assert_close(got.detach(), value, **close)
@@ -71,6 +72,8 @@ def _all_cases(size: int) -> None:
         for chunk in (None, 1, 4, 100):
             for trained in (False, True):
                 _cut_equals_dense(padded, chunk, trained)
+            for columns in (1, 5, 100):
+                _cut_equals_dense(padded, chunk, trained=False, columns=columns)
 
 
 def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, **given: Any) -> Tensor:
@@ -123,6 +126,19 @@ def test_all_targets_ignored():
     got = _ours(hidden, weight, torch.full((TOKENS,), -100))
     got.sum().backward()
     assert not got.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("columns", [None, 1])
+def test_logits_that_grow_or_fall_by_hundreds_over_the_vocabulary(columns):
+    """What was summed before a larger logit is scaled down, and not up after a smaller one: nothing overflows."""
+    weight = torch.tensor([[-300.0], [0.0], [300.0], [299.0], [-300.0]], dtype=torch.float64)
+    hidden, targets, above = torch.ones(5, 1, dtype=torch.float64), torch.arange(5), torch.ones(5, dtype=torch.float64)
+    value, gradient, _ = _dense(hidden, weight, targets, above)
+    hidden.requires_grad_()
+    got = _ours(hidden, weight, targets, columns=columns)
+    got.sum().backward()
+    torch.testing.assert_close(got.detach(), value, rtol=1e-14, atol=1e-12)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_cross_entropy_is_the_negative():

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from swift_mega import api
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.device import Device
@@ -25,8 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
-        {"messages": [{"role": "user", "content": f"What is {n} plus {n}?" + " Please." * (n % 5)}, {"role": "assistant", "content": f"It is {2 * n}."}]}
-        for n in range(40)
+        {"query": f"What is {n} plus {n}?" + " Please." * (n % 5), "response": f"It is {2 * n}."} for n in range(40)
     ]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
@@ -55,7 +54,8 @@ def logits(model: Path, adapters: Path | None) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def lora_run(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> api.TrainResult:
     run = recipe(
-        model, rows, tmp_path_factory.mktemp("lora"), "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "data.packing=true",
+        model, rows, tmp_path_factory.mktemp("lora"), "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true",
+        "data.packing=true",
         "data.split_dataset_ratio=0.1", "train.eval_steps=3", "train.save_steps=2", "train.save_total_limit=2", "export.merge_lora=true",
     )  # fmt: skip
     return api.train(run, nproc=4)
@@ -70,7 +70,15 @@ def test_lora_run_learns(lora_run: api.TrainResult) -> None:
 
 def test_lora_run_leaves_swifts_layout(lora_run: api.TrainResult) -> None:
     names = {path.name for path in lora_run.directory.iterdir()}
-    assert names == {"args.json", "logging.jsonl", "runs", "images", "checkpoint-4", "checkpoint-6", "checkpoint-6-merged"}
+    assert names == {
+        "args.json",
+        "logging.jsonl",
+        "runs",
+        "images",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-6-merged",
+    }
     assert {path.name for path in lora_run.checkpoint.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     lines = [json.loads(line) for line in (lora_run.directory / "logging.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -102,7 +110,9 @@ def test_training_goes_on_from_an_adapter(lora_run: api.TrainResult, model: Path
 def test_layouts_train_alike(model: Path, rows: Path, tmp_path: Path) -> None:
     """The loss curve of a run is that of one rank, whatever the layout; so are the files."""
     one = api.train(recipe(model, rows, tmp_path / "one", "train.steps=4", "optim.eps=1e-4"), nproc=1)
-    two = api.train(recipe(model, rows, tmp_path / "two", "train.steps=4", "optim.eps=1e-4", "parallel.tensor=2"), nproc=4)
+    two = api.train(
+        recipe(model, rows, tmp_path / "two", "train.steps=4", "optim.eps=1e-4", "parallel.tensor=2"), nproc=4
+    )
     assert two.losses == pytest.approx(one.losses, abs=1e-4)
     a, b = Checkpoint(one.checkpoint), Checkpoint(two.checkpoint)
     for name in a.entries:
@@ -122,29 +132,46 @@ def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
     assert found.entries.keys() == source.entries.keys()
     assert {entry.dtype for entry in found.entries.values()} == {torch.bfloat16}
     assert len({entry.file for entry in found.entries.values()}) > 1
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"} <= {p.name for p in done.checkpoint.iterdir()}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"} <= {
+        p.name for p in done.checkpoint.iterdir()
+    }
     assert logits(done.checkpoint, None).isfinite().all()
 
 
 def test_pretraining_trains_every_token(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * (1 + n % 3)}) for n in range(20)))
-    run = recipe(model, text, tmp_path / "out", "tuner.type=full", "data.loss_on=all", "data.packing=true", "optim.lr=0.003")
+    text.write_text(
+        "\n".join(
+            json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * (1 + n % 3)}) for n in range(20)
+        )
+    )
+    run = recipe(
+        model, text, tmp_path / "out", "tuner.type=full", "data.loss_on=all", "data.packing=true", "optim.lr=0.003"
+    )
     done = api.train(run, nproc=1)
     assert done.losses[-1] < done.losses[0] - 1
 
 
 def test_infer_answers(lora_run: api.TrainResult, model: Path) -> None:
-    answer = api.infer(model=str(model), adapters=str(lora_run.checkpoint)).answer([{"role": "user", "content": "What is 3 plus 3?"}], max_new_tokens=8)
+    answer = api.infer(model=str(model), adapters=str(lora_run.checkpoint)).answer(
+        [{"role": "user", "content": "What is 3 plus 3?"}], max_new_tokens=8
+    )
     assert isinstance(answer, str) and answer
 
 
 def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
-    api.convert(source=str(model), to="mcore", output=str(tmp_path / "mcore"), parallel=api.schema.Parallel(tensor=2, pipeline=2))
+    api.convert(
+        source=str(model),
+        to="mcore",
+        output=str(tmp_path / "mcore"),
+        parallel=api.schema.Parallel(tensor=2, pipeline=2),
+    )
     api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "hf"))
     a, b = Checkpoint(model), Checkpoint(tmp_path / "hf")
     assert a.entries.keys() == b.entries.keys()
-    assert all(a.entries[name].dtype == b.entries[name].dtype and torch.equal(a.read(name), b.read(name)) for name in a.entries)
+    assert all(
+        a.entries[name].dtype == b.entries[name].dtype and torch.equal(a.read(name), b.read(name)) for name in a.entries
+    )
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in model.iterdir()}
 
 
@@ -169,7 +196,9 @@ def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_impossible_runs_stop_before_they_start(model: Path, rows: Path, tmp_path: Path, changes: list[str], said: str) -> None:
+def test_impossible_runs_stop_before_they_start(
+    model: Path, rows: Path, tmp_path: Path, changes: list[str], said: str
+) -> None:
     """One UserError that names the value, and no output directory."""
     with pytest.raises(UserError) as caught:
         api.train(recipe(model, rows, tmp_path / "out", *changes), nproc=2)
@@ -179,7 +208,12 @@ def test_impossible_runs_stop_before_they_start(model: Path, rows: Path, tmp_pat
 
 def test_a_loss_that_is_no_number_stops_the_run(model: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a finite number"):
-        api.train(recipe(model, rows, tmp_path / "out", "optim.lr=1e30", "tuner.type=full", "optim.clip_grad=0", "train.steps=20"), nproc=1)
+        api.train(
+            recipe(
+                model, rows, tmp_path / "out", "optim.lr=1e30", "tuner.type=full", "optim.clip_grad=0", "train.steps=20"
+            ),
+            nproc=1,
+        )
 
 
 def test_flops_count_weights(model: Path, cpu: Device) -> None:
@@ -187,7 +221,11 @@ def test_flops_count_weights(model: Path, cpu: Device) -> None:
     settings = api.load_settings(str(model))
     config = json.loads((model / "config.json").read_text())
     names = Checkpoint(model).entries
-    weights = sum(torch.Size(entry.shape).numel() for name, entry in names.items() if len(entry.shape) == 2 and "embed" not in name)
+    weights = sum(
+        torch.Size(entry.shape).numel()
+        for name, entry in names.items()
+        if len(entry.shape) == 2 and "embed" not in name
+    )
     assert config["model_type"] == "llama"
     assert flops_per_token(settings, trained=True) == 6 * weights
     assert flops_per_token(settings, trained=False) == 4 * weights
@@ -207,7 +245,9 @@ def test_one_rank_needs_no_process_group(model: Path, rows: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_dropout_of_adapters_differs_by_step_and_not_by_rank(model: Path, rows: Path, tmp_path: Path, sequence: bool) -> None:
+def test_dropout_of_adapters_differs_by_step_and_not_by_rank(
+    model: Path, rows: Path, tmp_path: Path, sequence: bool
+) -> None:
     """Dropout changes the loss of a step that starts from a trained adapter, and replicas stay equal (the run would drift apart)."""
     base = ["train.steps=3", "parallel.tensor=2", f"parallel.sequence={str(sequence).lower()}", "tuner.rank=4"]
     plain = api.train(recipe(model, rows, tmp_path / "plain", *base), nproc=2)

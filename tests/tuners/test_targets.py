@@ -53,8 +53,14 @@ def test_dense_and_expert_layers_each_have_their_own(models):
 
 def test_names_of_mixtral(models):
     assert linear_names(family_of(models["mixtral"]), load_settings(models["mixtral"])) == [
-        "k_proj", "o_proj", "q_proj", "v_proj", "w1", "w2", "w3",
-    ]  # fmt: skip
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+        "w1",
+        "w2",
+        "w3",
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias"])
@@ -77,7 +83,11 @@ def test_all_linear_is_what_peft_chooses(models, name):
     ("name", "targets", "message"),
     [
         ("llama", (), "tuner.target_modules is empty; choose all-linear, or from down_proj, gate_proj, k_proj, o_proj"),
-        ("llama", ("q_proj", "query"), "'query' names no linear of this model; choose all-linear, or from down_proj, gate_proj"),
+        (
+            "llama",
+            ("q_proj", "query"),
+            "'query' names no linear of this model; choose all-linear, or from down_proj, gate_proj",
+        ),
         ("llama", ("proj",), "'proj' names no linear"),
         ("llama", ("lm_head",), "'lm_head' names no linear"),
         ("llama", ("embed_tokens",), "'embed_tokens' names no linear"),
@@ -90,9 +100,13 @@ def test_all_linear_is_what_peft_chooses(models, name):
         ("qwen3_moe_mixed", ("gate",), "'gate' names no linear"),
         ("qwen3_moe_mixed", ("layers.0.mlp.gate_proj",), "'layers.0.mlp.gate_proj' names no linear"),
         ("qwen3_moe_mixed", ("experts",), "'experts' names no linear"),
-        ("mixtral", ("gate_proj",), "'gate_proj' names no linear of this model; choose all-linear, or from k_proj, o_proj, q_proj, v_proj, w1"),
+        (
+            "mixtral",
+            ("gate_proj",),
+            "'gate_proj' names no linear of this model; choose all-linear, or from k_proj, o_proj, q_proj, v_proj, w1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_chooses_nothing(models, name, targets, message):
     with pytest.raises(UserError, match=message):
         check_targets(family_of(models[name]), load_settings(models[name]), targets)
@@ -155,10 +169,13 @@ EXPERTS = {
 @pytest.mark.parametrize(
     ("name", "layout", "cases"),
     [
-        ("llama", "single", DENSE), ("llama", "tp2-sp", DENSE), ("llama", "pp2", DENSE),
-        ("qwen3_moe_mixed", "single", EXPERTS), ("qwen3_moe_mixed", "ep2", EXPERTS),
+        ("llama", "single", DENSE),
+        ("llama", "tp2-sp", DENSE),
+        ("llama", "pp2", DENSE),
+        ("qwen3_moe_mixed", "single", EXPERTS),
+        ("qwen3_moe_mixed", "ep2", EXPERTS),
     ],
-)  # fmt: skip
+)
 def test_only_the_chosen_parts_of_fused_linears_get_factors(ranks, cpu, models, name, layout, cases):
     """Also on a rank or a stage that holds none of the chosen linears; and what is exported is what is trained."""
     found = ranks(1 if layout == "single" else 2, chosen, models[name], layout, list(cases), cpu)
