@@ -233,7 +233,9 @@ class Result:
 
     def ratio(self, kind: str) -> float:
         """Their seconds over ours: the median over pairs."""
-        return statistics.median(getattr(b, kind) / getattr(a, kind) for a, b in zip(self.ours, self.theirs, strict=True))
+        return statistics.median(
+            getattr(b, kind) / getattr(a, kind) for a, b in zip(self.ours, self.theirs, strict=True)
+        )
 
     def row(self, side: str) -> str:
         steps: list[Step] = getattr(self, side)
@@ -278,12 +280,16 @@ class Sides:
             process.join()
 
 
-def measure(sides: Sides, scenario: str, batches: Sequence[Batch], seconds: float, log: Callable[[str], None]) -> Result:
+def measure(
+    sides: Sides, scenario: str, batches: Sequence[Batch], seconds: float, log: Callable[[str], None]
+) -> Result:
     """One step of each to warm up and to compare, then pairs of steps until `seconds` are over, five at least."""
     sides.forget_peaks()
     first, second = sides.step("ours", batches[0]), sides.step("theirs", batches[0])
     differences, norms = [abs(first.loss - second.loss)], [abs(first.grad_norm / second.grad_norm - 1)]
-    log(f"{scenario}: loss {first.loss:.6f} | {second.loss:.6f}, gradient norm {first.grad_norm:.6f} | {second.grad_norm:.6f}")
+    log(
+        f"{scenario}: loss {first.loss:.6f} | {second.loss:.6f}, gradient norm {first.grad_norm:.6f} | {second.grad_norm:.6f}"
+    )
     if max(differences + norms) > TOLERANCE:
         raise SystemExit(f"{scenario}: the two sides do not compute the same; nothing was timed")
     steps: dict[str, list[Step]] = {"ours": [], "theirs": []}
@@ -319,11 +325,21 @@ def table(results: Sequence[Result], threads: int) -> str:
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="Hugging Face directory; default: SmolLM2, prepared where it is not there yet")
-    parser.add_argument("--threads", type=int, help="of each side; default: torch's own choice, which OMP_NUM_THREADS sets")
-    parser.add_argument("--scenario", choices=("unpacked", "mixed", "file"), action="append", help="default: unpacked and mixed")
-    parser.add_argument("--data", help="JSONL for the scenario `file`: mixed lengths, loss on the assistant's turns only")
-    parser.add_argument("--seconds", type=float, default=75, help="per scenario (default 75); five pairs of steps at least")
+    parser.add_argument(
+        "--model", type=Path, help="Hugging Face directory; default: SmolLM2, prepared where it is not there yet"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="of each side; default: torch's own choice, which OMP_NUM_THREADS sets"
+    )
+    parser.add_argument(
+        "--scenario", choices=("unpacked", "mixed", "file"), action="append", help="default: unpacked and mixed"
+    )
+    parser.add_argument(
+        "--data", help="JSONL for the scenario `file`: mixed lengths, loss on the assistant's turns only"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=75, help="per scenario (default 75); five pairs of steps at least"
+    )
     parser.add_argument("--length", type=int, default=256, help="tokens of an unpacked example (default 256)")
     parser.add_argument("--examples", type=int, default=2, help="unpacked examples per step (default 2)")
     parser.add_argument("--json", type=Path, help="writes every step to this file")
@@ -362,7 +378,9 @@ def _prepared() -> Path:
     import subprocess
 
     script = Path(__file__).parent.parent / "scripts" / "prepare_smollm2.py"
-    return Path(subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+    return Path(
+        subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    )
 
 
 def _default_threads() -> int:

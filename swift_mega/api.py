@@ -85,12 +85,14 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
 
 
 def convert(
-    *, source: str, to: str, output: str, parallel: schema.Parallel | None = None, dtype: str | None = None, max_shard_size: str = "5GB"
+    *, source: str, to: str, output: str, parallel: schema.Parallel | None = None, dtype: str | None = None,
+    max_shard_size: str = "5GB", overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout, or such a checkpoint -> Hugging Face (`to="hf"`).
 
     dtype: of the result; default: that of every source tensor, so that there and back is bit-exact.
-    Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape.
+    Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape. An output that is
+    there already is an error, unless `overwrite` (of a Hugging Face directory) says otherwise.
     """
     from swift_mega.convert.hf_files import parse_size
 
@@ -105,7 +107,10 @@ def convert(
         folder, kinds = companions_of(source)
         directory = str(folder)
         kind = _promoted(kinds)
-        body, arguments = _to_hf, (source, getattr(torch, dtype) if dtype else kinds, parse_size(max_shard_size))
+        body, arguments = (
+            _to_hf,
+            (source, getattr(torch, dtype) if dtype else kinds, parse_size(max_shard_size), overwrite),
+        )
     layout = _layout_for(run.parallel, directory)
     run_ranks(layout.world, body, run, layout, kind, directory, output, *arguments)
 
@@ -132,23 +137,26 @@ def _to_mcore(
 
 
 def _to_hf(
-    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, dtypes: Any, shard_bytes: int
+    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, dtypes: Any, shard_bytes: int,
+    overwrite: bool,
 ) -> None:  # fmt: skip
     groups = parallel_groups.init(layout)
     settings = load_settings(directory)
     config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
     part = build(family_of(directory), settings, layout, groups.coordinate, device=DEVICE, config=config)
     load_mcore(part, groups, source)
-    save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=True)
+    save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
     (Path(output) / "source_dtypes.json").unlink(missing_ok=True)
     parallel_groups.close()
 
 
-def export(*, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB") -> None:
+def export(
+    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False
+) -> None:
     """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes."""
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
-    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=True)
+    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite)
 
 
 # ------------------------------------------------------------------------------------------------ infer

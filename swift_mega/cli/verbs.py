@@ -15,7 +15,10 @@ from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import refuse_joined, world_size
 
 LAYOUT = re.compile(r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp)\d+|sp))*")
-TRAINING_ONLY = ("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
+TRAINING_ONLY = (
+    *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
+    "parallel.ddp_bucket_size",
+)
 MAX_NEW_TOKENS = 256
 END_OF_CHAT = ("exit", "quit")
 

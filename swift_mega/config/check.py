@@ -101,6 +101,11 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
             f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}: the learning rate decays from lr to min_lr",
         ),
         (
+            optim.warmup_steps > 0 and optim.warmup_fraction > 0,
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_fraction={optim.warmup_fraction} both say how long to "
+            "warm up: leave one out",
+        ),
+        (
             optim.schedule == "constant" and optim.min_lr > 0,
             f"optim.min_lr={optim.min_lr} has no effect with optim.schedule=constant: "
             "leave it out, or use cosine or linear",

@@ -138,9 +138,7 @@ class Optim:
     warmup_fraction: float = setting(
         0.0, flag="lr_warmup_fraction warmup_ratio", help="share of the steps that warm up"
     )
-    warmup_steps: int = setting(
-        0, flag="lr_warmup_iters warmup_steps", help="steps that warm up; wins over warmup_fraction"
-    )
+    warmup_steps: int = setting(0, flag="lr_warmup_iters warmup_steps", help="steps that warm up")
     weight_decay: float = setting(0.1, flag="weight_decay")
     beta1: float = setting(0.9, flag="adam_beta1")
     beta2: float = setting(0.95, flag="adam_beta2")

@@ -17,7 +17,9 @@ from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
 SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
-QUERY_BLOCK = 96  # queries of one block of the CPU's backward pass: enough rows for a fast product, few keys seen in vain
+QUERY_BLOCK = (
+    96  # queries of one block of the CPU's backward pass: enough rows for a fast product, few keys seen in vain
+)
 
 
 @functools.cache
@@ -30,7 +32,14 @@ def _flash_varlen() -> Callable[..., Tensor] | None:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bounds: Sequence[int],
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """Attention of every token to the tokens before it, and itself, in its own example.
 
@@ -40,7 +49,11 @@ def attention(
     Returns [tokens, heads, head_dim].
     """
     # Narrow dtypes stay with torch, whose kernels keep their sums in float32.
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64) and query.shape[-1] == value.shape[-1]:
+    if (
+        query.device.type == "cpu"
+        and query.dtype in (torch.float32, torch.float64)
+        and query.shape[-1] == value.shape[-1]
+    ):
         return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window)
     flash = _flash_varlen() if query.is_cuda else None
     if flash is None:

@@ -1,9 +1,9 @@
 """LoRA at Megatron's linears (Hu et al. 2021, arXiv:2106.09685), equal to PEFT's on the unfused ones.
 
 Every Hugging Face linear inside a fused Megatron linear has factors of its own, `down` [rank, in] and `up` [out, rank]. The
-family's Pack, which lays out the weight, lays out the `up` factors too: joined and shifted to their own columns they are one
-[out, parts * rank] matrix, so a fused linear costs two small products and no shuffling of activations. Only tensors
-of width `rank` cross ranks.
+family's Pack, which lays out the weight, lays out the `up` factors too: parts that lie one above the other write to their own
+outputs, and interleaved ones, shifted to their own columns, are one [out, parts * rank] matrix. So a fused linear costs a
+few small products and no shuffling of activations. Only tensors of width `rank` cross ranks.
 """
 
 import hashlib
@@ -51,31 +51,38 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """out + scale * a @ joined.T, written into `out`: the linear that made it has no use for it any more.
+    """out + scale * a @ up.T, written into `out`: the linear that made it has no use for it any more.
 
-    `factors` become one matrix here, and its gradient theirs again, without a node for each in autograd's graph.
+    `factors` become matrices here, and the gradients of those theirs again, without a node for each in autograd's graph.
     """
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, a: Tensor, adapter: "Adapter", *factors: Tensor) -> Tensor:
-        up = adapter.join_up(factors)
-        ctx.save_for_backward(a, up)
+        ups = adapter.matrices(factors)
+        ctx.save_for_backward(a, *ups)
         ctx.adapter = adapter
-        if out._is_view():  # of one of several experts: autograd can't follow a write into it
+        if (
+            out._is_view()
+        ):  # one expert's rows, or what a reduction over one rank handed on: autograd refuses a write there
             out = out.clone()
         else:
             ctx.mark_dirty(out)
-        out.view(-1, out.shape[-1]).addmm_(a.flatten(0, -2), up.t(), alpha=adapter.scale)
+        narrow = a.flatten(0, -2)
+        for (rows, columns), up in zip(adapter.blocks, ups, strict=True):
+            out.view(-1, out.shape[-1])[:, rows].addmm_(narrow[:, columns], up.t(), alpha=adapter.scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        a, up = ctx.saved_tensors
+        a, *ups = ctx.saved_tensors
         adapter: Adapter = ctx.adapter
         grad = gradients[0].reshape(-1, gradients[0].shape[-1])
-        towards_a = _thin(grad, up.t()).mul(adapter.scale).contiguous().view_as(a) if ctx.needs_input_grad[1] else None
-        towards_up = ((a.flatten(0, -2) * adapter.scale).t() @ grad).t()
-        return gradients[0], towards_a, None, *adapter.split_up(towards_up)
+        narrow = a.flatten(0, -2) * adapter.scale
+        towards_a, towards_ups = torch.empty_like(narrow), []
+        for (rows, columns), up in zip(adapter.blocks, ups, strict=True):
+            torch.mul(_thin(grad[:, rows], up.t()), adapter.scale, out=towards_a[:, columns])
+            towards_ups.append((narrow[:, columns].t() @ grad[:, rows]).t())
+        return gradients[0], towards_a.view_as(a), None, *adapter.factors(towards_ups)
 
 
 class _ExpertDown(torch.autograd.Function):
@@ -118,7 +125,9 @@ class _ExpertUp(torch.autograd.Function):
 class Adapter(nn.Module):
     """The adapter of one Megatron linear (of one expert, where it is one); its output is added to the linear's."""
 
-    def __init__(self, target: Target, *, settings: schema.Tuner, heads: Heads, size: int, rank: int, sequence: bool) -> None:
+    def __init__(
+        self, target: Target, *, settings: schema.Tuner, heads: Heads, size: int, rank: int, sequence: bool
+    ) -> None:
         """size, rank: of the axis that cuts the linear; sequence: its activations are cut by tokens."""
         super().__init__()
         weight, self.pack, self.heads = target.held.parameter, target.held.rule.pack, heads
@@ -130,6 +139,7 @@ class Adapter(nn.Module):
         self.outs = [part.shape[0] for part in self.pack.split(torch.empty(weight.shape, device="meta"), heads)]
         self.names = [name.split(".")[-2] for name in target.held.parts]
         self.chosen = target.parts
+        self.blocks, self.apart = self._blocks()
         make: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         for name, out, chosen in zip(self.names, self.outs, self.chosen, strict=True):
             if chosen:
@@ -153,7 +163,9 @@ class Adapter(nn.Module):
         return self._factors("up_")
 
     def _factors(self, prefix: str) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, prefix + name) for name, chosen in zip(self.names, self.chosen, strict=True) if chosen}
+        return {
+            name: getattr(self, prefix + name) for name, chosen in zip(self.names, self.chosen, strict=True) if chosen
+        }
 
     def _mark(self, parameter: nn.Parameter, weight: nn.Parameter, *, cut: bool) -> None:
         """What Megatron reads off parameters: who reduces the gradient, and who counts it in the norm."""
@@ -171,7 +183,9 @@ class Adapter(nn.Module):
             columns = parameter.shape[1] * (self.size if self.row else 1)
             key = hashlib.sha256(f"{seed} {modules[name]}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            whole = torch.rand(parameter.shape[0], columns, generator=generator).mul_(2).sub_(1).div_(math.sqrt(columns))
+            whole = (
+                torch.rand(parameter.shape[0], columns, generator=generator).mul_(2).sub_(1).div_(math.sqrt(columns))
+            )
             parameter.copy_(whole.chunk(self.size, 1)[self.rank] if self.row else whole)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
@@ -202,6 +216,39 @@ class Adapter(nn.Module):
             return tensor_parallel.gather_from_sequence_parallel_region(a)
         return tensor_parallel.copy_to_tensor_model_parallel_region(a)
 
+    def _blocks(self) -> tuple[list[tuple[slice, slice]], bool]:
+        """(outputs, columns of the narrow activation) of each product of `_Up`, and whether these are the parts themselves.
+
+        Parts that lie one above the other, as gate and up, are a product each. Query, key and value of several groups
+        interleave, and are one product of a matrix that is zero where one part's outputs meet another's columns.
+        """
+        numbers = (
+            self.pack.split(torch.arange(sum(self.outs)), self.heads)
+            if len(self.names) > 1
+            else (torch.arange(self.outs[0]),)
+        )
+        ranges = [
+            (int(part[0]), int(part[-1]) + 1) for part, chosen in zip(numbers, self.chosen, strict=True) if chosen
+        ]
+        sizes = [out for out, chosen in zip(self.outs, self.chosen, strict=True) if chosen]
+        rank = self.lora_rank
+        if all(end - start == size for (start, end), size in zip(ranges, sizes, strict=True)):
+            return [(slice(*rows), slice(n * rank, (n + 1) * rank)) for n, rows in enumerate(ranges)], True
+        return [(slice(0, sum(self.outs)), slice(0, rank * len(ranges)))], False
+
+    def matrices(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The `up` factors of the chosen parts, as one matrix for each of `blocks`."""
+        return factors if self.apart else [self.join_up(factors)]
+
+    def factors(self, matrices: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Inverse of `matrices`."""
+        if self.apart:
+            return matrices
+        chosen = [
+            part for part, chosen in zip(self.pack.split(matrices[0], self.heads), self.chosen, strict=True) if chosen
+        ]
+        return [part[:, n * self.lora_rank : (n + 1) * self.lora_rank] for n, part in enumerate(chosen)]
+
     def join_up(self, factors: Sequence[Tensor]) -> Tensor:
         """[out, parts * rank]: the factor of each chosen part in its own columns, in the rows that the Pack gives it."""
         if len(self.names) == 1:
@@ -214,12 +261,6 @@ class Adapter(nn.Module):
             blocks.append(F.pad(next(left), (before, width - before - self.lora_rank)))
             before += self.lora_rank
         return self.pack.join(blocks, self.heads)
-
-    def split_up(self, joined: Tensor) -> list[Tensor]:
-        """Inverse of `join_up`."""
-        parts = self.pack.split(joined, self.heads) if len(self.names) > 1 else (joined,)
-        chosen = [part for part, chosen in zip(parts, self.chosen, strict=True) if chosen]
-        return [part[:, n * self.lora_rank : (n + 1) * self.lora_rank] for n, part in enumerate(chosen)]
 
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout that is the same on ranks that see the same input, and different on ranks that see different ones."""
@@ -240,7 +281,10 @@ class GroupedAdapter(nn.ModuleList):
 
 def _add(linear: Any, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     """Forward hook of a Megatron linear, which returns (output, bias)."""
-    return (linear.adapter(given[0], result[0], *given[1:2] if isinstance(linear.adapter, GroupedAdapter) else ()), result[1])
+    return (
+        linear.adapter(given[0], result[0], *given[1:2] if isinstance(linear.adapter, GroupedAdapter) else ()),
+        result[1],
+    )
 
 
 def _let_gradients_in(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
@@ -265,7 +309,12 @@ class Lora:
         for target in list(find_targets(part, self.settings.target_modules)):
             rank, size = part.tensor_axis(target.held)
             adapter = Adapter(
-                target, settings=self.settings, heads=part.settings.heads, size=size, rank=rank, sequence=part.layout.sequence
+                target,
+                settings=self.settings,
+                heads=part.settings.heads,
+                size=size,
+                rank=rank,
+                sequence=part.layout.sequence,
             )
             modules = {name.split(".")[-2]: name.removesuffix(".weight") for name in target.held.parts}
             adapter.initialise(modules, seed)

@@ -44,9 +44,11 @@ FEWER = ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp2-sp-dp2")
 
 
 def layouts_for(name: str) -> tuple[str, ...]:
-    """Those worth the time: families that differ from another in how they compute only get one."""
-    if name.startswith("llama_") and "rope_parameters" in tiny.FAMILIES[name]:
+    """Those worth the time: a family whose weights are laid out like another's is not tried in every one."""
+    if "rope_parameters" in tiny.FAMILIES[name] or name == "mistral":
         return ("tp2-pp2-sp",)
+    if name in ("qwen2", "qwen3"):
+        return ("tp4", "tp2-pp2-sp", "pp2:1,3")
     if name == "qwen3_moe_mixed":
         return DENSE + MOE
     return FEWER if "moe" in name or name == "mixtral" else DENSE

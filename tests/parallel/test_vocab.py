@@ -137,8 +137,8 @@ def test_logits_that_grow_or_fall_by_hundreds_over_the_vocabulary(columns):
     hidden.requires_grad_()
     got = _ours(hidden, weight, targets, columns=columns)
     got.sum().backward()
-    torch.testing.assert_close(got.detach(), value, rtol=1e-14, atol=1e-12)
-    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.detach(), value, rtol=1e-13, atol=1e-11)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-12, atol=1e-11)
 
 
 def test_cross_entropy_is_the_negative():

@@ -1,0 +1,166 @@
+"""Attention over a packed row equals one dense masked softmax over all of its tokens in float64, value and gradients."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swift_mega.ops import attention as module
+from swift_mega.ops.attention import attention, attention_reference
+
+BOUNDS = [
+    (0, 1),
+    (0, 5),
+    (0, 3, 4, 11, 20),
+    (0, module.SHORT),
+    (0, 7, 7 + module.SHORT + 1, 180),
+    (0, 2 * module.QUERY_BLOCK),
+    (0, 1, 2 + 2 * module.QUERY_BLOCK),
+]
+"""Single tokens, both sides of the length where the gradient changes hands, whole blocks of queries, and one left over."""
+HEADS = [(4, 4), (6, 2), (3, 1)]
+"""Plain, grouped and multi-query."""
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """One [heads, tokens, tokens] softmax with everything that may not be seen masked, keys repeated per query head."""
+    tokens, heads, _ = query.shape
+    example, place = torch.empty(tokens, dtype=torch.long), torch.arange(tokens)
+    for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        example[start:end] = number
+    distance = place[:, None] - place[None]
+    seen = (example[:, None] == example[None]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+def _problem(tokens: int, heads: tuple[int, int], dtype: torch.dtype, size: float = 1.0) -> list[Tensor]:
+    """query, key, value, the gradient from above."""
+    torch.manual_seed(tokens)
+    counts = (heads[0], heads[1], heads[1], heads[0])
+    return [size * torch.randn(tokens, count, 8, dtype=torch.float64).to(dtype) for count in counts]
+
+
+def _compare(function: Any, given: list[Tensor], tolerance: float, **settings: Any) -> None:
+    *inputs, above = given
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = (
+        function(*inputs, **settings),
+        _dense(*wide, *(settings[name] for name in ("bounds", "scale", "window"))),
+    )
+    close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+    torch.testing.assert_close(got, want, **close)
+    assert got.dtype == inputs[0].dtype
+    found, expected = torch.autograd.grad(got, inputs, above), torch.autograd.grad(want, wide, above.double())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_value_and_gradients_equal_dense_float64(bounds, heads, window):
+    given = _problem(bounds[-1], heads, torch.float64)
+    _compare(attention, given, 1e-12, bounds=bounds, cu_seqlens=torch.tensor(bounds), scale=0.4, window=window)
+    _compare(attention_reference, given, 1e-12, bounds=bounds, scale=0.4, window=window)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("window", [None, 9])
+def test_narrow_dtypes_equal_dense_float64(dtype, tolerance, window):
+    bounds = (0, 3, 3 + 2 * module.QUERY_BLOCK)
+    given = _problem(bounds[-1], (6, 2), dtype)
+    _compare(attention, given, tolerance, bounds=bounds, cu_seqlens=torch.tensor(bounds), scale=0.35, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_scores_of_thousands_give_finite_gradients(window):
+    """A key that may not be seen can have any score above the row's maximum, and no weight all the same."""
+    bounds = (0, 2 * module.QUERY_BLOCK)
+    given = _problem(bounds[-1], (2, 1), torch.float32, size=40.0)
+    wide = [x.double() for x in given]
+    _compare(attention, wide, 1e-6, bounds=bounds, cu_seqlens=torch.tensor(bounds), scale=1.0, window=window)
+    inputs = [x.requires_grad_() for x in given[:3]]
+    out = attention(*inputs, bounds=bounds, cu_seqlens=torch.tensor(bounds), scale=1.0, window=window)
+    assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out, inputs, given[3]))
+
+
+def test_slices_of_a_fused_projection():
+    """Megatron hands on views of one tensor, and gradients of any strides come back."""
+    wide = torch.randn(150, 6, 8, dtype=torch.float64, requires_grad=True)
+    above = torch.randn(4, 150, 8, dtype=torch.float64).transpose(0, 1)
+    parts, settings = (wide[:, :4], wide[:, 4:5], wide[:, 5:]), {"bounds": (0, 150), "scale": 0.3, "window": None}
+    (found,) = torch.autograd.grad(attention(*parts, cu_seqlens=torch.tensor([0, 150]), **settings), wide, above)
+    (expected,) = torch.autograd.grad(_dense(*parts, **settings), wide, above)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_second_backward_gives_the_same_gradient():
+    """Nothing saved is overwritten."""
+    for tokens in (module.SHORT, module.SHORT + 50):
+        query, key, value, above = _problem(tokens, (4, 2), torch.float32)
+        query.requires_grad_()
+        out = attention(
+            query, key, value, bounds=(0, tokens), cu_seqlens=torch.tensor([0, tokens]), scale=0.3, window=None
+        )
+        first = torch.autograd.grad(out, query, above, retain_graph=True)
+        assert torch.equal(first[0], torch.autograd.grad(out, query, above)[0])
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """flash-attn's function of that name (2.8, flash_attn_interface.py), from what its docstring says; dense."""
+    assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1] % k.shape[1] == 0 and k.shape[1] == v.shape[1]
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
+    assert dropout_p == 0 and softcap == 0 and alibi_slopes is None and block_table is None
+    assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q and int(cu_seqlens_k.diff().max()) <= max_seqlen_k
+    keys = torch.arange(len(k))
+    rows = []
+    for start, end in zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], strict=False):
+        for i in range(start, end):  # with as many keys as queries: [i - left, i + right] inclusive, -1 without a limit
+            seen = (keys >= start) & (keys < end)
+            if causal:
+                seen &= keys <= i
+            if window_size[0] >= 0:
+                seen &= keys >= i - window_size[0]
+            if window_size[1] >= 0:
+                seen &= keys <= i + window_size[1]
+            group = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
+            scores = (torch.einsum("hd,khd->hk", q[i], k[:, group]) * softmax_scale).masked_fill(~seen, -torch.inf)
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[:, group]))
+    return torch.stack(rows)
+
+
+class _OnCuda(Tensor):
+    """A tensor that says it is on CUDA, so that the call which a GPU would get is made here."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_the_call_of_flash_attn(monkeypatch, window):
+    """By its documented meaning the call computes what the reference does: argument order, dtypes, inclusive window."""
+    monkeypatch.setattr(module, "_flash_varlen", lambda: flash_attn_varlen_func)
+    bounds = (0, 3, 4, 11, 20)
+    query, key, value, _ = _problem(20, (6, 2), torch.float64)
+    starts = torch.tensor(bounds, dtype=torch.int32)
+    got = attention(query.as_subclass(_OnCuda), key, value, bounds=bounds, cu_seqlens=starts, scale=0.4, window=window)
+    want = _dense(query, key, value, bounds, 0.4, window)
+    torch.testing.assert_close(got.as_subclass(Tensor), want, rtol=0, atol=1e-12)
+
+
+def test_the_stand_in_has_the_signature_of_an_installed_flash_attn():
+    flash = pytest.importorskip("flash_attn")
+    real = inspect.signature(flash.flash_attn_varlen_func).parameters
+    assert list(inspect.signature(flash_attn_varlen_func).parameters) == list(real)
