@@ -64,11 +64,11 @@ def unpacked_batches(count: int, examples: int, length: int, vocabulary: int) ->
 
 
 def mixed_batches(count: int, vocabulary: int) -> list[Batch]:
-    """Eight examples each, their lengths log-normal around 100 tokens and within 20 .. 512, as instruction data has them."""
+    """Eight examples each, their lengths log-normal around 70 tokens and within 20 .. 512, as instruction data has them."""
     draw = random.Random(2)
     batches = []
     for _ in range(count):
-        lengths = [min(512, max(20, round(draw.lognormvariate(4.6, 0.8)))) for _ in range(8)]
+        lengths = [min(512, max(20, round(draw.lognormvariate(4.25, 0.8)))) for _ in range(8)]
         rows = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
         batches.append(Batch(rows, [[True] * len(row) for row in rows], together=True))
     return batches
@@ -80,7 +80,8 @@ def file_batches(count: int, model: Path, dataset: str) -> list[Batch]:
     from swift_mega.data.chat import load_tokenizer
     from swift_mega.data.loader import prepare
 
-    found = prepare(schema.Data(dataset=(dataset,)), load_tokenizer(str(model))).train
+    settings = schema.Data(dataset=(dataset,), model_name="Mega", model_author="the authors")
+    found = prepare(settings, load_tokenizer(str(model))).train
     order = random.Random(3).sample(range(len(found)), 8 * count)
     chosen = [[found[index] for index in order[8 * number : 8 * number + 8]] for number in range(count)]
     return [
@@ -92,7 +93,13 @@ def file_batches(count: int, model: Path, dataset: str) -> list[Batch]:
 # ------------------------------------------------------------------------------------------------ the two servers
 
 
-def serve(build: Callable[[Path, Path], Callable[[Batch], tuple[float, float]]], pipe: Connection, threads: int, model: Path, adapter: Path) -> None:  # fmt: skip
+StepFunction = Callable[[Batch], tuple[float, float]]
+"""Takes an optimizer step; returns its loss and gradient norm."""
+
+
+def serve(
+    build: Callable[[Path, Path], StepFunction], pipe: Connection, threads: int, model: Path, adapter: Path
+) -> None:
     """Builds a side, says so, then answers each Batch with the Step that it took; "peak" starts a new peak; None ends it."""
     import torch
 
@@ -109,7 +116,7 @@ def serve(build: Callable[[Path, Path], Callable[[Batch], tuple[float, float]]],
         pipe.send(Step(loss, norm, wall, cpu, _peak()))
 
 
-def ours(model: Path, adapter: Path) -> Callable[[Batch], tuple[float, float]]:
+def ours(model: Path, adapter: Path) -> StepFunction:
     """swift_mega on one rank. Writes the adapter that both sides start from."""
     import numpy as np
     import torch
@@ -158,7 +165,7 @@ def _one_rank() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def theirs(model: Path, adapter: Path) -> Callable[[Batch], tuple[float, float]]:
+def theirs(model: Path, adapter: Path) -> StepFunction:
     """transformers + PEFT, a step as transformers' Trainer takes it."""
     import torch
     from peft import PeftModel
@@ -283,7 +290,7 @@ class Sides:
 def measure(
     sides: Sides, scenario: str, batches: Sequence[Batch], seconds: float, log: Callable[[str], None]
 ) -> Result:
-    """One step of each to warm up and to compare, then pairs of steps until `seconds` are over, five at least."""
+    """One step of each to warm up and to compare, then pairs of steps until `seconds` are over, three at least."""
     sides.forget_peaks()
     first, second = sides.step("ours", batches[0]), sides.step("theirs", batches[0])
     differences, norms = [abs(first.loss - second.loss)], [abs(first.grad_norm / second.grad_norm - 1)]
@@ -295,7 +302,7 @@ def measure(
     steps: dict[str, list[Step]] = {"ours": [], "theirs": []}
     tokens: list[int] = []
     until = time.monotonic() + seconds
-    while len(tokens) < 5 or time.monotonic() < until:
+    while len(tokens) < 3 or time.monotonic() < until:
         batch = batches[(len(tokens) + 1) % len(batches)]
         for side in ("ours", "theirs") if len(tokens) % 2 else ("theirs", "ours"):
             steps[side].append(sides.step(side, batch))
@@ -338,7 +345,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--data", help="JSONL for the scenario `file`: mixed lengths, loss on the assistant's turns only"
     )
     parser.add_argument(
-        "--seconds", type=float, default=75, help="per scenario (default 75); five pairs of steps at least"
+        "--seconds", type=float, default=75, help="per scenario (default 75); three pairs of steps at least"
     )
     parser.add_argument("--length", type=int, default=256, help="tokens of an unpacked example (default 256)")
     parser.add_argument("--examples", type=int, default=2, help="unpacked examples per step (default 2)")
@@ -364,13 +371,16 @@ def main(given: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         print("starting both sides", file=sys.stderr)
         sides = Sides(model, Path(folder) / "adapter", threads)
-        log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-        results = [measure(sides, name, batches[name], arguments.seconds, log) for name in scenarios]
+        results = [measure(sides, name, batches[name], arguments.seconds, _say) for name in scenarios]
         sides.close()
     print(table(results, threads))
     if arguments.json:
         recorded = [asdict(r) | {"ratio_wall": r.ratio("wall"), "ratio_cpu": r.ratio("cpu")} for r in results]
         arguments.json.write_text(json.dumps({"threads": threads, "model": str(model), "results": recorded}, indent=1))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _prepared() -> Path:

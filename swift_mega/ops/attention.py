@@ -102,7 +102,7 @@ class _CpuAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         towards = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         for start, end in _examples(ctx.bounds):

@@ -7,33 +7,39 @@ from torch import Tensor
 from swift_mega.ops.rope import rotate, rotate_reference, tables
 
 
-def _complex(x: Tensor, positions: Tensor, frequencies: Tensor, scale: float) -> Tensor:
-    """Features i and i + rotary_dim / 2 are one complex number, turned by position * frequency."""
-    half = len(frequencies)
+def _complex(x: Tensor, angles: Tensor, scale: float) -> Tensor:
+    """Features i and i + rotary_dim / 2 are one complex number, turned by its angle. angles: [tokens, 1, rotary_dim / 2]."""
+    half = angles.shape[-1]
     x = x.double()
     numbers = torch.complex(x[..., :half], x[..., half : 2 * half])
-    angles = positions.double()[:, None, None] * frequencies.double()
     turned = numbers * torch.polar(torch.full_like(angles, scale), angles)
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
 
 
 @pytest.mark.parametrize("function", [rotate, rotate_reference])
 @pytest.mark.parametrize(("head_dim", "rotary"), [(16, 16), (16, 8), (6, 2)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 def test_value_and_gradient_equal_complex_multiplication(function, head_dim, rotary, dtype, tolerance):
-    """Packed positions, a rotary dim smaller than the head, and YaRN's factor, which the gradient carries too."""
+    """Also where the rotary dim is smaller than the head, and with YaRN's factor, which the gradient carries too."""
     torch.manual_seed(0)
-    positions = torch.tensor([0, 1, 2, 3, 0, 1, 0, 77])
-    frequencies = 10000.0 ** -(torch.arange(0, rotary, 2) / rotary)
+    angles = 7 * torch.randn(8, 1, rotary // 2, dtype=torch.float64)
     x = torch.randn(8, 3, head_dim, dtype=dtype, requires_grad=True)
     above = torch.randn_like(x)
-    cos, sin = tables(positions, frequencies, 1.25, dtype)
-    assert cos.shape == (8, 1, rotary // 2) and cos.dtype == sin.dtype == dtype
-    got, want = function(x, cos, sin), _complex(x, positions, frequencies, 1.25)
+    got = function(x, (1.25 * angles.cos()).to(dtype), (1.25 * angles.sin()).to(dtype))
+    want = _complex(x, angles, 1.25)
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance, check_dtype=False)
     (found,) = torch.autograd.grad(got, x, above)
     (expected,) = torch.autograd.grad(want, x, above.double())
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, check_dtype=False)
+
+
+def test_tables_of_packed_positions():
+    """Every token has its own position; the factor multiplies both tables."""
+    positions, frequencies = torch.tensor([0, 1, 2, 0, 1, 77]), 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    cos, sin = tables(positions, frequencies, 1.25, torch.float32)
+    angles = positions.double()[:, None, None] * frequencies.double()
+    torch.testing.assert_close(cos.double(), 1.25 * angles.cos(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin.double(), 1.25 * angles.sin(), rtol=0, atol=1e-5)
 
 
 def test_input_is_left_as_it_is():
