@@ -31,7 +31,9 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLB
 TEST_TIMEOUT ?= 300
 SUITE_TIMEOUT ?= 1800
 PYTEST_FLAGS ?=
-PYTEST := -m pytest -q --timeout=$(TEST_TIMEOUT) -m "not gpu"
+# Two files at a time: ranks of a test wait for one another as much as they compute.
+WORKERS ?= 2
+PYTEST := -m pytest -q --timeout=$(TEST_TIMEOUT) -m "not gpu" -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint test-newest benchmark clean distclean

@@ -1,6 +1,5 @@
 """The `ranks` fixture: rank 0's result comes back, a rank's error fails the test, and nobody waits for ever."""
 
-import os
 import time
 from pathlib import Path
 
