@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models of every family, written to disk by transformers itself: the oracle's side."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ SIZES: dict[str, Any] = dict(
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _families(file: Path) -> dict[str, dict[str, Any]]:
+    """FAMILIES of a file beside this one: name -> fields of the config, on top of SIZES."""
+    return importlib.import_module(file.stem).FAMILIES
+
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama"),
@@ -35,6 +42,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False,
         mlp_only_layers=[1], decoder_sparse_step=1,
     ),
+    "seed_oss": dict(model_type="seed_oss", attention_bias=True, attention_out_bias=False),
+    "smollm3": dict(model_type="smollm3", pad_token_id=None, bos_token_id=None, eos_token_id=None),
+    "granite": dict(
+        model_type="granite", embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=2.0
+    ),
+    "olmo2": dict(model_type="olmo2", pad_token_id=None, eos_token_id=None),
+    "olmo3": dict(model_type="olmo3", pad_token_id=None, eos_token_id=None, sliding_window=5),
+    "glm4": dict(model_type="glm4", attention_bias=True, pad_token_id=None, eos_token_id=None),
+    "glm": dict(model_type="glm", attention_bias=True, pad_token_id=None, eos_token_id=None),
+    "phi3": dict(model_type="phi3", pad_token_id=None, bos_token_id=None, eos_token_id=None, resid_pdrop=0.0),
+    "gemma": dict(model_type="gemma", pad_token_id=None, bos_token_id=None, eos_token_id=None),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
@@ -47,6 +65,15 @@ CORPUS = [
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+FAMILIES.update(
+    {
+        name: fields
+        for file in sorted(Path(__file__).parent.glob("families_*.py"))
+        for name, fields in _families(file).items()
+    }
 )
 
 

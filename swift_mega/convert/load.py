@@ -24,7 +24,7 @@ def values(part: ModelPart, checkpoint: Checkpoint) -> Iterator[tuple[Held, Tens
     """This rank's parameters and what the checkpoint says they hold, in the checkpoint's dtype."""
     for held in part.held():
         rank, size = part.tensor_axis(held)
-        pieces = [_piece(checkpoint, name, held, rank, size) for name in held.parts]
+        pieces = [piece for name in held.parts for piece in pieces_of(part, checkpoint, name, held, rank, size)]
         value = held.rule.pack.join(pieces, part.settings.heads)
         assert value.shape == held.parameter.shape, (
             f"{held.name}: {tuple(value.shape)} for {tuple(held.parameter.shape)}"
@@ -32,14 +32,23 @@ def values(part: ModelPart, checkpoint: Checkpoint) -> Iterator[tuple[Held, Tens
         yield held, value
 
 
-def _piece(checkpoint: Checkpoint, name: str, held: Held, rank: int, size: int) -> Tensor:
-    """The part of one Hugging Face tensor that this rank holds; zeros beyond a vocabulary's end."""
+def pieces_of(part: ModelPart, checkpoint: Checkpoint, name: str, held: Held, rank: int, size: int) -> list[Tensor]:
+    """What this rank holds of one Hugging Face tensor: of each part in it, its share; zeros beyond a vocabulary's end."""
     pack = held.rule.pack
     if pack.axis is None:
-        return checkpoint.read(name)
+        return [checkpoint.read(name)]
     length = checkpoint.entries[name].shape[pack.axis]
-    if not pack.padded:
-        return checkpoint.read(name, pack.axis, length * rank // size, length * (rank + 1) // size)
+    if pack.padded:
+        return [_padded(checkpoint, name, held, rank, length)]
+    return [
+        checkpoint.read(
+            name, pack.axis, start + (end - start) * rank // size, start + (end - start) * (rank + 1) // size
+        )
+        for start, end in pack.ranges(length, part.settings.heads)
+    ]
+
+
+def _padded(checkpoint: Checkpoint, name: str, held: Held, rank: int, length: int) -> Tensor:
     rows = held.parameter.shape[0]
     real = checkpoint.read(name, 0, min(rows * rank, length), min(rows * (rank + 1), length))
     missing = rows - real.shape[0]

@@ -68,7 +68,7 @@ def _glue(part: ModelPart, held: Held, shards: list[Tensor]) -> list[Tensor]:
     whole = [
         torch.cat(tensors, dim=pack.axis) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)
     ]
-    return [tensor[: part.settings.shape.vocab] for tensor in whole] if pack.padded else whole
+    return [tensor[: part.settings.shape.vocab] for tensor in whole] if pack.padded else list(pack.fuse(whole))
 
 
 def owned(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.convert.hf_files import some
+from swift_mega.convert.load import pieces_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
@@ -43,11 +44,9 @@ def load_adapter(
             )
     with torch.no_grad():
         for held in exported:
-            (name,), axis = held.parts, held.rule.pack.axis
-            rank, size = part.tensor_axis(held)
-            length = entries[name].shape[axis or 0]
-            cut = () if axis is None else (axis, length * rank // size, length * (rank + 1) // size)
-            held.parameter.copy_(adapter.checkpoint.read(name, *cut))
+            (name,) = held.parts
+            pieces = pieces_of(part, adapter.checkpoint, name, held, *part.tensor_axis(held))
+            held.parameter.copy_(held.rule.pack.join(pieces, part.settings.heads))
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:

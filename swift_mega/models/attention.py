@@ -8,14 +8,13 @@ frequencies are computed once per microbatch, and Megatron's own packed RoPE and
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from swift_mega.models.family import Settings
 from swift_mega.ops.attention import attention
-from swift_mega.ops.rmsnorm import rms_norm
 from swift_mega.ops.rope import rotate
 
 
@@ -28,21 +27,23 @@ class Segments(PackedSeqParams):
     """First token of each example, and the end of the last one; on the host."""
     starts: Tensor = None  # type: ignore[assignment]  # the parent's fields have defaults, so these must; it is never left out
     """The same as int32 on the device: cu_seqlens."""
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    """[tokens, 1, rotary_dim / 2] each."""
+    turns: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Cosine and sine, [tokens, 1, rotary_dim / 2] each, of every different rotation of the model."""
 
 
 class CoreAttention(MegatronModule):
     """Attention within each example of a row, after rotating queries and keys by their positions."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, windows: tuple[int | None, ...],
-        softmax_scale: float | None = None, **given: Any,
+        self, config: TransformerConfig, layer_number: int, *, settings: Settings, softmax_scale: float | None = None, **given: Any
     ) -> None:  # fmt: skip
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention."""
         super().__init__(config=config)
-        self.window = windows[layer_number - 1]
+        rope = settings.ropes[layer_number - 1]
+        self.turn = None if rope is None else settings.distinct_ropes.index(rope)
+        self.interleaved = rope is not None and rope.interleaved
+        self.window = settings.windows[layer_number - 1]
+        self.clip = settings.scales.clip
         self.scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(
@@ -52,26 +53,12 @@ class CoreAttention(MegatronModule):
         """query [tokens, 1, heads, head_dim], key and value [tokens, 1, kv_heads, head_dim] -> [tokens, 1, heads * head_dim]."""
         row = packed_seq_params
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if row.cos is not None and row.sin is not None:
-            query, key = rotate(query, row.cos, row.sin), rotate(key, row.cos, row.sin)
+        if self.clip is not None:
+            query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
+        if self.turn is not None:
+            cos, sin = row.turns[self.turn]
+            query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)
-
-
-class Norm(torch.nn.Module):
-    """RMSNorm that works with sequence parallelism: Megatron's local one refuses it.
-
-    The mark on the weight is what Megatron's finalize_model_grads looks for: its gradient is summed over the tensor ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **given: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] -> the same."""
-        return rms_norm(x, self.weight, self.eps)

@@ -23,8 +23,10 @@ from torch import Tensor
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.attention import CoreAttention, Norm, Segments
-from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.attention import CoreAttention, Segments
+from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
+from swift_mega.models.layer import Layer, NoNorm
+from swift_mega.models.norm import Norm, WholeNorm
 from swift_mega.ops.rope import tables
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -38,18 +40,21 @@ class Decoder(GPTModel):
     def __init__(self, *, settings: Settings, **given: Any) -> None:
         super().__init__(position_embedding_type="none", parallel_output=True, **given)
         self.settings = settings
-        self.frequencies = torch.tensor(settings.rope.inverse_frequencies, dtype=torch.float32)
+        self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
+        if self.pre_process and settings.scales.embedding != 1.0:
+            self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens, positions: [tokens] int64; cu_seqlens: [examples + 1] int32 on the host.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
-        cos, sin = tables(
-            positions, self.frequencies.to(positions.device), self.settings.rope.scale, self.config.params_dtype
-        )  # fmt: skip
+        turns = tuple(
+            tables(positions, frequencies.to(positions.device), rope.scale, self.config.params_dtype)
+            for frequencies, rope in zip(self.frequencies, self.settings.distinct_ropes, strict=True)
+        )
         row = Segments(
-            bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), cos=cos, sin=sin
+            bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns
         )  # fmt: skip
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
 
@@ -64,7 +69,13 @@ class Decoder(GPTModel):
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden[:, 0]
+        factor = self.settings.scales.logits
+        return hidden[:, 0] if factor == 1.0 else hidden[:, 0] * factor
+
+
+def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+    """Forward hook of an embedding whose output is multiplied; in the embedding's dtype, like Hugging Face."""
+    return result * torch.tensor(factor, dtype=result.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ class ModelPart:
         for shape in shapes:
             if axis is not None:
                 shape[axis] = self.settings.shape.vocab if held.rule.pack.padded else shape[axis] * size
-        return [tuple(shape) for shape in shapes]
+        whole = held.rule.pack.fuse([torch.empty(shape, device="meta") for shape in shapes])
+        return [tuple(tensor.shape) for tensor in whole]
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -197,7 +209,7 @@ def transformer_config(
 ) -> TransformerConfig:  # fmt: skip
     """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
     check_passthrough(given)
-    fields: dict[str, Any] = dict(settings.megatron)
+    fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
@@ -224,43 +236,89 @@ def transformer_config(
 def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    made = {moe: spec(moe=moe) for moe in set(settings.moe_layers)}
+    made = {moe: _joined(spec(moe=moe), settings, norm_class(settings, device)) for moe in set(settings.moe_layers)}
     return [made[moe] for moe in settings.moe_layers]
+
+
+def norm_class(settings: Settings, device: Device) -> type:
+    """Transformer Engine's norm where it has the kind, else ours."""
+    if device.kind == "cuda" and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return bound(Norm, kind=settings.norm)
+
+
+def bound(module: Any, **fixed: Any) -> type:
+    """A class that builds `module` with `fixed` arguments: classes are what every place of a Megatron spec takes."""
+
+    def start(self: Any, *args: Any, **given: Any) -> None:
+        module.__init__(self, *args, **{**given, **fixed})
+
+    return type(module.__name__, (module,), {"__init__": start})
 
 
 def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
     """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
-    qk_norm = settings.megatron.get("qk_layernorm", False)
     spec = get_gpt_layer_local_spec(
-        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False, qk_layernorm=qk_norm, normalization="RMSNorm"
+        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
     )  # fmt: skip
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = functools.partial(CoreAttention, windows=settings.windows)
-    if qk_norm:
-        attention.q_layernorm = attention.k_layernorm = Norm
+    norm = bound(Norm, kind=settings.norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if settings.megatron.get("qk_layernorm", False):
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
     return spec
 
 
 def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Transformer Engine's modules. With adapters the norms stay apart from the linears that they could be fused into: an adapter
-    takes the normalised input, which the fused module does not show."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+    """Transformer Engine's modules. The norms stay apart from the linears that they could be fused into where an adapter needs the
+    normalised input, which the fused module does not show, and where the layer is joined otherwise than Megatron's."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.transformer.spec_utils import get_submodules
 
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
         qk_layernorm=settings.megatron.get("qk_layernorm", False),
     )  # fmt: skip
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = functools.partial(CoreAttention, windows=settings.windows)
-    if adapters:
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
-        attention.linear_qkv = TEColumnParallelLinear
+    if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
+        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         if not moe:
-            get_submodules(spec.submodules.mlp).linear_fc1 = TEColumnParallelLinear
+            _mlp(spec).linear_fc1 = TEColumnParallelLinear
     return spec
+
+
+def _joined(spec: ModuleSpec, settings: Settings, norm: type) -> ModuleSpec:
+    """What a family varies, on either kind of modules."""
+    attention, block = spec.submodules.self_attention.submodules, settings.block
+    attention.core_attention = bound(CoreAttention, settings=settings)
+    if settings.whole_qk_norm:
+        attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
+        attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
+    if settings.megatron.get("add_bias_linear"):
+        if not settings.megatron.get("add_qkv_bias"):
+            attention.linear_qkv = bound(attention.linear_qkv, bias=False)
+        if not settings.biases.attention_output:
+            attention.linear_proj = bound(attention.linear_proj, bias=False)
+        if not settings.biases.mlp:
+            mlp = _mlp(spec)
+            mlp.linear_fc1, mlp.linear_fc2 = bound(mlp.linear_fc1, bias=False), bound(mlp.linear_fc2, bias=False)
+    if block != Block():
+        spec.module = bound(Layer, block=block, norm=norm)
+        if not block.pre_norms:
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = NoNorm
+        elif block.parallel and block.shared_norm:
+            spec.submodules.pre_mlp_layernorm = NoNorm
+    return spec
+
+
+def _mlp(spec: ModuleSpec) -> Any:
+    """The submodules of a dense layer's MLP."""
+    mlp = spec.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 def build(
@@ -269,11 +327,7 @@ def build(
 ) -> ModelPart:  # fmt: skip
     """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one."""
     specs = layer_specs(settings, device, adapters=adapters)
-    norm: Any = Norm
-    if device.kind == "cuda":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm = TENorm
+    norm = norm_class(settings, device)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)

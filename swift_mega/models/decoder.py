@@ -18,7 +18,7 @@ HF_LAYER = "model.layers.{i}."
 
 EMBEDDING_RULES = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCAB),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED),
+    *(Rule(f"decoder.final_layernorm.{leaf}", (f"model.norm.{leaf}",), REPLICATED) for leaf in ("weight", "bias")),
     Rule("output_layer.weight", ("lm_head.weight",), VOCAB),
 )
 
@@ -51,9 +51,14 @@ def expert_rules(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]
     return (Rule(LAYER + "mlp.router.weight", (router,), REPLICATED), *mlp_rules(experts, gate, up, down))
 
 
+def norm_rules(target: str, source: str) -> tuple[Rule, ...]:
+    """A norm's weight and bias; names of the modules, Megatron's and Hugging Face's."""
+    return tuple(Rule(f"{target}.{leaf}", (f"{source}.{leaf}",), REPLICATED) for leaf in ("weight", "bias"))
+
+
 NORM_RULES = (
-    Rule(LAYER + "input_layernorm.weight", (HF_LAYER + "input_layernorm.weight",), REPLICATED),
-    Rule(LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), REPLICATED),
+    *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
+    *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
 )
 QK_NORM_RULES = (
     Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), REPLICATED),
@@ -91,11 +96,15 @@ def translate(config: Any, **changes: Any) -> Settings:
         shape=shape,
         heads=Heads(heads // kv_heads, head_dim),
         tied=bool(config.tie_word_embeddings),
-        rope=rope(config, head_dim),
+        ropes=changes.pop("ropes", None) or (rope(config, head_dim),) * layers,
         windows=(None,) * layers,
         moe_layers=(False,) * layers,
     )
     megatron.update(changes.pop("megatron", {}))
+    if "biases" in changes:
+        megatron["add_bias_linear"] = changes["biases"].attention_output or changes["biases"].mlp
+    if "norm" in changes:
+        megatron["normalization"] = "RMSNorm" if changes["norm"].kind == "rms" else "LayerNorm"
     found.update(changes)
     return Settings(megatron=megatron, **found)
 
@@ -130,11 +139,14 @@ def windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def rope(config: Any, head_dim: int) -> Rope:
-    """Rotary frequencies of a transformers config, by transformers' own formulas for its scaled kinds."""
+def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: str | None = None) -> Rope:
+    """Rotary frequencies of a transformers config, by transformers' own formulas for its scaled kinds.
+
+    layer_type: whose frequencies, in a config that has some for each type of layer.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = dict(config.rope_parameters)
+    parameters = dict(config.rope_parameters if layer_type is None else config.rope_parameters[layer_type])
     kind = parameters.get("rope_type", "default")
     if kind in ("default", "dynamic"):
         # `dynamic` stretches only rows longer than the trained length, by the longest row of a batch: with examples of many
@@ -143,13 +155,20 @@ def rope(config: Any, head_dim: int) -> Rope:
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float) / rotary_dim
         frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
         longest = config.max_position_embeddings if kind == "dynamic" else None
-        return Rope(tuple(frequencies.tolist()), longest=longest)
+        return Rope(tuple(frequencies.tolist()), longest=longest, interleaved=interleaved)
     if kind not in ("linear", "llama3", "yarn"):
         raise UserError(
             f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
         )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return Rope(tuple(frequencies.tolist()), scale=float(scale))
+    given = {} if layer_type is None else {"layer_type": layer_type}
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **given)
+    return Rope(tuple(frequencies.tolist()), scale=float(scale), interleaved=interleaved)
+
+
+def ropes_by_type(config: Any, head_dim: int, *, interleaved: bool = False) -> tuple[Rope, ...]:
+    """Per layer, the rotation of its type."""
+    made = {kind: rope(config, head_dim, interleaved=interleaved, layer_type=kind) for kind in set(config.layer_types)}
+    return tuple(made[kind] for kind in config.layer_types)
 
 
 def vary(base: Family, **changes: Any) -> Family:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import swift_mega.models as folder
 from swift_mega.errors import UserError
@@ -31,11 +31,61 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for."""
+    """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for.
+
+    interleaved: features 2i and 2i + 1 are turned together (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
+    """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     longest: int | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormKind:
+    """What stands before (and after) attention and MLP. one_plus: the weight is stored minus one (Gemma)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    one_plus: bool = False
+    weight: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """How attention and MLP are joined to the residual stream; the default is Megatron's own pre-norm layer.
+
+    parallel: both read the same input and are added together; shared_norm: through one norm, not one each.
+    pre_norms: the input of each is normalised; post_norms: its output is, before it is added.
+    residual_multiplier: of each output, as it is added.
+    """
+
+    parallel: bool = False
+    shared_norm: bool = True
+    pre_norms: bool = True
+    post_norms: bool = False
+    residual_multiplier: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Biases:
+    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias)."""
+
+    attention_output: bool = False
+    mlp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Constant factors and limits of a family's arithmetic.
+
+    embedding: on looked-up embeddings; logits: on logits. clip: queries, keys and values are clamped to [-clip, clip].
+    """
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +97,33 @@ class Settings:
     shape: ModelShape
     heads: Heads
     tied: bool
-    rope: Rope
+    ropes: tuple[Rope | None, ...]
+    """Per layer, how queries and keys are rotated; None: not."""
     windows: tuple[int | None, ...]
     """Per layer, tokens that a token sees, itself included; None: all."""
     moe_layers: tuple[bool, ...]
     """Per layer, whether its MLP is a mixture of experts."""
+    norm: NormKind = NormKind()
+    block: Block = Block()
+    biases: Biases = Biases()
+    scales: Scales = Scales()
+    whole_qk_norm: bool = False
+    """Queries and keys are normalised over all heads together, not each head alone."""
 
     @property
     def longest(self) -> int | None:
         """Most tokens an example may have."""
-        return self.rope.longest
+        return min((rope.longest for rope in self.ropes if rope and rope.longest), default=None)
+
+    @property
+    def rope(self) -> Rope | None:
+        """The rotation of the first layer that has one."""
+        return next((rope for rope in self.ropes if rope), None)
+
+    @property
+    def distinct_ropes(self) -> tuple[Rope, ...]:
+        """The different rotations, in order of first use."""
+        return tuple(dict.fromkeys(rope for rope in self.ropes if rope))
 
 
 @dataclass(frozen=True, kw_only=True)

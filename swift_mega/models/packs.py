@@ -7,7 +7,8 @@ and the `up` factor of an adapter on that linear.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,6 +42,18 @@ class Pack:
         """Inverse of `join`; views where possible."""
         return (tensor,)
 
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        """Relative sizes along `axis` of what `split` gives."""
+        return (1,)
+
+    def ranges(self, length: int, heads: Heads) -> tuple[tuple[int, int], ...]:
+        """The parts that lie in one Hugging Face tensor of `length` along `axis`: where each begins and ends."""
+        return ((0, length),)
+
+    def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors of whole parts."""
+        return tuple(parts)
+
 
 @dataclass(frozen=True)
 class GateUp(Pack):
@@ -53,6 +66,9 @@ class GateUp(Pack):
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return tuple(tensor.chunk(2))
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return (1, 1)
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,35 @@ class Qkv(Pack):
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         rest = tensor.shape[1:]
         blocks = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *rest)
-        sizes = (heads.queries_per_group, 1, 1)
-        return tuple(block.reshape(-1, *rest) for block in blocks.split(sizes, dim=1))
+        return tuple(block.reshape(-1, *rest) for block in blocks.split(self.shares(heads), dim=1))
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return (heads.queries_per_group, 1, 1)
+
+
+@dataclass(frozen=True)
+class Fused(Pack):
+    """The parts of `inner` one after another in a single Hugging Face tensor (phi3's qkv_proj, glm's gate_up_proj)."""
+
+    axis: int | None = 0
+    inner: Pack = field(default_factory=Pack)
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        return self.inner.join(parts, heads)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return self.inner.split(tensor, heads)
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return self.inner.shares(heads)
+
+    def ranges(self, length: int, heads: Heads) -> tuple[tuple[int, int], ...]:
+        shares = self.shares(heads)
+        ends = [length * end // sum(shares) for end in accumulate(shares)]
+        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat(tuple(parts)),)
 
 
 COLUMN = Pack(0)
@@ -80,3 +123,5 @@ REPLICATED = Pack(None)
 VOCAB = Pack(0, padded=True)
 GATE_UP = GateUp()
 QKV = Qkv()
+FUSED_GATE_UP = Fused(inner=GATE_UP)
+FUSED_QKV = Fused(inner=QKV)

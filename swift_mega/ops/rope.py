@@ -18,35 +18,49 @@ def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: 
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _halves(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The features that turn together, as two views of x."""
+    if interleaved:
+        return x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = _halves(x, half, interleaved)
     out = torch.empty_like(x)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    out[..., 2 * half :] = rest
+    first_out, second_out = _halves(out, half, interleaved)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
     return out
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the leading 2 * cos.shape[-1] features of x [tokens, heads, head_dim]; half-split pairs, as in GPT-NeoX."""
-    return _Rotate.apply(x, cos, sin)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotates the leading 2 * cos.shape[-1] features of x [tokens, heads, head_dim].
+
+    Features i and i + half turn together, as in GPT-NeoX, or 2i and 2i + 1 (`interleaved`), as in GPT-J.
+    """
+    return _Rotate.apply(x, cos, sin, interleaved)
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """`rotate` in plain differentiable torch."""
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    first, second = _halves(x, half, interleaved)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((joined, x[..., 2 * half :]), dim=-1)

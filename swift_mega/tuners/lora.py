@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from swift_mega.config import schema
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
-from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Heads, Pack
+from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Fused, Heads, Pack
 from swift_mega.tuners.targets import ALL, Target, check_targets, find_targets, linear_names
 
 
@@ -130,7 +130,10 @@ class Adapter(nn.Module):
     ) -> None:
         """size, rank: of the axis that cuts the linear; sequence: its activations are cut by tokens."""
         super().__init__()
-        weight, self.pack, self.heads = target.held.parameter, target.held.rule.pack, heads
+        weight, self.heads = target.held.parameter, heads
+        # One Hugging Face linear with several parts in it has one pair of factors, whose `up` lies as the weight does.
+        fused = isinstance(target.held.rule.pack, Fused)
+        self.pack = COLUMN if fused else target.held.rule.pack
         self.row, self.expert = self.pack.axis == 1, target.held.expert
         self.size, self.rank, self.sequence = size, rank, sequence and not self.expert
         self.lora_rank = settings.rank
@@ -338,7 +341,9 @@ class Lora:
             for name, template in zip(adapter.names, target.held.rule.parts, strict=True):
                 if name in adapter.down:
                     yield _factor(target.held, adapter.down[name], template, "A", ROW if adapter.row else REPLICATED)
-                    yield _factor(target.held, adapter.up[name], template, "B", REPLICATED if adapter.row else COLUMN)
+                    pack = target.held.rule.pack
+                    up = REPLICATED if adapter.row else pack if isinstance(pack, Fused) else COLUMN
+                    yield _factor(target.held, adapter.up[name], template, "B", up)
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:
         chosen = self.settings.target_modules

@@ -1,0 +1,49 @@
+"""GLM-4 (0414): norms before and after attention and MLP, half the features rotated in pairs, gate and up in one tensor."""
+
+from typing import Any
+
+from swift_mega.models.decoder import (
+    DECODER,
+    EMBEDDING_RULES,
+    HF_LAYER,
+    LAYER,
+    READS,
+    attention_rules,
+    norm_rules,
+    rope,
+    translate,
+)
+from swift_mega.models.family import Block, Family, Rule, Settings
+from swift_mega.models.packs import FUSED_GATE_UP, ROW
+
+MLP_RULES = (
+    Rule(LAYER + "mlp.linear_fc1.weight", (HF_LAYER + "mlp.gate_up_proj.weight",), FUSED_GATE_UP),
+    Rule(LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), ROW),
+)
+
+
+def _translate(config: Any) -> Settings:
+    turned = rope(config, config.head_dim, interleaved=True)
+    return translate(
+        config,
+        megatron={"add_qkv_bias": bool(config.attention_bias)},
+        block=Block(post_norms=True),
+        ropes=(turned,) * config.num_hidden_layers,
+    )
+
+
+FAMILY = Family(
+    hf_types=("glm4",),
+    translate=_translate,
+    rules=(
+        *EMBEDDING_RULES,
+        *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
+        *norm_rules(LAYER + "post_self_attn_layernorm", HF_LAYER + "post_self_attn_layernorm"),
+        *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
+        *norm_rules(LAYER + "post_mlp_layernorm", HF_LAYER + "post_mlp_layernorm"),
+        *attention_rules(),
+        *MLP_RULES,
+    ),
+    reads=READS | {"attention_bias", "partial_rotary_factor"},
+    absent=DECODER.absent,
+)

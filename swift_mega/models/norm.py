@@ -1,0 +1,84 @@
+"""The norms of the families, whole on every tensor rank or cut with the heads they stand on.
+
+The mark on a whole weight is what Megatron's finalize_model_grads looks for: with sequence parallelism its gradient is summed over
+the tensor ranks. Megatron's own local norm refuses sequence parallelism.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.models.family import NormKind
+from swift_mega.ops.rmsnorm import rms_norm
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm over the last dim."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, kind: NormKind, **given: Any
+    ) -> None:
+        super().__init__()
+        self.kind, self.eps, self.size = kind, eps, hidden_size
+        self.weight = _parameter(config, hidden_size) if kind.weight else None
+        self.bias = _parameter(config, hidden_size) if kind.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        weight = self.weight
+        if self.kind.one_plus and weight is not None:
+            weight = weight + 1
+        if self.kind.kind == "layer":
+            return F.layer_norm(x, (self.size,), weight, self.bias, self.eps)
+        return rms_norm(
+            x, torch.ones_like(x[..., :1, :].flatten()[: self.size]) if weight is None else weight, self.eps
+        )
+
+
+def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype))
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+class WholeNorm(torch.nn.Module):
+    """RMSNorm over all heads of a token together, where tensor ranks hold some heads each: the mean square is summed over them."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **given: Any
+    ) -> None:
+        """heads: of the whole model; hidden_size: features of one head, which is what Megatron asks for."""
+        super().__init__()
+        ranks = config.tensor_model_parallel_size
+        self.whole, self.eps, self.cut = heads * hidden_size, eps, ranks > 1
+        self.weight = torch.nn.Parameter(torch.empty(self.whole // ranks, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, 1, heads / ranks, head_dim] -> the same."""
+        flat = x.flatten(-2)
+        wide = flat.float() if flat.dtype != torch.float64 else flat
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.cut:
+            squares = _SumOverRanks.apply(squares)
+        normed = (wide * torch.rsqrt(squares / self.whole + self.eps)).to(x.dtype)
+        return (normed * self.weight).view_as(x)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over tensor ranks whose every part is used by every rank, so that the gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x, group=parallel_state.get_tensor_model_parallel_group())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+        return grad

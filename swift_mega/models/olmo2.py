@@ -1,0 +1,52 @@
+"""OLMo 2 and 3: norms after attention and MLP instead of before, and over all heads of queries and keys together."""
+
+from typing import Any
+
+from swift_mega.models.decoder import (
+    DENSE_RULES,
+    EMBEDDING_RULES,
+    HF_LAYER,
+    LAYER,
+    READS,
+    attention_rules,
+    norm_rules,
+    ropes_by_type,
+    translate,
+    windows,
+)
+from swift_mega.models.family import Biases, Block, Family, Rule, Settings
+from swift_mega.models.packs import COLUMN
+
+POST_NORM_RULES = (
+    *norm_rules(LAYER + "post_self_attn_layernorm", HF_LAYER + "post_attention_layernorm"),
+    *norm_rules(LAYER + "post_mlp_layernorm", HF_LAYER + "post_feedforward_layernorm"),
+)
+WHOLE_QK_NORM_RULES = (
+    Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), COLUMN),
+    Rule(LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), COLUMN),
+)
+
+
+def _translate(config: Any) -> Settings:
+    bias, sliding = bool(config.attention_bias), config.model_type == "olmo3"
+    return translate(
+        config,
+        megatron={"add_qkv_bias": bias},
+        biases=Biases(attention_output=bias),
+        block=Block(pre_norms=False, post_norms=True),
+        whole_qk_norm=True,
+        windows=windows(config) if sliding else (None,) * config.num_hidden_layers,
+        ropes=ropes_by_type(
+            config, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        if sliding
+        else None,
+    )
+
+
+FAMILY = Family(
+    hf_types=("olmo2", "olmo3"),
+    translate=_translate,
+    rules=(*EMBEDDING_RULES, *POST_NORM_RULES, *attention_rules(), *WHOLE_QK_NORM_RULES, *DENSE_RULES),
+    reads=READS | {"attention_bias"},
+)

@@ -1,0 +1,29 @@
+"""Phi-3 and Phi-4: the common decoder whose checkpoints hold query, key and value in one tensor, gate and up in another."""
+
+from typing import Any
+
+from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, READS, translate
+from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.glm4 import MLP_RULES
+from swift_mega.models.packs import FUSED_QKV, ROW
+
+
+def _translate(config: Any) -> Settings:
+    window = (config.sliding_window,) * config.num_hidden_layers
+    return translate(config, windows=window)
+
+
+FAMILY = Family(
+    hf_types=("phi3",),
+    translate=_translate,
+    rules=(
+        *EMBEDDING_RULES,
+        *NORM_RULES,
+        Rule(LAYER + "self_attention.linear_qkv.weight", (HF_LAYER + "self_attn.qkv_proj.weight",), FUSED_QKV),
+        Rule(LAYER + "self_attention.linear_proj.weight", (HF_LAYER + "self_attn.o_proj.weight",), ROW),
+        *MLP_RULES,
+    ),
+    reads=READS | {"original_max_position_embeddings", "partial_rotary_factor"},
+    fixed={"attention_bias": (False,), "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
+    absent=DECODER.absent,
+)

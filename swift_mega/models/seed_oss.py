@@ -1,0 +1,21 @@
+"""Seed-OSS: the common decoder with biases on query, key, value, and by choice elsewhere."""
+
+from typing import Any
+
+from swift_mega.models.decoder import DECODER, translate, vary
+from swift_mega.models.family import Biases, Settings
+
+
+def _translate(config: Any) -> Settings:
+    biases = Biases(attention_output=bool(config.attention_out_bias), mlp=bool(config.mlp_bias))
+    return translate(config, megatron={"add_qkv_bias": bool(config.attention_bias)}, biases=biases)
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("seed_oss",),
+    translate=_translate,
+    reads=("attention_bias", "attention_out_bias", "mlp_bias"),
+    # Its config names the dropout it was pretrained with; fine-tuning here uses none, whatever is named.
+    fixed={"attention_dropout": (0.0, 0.1), "residual_dropout": (0.0, 0.1)},
+)
