@@ -29,14 +29,12 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        weight = self.weight
+        weight: Tensor | None = self.weight
         if self.kind.one_plus and weight is not None:
             weight = weight + 1
         if self.kind.kind == "layer":
             return F.layer_norm(x, (self.size,), weight, self.bias, self.eps)
-        return rms_norm(
-            x, torch.ones_like(x[..., :1, :].flatten()[: self.size]) if weight is None else weight, self.eps
-        )
+        return F.rms_norm(x, (self.size,), None, self.eps) if weight is None else rms_norm(x, weight, self.eps)
 
 
 def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
