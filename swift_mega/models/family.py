@@ -5,9 +5,7 @@ Megatron parameter. The registry is this folder: every module with a `FAMILY` is
 """
 
 import functools
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import swift_mega.models as folder
+from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Heads, Pack
 from swift_mega.parallel.layout import ModelShape
@@ -86,6 +85,29 @@ class Scales:
     embedding: float = 1.0
     logits: float = 1.0
     clip: float | None = None
+    attention_softcap: float | None = None
+    """Attention scores s become c tanh(s / c)."""
+    logit_softcap: float | None = None
+    """Logits, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How a token's experts are chosen and weighed, where it is otherwise than Megatron's softmax over the logits.
+
+    bias: a constant of each expert, a tensor of the checkpoint that no gradient reaches, joins in the choice but not in the weights.
+    normalise: the weights are divided by their sum, to which `added` is added and which is at least `smallest`; then times `scale`.
+    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their best two.
+    """
+
+    score: Literal["softmax", "sigmoid"]
+    bias: bool = True
+    normalise: bool = True
+    added: float = 0.0
+    smallest: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +129,8 @@ class Settings:
     block: Block = Block()
     biases: Biases = Biases()
     scales: Scales = Scales()
+    routing: Routing | None = None
+    """None: Megatron's own router does it."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
 
@@ -165,12 +189,10 @@ def _pattern(template: str) -> re.Pattern[str]:
 def families() -> dict[str, Family]:
     """Every family, by Hugging Face model_type."""
     found: dict[str, Family] = {}
-    for info in pkgutil.iter_modules(folder.__path__):
-        family = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "FAMILY", None)
-        if family is not None:
-            for hf_type in family.hf_types:
-                assert hf_type not in found, f"two families claim {hf_type}"
-                found[hf_type] = family
+    for family in scan(folder, "FAMILY").values():
+        for hf_type in family.hf_types:
+            assert hf_type not in found, f"two families claim {hf_type}"
+            found[hf_type] = family
     return found
 
 
@@ -264,7 +286,7 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
 MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
-    "max_position_embeddings "
+    "max_position_embeddings query_pre_attn_scalar "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""

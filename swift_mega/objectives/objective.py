@@ -1,7 +1,5 @@
 """What an objective is: from the last stage's hidden states to a sum and a count that the framework divides globally."""
 
-import importlib
-import pkgutil
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,7 +8,7 @@ from torch import Tensor
 import swift_mega.objectives as folder
 from swift_mega.config import schema
 from swift_mega.data.pack import Microbatch
-from swift_mega.errors import UserError
+from swift_mega.discover import choose
 from swift_mega.models.build import Decoder, ModelPart
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.vocab import token_log_probabilities
@@ -53,11 +51,4 @@ class Objective(Protocol):
 
 def find_objective(settings: schema.Objective) -> Objective:
     """The objective of `settings.name`; UserError with the known ones."""
-    known = {}
-    for info in pkgutil.iter_modules(folder.__path__):
-        made = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "OBJECTIVE", None)
-        if made is not None:
-            known[info.name] = made
-    if settings.name not in known:
-        raise UserError(f"objective.name={settings.name!r} is not known; known: {', '.join(sorted(known))}")
-    return known[settings.name]
+    return choose(folder, "OBJECTIVE", settings.name, setting="objective.name")

@@ -13,6 +13,7 @@ from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Family, Settings
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
+EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
 ALL = "all-linear"
 
 
@@ -37,7 +38,7 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
             layers = [
                 i
                 for i, moe in enumerate(settings.moe_layers)
-                if ".mlp." not in rule.megatron or moe == ("{e}" in rule.megatron)
+                if ".mlp." not in rule.megatron or moe == (EXPERTS.search(rule.megatron) is not None)
             ]
             found.update(
                 part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts

@@ -4,14 +4,12 @@ A tuner decides which parameters are trained and what a checkpoint of the run is
 base weights are in it; it never changes them.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import swift_mega.tuners as folder
 from swift_mega.config import schema
-from swift_mega.errors import UserError
+from swift_mega.discover import choose
 from swift_mega.models.build import Held, ModelPart
 
 
@@ -36,11 +34,4 @@ class Tuner(Protocol):
 
 def find_tuner(settings: schema.Tuner) -> Tuner:
     """The tuner of `settings.type`; UserError with the known ones."""
-    known = {}
-    for info in pkgutil.iter_modules(folder.__path__):
-        made = getattr(importlib.import_module(f"{folder.__name__}.{info.name}"), "TUNER", None)
-        if made is not None:
-            known[info.name] = made
-    if settings.type not in known:
-        raise UserError(f"tuner.type={settings.type!r} is not known; known: {', '.join(sorted(known))}")
-    return known[settings.type](settings)
+    return choose(folder, "TUNER", settings.type, setting="tuner.type")(settings)
