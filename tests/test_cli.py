@@ -33,6 +33,7 @@ class Recorder(types.ModuleType):
         self.answers: list[list[dict[str, str]]] = []
         self.passed = True
         self.failure: BaseException | None = None
+        self.directory, self.checkpoint, self.merged = Path("out/v0"), Path("out/v0/checkpoint-5"), None
         for name in ("train", "convert", "export", "infer", "verify"):
             setattr(self, name, self._recording(name))
 
@@ -279,8 +280,9 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"swift-mega {swift_mega.__version__}\n"
 
 
-def test_sft_trains_what_the_settings_say(api: Recorder) -> None:
+def test_sft_trains_what_the_settings_say(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "recipe.yaml", "optim.eps=1e-7", "--tp", "2", "lora_rank=4", "--nproc", "2"]) == 0
+    assert "out/v0/checkpoint-5" in capsys.readouterr().out
     [(name, (run,), options)] = api.calls
     assert name == "train" and options == {"nproc": 2}
     assert (run.model.path, run.data.dataset, run.optim.lr) == ("model", ("data.jsonl",), 2e-4)

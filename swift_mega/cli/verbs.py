@@ -12,7 +12,7 @@ from swift_mega.cli.files import check_output, model_of, output_directory, read_
 from swift_mega.config.check import check_inputs, check_model_directory
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
-from swift_mega.launch.torchrun import refuse_joined, world_size
+from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
 
 LAYOUT = re.compile(r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp)\d+|sp))*")
 TRAINING_ONLY = (
@@ -30,7 +30,12 @@ def train(arguments: Arguments) -> int:
     world_size(nproc)  # a wrong environment is found before the imports
     from swift_mega import api
 
-    api.train(run, nproc=nproc)
+    result = api.train(run, nproc=nproc)
+    if is_first_rank():
+        print(f"checkpoint  {result.checkpoint}")
+        if result.merged is not None:
+            print(f"merged      {result.merged}")
+        print(f"plots       {result.directory / 'images'}")
     return 0
 
 

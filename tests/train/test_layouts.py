@@ -5,6 +5,7 @@ own steps are compared with torch's AdamW on the Hugging Face model.
 """
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ class Bench:
             run_ranks(1, validate.random_adapter, run, cpu, self.layout(schema.Parallel(), 1), self.adapter)
         # in a rank of its own: this process must stay one that can fork ranks
         run_ranks(1, validate.reference, self.model, self.adapter, self.rows, self.folder / "reference")
-        self.one = self.steps("one", schema.Parallel(distributed_optimizer=False), 1)
+
+    @functools.cached_property
+    def one(self) -> tuple[list[float], Checkpoint]:
+        """Losses and weights of one rank's three steps."""
+        return self.steps("one", schema.Parallel(distributed_optimizer=False), 1)
 
     def layout(self, parallel: schema.Parallel, world: int) -> Layout:
         return plan_layout(parallel, self.shape, world)
@@ -173,6 +178,19 @@ def test_one_rank(work: Path, cpu: Device, family: str, tuner: str) -> None:
     found = bench(work, cpu, family, tuner).difference("single", schema.Parallel(distributed_optimizer=False), 1)
     assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, found
     assert found.tensors > 20
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_cut(work: Path, cpu: Device, family: str, layout: str) -> None:
+    """Tensor, sequence and pipeline parallelism of every family; experts are cut with the ranks there are."""
+    one = bench(work, cpu, family, "full")
+    name = layout
+    if one.shape.experts:
+        name = {"tp2-sp": "tp2-ep2-etp1-sp", "pp2": "pp2-ep2"}[layout]
+    parallel, world = parse_layout(name)
+    found = one.difference(layout, dataclasses.replace(parallel, distributed_optimizer=False), world)
+    assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, found
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])

@@ -1,0 +1,47 @@
+"""docs/models.md, made from the families themselves: `python scripts/models_page.py` writes it, `--check` only compares."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from swift_mega import device
+
+device.setup()
+
+import swift_mega.models as folder  # noqa: E402
+from swift_mega.discover import scan  # noqa: E402
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+HEAD = """# Models
+
+Made by `python scripts/models_page.py` from the files in `swift_mega/models/`, one per family; the text is the family's own first lines.
+
+For each family, tiny random models made by transformers are compared in `make test`: logits, loss and every gradient on one rank (all
+parameters, and LoRA on all linears beside PEFT), on TP2 with sequence parallelism and on PP2 (with EP2 for experts), in float32; and
+every tensor comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
+
+| model_type | what it is |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = []
+    for name, family in scan(folder, "FAMILY").items():
+        text = (importlib.import_module(f"{folder.__name__}.{name}").__doc__ or "").strip()
+        rows += [(kind, " ".join(text.split("\n\n")[0].split())) for kind in family.hf_types]
+    return HEAD + "".join(f"| `{kind}` | {text} |\n" for kind, text in sorted(rows))
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--check", action="store_true", help="exit with 1 where the page is not up to date")
+    if options.parse_args().check:
+        return 0 if PAGE.is_file() and PAGE.read_text() == page() else 1
+    PAGE.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,25 @@
+"""Pages that are made from code are up to date, and links between pages lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_models_page_is_current() -> None:
+    made = subprocess.run([sys.executable, ROOT / "scripts" / "models_page.py", "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, f"run `python scripts/models_page.py`\n{made.stderr}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_no_secret_places() -> None:
+    """Nothing in the repository names a machine's paths."""
+    for page in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.py")]:
+        assert not re.search(r"(?<![\w.])/(root|work|home)/", page.read_text()), page.name
