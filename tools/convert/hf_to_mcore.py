@@ -1,0 +1,35 @@
+"""Hugging Face -> Megatron-core (torch_dist): hf_to_mcore.py --model DIR --output DIR [--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16].
+
+Started by python, it makes the layout's ranks on this machine; started by torchrun or srun, each rank there does its part.
+"""
+
+import argparse
+import sys
+
+from swift_mega import api
+from swift_mega.config.schema import Parallel
+from swift_mega.errors import UserError
+from swift_mega.launch.torchrun import is_first_rank
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True, help="Hugging Face directory")
+    options.add_argument("--output", required=True, help="where the checkpoint goes; must be absent or empty")
+    for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        options.add_argument(f"--{name}", type=int, default=1, help=f"{what} parallel size")
+    options.add_argument("--etp", type=int, help="expert tensor parallel size; default: --tp")
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the result; default: the source's")
+    given = options.parse_args()
+    parallel = Parallel(tensor=given.tp, pipeline=given.pp, expert=given.ep, expert_tensor=given.etp)
+    try:
+        api.convert(source=given.model, to="mcore", output=given.output, parallel=parallel, dtype=given.dtype)
+    except UserError as error:
+        if is_first_rank():
+            print(f"hf_to_mcore: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
