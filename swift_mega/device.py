@@ -8,6 +8,7 @@ looked up before anything is replaced, so that a Megatron or torch without one f
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import queue
@@ -201,6 +202,11 @@ def _install_facade() -> None:
 def _is(value: Any) -> Callable[[Any], Any]:
     """A replacement that does not depend on what it replaces."""
     return lambda original: value
+
+
+def _only_with_te(original: bool) -> bool:
+    """What Megatron says of Transformer Engine, where that can be imported."""
+    return original and importlib.util.find_spec("transformer_engine") is not None
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -413,6 +419,11 @@ PATCHES = (
         name="MoE router",
         reason="0.16.1 does not define this name without Transformer Engine, moe_utils.py:1192",
         targets={_MOE + "moe_utils:te_general_gemm?": lambda original: original},
+    ),
+    Patch(
+        name="latent attention",
+        reason="says it has Transformer Engine where that is absent, and asks isinstance(…, None), multi_latent_attention.py:185",
+        targets={"megatron.core.transformer.multi_latent_attention:HAVE_TE": _only_with_te},
     ),
     Patch(
         name="MoE split sizes",

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_models_page_is_current() -> None:
-    made = subprocess.run([sys.executable, ROOT / "scripts" / "models_page.py", "--check"], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "models_page.py", "--check"], capture_output=True, text=True
+    )
     assert made.returncode == 0, f"run `python scripts/models_page.py`\n{made.stderr}"
 
 
@@ -21,5 +23,10 @@ def test_links_lead_somewhere() -> None:
 
 def test_no_secret_places() -> None:
     """Nothing in the repository names a machine's paths."""
-    for page in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.py")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "scripts").glob("*.py"),
+    ]:
         assert not re.search(r"(?<![\w.])/(root|work|home)/", page.read_text()), page.name

@@ -44,6 +44,7 @@ class CoreAttention(MegatronModule):
         self.interleaved = rope is not None and rope.interleaved
         self.window = settings.windows[layer_number - 1]
         self.clip = settings.scales.clip
+        self.softcap = settings.scales.attention_softcap
         self.scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(
@@ -59,6 +60,7 @@ class CoreAttention(MegatronModule):
             cos, sin = row.turns[self.turn]
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
         out = attention(
-            query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window
+            query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
+            softcap=self.softcap,
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)

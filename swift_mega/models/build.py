@@ -6,6 +6,7 @@ Everything that knows whether the layers are Transformer Engine's (CUDA) or Mega
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from swift_mega.config.schema import Train
@@ -26,7 +27,9 @@ from swift_mega.errors import UserError
 from swift_mega.models.attention import CoreAttention, Segments
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
+from swift_mega.models.mla import check_cut, latent
 from swift_mega.models.norm import Norm, WholeNorm
+from swift_mega.models.router import Router
 from swift_mega.ops.rope import tables
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -84,6 +87,7 @@ class Held:
 
     name: str
     parameter: torch.nn.Parameter
+    """Or a buffer that checkpoints hold, which has no gradient."""
     rule: Rule
     numbers: Mapping[str, int]
     copy: bool
@@ -118,7 +122,8 @@ class ModelPart:
 
     def _held(self, chunk: Decoder, first_layer: int) -> Iterator[Held]:
         experts = (self.settings.shape.experts or 0) // self.layout.expert
-        for name, parameter in chunk.named_parameters():
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFER))
+        for name, parameter in itertools.chain(chunk.named_parameters(), buffers):
             if ".adapter." in name:
                 continue
             full = canonical(name, first_layer=first_layer, first_expert=self.coordinate.expert * experts)
@@ -152,6 +157,9 @@ class ModelPart:
             return None
         return chunk.shared_embedding_or_output_weight() if self.settings.tied else chunk.output_layer.weight
 
+
+BUFFER = ".router.expert_bias"
+"""The one kind of buffer that is read from checkpoints and written to them; others are counters or derived."""
 
 _TE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
@@ -209,6 +217,8 @@ def transformer_config(
 ) -> TransformerConfig:  # fmt: skip
     """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
     check_passthrough(given)
+    if _latent(settings):
+        check_cut(settings, layout.tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
@@ -228,7 +238,7 @@ def transformer_config(
     fields.update(device.safe_schedule(layout.virtual))
     fields.update(given)
     try:
-        return TransformerConfig(**fields)
+        return MLATransformerConfig(**fields) if _latent(settings) else TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron refuses these settings: {error}; change the setting that it names") from error
 
@@ -236,7 +246,9 @@ def transformer_config(
 def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    made = {moe: _joined(spec(moe=moe), settings, norm_class(settings, device)) for moe in set(settings.moe_layers)}
+    made = {
+        moe: _joined(spec(moe=moe), settings, norm_class(settings, device), moe=moe) for moe in set(settings.moe_layers)
+    }
     return [made[moe] for moe in settings.moe_layers]
 
 
@@ -263,12 +275,15 @@ def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
+        multi_latent_attention=_latent(settings),
     )  # fmt: skip
     norm = bound(Norm, kind=settings.norm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if settings.megatron.get("qk_layernorm", False):
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = norm
+    if _latent(settings):
+        latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
     return spec
 
 
@@ -280,7 +295,7 @@ def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
 
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
-        qk_layernorm=settings.megatron.get("qk_layernorm", False),
+        qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=_latent(settings),
     )  # fmt: skip
     if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
         norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
@@ -288,13 +303,23 @@ def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         if not moe:
             _mlp(spec).linear_fc1 = TEColumnParallelLinear
+    if _latent(settings):
+        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
+        latent(spec.submodules.self_attention, settings, norm=norm, linear=TEColumnParallelLinear)
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type) -> ModuleSpec:
+def _latent(settings: Settings) -> bool:
+    """Keys and values come from a latent (models/mla.py)."""
+    return bool(settings.megatron.get("multi_latent_attention", False))
+
+
+def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> ModuleSpec:
     """What a family varies, on either kind of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
     attention.core_attention = bound(CoreAttention, settings=settings)
+    if settings.routing is not None and moe:
+        _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:
         attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
         attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
@@ -316,7 +341,7 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type) -> ModuleSpec:
 
 
 def _mlp(spec: ModuleSpec) -> Any:
-    """The submodules of a dense layer's MLP."""
+    """The submodules of a layer's MLP: its linears, or router and experts."""
     mlp = spec.submodules.mlp
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, Rope, Rule, Settings
-from swift_mega.models.packs import GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
+from swift_mega.models.family import Family, Rope, Routing, Rule, Settings
+from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
 from swift_mega.parallel.layout import ModelShape
 
 LAYER = "decoder.layers.{i}."
@@ -45,10 +45,25 @@ def mlp_rules(target: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
+def ungated_mlp_rules(target: str, up: str, down: str) -> tuple[Rule, ...]:
+    """An MLP of two linears with an activation between; the last two are Hugging Face module names."""
+    return (
+        Rule(target + "linear_fc1.weight", (up + ".weight",), COLUMN),
+        Rule(target + "linear_fc1.bias", (up + ".bias",), COLUMN),
+        Rule(target + "linear_fc2.weight", (down + ".weight",), ROW),
+        Rule(target + "linear_fc2.bias", (down + ".bias",), REPLICATED),
+    )
+
+
 def expert_rules(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     """A mixture of experts with one set of tensors per expert {e}."""
     experts = LAYER + "mlp.experts.local_experts.{e}."
     return (Rule(LAYER + "mlp.router.weight", (router,), REPLICATED), *mlp_rules(experts, gate, up, down))
+
+
+def shared_expert_rules(gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """The expert that every token of a mixture passes. There is one for all expert ranks, which tensor ranks cut: no {e}."""
+    return mlp_rules(LAYER + "mlp.shared_experts.", gate, up, down)
 
 
 def norm_rules(target: str, source: str) -> tuple[Rule, ...]:
@@ -77,20 +92,24 @@ READS = frozenset(
 # ---------------------------------------------------------------------------------------------- config -> settings
 
 
-def translate(config: Any, **changes: Any) -> Settings:
-    """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here."""
+def translate(config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = None, **changes: Any) -> Settings:
+    """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
+
+    epsilon: the config's field for that of the norms; ffn: the MLP's width where it is not `intermediate_size`.
+    """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    kv_heads = config.num_key_value_heads or heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    ffn = ffn or config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     megatron: dict[str, Any] = dict(
-        num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim, layernorm_epsilon=config.rms_norm_eps,
+        num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=ffn,
+        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim, layernorm_epsilon=getattr(config, epsilon),
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     shape = ModelShape(
         layers=layers, heads=heads, kv_heads=kv_heads, experts=None, hidden=config.hidden_size,
-        ffn=config.intermediate_size, expert_ffn=None, vocab=config.vocab_size,
+        ffn=ffn, expert_ffn=None, vocab=config.vocab_size,
     )  # fmt: skip
     found: dict[str, Any] = dict(
         shape=shape,
@@ -110,22 +129,29 @@ def translate(config: Any, **changes: Any) -> Settings:
 
 
 def moe(
-    settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool
-) -> Settings:
-    """Settings with a softmax-routed mixture of experts in the marked layers.
+    settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool = True,
+    shared: int | None = None, shared_gate: bool = False, routing: Routing | None = None,
+) -> Settings:  # fmt: skip
+    """Settings with a mixture of experts in the marked layers, routed by softmax where there is no `routing`.
 
     normalise: the chosen probabilities sum to one, which is what Megatron computes when it takes the softmax after the choice.
+    shared: columns of the expert that every token passes; shared_gate: its output is weighed by the sigmoid of a learned projection.
     """
     megatron = dict(
         num_moe_experts=experts, moe_router_topk=top_k, moe_ffn_hidden_size=ffn, moe_router_pre_softmax=not normalise,
         moe_layer_freq=[int(moe) for moe in layers], moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
     )  # fmt: skip
+    if shared:
+        megatron.update(moe_shared_expert_intermediate_size=shared, moe_shared_expert_gate=shared_gate)
+    if routing is not None:
+        megatron.update(moe_router_score_function=routing.score, moe_router_pre_softmax=True)
     return dataclasses.replace(
         settings,
         megatron={**settings.megatron, **megatron},
         moe_layers=layers,
-        shape=dataclasses.replace(settings.shape, experts=experts, expert_ffn=ffn),
+        routing=routing,
+        shape=dataclasses.replace(settings.shape, experts=experts, expert_ffn=ffn, shared_ffn=shared or None),
     )
 
 

@@ -37,7 +37,7 @@ class Head:
         tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None
         return token_log_probabilities(
             chunk.head_input(hidden), weight, targets, group=tensor, vocab_size=self.part.settings.shape.vocab,
-            first_row=weight.shape[0] * self.groups.coordinate.tensor,
+            first_row=weight.shape[0] * self.groups.coordinate.tensor, softcap=self.part.settings.scales.logit_softcap,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 LOG2_E = 1 / math.log(2)
 SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
@@ -40,37 +41,52 @@ def attention(
     cu_seqlens: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention of every token to the tokens before it, and itself, in its own example.
 
     query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim], heads a multiple of kv_heads.
+    value may have a smaller head_dim, v_head_dim.
     bounds: first token of each example and the end of the last, on the host; cu_seqlens: the same as int32 on the device.
     window: a token sees itself and window - 1 tokens before it; None sees all.
-    Returns [tokens, heads, head_dim].
+    softcap: scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv:2408.00118).
+    Returns [tokens, heads, v_head_dim].
     """
+    missing = query.shape[-1] - value.shape[-1]
+    if missing > 0:  # the kernels know one size; what is added takes no part in the scores, and is cut off again
+        out = attention(
+            query, key, F.pad(value, (0, missing)), bounds=bounds, cu_seqlens=cu_seqlens, scale=scale, window=window, softcap=softcap
+        )  # fmt: skip
+        return out[..., :-missing]
     # Narrow dtypes stay with torch, whose kernels keep their sums in float32.
     if (
         query.device.type == "cpu"
         and query.dtype in (torch.float32, torch.float64)
         and query.shape[-1] == value.shape[-1]
+        and softcap is None
     ):
         return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window)
     flash = _flash_varlen() if query.is_cuda else None
     if flash is None:
-        return attention_reference(query, key, value, bounds=bounds, scale=scale, window=window)
+        return attention_reference(query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap)
     longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     return flash(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest,
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
+        **({} if softcap is None else {"softcap": softcap}),
     )  # fmt: skip
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """`attention` in torch; shapes as there."""
     outs = []
     for start, end in _examples(bounds):
+        if softcap is not None:
+            outs.append(_capped(query[start:end], key[start:end], value[start:end], scale, window, softcap))
+            continue
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         banded = window is not None and end - start > window
         out = F.scaled_dot_product_attention(
@@ -79,6 +95,32 @@ def attention_reference(
         )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
+    """One example with capped scores, a block of queries at a time, whose scores are computed again for the gradient."""
+    keys, values = (x.transpose(0, 1) for x in (key, value))
+    blocks = []
+    for first, start, end in _blocks(len(query), window):
+        given = (_grouped(query[start:end], len(keys)), keys[:, first:end], values[:, first:end])
+        out = checkpoint(
+            _capped_block, *given, scale, window, softcap, end - start, use_reentrant=False, preserve_rng_state=False
+        )  # fmt: skip
+        blocks.append(out.view(query.shape[1], end - start, -1).transpose(0, 1))
+    return torch.cat(blocks)
+
+
+def _capped_block(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float, queries: int
+) -> Tensor:
+    """query: [kv_heads, heads / kv_heads * queries, head_dim]; key, value: [kv_heads, keys, head_dim] -> like query."""
+    scores = torch.bmm(query, key.transpose(1, 2)).mul(scale / softcap).tanh().mul(softcap)
+    keys = key.shape[1]
+    distance = torch.arange(keys - queries, keys, device=key.device)[:, None] - torch.arange(keys, device=key.device)
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    shown = scores.view(len(key), -1, queries, keys).masked_fill(~seen, -torch.inf)
+    exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return torch.bmm(shown.softmax(-1, dtype=exact).to(value.dtype).view_as(scores), value)
 
 
 class _CpuAttention(torch.autograd.Function):

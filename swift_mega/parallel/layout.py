@@ -30,6 +30,8 @@ class ModelShape:
     vocab: int
     experts: int | None = None
     expert_ffn: int | None = None
+    shared_ffn: int | None = None
+    """Of the expert that every token passes, which tensor ranks cut like a dense MLP; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +229,7 @@ def _check_sizes(parallel: Parallel, shape: ModelShape, world: int) -> None:
 def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     tensor = parallel.tensor
     cut = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.ffn}
+    cut["columns of the shared expert"] = shape.shared_ffn
     for what, count in cut.items():
         if count is not None and count % tensor:
             why = "; key-value heads are not copied" if what == "key-value heads" else ""

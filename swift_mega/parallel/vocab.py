@@ -31,6 +31,7 @@ def token_log_probabilities(
     first_row: int,
     chunk: int | None = None,
     columns: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight.T)[target] for every token, over the whole vocabulary; 0 where the target is negative.
 
@@ -39,12 +40,12 @@ def token_log_probabilities(
     targets: [tokens] int64, global, the same on every rank. group: the tensor ranks; None for one rank.
     chunk: tokens whose logits exist at once. None: all of them where `weight` is trained (kept for the backward pass),
     else as many as fit CHUNK_NUMBERS. columns: of the vocabulary whose logits exist at once where `weight` is frozen; None:
-    all of them on CUDA, as many as fit the cache on the CPU.
+    all of them on CUDA, as many as fit the cache on the CPU. softcap: of the logits, by `soft_cap`; None: as they are.
 
     Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden and weight. The
     gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
     """
-    cut = _Cut(group, vocab_size, first_row, chunk, columns)
+    cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
     kept = targets >= 0
     if bool(kept.all()):
         return _LogProbabilities.apply(hidden, weight, targets, cut)
@@ -58,6 +59,11 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **cut: Any) ->
     return -token_log_probabilities(hidden, weight, labels, **cut)
 
 
+def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(logits / c), so that all lie within [-c, c] (Gemma 2, arXiv:2408.00118); None: as they are."""
+    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+
+
 @dataclass(frozen=True)
 class _Cut:
     """Which rows of the vocabulary this rank has, and how many tokens it takes at once."""
@@ -67,6 +73,11 @@ class _Cut:
     first_row: int
     chunk: int | None
     columns: int | None
+    softcap: float | None
+
+    def slope(self, capped: Tensor) -> Tensor | None:
+        """The derivative of `soft_cap` where it gives `capped`; None for 1."""
+        return None if self.softcap is None else 1 - (capped / self.softcap).square_()
 
     @property
     def ranks(self) -> int:
@@ -116,7 +127,7 @@ class _LogProbabilities(torch.autograd.Function):
         lse, target_logits = _over_ranks(local_lse, target_logits, cut)
         result = target_logits - lse
         ctx.save_for_backward(hidden, weight, targets, result, lse, local_lse, pull, *kept)
-        ctx.cut = cut
+        ctx.cut, ctx.slope = cut, cut.slope(target_logits)
         return result
 
     @staticmethod
@@ -126,6 +137,8 @@ class _LogProbabilities(torch.autograd.Function):
         rows = cut.real_rows(weight)
         tokens, columns = cut.own(targets, len(rows))
         towards = gradients[0] * -result.expm1()  # g (1 - p), exact for a confident token
+        if ctx.slope is not None:
+            towards = towards * ctx.slope
         away = -gradients[0] * (local_lse - lse).exp()
         hidden_gradient = weight_gradient = None
         if pull is not None:
@@ -148,14 +161,18 @@ class _LogProbabilities(torch.autograd.Function):
 def _whole_chunk(
     hidden: Tensor, rows: Tensor, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor, pull: Tensor | None
 ) -> Tensor:
-    """Fills lse, target_logits and pull of a chunk of tokens; returns the softmax over this rank's rows, the target's column 0."""
+    """Fills lse, target_logits and pull of a chunk of tokens; returns the softmax over this rank's rows, the target's column 0.
+
+    Where logits are capped, each number of the softmax that is returned, or that pulls, is times the slope of the cap there.
+    """
     tokens, columns = cut.own(targets, len(rows))
-    logits = (hidden @ rows.t()).to(lse.dtype)
+    logits = soft_cap((hidden @ rows.t()).to(lse.dtype), cut.softcap)
+    slope = cut.slope(logits)
     target_logits[tokens] = logits[tokens, columns]
     top, total = _exponentials(logits)
     lse.copy_(top + total.log())
     logits[tokens, columns] = 0
-    softmax = logits.div_(total[:, None])
+    softmax = _by(logits.div_(total[:, None]), slope)
     if pull is not None:
         pull.copy_(softmax.to(rows.dtype) @ rows)
     return softmax
@@ -173,7 +190,8 @@ def _chunk_in_blocks(
     for block in cut.blocks(rows):
         tokens = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
         columns = local[tokens] - block.start
-        logits = (hidden @ rows[block].t()).to(lse.dtype)
+        logits = soft_cap((hidden @ rows[block].t()).to(lse.dtype), cut.softcap)
+        slope = None if pull is None else cut.slope(logits)
         target_logits[tokens] = logits[tokens, columns]
         before, tops = tops, torch.maximum(tops, logits.amax(-1))
         logits.sub_(tops[:, None]).exp_()
@@ -181,10 +199,14 @@ def _chunk_in_blocks(
         totals.mul_(shrink).add_(logits.sum(-1))
         logits[tokens, columns] = 0
         if pull is not None:
-            _add_product(pull.mul_(shrink[:, None]), logits.to(rows.dtype), rows[block])
+            _add_product(pull.mul_(shrink[:, None]), _by(logits, slope).to(rows.dtype), rows[block])
     lse.copy_(tops + totals.log())
     if pull is not None and len(rows):
         pull.div_(totals[:, None])
+
+
+def _by(softmax: Tensor, slope: Tensor | None) -> Tensor:
+    return softmax if slope is None else softmax.mul_(slope)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
@@ -198,11 +220,12 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 def _softmax_of_others(hidden: Tensor, rows: Tensor, targets: Tensor, part: slice, cut: _Cut) -> Tensor:
     """The softmax over this rank's rows of a chunk, [chunk, rows], with the target's column taken out."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = (hidden[part] @ rows.t()).to(exact)
+    logits = soft_cap((hidden[part] @ rows.t()).to(exact), cut.softcap)
+    slope = cut.slope(logits)
     _, total = _exponentials(logits)
     tokens, columns = cut.own(targets[part], len(rows))
     logits[tokens, columns] = 0
-    return logits.div_(total[:, None])
+    return _by(logits.div_(total[:, None]), slope)
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from swift_mega.models.build import Held
 from swift_mega.models.family import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
+from swift_mega.parallel.vocab import soft_cap
 from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
 
@@ -183,8 +184,9 @@ def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output:
             output.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         _write_logits(training, logits, loss, output)
+        trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
         write_directory(
-            training.part, groups, output / "gradients", list(training.tuner.held(training.part)), dtypes=training.part.config.params_dtype,
+            training.part, groups, output / "gradients", trained, dtypes=training.part.config.params_dtype,
             max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient,
         )  # fmt: skip
     finally:
@@ -221,7 +223,8 @@ class _Collect:
     objective: Any
 
     def loss(self, head: Any, chunk: Any, hidden: Tensor, batch: Microbatch) -> Any:
-        local = chunk.head_input(hidden) @ head.part.head_weight.t()
+        logits = chunk.head_input(hidden) @ head.part.head_weight.t()
+        local = soft_cap(logits, head.part.settings.scales.logit_softcap)
         shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
         whole = torch.cat(shards, dim=-1)[:, : self.vocab].cpu()

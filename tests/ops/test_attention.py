@@ -25,8 +25,9 @@ HEADS = [(4, 4), (6, 2), (3, 1)]
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """One [heads, tokens, tokens] softmax with everything that may not be seen masked, keys repeated per query head."""
     tokens, heads, _ = query.shape
     example, place = torch.empty(tokens, dtype=torch.long), torch.arange(tokens)
@@ -38,6 +39,8 @@ def _dense(
         seen &= distance < window
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
 
@@ -54,7 +57,7 @@ def _compare(function: Any, given: list[Tensor], tolerance: float, **settings: A
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, want = (
         function(*inputs, **settings),
-        _dense(*wide, *(settings[name] for name in ("bounds", "scale", "window"))),
+        _dense(*wide, *(settings[name] for name in ("bounds", "scale", "window")), settings.get("softcap")),
     )
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(got, want, **close)
@@ -79,6 +82,18 @@ def test_narrow_dtypes_equal_dense_float64(dtype, tolerance, window):
     bounds = (0, 3, 3 + 2 * module.QUERY_BLOCK)
     given = _problem(bounds[-1], (6, 2), dtype)
     _compare(attention, given, tolerance, bounds=bounds, cu_seqlens=torch.tensor(bounds), scale=0.35, window=window)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_capped_scores_equal_dense_float64(bounds, window):
+    """A cap of 1.5 bends most scores here; also in a narrow dtype, whose sums are in float32."""
+    settings = {"bounds": bounds, "scale": 0.4, "window": window, "softcap": 1.5}
+    given = _problem(bounds[-1], (6, 2), torch.float64)
+    _compare(attention, given, 1e-12, cu_seqlens=torch.tensor(bounds), **settings)
+    _compare(attention_reference, given, 1e-12, **settings)
+    narrow = _problem(bounds[-1], (6, 2), torch.bfloat16)
+    _compare(attention, narrow, 5e-2, cu_seqlens=torch.tensor(bounds), **settings)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -122,7 +137,7 @@ def flash_attn_varlen_func(
     """flash-attn's function of that name (2.8, flash_attn_interface.py), from what its docstring says; dense."""
     assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1] % k.shape[1] == 0 and k.shape[1] == v.shape[1]
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
-    assert dropout_p == 0 and softcap == 0 and alibi_slopes is None and block_table is None
+    assert dropout_p == 0 and alibi_slopes is None and block_table is None
     assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q and int(cu_seqlens_k.diff().max()) <= max_seqlen_k
     keys = torch.arange(len(k))
     rows = []
@@ -136,7 +151,9 @@ def flash_attn_varlen_func(
             if window_size[1] >= 0:
                 seen &= keys <= i + window_size[1]
             group = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
-            scores = (torch.einsum("hd,khd->hk", q[i], k[:, group]) * softmax_scale).masked_fill(~seen, -torch.inf)
+            scores = torch.einsum("hd,khd->hk", q[i], k[:, group]) * softmax_scale
+            scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+            scores = scores.masked_fill(~seen, -torch.inf)
             rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[:, group]))
     return torch.stack(rows)
 
@@ -148,15 +165,16 @@ class _OnCuda(Tensor):
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("window", [None, 1, 4])
-def test_the_call_of_flash_attn(monkeypatch, window):
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (4, None), (None, 1.5), (4, 1.5)])
+def test_the_call_of_flash_attn(monkeypatch, window, softcap):
     """By its documented meaning the call computes what the reference does: argument order, dtypes, inclusive window."""
     monkeypatch.setattr(module, "_flash_varlen", lambda: flash_attn_varlen_func)
     bounds = (0, 3, 4, 11, 20)
     query, key, value, _ = _problem(20, (6, 2), torch.float64)
     starts = torch.tensor(bounds, dtype=torch.int32)
-    got = attention(query.as_subclass(_OnCuda), key, value, bounds=bounds, cu_seqlens=starts, scale=0.4, window=window)
-    want = _dense(query, key, value, bounds, 0.4, window)
+    settings = {"bounds": bounds, "cu_seqlens": starts, "scale": 0.4, "window": window, "softcap": softcap}
+    got = attention(query.as_subclass(_OnCuda), key, value, **settings)
+    want = _dense(query, key, value, bounds, 0.4, window, softcap)
     torch.testing.assert_close(got.as_subclass(Tensor), want, rtol=0, atol=1e-12)
 
 

@@ -23,19 +23,26 @@ def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor
     return hidden, weight, targets, torch.randn(TOKENS, dtype=dtype)
 
 
-def _dense(hidden: Tensor, weight: Tensor, targets: Tensor, above: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(
+    hidden: Tensor, weight: Tensor, targets: Tensor, above: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = (given.detach().double().clone().requires_grad_() for given in (hidden, weight))
-    value = -F.cross_entropy(hidden @ weight.t(), targets, ignore_index=-100, reduction="none")
+    logits = hidden @ weight.t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    value = -F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     (value * above).sum().backward()
     assert hidden.grad is not None and weight.grad is not None
     return value.detach(), hidden.grad, weight.grad
 
 
-def _cut_equals_dense(padded: int, chunk: int | None, trained: bool, columns: int | None = None) -> None:
+def _cut_equals_dense(
+    padded: int, chunk: int | None, trained: bool, columns: int | None = None, softcap: float | None = None
+) -> None:
     """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, targets, above = _problem()
-    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above)
+    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above, softcap)
     whole = torch.cat([weight, torch.full((padded - VOCAB, HIDDEN), 50.0, dtype=weight.dtype)])
     rows = padded // ranks
     mine = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_(trained)
@@ -49,6 +56,7 @@ def _cut_equals_dense(padded: int, chunk: int | None, trained: bool, columns: in
         first_row=rank * rows,
         chunk=chunk,
         columns=columns,
+        softcap=softcap,
     )
     close = {"rtol": 0, "atol": 1e-13}
     torch.testing.assert_close(got.detach(), value, **close)
@@ -65,6 +73,20 @@ def _cut_equals_dense(padded: int, chunk: int | None, trained: bool, columns: in
 def test_value_and_gradients_equal_dense(ranks, size):
     """Vocabulary 29 on 1, 2, 3 ranks (padded; with 3 ranks and 48 rows one is all padding), whole and in chunks."""
     ranks(size, _all_cases, size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_capped_logits_equal_dense(ranks, size):
+    """A cap of 2 bends most logits here; the gradient carries its slope, the target's column too."""
+    ranks(size, _capped_cases, size)
+
+
+def _capped_cases(size: int) -> None:
+    for chunk in (None, 4):
+        for trained in (False, True):
+            _cut_equals_dense(32 * size, chunk, trained, softcap=2.0)
+        for columns in (1, 5):
+            _cut_equals_dense(32 * size, chunk, trained=False, columns=columns, softcap=2.0)
 
 
 def _all_cases(size: int) -> None:

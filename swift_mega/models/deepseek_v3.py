@@ -1,0 +1,123 @@
+"""DeepSeek-V3 and its kin (Moonlight, Kimi-K2): latent attention, and after some dense layers experts chosen by groups.
+
+The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes.
+"""
+
+from typing import Any
+
+from swift_mega.errors import UserError
+from swift_mega.models.decoder import (
+    DECODER,
+    HF_LAYER,
+    LAYER,
+    expert_rules,
+    moe,
+    norm_rules,
+    rope,
+    shared_expert_rules,
+    translate,
+    vary,
+)
+from swift_mega.models.family import Routing, Rule, Settings
+from swift_mega.models.packs import COLUMN, REPLICATED
+
+ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
+EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."
+LINEARS = {
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "linear_kv_up_proj": "kv_b_proj",
+}
+LATENT_RULES = (
+    *(Rule(f"{ATTENTION}{ours}.weight", (f"{HF_ATTENTION}{theirs}.weight",), COLUMN) for ours, theirs in LINEARS.items()),
+    *norm_rules(ATTENTION + "q_layernorm", HF_ATTENTION + "q_a_layernorm"),
+    *norm_rules(ATTENTION + "kv_layernorm", HF_ATTENTION + "kv_a_layernorm"),
+)  # fmt: skip
+RULES = (
+    *LATENT_RULES,
+    *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
+    *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
+)
+READS = (
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"),
+    *("n_group", "topk_group", "routed_scaling_factor"),
+    *("num_local_experts", "num_experts"),  # transformers' other names of n_routed_experts
+    *("aux_loss_alpha", "seq_aux", "ep_size"),  # of the training that made the checkpoint
+)
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "moe_layer_freq": (1,),
+    "quantization_config": (None,),
+}
+
+
+def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Settings:
+    """Settings of a DeepSeek config, whose experts are chosen by `routing`."""
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    if config.num_key_value_heads != heads:
+        raise UserError(
+            f"config.json: num_key_value_heads={config.num_key_value_heads}, but latent attention gives each of the "
+            f"{heads} heads keys of its own; set it to {heads}"
+        )
+    if config.head_dim != config.qk_rope_head_dim:
+        raise UserError(
+            f"config.json: head_dim={config.head_dim}, but transformers rotates qk_rope_head_dim={config.qk_rope_head_dim} "
+            "features; remove head_dim"
+        )
+    _check_groups(config, routing)
+    yarn = config.rope_parameters if config.rope_parameters.get("rope_type", "default") != "default" else {}
+    latent = dict(
+        multi_latent_attention=True, q_lora_rank=config.q_lora_rank, kv_lora_rank=config.kv_lora_rank,
+        qk_head_dim=config.qk_nope_head_dim, qk_pos_emb_head_dim=config.qk_rope_head_dim, v_head_dim=config.v_head_dim,
+        kv_channels=config.qk_nope_head_dim + config.qk_rope_head_dim,
+        # Megatron's rotation is not used, but of these it makes the scale of the scores, as transformers does.
+        rope_type="rope", rotary_scaling_factor=yarn.get("factor", 1.0), mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
+    )  # fmt: skip
+    turn = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
+    return moe(
+        translate(config, megatron=latent, ropes=(turn,) * layers),
+        experts=config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        ffn=config.moe_intermediate_size,
+        layers=tuple(layer >= config.first_k_dense_replace for layer in range(layers)),
+        shared=config.n_shared_experts * config.moe_intermediate_size,
+        routing=routing,
+    )
+
+
+def _check_groups(config: Any, routing: Routing) -> None:
+    experts, groups, chosen = config.n_routed_experts, routing.groups, routing.chosen_groups
+    size = experts // groups
+    if experts % groups or chosen > groups or config.num_experts_per_tok > chosen * size or size < 2:
+        raise UserError(
+            f"config.json: {config.num_experts_per_tok} experts of {chosen} groups (topk_group) cannot be chosen where "
+            f"{experts} experts are cut into {groups} groups (n_group); correct these fields"
+        )
+
+
+def _translate(config: Any) -> Settings:
+    routing = Routing(
+        score="sigmoid",
+        normalise=config.norm_topk_prob,
+        added=1e-20,
+        scale=config.routed_scaling_factor,
+        groups=config.n_group,
+        chosen_groups=config.topk_group,
+    )
+    return translate_latent(config, interleaved=bool(config.rope_interleave), routing=routing)
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("deepseek_v3",),
+    translate=_translate,
+    rules=(
+        *RULES,
+        Rule(LAYER + "mlp.router.expert_bias", (HF_LAYER + "mlp.gate.e_score_correction_bias",), REPLICATED),
+    ),
+    reads=(*READS, "norm_topk_prob", "rope_interleave", "num_nextn_predict_layers", "num_mtp_layers"),
+    fixed={**FIXED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+)

@@ -1,0 +1,140 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads come from one narrow latent.
+
+Megatron's MLASelfAttention builds the linears and norms; from hidden states to queries, keys and values is ours, for two reasons.
+Positions are data here, and Megatron's rotation knows only lengths. And where tensor ranks hold some heads each, the rotated part of
+the key, one for all heads, gets a part of its gradient on every rank: Megatron's local modules keep one rank's part of it.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.errors import UserError
+from swift_mega.models.attention import Segments
+from swift_mega.models.family import Settings
+from swift_mega.models.layer import NoNorm
+from swift_mega.ops.rope import rotate
+
+LINEARS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
+WITHOUT_EFFECT = ("cache_mla_latents", "apply_rope_fusion")
+EPSILON = 1e-6
+"""Of the latents' norms. DeepSeek's and Hugging Face's modelling code give these their class's default, whatever rms_norm_eps says."""
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's modules, with the row's positions in place of its own rotary embedding."""
+
+    def __init__(self, config: TransformerConfig, submodules: Any, layer_number: int, **given: Any) -> None:
+        refuse_without_effect(config)
+        super().__init__(config, submodules, layer_number, **given)
+        # The rotation moves here from the core attention, which would turn the leading features of whole heads.
+        core = self.core_attention
+        self.turn, self.interleaved = core.turn, core.interleaved
+        core.turn = self.rotary_pos_emb = None
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """What the spec says, on newer Megatrons too: those want a norm before a query projection that has no latent."""
+        return {name: getattr(submodules, name) for name in (*LINEARS, "q_layernorm", "kv_layernorm")}
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Any = None, position_ids: Any = None,
+        packed_seq_params: Segments | None = None, *args: Any, **given: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """hidden_states [tokens / s, 1, hidden] -> query, key [tokens, 1, heads, head_dim], value [tokens, 1, heads, v_head_dim].
+
+        heads: of this tensor rank. The last two of what is returned are the latents, for Megatron's inference.
+        """
+        assert packed_seq_params is not None and self.turn is not None
+        config, (cos, sin) = self.config, packed_seq_params.turns[self.turn]
+        straight, turned = config.qk_head_dim, config.qk_pos_emb_head_dim
+        query_latent = self._query_latent(hidden_states)
+        latent, shared = self._whole(self.linear_kv_down_proj(hidden_states)[0]).split(
+            [config.kv_lora_rank, turned], -1
+        )
+        latent = self.kv_layernorm(self._own_tokens(latent))
+        if self._ranks > 1:
+            shared = copy_to_tensor_model_parallel_region(shared)  # every rank's heads add to its gradient
+
+        query = self._by_head(self._query(query_latent))
+        key, value = self._by_head(self.linear_kv_up_proj(latent)[0]).split([straight, config.v_head_dim], -1)
+        query, query_turned = query.split([straight, turned], -1)
+        shared = rotate(shared, cos, sin, self.interleaved).expand(-1, key.shape[1], -1)
+        query = torch.cat((query, rotate(query_turned, cos, sin, self.interleaved)), -1)
+        key = torch.cat((key, shared), -1)
+        return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), query_latent, latent
+
+    def _query_latent(self, hidden_states: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return hidden_states
+        return self.q_layernorm(self._own_tokens(self._whole(self.linear_q_down_proj(hidden_states)[0])))
+
+    def _query(self, latent: Tensor) -> Tensor:
+        linear = self.linear_q_proj if self.config.q_lora_rank is None else self.linear_q_up_proj
+        return linear(latent)[0]
+
+    @property
+    def _ranks(self) -> int:
+        return self.config.tensor_model_parallel_size
+
+    def _whole(self, latent: Tensor) -> Tensor:
+        """[tokens, 1, width / ranks] -> [tokens, 1, width] of all tokens."""
+        return gather_from_tensor_model_parallel_region(latent) if self._ranks > 1 else latent
+
+    def _own_tokens(self, latent: Tensor) -> Tensor:
+        """[tokens, 1, width] -> [tokens / s, 1, width]: what a linear after it gathers again."""
+        return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[tokens, 1, heads * head_dim] -> [tokens, heads, head_dim]."""
+        return x.view(x.shape[0], self.num_attention_heads_per_partition, -1)
+
+
+def refuse_without_effect(config: TransformerConfig) -> None:
+    """UserError for settings of model.megatron that only Megatron's own path from hidden states to keys reads."""
+    modules = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
+    found = [name for name in WITHOUT_EFFECT if getattr(config, name, False)]
+    found += ["recompute_modules=mla_up_proj"] if "mla_up_proj" in modules else []
+    if found:
+        raise UserError(f"model.megatron.{found[0]}: latent attention cannot use it here; remove it")
+
+
+def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: type) -> None:
+    """Makes the spec of Megatron's latent attention ours: norms apart from the linears, which are all cut by columns."""
+    attention.module = LatentAttention
+    submodules = attention.submodules
+    submodules.kv_layernorm = _with_epsilon(norm)
+    submodules.q_layernorm = NoNorm if settings.megatron["q_lora_rank"] is None else submodules.kv_layernorm
+    for name in LINEARS:
+        setattr(submodules, name, linear)
+
+
+def _with_epsilon(norm: Any) -> type:
+    """A class, as a spec asks for, that builds `norm` with the latents' epsilon; Transformer Engine's is a factory, not a base."""
+
+    def make(cls: type, config: TransformerConfig, hidden_size: int, **given: Any) -> Any:
+        return norm(config=config, hidden_size=hidden_size, eps=EPSILON)
+
+    return type("LatentNorm", (), {"__new__": make})
+
+
+def check_cut(settings: Settings, tensor: int) -> None:
+    """UserError where tensor ranks cannot share the latents evenly."""
+    widths = {
+        "q_lora_rank": settings.megatron["q_lora_rank"] or tensor,
+        "kv_lora_rank + qk_rope_head_dim": settings.megatron["kv_lora_rank"] + settings.megatron["qk_pos_emb_head_dim"],
+    }
+    for name, width in widths.items():
+        if width % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide {name}={width} of the model's latent attention; "
+                "choose a tensor size that does"
+            )

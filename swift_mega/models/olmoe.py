@@ -1,0 +1,33 @@
+"""OLMoE: experts in every layer, RMSNorm over all heads of queries and keys together, and a limit on queries, keys and values."""
+
+from typing import Any
+
+from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary
+from swift_mega.models.family import Scales, Settings
+from swift_mega.models.olmo2 import WHOLE_QK_NORM_RULES
+
+EXPERT = HF_LAYER + "mlp.experts.{e}."
+
+
+def _translate(config: Any) -> Settings:
+    return moe(
+        translate(config, whole_qk_norm=True, scales=Scales(clip=config.clip_qkv)),
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        ffn=config.intermediate_size,
+        layers=(True,) * config.num_hidden_layers,
+        normalise=config.norm_topk_prob,
+    )
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("olmoe",),
+    translate=_translate,
+    rules=(
+        *WHOLE_QK_NORM_RULES,
+        *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
+    ),
+    reads=("clip_qkv", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    fixed={"attention_bias": (False,), "sliding_window": (None,)},
+)

@@ -1,0 +1,56 @@
+"""StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between.
+
+The published configs name the rates of dropout that pretraining had; here there is no dropout but an adapter's own.
+"""
+
+from typing import Any
+
+from swift_mega.models.decoder import (
+    EMBEDDING_RULES,
+    HF_LAYER,
+    LAYER,
+    NORM_RULES,
+    READS,
+    attention_rules,
+    translate,
+    ungated_mlp_rules,
+    windows,
+)
+from swift_mega.models.family import Biases, Family, NormKind, Settings
+from swift_mega.models.gemma import TANH_GELU
+
+LAYER_NORM = NormKind(kind="layer", bias=True)
+UNGATED = READS - {"rms_norm_eps", "layer_types"}
+DROPOUT = (0.0, 0.1, None)
+"""Rates of dropout that published checkpoints name and that fine-tuning leaves off."""
+
+
+def _translate(config: Any) -> Settings:
+    bias = bool(config.use_bias)
+    return translate(
+        config,
+        epsilon="norm_epsilon",
+        megatron={"activation_func": TANH_GELU, "gated_linear_unit": False, "add_qkv_bias": bias},
+        norm=LAYER_NORM,
+        biases=Biases(attention_output=bias, mlp=bias),
+        windows=windows(config),
+    )
+
+
+FAMILY = Family(
+    hf_types=("starcoder2",),
+    translate=_translate,
+    rules=(
+        *EMBEDDING_RULES,
+        *NORM_RULES,
+        *attention_rules(),
+        *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.c_fc", HF_LAYER + "mlp.c_proj"),
+    ),
+    reads=UNGATED | {"norm_epsilon", "use_bias"},
+    fixed={
+        "hidden_act": ("gelu_pytorch_tanh",),
+        "mlp_type": ("default",),
+        "norm_type": ("layer_norm",),
+        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), DROPOUT),
+    },
+)
