@@ -298,14 +298,14 @@ NEUTRAL = frozenset(
     "is_llama_config unsloth_version unsloth_fixed return_dict output_attentions output_hidden_states id2label "
     "label2id problem_type finetuning_task task_specific_params tokenizer_class prefix chunk_size_feed_forward "
     "is_encoder_decoder is_decoder add_cross_attention "
-    "transformers.js_config attn_implementation attention_implementation max_length".split()
+    "transformers.js_config attn_implementation attention_implementation max_length "
+    "max_sequence_length pretraining_tp cache_implementation".split()
 )
 """Fields of config.json that change nothing that a decoder computes."""
 
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
-    "pretraining_tp": (1, None),
     "attention_dropout": (0.0, None),
     "hidden_act": ("silu", "swish"),
 }

@@ -23,5 +23,12 @@ FAMILY = vary(
     DECODER,
     hf_types=("smollm3",),
     translate=_translate,
-    reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", "use_sliding_window"),
+    reads=(
+        "attention_bias",
+        "mlp_bias",
+        "no_rope_layers",
+        "no_rope_layer_interval",
+        "use_sliding_window",
+        "max_window_layers",
+    ),
 )

@@ -46,7 +46,10 @@ FAMILY = Family(
         *attention_rules(),
         *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.c_fc", HF_LAYER + "mlp.c_proj"),
     ),
-    reads=UNGATED | {"norm_epsilon", "use_bias"},
+    # The last five are of the code before transformers', which does not read them.
+    reads=UNGATED
+    | {"norm_epsilon", "use_bias", "activation_function", "layer_norm_epsilon", "scale_attn_weights"}
+    | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
     fixed={
         "hidden_act": ("gelu_pytorch_tanh",),
         "mlp_type": ("default",),

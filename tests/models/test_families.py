@@ -188,7 +188,6 @@ def test_rope_of_another_kind_is_refused(tmp_path, kind):
         ("llama", dict(hidden_act="gelu"), "hidden_act='gelu' is not supported for family llama; supported: 'silu', 'swish'"),
         ("mistral", dict(hidden_act="relu2"), "hidden_act='relu2' is not supported"),
         ("llama", dict(attention_dropout=0.1), "attention_dropout=0.1 is not supported"),
-        ("llama", dict(pretraining_tp=2), "pretraining_tp=2 is not supported"),
         ("llama", dict(rope_interleaved=True), "rope_interleaved=True is not supported"),
         ("qwen2", dict(use_mrope=True), "use_mrope=True is not supported"),
         ("qwen3", dict(attention_bias=True), "attention_bias=True is not supported for family qwen3; supported: False"),
