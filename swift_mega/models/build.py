@@ -229,6 +229,9 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
     )  # fmt: skip
+    if settings.whole_qk_norm:
+        # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
+        fields["qk_l2_norm"] = True
     if train.recompute != "none":
         fields["recompute_granularity"] = train.recompute
     if train.recompute == "full":
