@@ -78,6 +78,15 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
         raise UserError(
             f"model.router_aux_loss_coefficient={run.model.router_aux_loss_coefficient:g}: this model has no experts; leave it out"
         )
+    if run.parallel.tensor > 1 and (
+        run.model.router_aux_loss_coefficient or run.model.megatron.get("moe_aux_loss_coeff")
+    ):
+        # Megatron-core 0.16.1 gives the router 1/tensor of this loss's gradient where activations are cut by tokens; 0.19.2
+        # multiplies by the tensor size, and is still 2% off one rank's (measured on Qwen2-MoE).
+        raise UserError(
+            f"the router's load-balancing loss with parallel.tensor={run.parallel.tensor} has a wrong gradient in Megatron-core; set "
+            "model.router_aux_loss_coefficient=0, or parallel.tensor=1 with expert and pipeline parallelism"
+        )
     parse_size(run.export.max_shard_size)
     check_passthrough(run.model.megatron)
 

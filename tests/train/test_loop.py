@@ -254,3 +254,14 @@ def test_dropout_of_adapters_differs_by_step_and_not_by_rank(
     dropped = api.train(recipe(model, rows, tmp_path / "dropped", *base, "tuner.dropout=0.5"), nproc=2)
     assert dropped.losses[0] == pytest.approx(plain.losses[0], abs=1e-5)  # `up` is zero: the adapter adds nothing yet
     assert abs(dropped.losses[2] - plain.losses[2]) > 1e-4
+
+
+@pytest.mark.parametrize("change", ["model.router_aux_loss_coefficient=0.01", "model.megatron.moe_aux_loss_coeff=0.01"])
+def test_a_balancing_loss_whose_gradient_tensor_ranks_get_wrong_is_refused(
+    rows: Path, tmp_path: Path, change: str
+) -> None:
+    moe = tiny.make_chat(tmp_path / "model", "qwen3_moe")
+    wrong = recipe(moe, rows, tmp_path / "out", "parallel.tensor=2", "parallel.sequence=true", change)
+    with pytest.raises(UserError, match="wrong gradient"):
+        api.train(wrong, nproc=2)
+    assert not (tmp_path / "out").exists()
