@@ -115,5 +115,9 @@ def make(
         for key, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15))
+    with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):  # zero by default: then nothing would show that it is read
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     return directory

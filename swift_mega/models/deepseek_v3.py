@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and its kin (Moonlight, Kimi-K2): latent attention, and after some dense layers experts chosen by groups.
+"""DeepSeek-V3 and models of its type (Moonlight): latent attention, and after some dense layers experts chosen by groups.
 
 The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes.
 """
