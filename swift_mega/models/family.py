@@ -163,11 +163,27 @@ class Family:
     """Fields that are understood for these values only; any other value stops the run."""
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+    variant: Callable[[Mapping[str, Any]], "Family"] | None = None
+    """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
 
     @functools.cached_property
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
         """The rules as regular expressions over Megatron's names."""
         return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
+
+    @functools.cached_property
+    def embedding(self) -> str:
+        """Hugging Face name of the embedding of tokens."""
+        return self._alone("embedding.word_embeddings.weight")
+
+    @functools.cached_property
+    def head(self) -> str:
+        """Hugging Face name of the output layer's weight, which a tied model may hold or not."""
+        return self._alone("output_layer.weight")
+
+    def _alone(self, megatron: str) -> str:
+        ((name,),) = (rule.parts for rule in self.rules if rule.megatron == megatron)
+        return name
 
     def match(self, name: str) -> tuple[Rule, dict[str, int]]:
         """The rule that covers Megatron's parameter `name` (global layer and expert numbers), and those numbers."""
@@ -218,12 +234,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def family_of(directory: str | Path) -> Family:
     """The family of a Hugging Face directory; UserError with the supported types where there is none."""
-    hf_type = read_config(directory)["model_type"]
+    raw = read_config(directory)
+    hf_type = raw["model_type"]
     if hf_type not in families():
         raise UserError(
             f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}"
         )
-    return families()[hf_type]
+    family = families()[hf_type]
+    return family if family.variant is None else family.variant(raw)
 
 
 def load_settings(directory: str | Path) -> Settings:
@@ -283,10 +301,10 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
         )
 
 
-MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
+MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_size n_inner".split())
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
-    "max_position_embeddings query_pre_attn_scalar "
+    "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""

@@ -17,7 +17,7 @@ def write(directory: Path, name: str = "llama", **changes: Any) -> Path:
     """The config.json that transformers writes for tiny.FAMILIES[name], then `changes`; a field changed to `...` is removed."""
     from transformers import AutoConfig
 
-    fields = {**tiny.SIZES, **tiny.FAMILIES[name]}
+    fields = tiny.fields_of(name)
     AutoConfig.for_model(fields.pop("model_type"), **fields).save_pretrained(directory)
     return change(directory, **changes)
 
