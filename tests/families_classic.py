@@ -1,0 +1,23 @@
+"""Tiny configs of the decoders before Llama: fused projections, biases everywhere, LayerNorm, learned positions."""
+
+from typing import Any
+
+_FEWER: dict[str, Any] = dict(
+    num_key_value_heads=..., head_dim=..., pad_token_id=None, bos_token_id=None, eos_token_id=None
+)
+"""These types have a key head for each query head, and heads that share out the hidden size."""
+_FALCON: dict[str, Any] = dict(model_type="falcon", hidden_size=64, intermediate_size=..., **_FEWER)
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt_neox": dict(model_type="gpt_neox", hidden_size=64, rotary_pct=0.5, rotary_emb_base=500, **_FEWER),
+    "gpt_neox_serial": dict(
+        model_type="gpt_neox", hidden_size=64, use_parallel_residual=False, attention_bias=False, hidden_act="gelu_fast",
+        tie_word_embeddings=True, **_FEWER,
+    ),
+    "falcon": dict(multi_query=True, rope_parameters={"rope_type": "default", "rope_theta": 300.0}, **_FALCON),
+    "falcon_bias": dict(multi_query=False, bias=True, parallel_attn=False, tie_word_embeddings=False, **_FALCON),
+    "falcon_new": dict(new_decoder_architecture=True, num_kv_heads=4, ffn_hidden_size=48, **_FALCON),
+    "falcon_one_norm": dict(
+        new_decoder_architecture=True, num_kv_heads=4, num_ln_in_parallel_attn=1, bias=True, activation="relu", **_FALCON
+    ),
+}  # fmt: skip
