@@ -99,7 +99,7 @@ def convert(
     run = schema.Run(parallel=parallel or schema.Parallel())
     if to == "mcore":
         checkpoint, directory = Checkpoint(source), source
-        kind = getattr(torch, dtype) if dtype else widest(checkpoint)
+        kind = getattr(torch, dtype) if dtype else widest(checkpoint, family_of(source))
         body: Any = _to_mcore
         arguments: tuple[Any, ...] = (checkpoint,)
     else:
@@ -143,7 +143,9 @@ def _to_hf(
     groups = parallel_groups.init(layout)
     settings = load_settings(directory)
     config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
-    part = build(family_of(directory), settings, layout, groups.coordinate, device=DEVICE, config=config)
+    _, kinds = companions_of(source)
+    family = family_of(directory).named_like(kinds)
+    part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
     load_mcore(part, groups, source)
     save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
     (Path(output) / "source_dtypes.json").unlink(missing_ok=True)

@@ -7,6 +7,7 @@ _FEWER: dict[str, Any] = dict(
 )
 """These types have a key head for each query head, and heads that share out the hidden size."""
 _FALCON: dict[str, Any] = dict(model_type="falcon", hidden_size=64, intermediate_size=..., **_FEWER)
+_GPT2: dict[str, Any] = dict(hidden_size=64, n_inner=48, intermediate_size=..., **_FEWER)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": dict(model_type="gpt_neox", hidden_size=64, rotary_pct=0.5, rotary_emb_base=500, **_FEWER),
@@ -20,4 +21,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon_one_norm": dict(
         new_decoder_architecture=True, num_kv_heads=4, num_ln_in_parallel_attn=1, bias=True, activation="relu", **_FALCON
     ),
+    "gpt2": dict(model_type="gpt2", scale_attn_by_inverse_layer_idx=True, **_GPT2),
+    "gpt2_untied": dict(
+        model_type="gpt2", tie_word_embeddings=False, activation_function="relu", scale_attn_weights=False, **_GPT2
+    ),
+    "gpt_bigcode": dict(model_type="gpt_bigcode", multi_query=True, **_GPT2),
+    "gpt_bigcode_heads": dict(model_type="gpt_bigcode", multi_query=False, tie_word_embeddings=False, **_GPT2),
 }  # fmt: skip

@@ -37,7 +37,7 @@ def check_coverage(
 ) -> None:
     """UserError unless `wanted`, of all ranks together, and the checkpoint are the same tensors."""
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
-    extra = [name for name in sorted(checkpoint.entries.keys() - wanted.keys()) if not _derived(family, name)]
+    extra = [name for name in sorted(checkpoint.entries.keys() - wanted.keys()) if not family.derived(name)]
     if tied and family.head in extra:
         _same_head(family, checkpoint)
         extra.remove(family.head)
@@ -65,10 +65,6 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
             "with its own tools first"
         )
-
-
-def _derived(family: Family, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in family.absent)
 
 
 def _same_head(family: Family, checkpoint: Checkpoint) -> None:

@@ -46,6 +46,8 @@ class CoreAttention(MegatronModule):
         self.clip = settings.scales.clip
         self.softcap = settings.scales.attention_softcap
         self.scale = softmax_scale or config.kv_channels**-0.5
+        if settings.scales.attention_by_layer:
+            self.scale /= layer_number
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,

@@ -41,7 +41,10 @@ class Decoder(GPTModel):
     """
 
     def __init__(self, *, settings: Settings, **given: Any) -> None:
-        super().__init__(position_embedding_type="none", parallel_output=True, **given)
+        kind: Any = "none" if settings.positions is None else "learned_absolute"
+        super().__init__(position_embedding_type=kind, parallel_output=True, **given)
+        if self.pre_process and settings.positions is not None:
+            self.embedding.position_embeddings.to(self.config.params_dtype)  # Megatron makes them in float32
         self.settings = settings
         self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
         if self.pre_process and settings.scales.embedding != 1.0:
@@ -385,7 +388,7 @@ def _mark_cut(part: ModelPart) -> None:
         # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
-        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.axis or 0, 1  # type: ignore[attr-defined]
+        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.linear.axis or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

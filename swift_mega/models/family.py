@@ -4,10 +4,11 @@ A family is a table: which config fields it understands, what they mean to Megat
 Megatron parameter. The registry is this folder: every module with a `FAMILY` is one.
 """
 
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import swift_mega.models as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
-from swift_mega.models.packs import Heads, Pack
+from swift_mega.models.packs import Heads, Pack, Turned
 from swift_mega.parallel.layout import ModelShape
 
 
@@ -85,6 +86,8 @@ class Scales:
     embedding: float = 1.0
     logits: float = 1.0
     clip: float | None = None
+    attention_by_layer: bool = False
+    """Attention scores are divided by the layer's number, counted from 1."""
     attention_softcap: float | None = None
     """Attention scores s become c tanh(s / c)."""
     logit_softcap: float | None = None
@@ -131,13 +134,16 @@ class Settings:
     scales: Scales = Scales()
     routing: Routing | None = None
     """None: Megatron's own router does it."""
+    positions: int | None = None
+    """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
 
     @property
     def longest(self) -> int | None:
         """Most tokens an example may have."""
-        return min((rope.longest for rope in self.ropes if rope and rope.longest), default=None)
+        bounds = [rope.longest for rope in self.ropes if rope and rope.longest]
+        return min([*bounds, *([self.positions] if self.positions else [])], default=None)
 
     @property
     def rope(self) -> Rope | None:
@@ -163,6 +169,10 @@ class Family:
     """Fields that are understood for these values only; any other value stops the run."""
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+    prefix: str = ""
+    """What the names of a checkpoint lack where the bare model was saved, without its head."""
+    bare: bool = False
+    """Whether the rules are those of such a checkpoint (`named_like`)."""
     variant: Callable[[Mapping[str, Any]], "Family"] | None = None
     """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
 
@@ -170,6 +180,38 @@ class Family:
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
         """The rules as regular expressions over Megatron's names."""
         return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
+
+    def named_like(self, names: Iterable[str]) -> "Family":
+        """This family, with rules for a checkpoint of tensors with such names: with the prefix or without."""
+        if not self.prefix or any(name.startswith(self.prefix) for name in names):
+            return self
+        rules = tuple(
+            dataclasses.replace(rule, parts=tuple(part.removeprefix(self.prefix) for part in rule.parts))
+            for rule in self.rules
+        )
+        return dataclasses.replace(self, rules=rules, bare=True)
+
+    def module(self, tensor: str) -> str:
+        """What transformers and PEFT call the module whose weight is `tensor` of a checkpoint."""
+        name = tensor.removesuffix(".weight")
+        return self.prefix + name if self.bare and tensor != self.head else name
+
+    def on_disk(self, name: str) -> str:
+        """What the checkpoint calls a tensor that is `name` in transformers' model."""
+        return name.removeprefix(self.prefix) if self.bare else name
+
+    def derived(self, tensor: str) -> bool:
+        """Whether `tensor` follows from the config: checkpoints may hold it, and nothing reads it."""
+        return any(re.fullmatch(pattern, tensor) for pattern in self.absent)
+
+    def turned(self, tensor: str) -> bool:
+        """Whether `tensor` is a linear's weight that is stored [in, out]."""
+        return any(pattern.fullmatch(tensor) for pattern in self.turned_weights)
+
+    @functools.cached_property
+    def turned_weights(self) -> tuple[re.Pattern[str], ...]:
+        """Names of the weights that are stored [in, out]."""
+        return tuple(_pattern(part) for rule in self.rules if isinstance(rule.pack, Turned) for part in rule.parts)
 
     @functools.cached_property
     def embedding(self) -> str:

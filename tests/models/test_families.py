@@ -201,7 +201,7 @@ def test_rope_of_another_kind_is_refused(tmp_path, kind):
         ("llama", dict(vocab_size=-1), "vocab_size"),
         ("llama", dict(head_dim=7), "head_dim"),
         ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok"),
-        ("llama", dict(model_type="gpt2"), "model_type 'gpt2' of .* is not supported; supported: .*llama"),
+        ("llama", dict(model_type="t5"), "model_type 't5' of .* is not supported; supported: .*llama"),
         ("llama", dict(model_type="unheard_of"), "model_type 'unheard_of' of .* is not supported; supported: "),
         ("llama", dict(model_type=...), "has no model_type; copy it"),
         ("llama", dict(model_type=3), "has no model_type; copy it"),
