@@ -27,4 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "gpt_bigcode": dict(model_type="gpt_bigcode", multi_query=True, **_GPT2),
     "gpt_bigcode_heads": dict(model_type="gpt_bigcode", multi_query=False, tie_word_embeddings=False, **_GPT2),
+    "bloom": dict(model_type="bloom", hidden_size=64, intermediate_size=..., max_position_embeddings=..., **_FEWER),
+    "bloom_six_heads": dict(
+        model_type="bloom", hidden_size=48, num_attention_heads=6, intermediate_size=..., max_position_embeddings=..., **_FEWER
+    ),
+    "mpt": dict(
+        model_type="mpt", hidden_size=64, max_seq_len=64, attn_config={"clip_qkv": 0.7, "softmax_scale": 0.5},
+        intermediate_size=..., max_position_embeddings=..., **_FEWER,
+    ),
 }  # fmt: skip

@@ -40,7 +40,7 @@ class Decoder(GPTModel):
     The last chunk returns hidden states, not logits: [tokens, vocab] need never exist at once (parallel/vocab.py).
     """
 
-    def __init__(self, *, settings: Settings, **given: Any) -> None:
+    def __init__(self, *, settings: Settings, norm: Any, **given: Any) -> None:
         kind: Any = "none" if settings.positions is None else "learned_absolute"
         super().__init__(position_embedding_type=kind, parallel_output=True, **given)
         if self.pre_process and settings.positions is not None:
@@ -49,6 +49,9 @@ class Decoder(GPTModel):
         self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
+        if self.pre_process and settings.embedding_norm:
+            self.embedding.norm = norm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
+            self.embedding.register_forward_hook(_normalise)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens, positions: [tokens] int64; cu_seqlens: [examples + 1] int32 on the host.
@@ -82,6 +85,11 @@ class Decoder(GPTModel):
 def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
     """Forward hook of an embedding whose output is multiplied; in the embedding's dtype, like Hugging Face."""
     return result * torch.tensor(factor, dtype=result.dtype)
+
+
+def _normalise(module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+    """Forward hook of an embedding whose output is normalised, each rank its share of the tokens."""
+    return module.norm(result)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -365,7 +373,7 @@ def build(
         stage = virtual if layout.virtual > 1 else None
         index = virtual * layout.pipeline + coordinate.pipeline
         chunk = Decoder(
-            settings=settings, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
+            settings=settings, norm=norm, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_of(specs, layers), layer_norm=norm),
             vocab_size=padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor),
             pre_process=index == 0, post_process=index == layout.pipeline * layout.virtual - 1,

@@ -136,6 +136,10 @@ class Settings:
     """None: Megatron's own router does it."""
     positions: int | None = None
     """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
+    alibi: tuple[float, ...] | None = None
+    """Per head, what a score gains for each position of its key (ops/alibi.py). None: nothing."""
+    embedding_norm: bool = False
+    """What comes out of the embedding is normalised."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
 

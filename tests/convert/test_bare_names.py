@@ -61,6 +61,18 @@ def test_through_megatrons_checkpoint(tmp_path, published):
     same(tmp_path / "back", published)
 
 
+def test_bloom_is_published_bare_too(tmp_path):
+    source = tiny.make(tmp_path / "hf", "bloom")
+    tensors = {name.removeprefix(PREFIX): value for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    parallel = schema.Parallel(tensor=2, pipeline=2, sequence=True)
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=parallel)
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys() and "word_embeddings_layernorm.bias" in back
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
+
+
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_gradients_are_transformers(published, tuner):
     """Computed in float64, written in float32."""

@@ -108,6 +108,7 @@ CASES = [
     ("mixtral", ("tp2-ep2-etp2-sp", "ep2"), {}),
     ("gpt2", ("tp2-sp", "pp2"), {}),
     ("falcon_new", ("tp2-sp",), {}),
+    ("bloom_six_heads", ("pp2",), {}),
 ]
 
 
