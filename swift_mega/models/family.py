@@ -351,6 +351,7 @@ MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_si
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
     "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
+    "n_embed d_model n_heads n_layers max_seq_len "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""

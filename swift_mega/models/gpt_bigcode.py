@@ -20,7 +20,14 @@ FAMILY = Family(
     # here anyway, and about inference.
     reads=(gpt2.FAMILY.reads - {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"})
     | {"multi_query", "num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
-    | {"inference_runner", "validate_runner_input", "pre_allocate_kv_cache", "max_batch_size", "max_sequence_length"},
+    | {
+        "inference_runner",
+        "validate_runner_input",
+        "pad_key_length",
+        "pre_allocate_kv_cache",
+        "max_batch_size",
+        "max_sequence_length",
+    },
     fixed=gpt2.FAMILY.fixed,
     absent=gpt2.FAMILY.absent,
     prefix=gpt2.PREFIX,
