@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swift_mega import api
 from swift_mega.config import schema
+from swift_mega.convert import plan
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
@@ -71,6 +72,34 @@ def test_bloom_is_published_bare_too(tmp_path):
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == tensors.keys() and "word_embeddings_layernorm.bias" in back
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
+
+
+def planned(directory: Path, rank: int) -> dict[str, Tensor]:
+    """By arithmetic alone, what tensor rank `rank` of two holds."""
+    checkpoint = Checkpoint(directory)
+    blueprint = plan.draw(directory, checkpoint.entries)
+    layout = plan_layout(parse_layout("tp2")[0], blueprint.settings.shape, 2)
+    assert plan.check_tiling(blueprint, layout) == sum(value.numel() for value in weights(directory).values())
+    return {
+        share.slot.name: plan.value_of(checkpoint, share, blueprint.settings, torch.float32)
+        for share in plan.shares(blueprint, layout, layout.coordinate(rank))
+    }
+
+
+def held(directory: Path, cpu: object) -> dict[str, Tensor]:
+    """What tensor rank 0 of two does hold."""
+    groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
+    part = build_part(
+        schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, checkpoint=Checkpoint(directory)
+    )  # fmt: skip
+    parallel_groups.close()
+    return {held.name: held.parameter.detach().clone() for held in part.held()}
+
+
+def test_the_plan_of_a_rank_is_what_it_holds(ranks, cpu, published):
+    found, expected = ranks(1, planned, published, 0), ranks(2, held, published, cpu)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
