@@ -23,8 +23,8 @@ from tqdm import tqdm  # noqa: E402
 from swift_mega.config import schema  # noqa: E402
 from swift_mega.config.check import check_inputs  # noqa: E402
 from swift_mega.config.load import Resolved, load  # noqa: E402
-from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
 from swift_mega.convert import plan_report, stream  # noqa: E402
+from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
 from swift_mega.convert.hf_write import parse_size  # noqa: E402
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
 from swift_mega.convert.plan import draw  # noqa: E402
@@ -103,7 +103,7 @@ def convert(
     if to == "mcore":
         checkpoint = Checkpoint(source)
         layout = _layout_for(run.parallel, source)
-        wide = kind or widest(checkpoint)
+        wide = kind or widest(checkpoint, family_of(source))
         run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = Checkpoint(source)
@@ -121,7 +121,7 @@ def convert(
             raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
         layout = _layout_for(run.parallel, str(folder))
         wide = _promoted(kinds) if kinds else kind
-        rest = (source, kind or kinds, parse_size(max_shard_size), overwrite)
+        rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
         run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
 
 
@@ -132,8 +132,8 @@ def plan(*, source: str, parallel: schema.Parallel | None = None, dtype: str | N
     """
     layout = _layout_for(parallel or schema.Parallel(), source)
     checkpoint = Checkpoint(source) if any(Path(source).glob("*.safetensors")) else None
-    kind = getattr(torch, dtype) if dtype else widest(checkpoint) if checkpoint else torch.bfloat16
-    blueprint = run_ranks(1, draw, source)
+    kind = getattr(torch, dtype) if dtype else widest(checkpoint, family_of(source)) if checkpoint else torch.bfloat16
+    blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else ())
     return plan_report.make(blueprint, layout, dtype=kind, directory=Path(source), checkpoint=checkpoint)
 
 
@@ -165,13 +165,14 @@ def _to_mcore(
 
 
 def _to_hf(
-    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, dtypes: Any, shard_bytes: int,
-    overwrite: bool,
+    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
+    dtypes: Any, shard_bytes: int, overwrite: bool,
 ) -> None:  # fmt: skip
     groups = parallel_groups.init(layout)
     settings = load_settings(directory)
     config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
-    part = build(family_of(directory), settings, layout, groups.coordinate, device=DEVICE, config=config)
+    family = family_of(directory).named_like(names)
+    part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
     load_mcore(part, groups, source)
     save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
     parallel_groups.close()

@@ -101,13 +101,18 @@ def make_chat(directory: Path, name: str, **changes: Any) -> Path:
     return directory
 
 
+def fields_of(name: str, **changes: Any) -> dict[str, Any]:
+    """Fields of the config of FAMILIES[name]; those set to `...` are left out, for types that do not have them."""
+    return {key: value for key, value in {**SIZES, **FAMILIES[name], **changes}.items() if value is not ...}
+
+
 def make(
     directory: Path, name: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any
 ) -> Path:
     """A tiny random model of FAMILIES[name] in `directory`, with every parameter (norms and biases too) away from its default."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {**SIZES, **FAMILIES[name], **changes}
+    fields = fields_of(name, **changes)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)

@@ -56,13 +56,13 @@ def check_coverage(
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
     rest = sorted(checkpoint.entries.keys() - wanted.keys())
     carried = carried_of(settings, rest)
-    left = {name: "follows from config.json" for name in rest if _derived(family, name)}
-    if settings.tied and "lm_head.weight" in rest:
-        _same_head(checkpoint)
-        left["lm_head.weight"] = "the embedding again (tie_word_embeddings)"
+    left = {name: "follows from config.json" for name in rest if family.derived(name)}
+    if settings.tied and family.head in rest:
+        _same_head(family, checkpoint)
+        left[family.head] = "the embedding again (tie_word_embeddings)"
     extra = [name for name in rest if name not in left and name not in carried]
     if missing or extra:
-        raise UserError("; ".join(_differences(checkpoint, missing, extra)))
+        raise UserError("; ".join(_differences(family, checkpoint, missing, extra)))
     shapes = [
         f"{name} is {list(checkpoint.entries[name].shape)}, config.json says {list(shape)}"
         for name, shape in wanted.items()
@@ -111,30 +111,26 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
-def _derived(family: Family, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in family.absent)
-
-
-def _same_head(checkpoint: Checkpoint) -> None:
+def _same_head(family: Family, checkpoint: Checkpoint) -> None:
     """A tied model's checkpoint may hold the output layer too, but only as a copy of the embedding."""
-    head, embedding = checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
+    head, embedding = checkpoint.read(family.head), checkpoint.read(family.embedding)
     if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise UserError(
-            f"{checkpoint.directory}: config.json says tie_word_embeddings=true, but lm_head.weight differs from "
-            "model.embed_tokens.weight; set tie_word_embeddings=false, or delete lm_head.weight"
+            f"{checkpoint.directory}: config.json says tie_word_embeddings=true, but {family.head} differs from "
+            f"{family.embedding}; set tie_word_embeddings=false, or delete {family.head}"
         )
 
 
-def _differences(checkpoint: Checkpoint, missing: list[str], extra: list[str]) -> list[str]:
+def _differences(family: Family, checkpoint: Checkpoint, missing: list[str], extra: list[str]) -> list[str]:
     said = []
     if missing:
         said.append(f"{checkpoint.directory} lacks {len(missing)} tensors that config.json asks for: {some(missing)}")
     if extra:
         said.append(f"{checkpoint.directory} holds {len(extra)} tensors that nothing reads: {some(extra)}")
-    layers = {int(found[1]) for name in extra if (found := re.search(r"layers\.(\d+)\.", name))}
-    if missing == ["lm_head.weight"]:
+    layers = {int(found[1]) for name in extra if (found := re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name))}
+    if missing == [family.head]:
         said.append("the likely cause: config.json should say tie_word_embeddings=true")
-    elif extra == ["lm_head.weight"]:
+    elif extra == [family.head]:
         said.append("the likely cause: config.json should say tie_word_embeddings=false")
     elif layers and not missing:
         said.append(f"the likely cause: config.json's number of layers is too small (layer {max(layers)} is there)")

@@ -23,7 +23,7 @@ from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, wri
 from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import Settings
+from swift_mega.models.family import Family, Settings
 from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 from swift_mega.parallel.groups import Groups
 
@@ -42,10 +42,14 @@ LONGEST_REASON = 300
 SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
 
-def widest(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that holds every tensor of a checkpoint exactly; UserError where one is quantised."""
-    refuse_quantised(checkpoint, checkpoint.entries)
-    kinds = {entry.dtype for entry in checkpoint.entries.values()}
+def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:
+    """The dtype that holds every tensor of a checkpoint exactly; UserError where one is quantised.
+
+    family: of the checkpoint; what it derives from the config, such as masks, is not read, and may be of any dtype.
+    """
+    names = [name for name in checkpoint.entries if family is None or not family.derived(name)]
+    refuse_quantised(checkpoint, names)
+    kinds = {checkpoint.entries[name].dtype for name in names}
     wide = kinds.pop()
     for kind in kinds:
         wide = torch.promote_types(wide, kind)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, refuse_quantised
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.hf_files import Checkpoint, Entry, some
 from swift_mega.convert.hf_write import Writer, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.report import checksums, write_report
 from swift_mega.errors import UserError
+from swift_mega.models.family import Family, families, family_of, read_config
 from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 
 PREFIX = "base_model.model."
@@ -24,7 +25,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     # Initialisations that are not here (pissa, olora, corda, loftq, lora_ga) change the base weights when PEFT loads the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "bias": ("none",),
-    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out"), (False,)),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False,)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({},)),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"), ([],)),
     **dict.fromkeys(
@@ -115,7 +116,7 @@ def merge(
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
     recover(target)
     check_output(target, overwrite)
-    _check_fit(base, adapter)
+    linears = _linears(base, adapter)
     planned = plan_files(
         {name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
@@ -125,10 +126,10 @@ def merge(
         write_headers(staging, planned)
         with Writer(staging, planned) as writer:
             for name, place in planned.items():
-                value, module = base.read(name), name.removesuffix(".weight")
-                if module in adapter.modules:
-                    wide = torch.promote_types(place.dtype, torch.float32)
-                    value = (value.to(wide) + adapter.delta(module)).to(place.dtype)
+                value, linear = base.read(name), linears.get(name)
+                if linear is not None:
+                    delta = adapter.delta(linear.module).t() if linear.turned else adapter.delta(linear.module)
+                    value = (value.to(torch.promote_types(place.dtype, torch.float32)) + delta).to(place.dtype)
                 writer.write(name, value)
         copy_companions(Path(model), staging)
         write_report(staging, planned, checksums(staging, planned, planned))
@@ -138,22 +139,58 @@ def merge(
         raise UserError(cannot_write(staging, error)) from None
 
 
-def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
+@dataclass(frozen=True)
+class _Linear:
+    """A weight of the base that the adapter changes: PEFT's name for its module, and whether it is stored [in, out]."""
+
+    module: str
+    turned: bool
+
+
+def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
+    """What the adapter changes, by tensor of the base; UserError where it does not fit the base."""
+    family = _family(base, adapter)
+    names = {
+        name.removesuffix(".weight") if family is None else family.module(name): name
+        for name in base.entries
+        if name.endswith(".weight")
+    }
+    found = {}
     for module in sorted(adapter.modules):
-        if f"{module}.weight" not in base.entries:
+        if module not in names:
             raise UserError(
                 f"the adapter has factors for {module}, and {base.directory} has no such linear; give the model that "
                 "it was trained on"
             )
-        want = base.entries[f"{module}.weight"].shape
-        down = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_A.weight"].shape
-        up = adapter.checkpoint.entries[f"{PREFIX}{module}.lora_B.weight"].shape
-        if (up[0], down[1]) != want:
-            raise UserError(
-                f"the adapter's {module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the "
-                "model of this adapter"
-            )
-        if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
-            raise UserError(
-                f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from"
-            )
+        turned = family is not None and family.turned(names[module])
+        found[names[module]] = _Linear(module, turned)
+        _check_fit(base.entries[names[module]], base, adapter, found[names[module]])
+    return found
+
+
+def _family(base: Checkpoint, adapter: PeftAdapter) -> Family | None:
+    """The family of the base. Other models are merged too, name by name, where nothing has to be known of them."""
+    if (base.directory / "config.json").is_file() and read_config(base.directory)["model_type"] in families():
+        # Here fan_in_fan_out says nothing new: PEFT, too, sets it by the kind of module that it meets.
+        return family_of(base.directory).named_like(base.entries)
+    if adapter.config.get("fan_in_fan_out"):
+        raise UserError(
+            f"the adapter has fan_in_fan_out=True, and which weights of {base.directory} are stored [in, out] is not known for "
+            "its model_type; merge this adapter with PEFT's merge_and_unload"
+        )
+    return None
+
+
+def _check_fit(entry: Entry, base: Checkpoint, adapter: PeftAdapter, linear: _Linear) -> None:
+    down, up = (adapter.checkpoint.entries[f"{PREFIX}{linear.module}.lora_{letter}.weight"].shape for letter in "AB")
+    want = entry.shape[::-1] if linear.turned else entry.shape
+    if (up[0], down[1]) != want:
+        raise UserError(
+            f"the adapter's {linear.module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the "
+            "model of this adapter"
+        )
+    if entry.dtype not in FLOATS:
+        raise UserError(
+            f"{base.directory}: {linear.module} is quantised ({entry.dtype}); merge into the bfloat16 or float32 model it was "
+            "made from"
+        )

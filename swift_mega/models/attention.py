@@ -8,6 +8,8 @@ frequencies are computed once per microbatch, and Megatron's own packed RoPE and
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,7 +47,11 @@ class CoreAttention(MegatronModule):
         self.window = settings.windows[layer_number - 1]
         self.clip = settings.scales.clip
         self.softcap = settings.scales.attention_softcap
+        self.alibi: Tensor | None
+        self.register_buffer("alibi", _mine(settings.alibi), persistent=False)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        if settings.scales.attention_by_layer:
+            self.scale /= layer_number
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -61,6 +67,17 @@ class CoreAttention(MegatronModule):
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
-            softcap=self.softcap,
+            softcap=self.softcap, alibi=self.alibi,
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)
+
+
+def _mine(alibi: tuple[float, ...] | None) -> Tensor | None:
+    """This tensor rank's share of the slopes of all heads."""
+    if alibi is None:
+        return None
+    rank, ranks = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return torch.tensor(alibi).chunk(ranks)[rank]

@@ -40,12 +40,18 @@ class Decoder(GPTModel):
     The last chunk returns hidden states, not logits: [tokens, vocab] need never exist at once (parallel/vocab.py).
     """
 
-    def __init__(self, *, settings: Settings, **given: Any) -> None:
-        super().__init__(position_embedding_type="none", parallel_output=True, **given)
+    def __init__(self, *, settings: Settings, norm: Any, **given: Any) -> None:
+        kind: Any = "none" if settings.positions is None else "learned_absolute"
+        super().__init__(position_embedding_type=kind, parallel_output=True, **given)
+        if self.pre_process and settings.positions is not None:
+            self.embedding.position_embeddings.to(self.config.params_dtype)  # Megatron makes them in float32
         self.settings = settings
         self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
+        if self.pre_process and settings.embedding_norm:
+            self.embedding.norm = norm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
+            self.embedding.register_forward_hook(_normalise)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """tokens, positions: [tokens] int64; cu_seqlens: [examples + 1] int32 on the host.
@@ -79,6 +85,11 @@ class Decoder(GPTModel):
 def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
     """Forward hook of an embedding whose output is multiplied; in the embedding's dtype, like Hugging Face."""
     return result * torch.tensor(factor, dtype=result.dtype)
+
+
+def _normalise(module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+    """Forward hook of an embedding whose output is normalised, each rank its share of the tokens."""
+    return module.norm(result)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -362,7 +373,7 @@ def build(
         stage = virtual if layout.virtual > 1 else None
         index = virtual * layout.pipeline + coordinate.pipeline
         chunk = Decoder(
-            settings=settings, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
+            settings=settings, norm=norm, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_of(specs, layers), layer_norm=norm),
             vocab_size=padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor),
             pre_process=index == 0, post_process=index == layout.pipeline * layout.virtual - 1,
@@ -385,7 +396,7 @@ def _mark_cut(part: ModelPart) -> None:
         # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
-        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.axis or 0, 1  # type: ignore[attr-defined]
+        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.linear.axis or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

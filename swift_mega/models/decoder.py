@@ -92,13 +92,16 @@ READS = frozenset(
 # ---------------------------------------------------------------------------------------------- config -> settings
 
 
-def translate(config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = None, **changes: Any) -> Settings:
+def translate(
+    config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = None, kv_heads: int | None = None, **changes: Any
+) -> Settings:
     """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
 
-    epsilon: the config's field for that of the norms; ffn: the MLP's width where it is not `intermediate_size`.
+    epsilon: the config's field for that of the norms; ffn, kv_heads: the MLP's width and the key heads where they are not
+    `intermediate_size` and `num_key_value_heads`.
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = kv_heads or getattr(config, "num_key_value_heads", None) or heads
     ffn = ffn or config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     megatron: dict[str, Any] = dict(

@@ -4,10 +4,11 @@ A family is a table: which config fields it understands, what they mean to Megat
 Megatron parameter. The registry is this folder: every module with a `FAMILY` is one.
 """
 
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import swift_mega.models as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
-from swift_mega.models.packs import Heads, Pack
+from swift_mega.models.packs import Heads, Pack, Turned
 from swift_mega.parallel.layout import ModelShape
 
 
@@ -85,6 +86,8 @@ class Scales:
     embedding: float = 1.0
     logits: float = 1.0
     clip: float | None = None
+    attention_by_layer: bool = False
+    """Attention scores are divided by the layer's number, counted from 1."""
     attention_softcap: float | None = None
     """Attention scores s become c tanh(s / c)."""
     logit_softcap: float | None = None
@@ -133,13 +136,20 @@ class Settings:
     """None: Megatron's own router does it."""
     predict_layers: int = 0
     """Layers of multi-token prediction that a checkpoint holds after the last layer; not computed, but kept."""
+    positions: int | None = None
+    """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
+    alibi: tuple[float, ...] | None = None
+    """Per head, what a score gains for each position of its key (ops/alibi.py). None: nothing."""
+    embedding_norm: bool = False
+    """What comes out of the embedding is normalised."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
 
     @property
     def longest(self) -> int | None:
         """Most tokens an example may have."""
-        return min((rope.longest for rope in self.ropes if rope and rope.longest), default=None)
+        bounds = [rope.longest for rope in self.ropes if rope and rope.longest]
+        return min([*bounds, *([self.positions] if self.positions else [])], default=None)
 
     @property
     def rope(self) -> Rope | None:
@@ -165,11 +175,63 @@ class Family:
     """Fields that are understood for these values only; any other value stops the run."""
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+    prefix: str = ""
+    """What the names of a checkpoint lack where the bare model was saved, without its head."""
+    bare: bool = False
+    """Whether the rules are those of such a checkpoint (`named_like`)."""
+    variant: Callable[[Mapping[str, Any]], "Family"] | None = None
+    """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
 
     @functools.cached_property
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
         """The rules as regular expressions over Megatron's names."""
         return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
+
+    def named_like(self, names: Iterable[str]) -> "Family":
+        """This family, with rules for a checkpoint of tensors with such names: with the prefix or without."""
+        if not self.prefix or any(name.startswith(self.prefix) for name in names):
+            return self
+        rules = tuple(
+            dataclasses.replace(rule, parts=tuple(part.removeprefix(self.prefix) for part in rule.parts))
+            for rule in self.rules
+        )
+        return dataclasses.replace(self, rules=rules, bare=True)
+
+    def module(self, tensor: str) -> str:
+        """What transformers and PEFT call the module whose weight is `tensor` of a checkpoint."""
+        name = tensor.removesuffix(".weight")
+        return self.prefix + name if self.bare and tensor != self.head else name
+
+    def on_disk(self, name: str) -> str:
+        """What the checkpoint calls a tensor that is `name` in transformers' model."""
+        return name.removeprefix(self.prefix) if self.bare else name
+
+    def derived(self, tensor: str) -> bool:
+        """Whether `tensor` follows from the config: checkpoints may hold it, and nothing reads it."""
+        return any(re.fullmatch(pattern, tensor) for pattern in self.absent)
+
+    def turned(self, tensor: str) -> bool:
+        """Whether `tensor` is a linear's weight that is stored [in, out]."""
+        return any(pattern.fullmatch(tensor) for pattern in self.turned_weights)
+
+    @functools.cached_property
+    def turned_weights(self) -> tuple[re.Pattern[str], ...]:
+        """Names of the weights that are stored [in, out]."""
+        return tuple(_pattern(part) for rule in self.rules if isinstance(rule.pack, Turned) for part in rule.parts)
+
+    @functools.cached_property
+    def embedding(self) -> str:
+        """Hugging Face name of the embedding of tokens."""
+        return self._alone("embedding.word_embeddings.weight")
+
+    @functools.cached_property
+    def head(self) -> str:
+        """Hugging Face name of the output layer's weight, which a tied model may hold or not."""
+        return self._alone("output_layer.weight")
+
+    def _alone(self, megatron: str) -> str:
+        ((name,),) = (rule.parts for rule in self.rules if rule.megatron == megatron)
+        return name
 
     def match(self, name: str) -> tuple[Rule, dict[str, int]]:
         """The rule that covers Megatron's parameter `name` (global layer and expert numbers), and those numbers."""
@@ -220,12 +282,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def family_of(directory: str | Path) -> Family:
     """The family of a Hugging Face directory; UserError with the supported types where there is none."""
-    hf_type = read_config(directory)["model_type"]
+    raw = read_config(directory)
+    hf_type = raw["model_type"]
     if hf_type not in families():
         raise UserError(
             f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}"
         )
-    return families()[hf_type]
+    family = families()[hf_type]
+    return family if family.variant is None else family.variant(raw)
 
 
 def load_settings(directory: str | Path) -> Settings:
@@ -285,10 +349,11 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
         )
 
 
-MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
+MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_size n_inner".split())
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
-    "max_position_embeddings query_pre_attn_scalar "
+    "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
+    "n_embed d_model n_heads n_layers max_seq_len "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""

@@ -58,6 +58,11 @@ class Pack:
         """The Hugging Face tensors of whole parts."""
         return tuple(parts)
 
+    @property
+    def linear(self) -> "Pack":
+        """The same of a linear whose tensors are stored [out, in], as Megatron and PEFT have them."""
+        return self
+
 
 @dataclass(frozen=True)
 class GateUp(Pack):
@@ -132,6 +137,41 @@ class Fused(Pack):
         return (torch.cat(tuple(parts)),)
 
 
+@dataclass(frozen=True)
+class Turned(Pack):
+    """`inner` of a linear whose Hugging Face tensors are stored [in, out] (transformers' Conv1D); `axis` is theirs."""
+
+    inner: Pack = field(default_factory=Pack)
+
+    @classmethod
+    def of(cls, inner: Pack) -> "Turned":
+        """`inner`, turned."""
+        return cls(axis=None if inner.axis is None else 1 - inner.axis, inner=inner)
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        return self.inner.join([part.t() for part in parts], heads)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(part.t() for part in self.inner.split(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        found = self.inner.places(tensor, heads)
+        return None if found is None else tuple(place.movedim(-1, 0) for place in found)
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return self.inner.shares(heads)
+
+    def ranges(self, length: int, heads: Heads) -> tuple[tuple[int, int], ...]:
+        return self.inner.ranges(length, heads)
+
+    def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(whole.t() for whole in self.inner.fuse([part.t() for part in parts]))
+
+    @property
+    def linear(self) -> Pack:
+        return self.inner
+
+
 COLUMN = Pack(0)
 ROW = Pack(1)
 REPLICATED = Pack(None)
@@ -140,3 +180,4 @@ GATE_UP = GateUp()
 QKV = Qkv()
 FUSED_GATE_UP = Fused(inner=GATE_UP)
 FUSED_QKV = Fused(inner=QKV)
+TURNED_COLUMN, TURNED_ROW, TURNED_FUSED_QKV = (Turned.of(pack) for pack in (COLUMN, ROW, FUSED_QKV))

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from swift_mega.ops.alibi import bias, with_positions
+
 LOG2_E = 1 / math.log(2)
 SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
 QUERY_BLOCK = (
@@ -42,6 +44,7 @@ def attention(
     scale: float,
     window: int | None,
     softcap: float | None = None,
+    alibi: Tensor | None = None,
 ) -> Tensor:
     """Attention of every token to the tokens before it, and itself, in its own example.
 
@@ -50,38 +53,45 @@ def attention(
     bounds: first token of each example and the end of the last, on the host; cu_seqlens: the same as int32 on the device.
     window: a token sees itself and window - 1 tokens before it; None sees all.
     softcap: scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv:2408.00118).
+    alibi: [heads] float32, what a score gains for each position of its key (ops/alibi.py).
     Returns [tokens, heads, v_head_dim].
     """
+    assert alibi is None or softcap is None, "no model has both, and kernels differ in their order"
+    narrow = query.dtype not in (torch.float32, torch.float64)
+    if alibi is not None and not narrow and query.device.type == "cpu":
+        query, key = with_positions(query, key, alibi, bounds=bounds, scale=scale)
+        alibi = None
     missing = query.shape[-1] - value.shape[-1]
     if missing > 0:  # the kernels know one size; what is added takes no part in the scores, and is cut off again
         out = attention(
-            query, key, F.pad(value, (0, missing)), bounds=bounds, cu_seqlens=cu_seqlens, scale=scale, window=window, softcap=softcap
+            query, key, F.pad(value, (0, missing)), bounds=bounds, cu_seqlens=cu_seqlens, scale=scale, window=window,
+            softcap=softcap, alibi=alibi,
         )  # fmt: skip
         return out[..., :-missing]
     # Narrow dtypes stay with torch, whose kernels keep their sums in float32.
-    if (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.float64)
-        and query.shape[-1] == value.shape[-1]
-        and softcap is None
-    ):
+    if query.device.type == "cpu" and not narrow and query.shape[-1] == value.shape[-1] and softcap is None:
         return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window)
     flash = _flash_varlen() if query.is_cuda else None
     if flash is None:
-        return attention_reference(query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap)
+        return attention_reference(
+            query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap, alibi=alibi
+        )
     longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     return flash(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest,
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
-        **({} if softcap is None else {"softcap": softcap}),
+        **({} if softcap is None else {"softcap": softcap}), **({} if alibi is None else {"alibi_slopes": alibi}),
     )  # fmt: skip
 
 
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None,
-    softcap: float | None = None,
+    softcap: float | None = None, alibi: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`attention` in torch; shapes as there."""
+    if alibi is not None and query.dtype not in (torch.float32, torch.float64):  # positions need more digits
+        wide = (x.float() for x in (query, key, value))
+        return attention_reference(*wide, bounds=bounds, scale=scale, window=window, alibi=alibi).to(query.dtype)
     outs = []
     for start, end in _examples(bounds):
         if softcap is not None:
@@ -89,9 +99,13 @@ def attention_reference(
             continue
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         banded = window is not None and end - start > window
+        mask = _seen(end - start, window, query.device) if banded else None
+        if alibi is not None:
+            seen = _seen(end - start, window, query.device)
+            mask = bias(alibi.to(q.dtype), end - start).masked_fill(~seen, -torch.inf)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_seen(end - start, window, query.device) if banded else None,
-            is_causal=not banded, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, attn_mask=mask,
+            is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -232,7 +246,7 @@ def _hide(weights: Tensor, window: int | None) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _seen(length: int, window: int, device: torch.device) -> Tensor:
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
     """[length, length] bool: True where the query may see the key."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-    return (distance >= 0) & (distance < window)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -62,7 +62,7 @@ def build_part(
         aux_loss=run.model.router_aux_loss_coefficient,
     )  # fmt: skip
     part = build(
-        family_of(directory), settings, groups.layout, groups.coordinate, device=device, config=config,
+        family_of(directory).named_like(checkpoint.entries), settings, groups.layout, groups.coordinate, device=device, config=config,
         vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters,
     )  # fmt: skip
     load(part, checkpoint, groups)

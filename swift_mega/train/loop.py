@@ -71,7 +71,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
         )
     if settings.longest is not None and run.data.max_length > settings.longest:
         raise UserError(
-            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens (dynamic RoPE); set "
+            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens; set "
             f"data.max_length={settings.longest}"
         )
     if run.model.router_aux_loss_coefficient and not settings.shape.experts:

@@ -23,7 +23,7 @@ from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.family import load_settings
+from swift_mega.models.family import family_of, load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.vocab import soft_cap
@@ -85,7 +85,8 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     network = _network(output / "merged" if folded else model, None if folded else adapter, dtype)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
-        gradients = _model_gradients(network)
+        family = family_of(model).named_like(Checkpoint(model).entries)
+        gradients = {family.on_disk(name): value for name, value in _model_gradients(network).items()}
     elif folded:
         gradients = _chain_rule(read_adapter(adapter), _model_gradients(network))
     else:

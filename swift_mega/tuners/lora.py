@@ -132,8 +132,8 @@ class Adapter(nn.Module):
         super().__init__()
         weight, self.heads = target.held.parameter, heads
         # One Hugging Face linear with several parts in it has one pair of factors, whose `up` lies as the weight does.
-        fused = isinstance(target.held.rule.pack, Fused)
-        self.pack = COLUMN if fused else target.held.rule.pack
+        laid_out = target.held.rule.pack.linear
+        self.pack = COLUMN if isinstance(laid_out, Fused) else laid_out
         self.row, self.expert = self.pack.axis == 1, target.held.expert
         self.size, self.rank, self.sequence = size, rank, sequence and not self.expert
         self.lora_rank = settings.rank
@@ -319,7 +319,7 @@ class Lora:
                 rank=rank,
                 sequence=part.layout.sequence,
             )
-            modules = {name.split(".")[-2]: name.removesuffix(".weight") for name in target.held.parts}
+            modules = {name.split(".")[-2]: part.family.module(name) for name in target.held.parts}
             adapter.initialise(modules, seed)
             self._place(target, adapter)
 
@@ -340,10 +340,11 @@ class Lora:
             adapter = found if target.index is None else found[target.index]
             for name, template in zip(adapter.names, target.held.rule.parts, strict=True):
                 if name in adapter.down:
-                    yield _factor(target.held, adapter.down[name], template, "A", ROW if adapter.row else REPLICATED)
-                    pack = target.held.rule.pack
+                    module = part.family.module(template)
+                    yield _factor(target.held, adapter.down[name], module, "A", ROW if adapter.row else REPLICATED)
+                    pack = target.held.rule.pack.linear
                     up = REPLICATED if adapter.row else pack if isinstance(pack, Fused) else COLUMN
-                    yield _factor(target.held, adapter.up[name], template, "B", up)
+                    yield _factor(target.held, adapter.up[name], module, "B", up)
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:
         chosen = self.settings.target_modules
@@ -351,15 +352,15 @@ class Lora:
         return {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.settings.rank,
             "lora_alpha": self.settings.alpha, "lora_dropout": self.settings.dropout, "use_rslora": self.settings.rslora,
-            "target_modules": sorted(names), "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+            "target_modules": sorted(names), "bias": "none", "fan_in_fan_out": bool(part.family.turned_weights), "inference_mode": True,
             "init_lora_weights": True, "use_dora": False, "modules_to_save": None,
         }  # fmt: skip
 
 
-def _factor(base: Held, parameter: nn.Parameter, template: str, letter: str, pack: Pack) -> Held:
+def _factor(base: Held, parameter: nn.Parameter, module: str, letter: str, pack: Pack) -> Held:
     """An adapter factor as an exported tensor: PEFT's name, cut the way its linear is."""
-    hf = "base_model.model." + template.removesuffix(".weight") + f".lora_{letter}.weight"
-    leaf = template.split(".")[-2]
+    hf = f"base_model.model.{module}.lora_{letter}.weight"
+    leaf = module.split(".")[-1]
     name = base.name.removesuffix("weight") + f"adapter.{'down' if letter == 'A' else 'up'}.{leaf}"
     return Held(name, parameter, Rule(name, (hf,), pack), base.numbers, False)
 

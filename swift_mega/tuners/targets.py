@@ -40,9 +40,7 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
                 for i, moe in enumerate(settings.moe_layers)
                 if ".mlp." not in rule.megatron or moe == (EXPERTS.search(rule.megatron) is not None)
             ]
-            found.update(
-                part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts
-            )
+            found.update(family.module(part).format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
     return found
 
 
@@ -79,7 +77,7 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
     for held in part.held():
         if not LINEAR.fullmatch(held.name):
             continue
-        chosen = tuple(wanted(name.removesuffix(".weight"), targets) for name in held.parts)
+        chosen = tuple(wanted(part.family.module(name), targets) for name in held.parts)
         if any(chosen):
             linear = owners[id(held.parameter)]
             local = next(name for name, value in linear.named_parameters(recurse=False) if value is held.parameter)

@@ -143,7 +143,7 @@ def test_a_plan_without_weights(tmp_path):
 
 def test_a_plan_that_cannot_be(tmp_path):
     directory = tiny.make(tmp_path, "llama")
-    with pytest.raises(UserError, match="parallel.tensor=3 does not divide"):
+    with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide"):
         api.plan(source=str(directory), parallel=schema.Parallel(tensor=3))
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -156,7 +156,7 @@ def test_vocabulary_rows_have_a_likely_cause(tmp_path):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
     with pytest.raises(
-        UserError, match="the likely cause: .* has 3 rows more than vocab_size=128; set vocab_size=131 or use"
+        UserError, match=r"the likely cause: .* has 3 rows more than vocab_size=128; set vocab_size=131 or use"
     ):
         api.plan(source=str(directory))
 

@@ -46,7 +46,7 @@ def test_the_config_is_held_against_the_tensors(tmp_path):
     directory = tiny.make(tmp_path / "in", "llama")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(UserError, match="number of layers is too small"):
+    with pytest.raises(UserError, match=r"number of layers is too small"):
         api.convert(source=str(directory), to="hf", output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -63,11 +63,11 @@ def test_a_type_that_nobody_knows_is_copied_and_said(tmp_path, capsys):
 def test_outputs_that_cannot_be(tmp_path):
     directory = tiny.make(tmp_path / "in", "llama")
     source = Checkpoint(directory)
-    with pytest.raises(UserError, match="output .* holds .*, which is read; choose another path"):
+    with pytest.raises(UserError, match=r"output .* holds .*, which is read; choose another path"):
         stream.restream(source, tmp_path, max_shard_bytes=1000, overwrite=True)
     stream.restream(source, tmp_path / "out", max_shard_bytes=1000)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match="exists already and is left as it is"):
+    with pytest.raises(UserError, match=r"exists already and is left as it is"):
         stream.restream(source, tmp_path / "out", dtype=torch.float64, max_shard_bytes=1000)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

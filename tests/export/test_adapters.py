@@ -106,6 +106,9 @@ CASES = [
     ("llama_bias", ("tp2",), {"target_modules": ("layers.1.self_attn.q_proj", "o_proj")}),
     ("qwen3_moe", ("single", "ep2"), {}),
     ("mixtral", ("tp2-ep2-etp2-sp", "ep2"), {}),
+    ("gpt2", ("tp2-sp", "pp2"), {}),
+    ("falcon_new", ("tp2-sp",), {}),
+    ("bloom_six_heads", ("pp2",), {}),
 ]
 
 

@@ -196,7 +196,6 @@ def test_the_api_has_nothing_to_do_without_merging(tmp_path, base):
         (dict(use_dora=True), "use_dora=True is not supported here; merge this adapter with PEFT's merge_and_unload"),
         (dict(bias="lora_only"), "bias='lora_only' is not supported"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] is not supported"),
-        (dict(fan_in_fan_out=True), "fan_in_fan_out=True is not supported"),
         (dict(rank_pattern={"q_proj": 4}), "rank_pattern={'q_proj': 4} is not supported"),
         (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern={'q_proj': 4} is not supported"),
         (dict(lora_bias=True), "lora_bias=True is not supported"),

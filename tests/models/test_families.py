@@ -17,7 +17,7 @@ def write(directory: Path, name: str = "llama", **changes: Any) -> Path:
     """The config.json that transformers writes for tiny.FAMILIES[name], then `changes`; a field changed to `...` is removed."""
     from transformers import AutoConfig
 
-    fields = {**tiny.SIZES, **tiny.FAMILIES[name]}
+    fields = tiny.fields_of(name)
     AutoConfig.for_model(fields.pop("model_type"), **fields).save_pretrained(directory)
     return change(directory, **changes)
 
@@ -201,7 +201,7 @@ def test_rope_of_another_kind_is_refused(tmp_path, kind):
         ("llama", dict(vocab_size=-1), "vocab_size"),
         ("llama", dict(head_dim=7), "head_dim"),
         ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok"),
-        ("llama", dict(model_type="gpt2"), "model_type 'gpt2' of .* is not supported; supported: .*llama"),
+        ("llama", dict(model_type="t5"), "model_type 't5' of .* is not supported; supported: .*llama"),
         ("llama", dict(model_type="unheard_of"), "model_type 'unheard_of' of .* is not supported; supported: "),
         ("llama", dict(model_type=...), "has no model_type; copy it"),
         ("llama", dict(model_type=3), "has no model_type; copy it"),

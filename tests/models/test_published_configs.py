@@ -156,7 +156,80 @@ null, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 1
 "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999999.4420358813, "scale_attention_softmax_in_fp32":
 true, "scale_attn_weights": true, "sliding_window": 4096, "use_bias": true, "vocab_size": 49152}
 """,
+    "gpt2": """
+{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
+"embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt2",
+"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1,
+"summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true, "summary_type": "cls_index",
+"summary_use_proj": true, "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
+"vocab_size": 50257}
+""",
+    "pythia": """
+{"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu", "hidden_size":
+768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+"model_type": "gpt_neox", "num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000, "rotary_pct":
+0.25, "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.24.0", "use_cache": true,
+"use_parallel_residual": true, "vocab_size": 50304}
+""",
+    "gpt_neox": """
+{"architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0, "bos_token_id": 0, "eos_token_id": 0,
+"hidden_act": "gelu_fast", "hidden_dropout_prob": 0, "hidden_size": 6144, "initializer_range": 0.02,
+"intermediate_size": 24576, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+"num_attention_heads": 64, "num_hidden_layers": 44, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+"tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true, "vocab_size": 50432}
+""",
+    "falcon7b": """
+{"alibi": false, "apply_residual_connection_post_layernorm": false, "architectures": ["FalconForCausalLM"],
+"attention_dropout": 0.0, "bias": false, "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0, "hidden_size":
+4544, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "falcon", "multi_query": true,
+"new_decoder_architecture": false, "num_attention_heads": 71, "num_hidden_layers": 32, "parallel_attn": true,
+"torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": true, "vocab_size": 65024}
+""",
+    "falcon40b": """
+{"alibi": false, "apply_residual_connection_post_layernorm": false, "architectures": ["FalconForCausalLM"],
+"attention_dropout": 0.0, "bias": false, "bos_token_id": 11, "eos_token_id": 11, "hidden_dropout": 0.0, "hidden_size":
+8192, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "falcon", "multi_query": true,
+"new_decoder_architecture": true, "num_attention_heads": 128, "num_hidden_layers": 60, "num_kv_heads": 8,
+"parallel_attn": true, "torch_dtype": "bfloat16", "transformers_version": "4.27.4", "use_cache": true, "vocab_size":
+65024}
+""",
+    "starcoder": """
+{"activation_function": "gelu", "architectures": ["GPTBigCodeForCausalLM"], "attention_softmax_in_fp32": true,
+"attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1, "eos_token_id": 0, "inference_runner": 0, "initializer_range":
+0.02, "layer_norm_epsilon": 1e-05, "max_batch_size": null, "max_sequence_length": null, "model_type": "gpt_bigcode",
+"multi_query": true, "n_embd": 6144, "n_head": 48, "n_inner": 24576, "n_layer": 40, "n_positions": 8192,
+"pad_key_length": true, "pre_allocate_kv_cache": false, "resid_pdrop": 0.1, "scale_attention_softmax_in_fp32": true,
+"scale_attn_weights": true, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+"summary_type": "cls_index", "summary_use_proj": true, "use_cache": true, "validate_runner_input": true, "vocab_size":
+49152}
+""",
+    "bloom": """
+{"apply_residual_connection_post_layernorm": false, "architectures": ["BloomForCausalLM"], "attention_dropout": 0.0,
+"attention_softmax_in_fp32": true, "bias_dropout_fusion": true, "bos_token_id": 1, "eos_token_id": 2, "hidden_dropout":
+0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": true, "model_type": "bloom",
+"n_embed": 1024, "n_inner": null, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100, "pad_token_id": 3,
+"pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": true, "skip_bias_add_qkv": false, "slow_but_exact": false,
+"unk_token_id": 0, "use_cache": true, "vocab_size": 250880}
+""",
+    "mpt": """
+{"architectures": ["MPTForCausalLM"], "attn_config": {"alibi": true, "alibi_bias_max": 8, "attn_impl": "torch",
+"attn_pdrop": 0, "attn_type": "multihead_attention", "attn_uses_sequence_id": false, "clip_qkv": null, "prefix_lm":
+false, "qk_ln": false, "softmax_scale": null}, "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0,
+"expansion_ratio": 4, "init_device": "cpu", "learned_pos_emb": true, "logit_scale": null, "max_seq_len": 2048,
+"model_type": "mpt", "n_heads": 32, "n_layers": 32, "no_bias": true, "norm_type": "low_precision_layernorm",
+"resid_pdrop": 0, "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "use_cache": false, "verbose":
+0, "vocab_size": 50432}
+""",
 }
+WORDS = {
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "hidden_size": ("n_embd", "n_embed", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+}
+"""Other words that older configs have for these fields."""
+KEY_HEADS = {"gpt2": 12, "pythia": 12, "gpt_neox": 64, "falcon7b": 1, "starcoder": 1, "bloom": 16, "mpt": 32}
+"""Where config.json does not say a number."""
 WINDOWS = {"mistral": 4096, "starcoder2": 4096}
 """Every layer sees this many tokens."""
 
@@ -170,12 +243,15 @@ def write(directory: Path, name: str, **changes: object) -> Path:
 def test_a_published_config_is_understood(tmp_path: Path, name: str) -> None:
     raw, settings = json.loads(CONFIGS[name]), load_settings(write(tmp_path, name))
     shape = settings.shape
+    for word, others in WORDS.items():
+        raw[word] = next((raw[key] for key in (word, *others) if key in raw), None)
     assert (shape.layers, shape.hidden, shape.vocab) == (
         raw["num_hidden_layers"],
         raw["hidden_size"],
         raw["vocab_size"],
     )
-    assert (shape.heads, shape.kv_heads) == (raw["num_attention_heads"], raw["num_key_value_heads"])
+    assert shape.heads == raw["num_attention_heads"]
+    assert shape.kv_heads == (KEY_HEADS[name] if name in KEY_HEADS else raw["num_key_value_heads"])
     if name in WINDOWS:
         assert set(settings.windows) == {WINDOWS[name]}
 
@@ -198,3 +274,17 @@ def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
     assert [rope is None for rope in made["smollm3"].ropes[:8]] == [False, False, False, True] * 2
     assert made["deepseek_v3"].moe_layers == (False,) * 3 + (True,) * 58
     assert (made["deepseek_v3"].shape.experts, made["deepseek_v3"].shape.expert_ffn) == (256, 2048)
+
+
+def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
+    """GPT-2: a table of 1024. Pythia: a quarter of 64 features is turned. BLOOM: slopes, halved from head to head where there are 16."""
+    made = {}
+    for name in ("gpt2", "pythia", "bloom", "falcon7b", "falcon40b"):
+        (tmp_path / name).mkdir()
+        made[name] = load_settings(write(tmp_path / name, name))
+    assert (made["gpt2"].positions, made["gpt2"].longest, made["gpt2"].rope) == (1024, 1024, None)
+    assert [len(made[name].rope.inverse_frequencies) for name in ("pythia", "falcon7b", "falcon40b")] == [8, 32, 32]
+    assert made["bloom"].rope is made["bloom"].longest is None
+    assert made["bloom"].alibi == tuple(2 ** -(head / 2) for head in range(1, 17))
+    assert (made["falcon7b"].block.shared_norm, made["falcon40b"].block.shared_norm) == (True, False)
+    assert all(settings.tied == (name != "pythia") for name, settings in made.items())

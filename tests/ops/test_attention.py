@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swift_mega.ops import attention as module
+from swift_mega.ops.alibi import slopes
 from swift_mega.ops.attention import attention, attention_reference
 
 BOUNDS = [
@@ -26,7 +27,7 @@ HEADS = [(4, 4), (6, 2), (3, 1)]
 
 def _dense(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None,
-    softcap: float | None = None,
+    softcap: float | None = None, alibi: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """One [heads, tokens, tokens] softmax with everything that may not be seen masked, keys repeated per query head."""
     tokens, heads, _ = query.shape
@@ -41,6 +42,8 @@ def _dense(
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        scores = scores - alibi.double()[:, None, None] * distance
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
 
@@ -57,7 +60,12 @@ def _compare(function: Any, given: list[Tensor], tolerance: float, **settings: A
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, want = (
         function(*inputs, **settings),
-        _dense(*wide, *(settings[name] for name in ("bounds", "scale", "window")), settings.get("softcap")),
+        _dense(
+            *wide,
+            *(settings[name] for name in ("bounds", "scale", "window")),
+            settings.get("softcap"),
+            settings.get("alibi"),
+        ),
     )
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     torch.testing.assert_close(got, want, **close)
@@ -94,6 +102,36 @@ def test_capped_scores_equal_dense_float64(bounds, window):
     _compare(attention_reference, given, 1e-12, **settings)
     narrow = _problem(bounds[-1], (6, 2), torch.bfloat16)
     _compare(attention, narrow, 5e-2, cu_seqlens=torch.tensor(bounds), **settings)
+
+
+ALIBI = torch.tensor([0.5, 0.25, 0.7, 0.35, 0.02, 0.1])
+"""A slope for each of six heads."""
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2)], ids=str)
+@pytest.mark.parametrize("window", [None, 4])
+def test_linear_biases_equal_dense_float64(bounds, heads, window):
+    """By one more feature, by a bias, and in a narrow dtype, whose digits would not do for positions."""
+    settings = {"bounds": bounds, "scale": 0.4, "window": window, "alibi": ALIBI}
+    given = _problem(bounds[-1], heads, torch.float64)
+    _compare(attention, given, 1e-11, cu_seqlens=torch.tensor(bounds), **settings)
+    _compare(attention_reference, given, 1e-11, **settings)
+    narrow = _problem(bounds[-1], heads, torch.bfloat16)
+    _compare(attention, narrow, 5e-2, cu_seqlens=torch.tensor(bounds), **settings)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 71, 112])
+def test_slopes_are_transformers(heads):
+    """BLOOM's and MPT's formulas, which say the same."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    found = torch.tensor(slopes(heads))
+    bloom = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    mpt = build_mpt_alibi_tensor(heads, 2)[:, 0, 0].neg()
+    torch.testing.assert_close(found, bloom, rtol=2e-6, atol=0)
+    torch.testing.assert_close(found, mpt, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -137,7 +175,7 @@ def flash_attn_varlen_func(
     """flash-attn's function of that name (2.8, flash_attn_interface.py), from what its docstring says; dense."""
     assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1] % k.shape[1] == 0 and k.shape[1] == v.shape[1]
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and type(max_seqlen_q) is type(max_seqlen_k) is int
-    assert dropout_p == 0 and alibi_slopes is None and block_table is None
+    assert dropout_p == 0 and block_table is None and (alibi_slopes is None or alibi_slopes.dtype == torch.float32)
     assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q and int(cu_seqlens_k.diff().max()) <= max_seqlen_k
     keys = torch.arange(len(k))
     rows = []
@@ -153,6 +191,8 @@ def flash_attn_varlen_func(
             group = torch.arange(q.shape[1]) // (q.shape[1] // k.shape[1])
             scores = torch.einsum("hd,khd->hk", q[i], k[:, group]) * softmax_scale
             scores = softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+            if alibi_slopes is not None:
+                scores = scores - alibi_slopes.double()[:, None] * (i - keys).abs()
             scores = scores.masked_fill(~seen, -torch.inf)
             rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[:, group]))
     return torch.stack(rows)
@@ -165,16 +205,26 @@ class _OnCuda(Tensor):
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (1, None), (4, None), (None, 1.5), (4, 1.5)])
-def test_the_call_of_flash_attn(monkeypatch, window, softcap):
+@pytest.mark.parametrize(
+    ("window", "softcap", "alibi"),
+    [(None, None, None), (1, None, None), (4, None, None), (None, 1.5, None), (4, 1.5, None), (None, None, ALIBI)],
+)
+def test_the_call_of_flash_attn(monkeypatch, window, softcap, alibi):
     """By its documented meaning the call computes what the reference does: argument order, dtypes, inclusive window."""
     monkeypatch.setattr(module, "_flash_varlen", lambda: flash_attn_varlen_func)
     bounds = (0, 3, 4, 11, 20)
     query, key, value, _ = _problem(20, (6, 2), torch.float64)
     starts = torch.tensor(bounds, dtype=torch.int32)
-    settings = {"bounds": bounds, "cu_seqlens": starts, "scale": 0.4, "window": window, "softcap": softcap}
+    settings = {
+        "bounds": bounds,
+        "cu_seqlens": starts,
+        "scale": 0.4,
+        "window": window,
+        "softcap": softcap,
+        "alibi": alibi,
+    }
     got = attention(query.as_subclass(_OnCuda), key, value, **settings)
-    want = _dense(query, key, value, bounds, 0.4, window, softcap)
+    want = _dense(query, key, value, bounds, 0.4, window, softcap, alibi)
     torch.testing.assert_close(got.as_subclass(Tensor), want, rtol=0, atol=1e-12)
 
 

@@ -1,0 +1,61 @@
+"""BLOOM: ALiBi in place of positions, a norm on the embedding, LayerNorm, biases everywhere, always tied.
+
+Published checkpoints are of the bare model, as GPT-2's are.
+"""
+
+from typing import Any
+
+from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
+from swift_mega.models.family import Biases, Family, Rule, Settings
+from swift_mega.models.gemma import TANH_GELU
+from swift_mega.models.gpt_neox import fused_attention_rules
+from swift_mega.models.packs import VOCAB
+from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+from swift_mega.ops.alibi import slopes
+
+PREFIX = "transformer."
+HF_LAYER = PREFIX + "h.{i}."
+
+
+def _translate(config: Any) -> Settings:
+    return translate(
+        config,
+        epsilon="layer_norm_epsilon",
+        ffn=4 * config.hidden_size,
+        megatron={"activation_func": TANH_GELU, "gated_linear_unit": False, "add_qkv_bias": True},
+        norm=LAYER_NORM,
+        biases=Biases(attention_output=True, mlp=True),
+        ropes=(None,) * config.n_layer,
+        alibi=slopes(config.n_head),
+        embedding_norm=True,
+    )
+
+
+FAMILY = Family(
+    hf_types=("bloom",),
+    translate=_translate,
+    rules=(
+        Rule("embedding.word_embeddings.weight", (PREFIX + "word_embeddings.weight",), VOCAB),
+        *norm_rules("embedding.norm", PREFIX + "word_embeddings_layernorm"),
+        *norm_rules("decoder.final_layernorm", PREFIX + "ln_f"),
+        Rule("output_layer.weight", ("lm_head.weight",), VOCAB),
+        *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
+        *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
+        *fused_attention_rules(HF_LAYER + "self_attention.query_key_value", HF_LAYER + "self_attention.dense"),
+        *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.dense_h_to_4h", HF_LAYER + "mlp.dense_4h_to_h"),
+    ),
+    # From seq_length on they are of Megatron-DeepSpeed, which trained it: a length that nothing depends on, fused kernels, and a
+    # shift of ALiBi that a softmax does not see.
+    reads=frozenset(
+        "vocab_size hidden_size n_embed n_layer n_head num_attention_heads layer_norm_epsilon tie_word_embeddings "
+        "seq_length attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add "
+        "skip_bias_add_qkv".split()
+    ),
+    fixed={
+        "apply_residual_connection_post_layernorm": (False,),
+        "slow_but_exact": (False,),
+        "n_inner": (None,),
+        **dict.fromkeys(("attention_dropout", "hidden_dropout"), DROPOUT),
+    },
+    prefix=PREFIX,
+)

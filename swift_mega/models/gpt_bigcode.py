@@ -1,0 +1,34 @@
+"""StarCoder (GPT-BigCode): GPT-2 with plain linears, and one key head for all queries."""
+
+from typing import Any
+
+from swift_mega.models import gpt2
+from swift_mega.models.family import Family, Settings
+from swift_mega.models.packs import COLUMN, ROW
+
+
+def _translate(config: Any) -> Settings:
+    return gpt2.translate_gpt2(config, kv_heads=1 if config.multi_query else config.n_head)
+
+
+FAMILY = Family(
+    hf_types=("gpt_bigcode",),
+    translate=_translate,
+    # The fused projection is in Megatron's order: all queries, key, value of one group, or these three of each head.
+    rules=gpt2.gpt2_rules(query_key_value=COLUMN, bias=COLUMN, column=COLUMN, row=ROW),
+    # num_key_value_heads: transformers writes it and reads multi_query. The others are about the dtype of the softmax, which is float32
+    # here anyway, and about inference.
+    reads=(gpt2.FAMILY.reads - {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"})
+    | {"multi_query", "num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
+    | {
+        "inference_runner",
+        "validate_runner_input",
+        "pad_key_length",
+        "pre_allocate_kv_cache",
+        "max_batch_size",
+        "max_sequence_length",
+    },
+    fixed=gpt2.FAMILY.fixed,
+    absent=gpt2.FAMILY.absent,
+    prefix=gpt2.PREFIX,
+)

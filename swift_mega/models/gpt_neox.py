@@ -1,0 +1,69 @@
+"""GPT-NeoX and Pythia: LayerNorm, biases, a quarter of a head rotated, attention and MLP beside each other through a norm each.
+
+Its fused projection holds query, key and value of one head after another, which is Megatron's own order where each query head
+has a key head: a plain cut.
+"""
+
+from typing import Any
+
+from swift_mega.models.activations import UNGATED
+from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
+from swift_mega.models.family import Biases, Block, Family, Rule, Settings
+from swift_mega.models.packs import COLUMN, REPLICATED, ROW, VOCAB
+from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+
+HF_LAYER = "gpt_neox.layers.{i}."
+
+
+def _translate(config: Any) -> Settings:
+    bias = bool(config.attention_bias)
+    return translate(
+        config,
+        epsilon="layer_norm_eps",
+        megatron={
+            "activation_func": UNGATED[config.hidden_act],
+            "gated_linear_unit": False,
+            "add_qkv_bias": bias,
+        },
+        norm=LAYER_NORM,
+        biases=Biases(attention_output=bias, mlp=True),
+        block=Block(parallel=bool(config.use_parallel_residual), shared_norm=False),
+    )
+
+
+def fused_attention_rules(source: str, output: str) -> tuple[Rule, ...]:
+    """Attention whose one projection is in Megatron's order; names of its module and of the output's."""
+    target = LAYER + "self_attention."
+    return (
+        Rule(target + "linear_qkv.weight", (source + ".weight",), COLUMN),
+        Rule(target + "linear_qkv.bias", (source + ".bias",), COLUMN),
+        Rule(target + "linear_proj.weight", (output + ".weight",), ROW),
+        Rule(target + "linear_proj.bias", (output + ".bias",), REPLICATED),
+    )
+
+
+FAMILY = Family(
+    hf_types=("gpt_neox",),
+    translate=_translate,
+    rules=(
+        Rule("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), VOCAB),
+        *norm_rules("decoder.final_layernorm", "gpt_neox.final_layer_norm"),
+        Rule("output_layer.weight", ("embed_out.weight",), VOCAB),
+        *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
+        *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
+        *fused_attention_rules(HF_LAYER + "attention.query_key_value", HF_LAYER + "attention.dense"),
+        *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.dense_h_to_4h", HF_LAYER + "mlp.dense_4h_to_h"),
+    ),
+    reads=frozenset(
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+        "layer_norm_eps tie_word_embeddings use_parallel_residual attention_bias rotary_pct rotary_emb_base rope_theta "
+        "rope_scaling rope_parameters partial_rotary_factor classifier_dropout".split()
+    ),
+    fixed={
+        "hidden_act": tuple(UNGATED),
+        **dict.fromkeys(
+            ("attention_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"), DROPOUT
+        ),
+    },
+    absent=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+)

@@ -1,0 +1,45 @@
+"""Weights that are stored [in, out] lie in Megatron's [out, in] as counted out by hand, whole and cut."""
+
+import pytest
+import torch
+
+from swift_mega.models.packs import TURNED_COLUMN, TURNED_FUSED_QKV, TURNED_ROW, Heads, Pack
+
+# Two inputs; two heads of one feature. A column's number says which of query, key, value (1, 2, 3) and which head (1, 2) it makes.
+FUSED = torch.tensor([[11, 12, 21, 22, 31, 32], [-11, -12, -21, -22, -31, -32]])
+SHARDS = {1: [[11, 21, 31, 12, 22, 32]], 2: [[11, 21, 31], [12, 22, 32]]}
+
+
+@pytest.mark.parametrize("tensor", SHARDS)
+def test_fused_query_key_value(tensor):
+    """Megatron's rows are query, key, value of one head after another."""
+    heads, pieces = Heads(1, 1), []
+    for rank, rows in enumerate(SHARDS[tensor]):
+        parts = []
+        for start, end in TURNED_FUSED_QKV.ranges(6, heads):
+            share = (end - start) // tensor
+            parts.append(FUSED[:, start + rank * share : start + (rank + 1) * share])
+        held = TURNED_FUSED_QKV.join(parts, heads)
+        assert held.tolist() == [[row, -row] for row in rows]
+        pieces.append(TURNED_FUSED_QKV.split(held, heads))
+    whole = [torch.cat(part, dim=TURNED_FUSED_QKV.axis or 0) for part in zip(*pieces, strict=True)]
+    assert [part.shape for part in whole] == [(2, 2)] * 3
+    (back,) = TURNED_FUSED_QKV.fuse(whole)
+    assert torch.equal(back, FUSED)
+
+
+@pytest.mark.parametrize(
+    ("pack", "axis", "shards"),
+    [
+        (TURNED_COLUMN, 1, [[[1, 5], [2, 6]], [[3, 7], [4, 8]]]),
+        (TURNED_ROW, 0, [[[1], [2], [3], [4]], [[5], [6], [7], [8]]]),
+    ],
+)
+def test_even_cuts(pack: Pack, axis: int, shards: list[list[list[int]]]) -> None:
+    """[in 2, out 4]: a column cut shares out outputs, the stored columns; a row cut inputs, the stored rows."""
+    stored, heads = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), Heads(1, 1)
+    assert pack.axis == axis
+    for part, expected in zip(stored.chunk(2, axis), shards, strict=True):
+        held = pack.join([part], heads)
+        assert held.tolist() == expected
+        assert torch.equal(pack.split(held, heads)[0], part)

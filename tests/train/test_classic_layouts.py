@@ -1,0 +1,40 @@
+"""Steps of models with learned positions, turned weights, ALiBi and a norm on the embedding: every layout trains what one rank does."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from swift_mega.device import Device
+from swift_mega.parallel.layout import parse_layout
+from tests.train.bench import bench, check, check_steps
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("classic")
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "pp2-vpp2", "tp2-dp2-sp"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
+    """Clipping by the gradient's norm included, which counts what is cut and what is whole."""
+    check(work, cpu, family, tuner, layout)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_recompute(work: Path, cpu: Device, family: str, tuner: str) -> None:
+    check(work, cpu, family, tuner, "tp2-sp", recompute="full")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_distributed_optimizer(work: Path, cpu: Device, family: str) -> None:
+    """State cut over data ranks, communication hidden: the tables of the embedding are waited for like any parameter."""
+    parallel, world = parse_layout("tp2-dp2-sp")
+    parallel = dataclasses.replace(
+        parallel, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000
+    )
+    one = bench(work, cpu, family, "full")
+    check_steps(one, *one.steps("overlap", parallel, world))
