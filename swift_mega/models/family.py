@@ -4,6 +4,7 @@ A family is a table: which config fields it understands, what they mean to Megat
 Megatron parameter. The registry is this folder: every module with a `FAMILY` is one.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -133,6 +134,13 @@ class Settings:
     """None: Megatron's own router does it."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
+    head_qk_norm: bool = False
+    """The LayerNorms of queries and keys have a weight for every head, not one that all share."""
+    late_qk_norm: bool = False
+    """Queries and keys are rotated first and normalised then; the norms lie in Megatron's core attention."""
+
+    notes: tuple[str, ...] = ()
+    """What config.json says and training does not do, a line each; a run says it once."""
 
     @property
     def longest(self) -> int | None:
@@ -257,7 +265,15 @@ def load_settings(directory: str | Path) -> Settings:
         ) from None
     settings = family.translate(config)
     _check_fit(directory, settings)
-    return settings
+    return dataclasses.replace(settings, notes=_notes(raw, fixed))
+
+
+def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """Dropout is a setting of pretraining that a family may let config.json name; nothing here but an adapter has any."""
+    rates = [f"{key}={raw[key]}" for key in sorted(fixed) if key.endswith("dropout") and raw.get(key)]
+    return (
+        (f"config.json names {', '.join(rates)}; training here uses no dropout but an adapter's own",) if rates else ()
+    )
 
 
 def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:

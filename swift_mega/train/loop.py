@@ -120,6 +120,9 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         directory = _directory(run)
         monitor = _monitor(training, directory, steps) if dist.get_rank() == 0 else None
         with monitor or nullcontext():
+            if monitor is not None:
+                for note in training.part.settings.notes:
+                    monitor.say(note)
             return Loop(training, directory, monitor, steps, batches, validation).run()
     finally:
         parallel_groups.close()
