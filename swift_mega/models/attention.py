@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.models.family import Settings
+from swift_mega.models.norm import Norm
 from swift_mega.ops.attention import attention
 from swift_mega.ops.rope import rotate
 
@@ -46,6 +47,10 @@ class CoreAttention(MegatronModule):
         self.clip = settings.scales.clip
         self.softcap = settings.scales.attention_softcap
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.late_norm = settings.late_qk_norm
+        if self.late_norm:  # named like Megatron's own, whose gradients it sums over tensor ranks by these names
+            self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
+            self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -59,6 +64,8 @@ class CoreAttention(MegatronModule):
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
+        if self.late_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
             softcap=self.softcap,

@@ -28,7 +28,7 @@ from swift_mega.models.attention import CoreAttention, Segments
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
-from swift_mega.models.norm import Norm, WholeNorm
+from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.router import Router
 from swift_mega.ops.rope import tables
 from swift_mega.parallel.layout import Coordinate, Layout
@@ -229,7 +229,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
     )  # fmt: skip
-    if settings.whole_qk_norm:
+    if settings.whole_qk_norm or settings.head_qk_norm:
         # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
         fields["qk_l2_norm"] = True
     if train.recompute != "none":
@@ -326,6 +326,11 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
     if settings.whole_qk_norm:
         attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
         attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
+    if settings.head_qk_norm:
+        attention.q_layernorm = bound(HeadNorm, heads=settings.shape.heads)
+        attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
+    if settings.late_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = NoNorm
     if settings.megatron.get("add_bias_linear"):
         if not settings.megatron.get("add_qkv_bias"):
             attention.linear_qkv = bound(attention.linear_qkv, bias=False)

@@ -92,10 +92,13 @@ READS = frozenset(
 # ---------------------------------------------------------------------------------------------- config -> settings
 
 
-def translate(config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = None, **changes: Any) -> Settings:
+def translate(
+    config: Any, *, epsilon: str | float = "rms_norm_eps", ffn: int | None = None, **changes: Any
+) -> Settings:
     """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
 
-    epsilon: the config's field for that of the norms; ffn: the MLP's width where it is not `intermediate_size`.
+    epsilon: the config's field for that of the norms, or its value where there is no field; ffn: the MLP's width where it is
+    not `intermediate_size`.
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -103,7 +106,8 @@ def translate(config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = N
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     megatron: dict[str, Any] = dict(
         num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=ffn,
-        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim, layernorm_epsilon=getattr(config, epsilon),
+        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim,
+        layernorm_epsilon=getattr(config, epsilon) if isinstance(epsilon, str) else epsilon,
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip

@@ -30,6 +30,11 @@ CASES = [
     ("qwen3_tied", "tp4", torch.bfloat16),
     ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
     ("mixtral", "ep2-pp2", torch.bfloat16),
+    # norms whose weights the tensor ranks cut, by all heads together and by head, and norms inside the core attention
+    ("olmo2", "tp2-pp2-sp", torch.float32),
+    ("cohere_qk_norm", "tp2-pp2-sp", torch.float32),
+    ("hunyuan", "tp2-pp2-sp", torch.bfloat16),
+    ("olmo", "single", torch.float32),
 ]
 
 

@@ -1,0 +1,69 @@
+"""What single dense families make of their configs, beside numbers written out by hand, and what they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_mega.errors import UserError
+from swift_mega.models.family import load_settings
+from tests.models.test_families import close, plain, write
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("cohere2", (5, 5, None, 5)), ("exaone4", (5, 5, None, 5)), ("exaone4_full", (None,) * 4)],
+)
+def test_which_layers_see_a_window_and_rotate(tmp_path: Path, name: str, windows: tuple[int | None, ...]) -> None:
+    """Where some layers see a window only those rotate; EXAONE 4 without windows rotates in every layer."""
+    settings = load_settings(write(tmp_path, name))
+    rotated = tuple(window is not None for window in windows) if any(windows) else (True,) * 4
+    assert settings.windows == windows
+    assert tuple(rope is not None for rope in settings.ropes) == rotated
+
+
+def test_hunyuans_alpha_stretches_the_base(tmp_path: Path) -> None:
+    """theta alpha^(d / (d - 2)), at every length; without alpha `dynamic` has its usual bound."""
+    settings = load_settings(write(tmp_path / "a", "hunyuan"))
+    close(settings.rope.inverse_frequencies, plain(1e4 * 50.0 ** (8 / 6)))
+    assert settings.longest is None
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    bounded = load_settings(write(tmp_path / "b", "hunyuan", rope_parameters=dynamic))
+    close(bounded.rope.inverse_frequencies, plain())
+    assert bounded.longest == 256
+
+
+def test_olmos_epsilon_is_no_field(tmp_path: Path) -> None:
+    assert load_settings(write(tmp_path, "olmo")).megatron["layernorm_epsilon"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("cohere", dict(logit_scale=None), "logit_scale=None is not a number"),
+        ("cohere2", dict(use_qk_norm=True), "use_qk_norm=True is not supported for family cohere2; supported: False"),
+        ("cohere2", dict(rotary_pct=0.5), "rotary_pct=0.5 is not supported"),
+        ("exaone4", dict(layer_types=None, sliding_window_pattern="LLLG"), "transformers cannot read"),
+        ("helium", dict(head_dim=16), "num_attention_heads=8 times head_dim=16 is not hidden_size=64; correct one"),
+        ("hunyuan", dict(attention_head_dim=16), "attention_head_dim=16 is not head_dim=8; correct one"),
+        ("hunyuan", dict(use_cla=True), "use_cla=True is not supported"),
+        ("internlm3", dict(qkv_bias=True), "cannot read .* `qkv_bias` different from `bias`"),
+        ("arcee", dict(hidden_act="silu"), "hidden_act='silu' is not supported for family arcee; supported: 'relu2'"),
+    ],
+)
+def test_what_a_family_does_not_compute_stops_the_run(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_settings(write(tmp_path, name, **changes))
+
+
+def test_dropout_that_a_config_names_is_said(tmp_path: Path) -> None:
+    """One line with every rate; nothing where there is none."""
+    named = write(tmp_path / "a", "starcoder2", attention_dropout=0.1, residual_dropout=0.1)
+    assert load_settings(named).notes == (
+        "config.json names attention_dropout=0.1, residual_dropout=0.1; training here uses no dropout but an adapter's own",
+    )
+    assert load_settings(write(tmp_path / "b", "starcoder2")).notes == ()
+    with pytest.raises(UserError, match=r"residual_dropout=0.2 is not supported"):
+        load_settings(write(tmp_path / "c", "starcoder2", residual_dropout=0.2))
