@@ -44,4 +44,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "arcee_bias": dict(
         model_type="arcee", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **TOKENS,
     ),
+    "apertus": dict(model_type="apertus", **TOKENS),
+    "apertus_bias": dict(model_type="apertus", attention_bias=True, tie_word_embeddings=True, **TOKENS),
 }  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
+from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import CoreAttention, Segments
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
@@ -44,6 +45,8 @@ class Decoder(GPTModel):
         super().__init__(position_embedding_type="none", parallel_output=True, **given)
         self.settings = settings
         self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
+        if settings.activation is not None:
+            replace_activations(self.decoder.layers, settings.activation)
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
 
@@ -122,7 +125,7 @@ class ModelPart:
 
     def _held(self, chunk: Decoder, first_layer: int) -> Iterator[Held]:
         experts = (self.settings.shape.experts or 0) // self.layout.expert
-        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFER))
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFERS))
         for name, parameter in itertools.chain(chunk.named_parameters(), buffers):
             if ".adapter." in name:
                 continue
@@ -158,8 +161,8 @@ class ModelPart:
         return chunk.shared_embedding_or_output_weight() if self.settings.tied else chunk.output_layer.weight
 
 
-BUFFER = ".router.expert_bias"
-"""The one kind of buffer that is read from checkpoints and written to them; others are counters or derived."""
+BUFFERS = (".router.expert_bias", ".activation_func.beta", ".activation_func.eps")
+"""The buffers that are read from checkpoints and written to them; others are counters or derived."""
 
 _TE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),

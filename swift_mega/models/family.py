@@ -139,6 +139,8 @@ class Settings:
     late_qk_norm: bool = False
     """Queries and keys are rotated first and normalised then; the norms lie in Megatron's core attention."""
 
+    activation: Callable[[Any], Any] | None = None
+    """Makes, of Megatron's config, the module that is every MLP's activation; None: Megatron's activation_func, which has no parameters."""
     notes: tuple[str, ...] = ()
     """What config.json says and training does not do, a line each; a run says it once."""
 
