@@ -46,4 +46,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "apertus": dict(model_type="apertus", **TOKENS),
     "apertus_bias": dict(model_type="apertus", attention_bias=True, tie_word_embeddings=True, **TOKENS),
+    "phi": dict(model_type="phi", partial_rotary_factor=0.5, **WIDE),
+    "phi_tied": dict(model_type="phi", qk_layernorm=True, tie_word_embeddings=True, **WIDE),
 }  # fmt: skip

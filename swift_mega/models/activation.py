@@ -1,15 +1,17 @@
 """Activation functions of an MLP that have parameters of their own, where Megatron knows plain functions only."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class Xielu(torch.nn.Module):
+class Xielu(MegatronModule):
     """xIELU (Huang 2024, arXiv:2411.13010): a parabola above zero and an integrated ELU below it, each of a learned height.
 
     The heights are whole on every tensor rank, and each rank has some of the features they act on: their gradients are summed.
@@ -19,7 +21,7 @@ class Xielu(torch.nn.Module):
     eps: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.cut = config.tensor_model_parallel_size > 1
         self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
@@ -39,4 +41,5 @@ class Xielu(torch.nn.Module):
 def replace_activations(layers: torch.nn.ModuleList, make: Callable[[TransformerConfig], torch.nn.Module]) -> None:
     """Gives the MLP of each of Megatron's `layers` an activation of its own in place of its config's function."""
     for layer in layers:
-        layer.mlp.activation_func = make(layer.config)
+        mlp: Any = layer.mlp
+        mlp.activation_func = make(mlp.config)

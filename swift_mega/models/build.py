@@ -45,6 +45,9 @@ class Decoder(GPTModel):
         super().__init__(position_embedding_type="none", parallel_output=True, **given)
         self.settings = settings
         self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
+        if self.post_process and settings.biases.head:
+            rows, dtype = self.output_layer.output_size_per_partition, self.config.params_dtype
+            self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
         if settings.activation is not None:
             replace_activations(self.decoder.layers, settings.activation)
         if self.pre_process and settings.scales.embedding != 1.0:
@@ -159,6 +162,12 @@ class ModelPart:
         if not chunk.post_process:
             return None
         return chunk.shared_embedding_or_output_weight() if self.settings.tied else chunk.output_layer.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[vocab / tensor] of the last stage, where the head has a bias."""
+        chunk = self.chunks[-1]
+        return chunk.output_layer.bias if chunk.post_process else None
 
 
 BUFFERS = (".router.expert_bias", ".activation_func.beta", ".activation_func.eps")

@@ -70,10 +70,14 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Biases:
-    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias)."""
+    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias).
+
+    head: one number for each word of the vocabulary, added to its logit.
+    """
 
     attention_output: bool = False
     mlp: bool = False
+    head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +276,7 @@ def load_settings(directory: str | Path) -> Settings:
 
 def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
     """Dropout is a setting of pretraining that a family may let config.json name; nothing here but an adapter has any."""
-    rates = [f"{key}={raw[key]}" for key in sorted(fixed) if key.endswith("dropout") and raw.get(key)]
+    rates = [f"{key}={raw[key]}" for key in sorted(fixed) if key.endswith(("dropout", "pdrop")) and raw.get(key)]
     return (
         (f"config.json names {', '.join(rates)}; training here uses no dropout but an adapter's own",) if rates else ()
     )

@@ -48,6 +48,9 @@ def test_olmos_epsilon_is_no_field(tmp_path: Path) -> None:
         ("hunyuan", dict(attention_head_dim=16), "attention_head_dim=16 is not head_dim=8; correct one"),
         ("hunyuan", dict(use_cla=True), "use_cla=True is not supported"),
         ("internlm3", dict(qkv_bias=True), "cannot read .* `qkv_bias` different from `bias`"),
+        ("apertus", dict(post_norm=True), "post_norm=True is not supported"),
+        ("phi", dict(head_dim=16), "head_dim=16, but hidden_size / num_attention_heads is 8; delete head_dim"),
+        ("phi", dict(embd_pdrop=0.1), "embd_pdrop=0.1 is not supported"),
         ("arcee", dict(hidden_act="silu"), "hidden_act='silu' is not supported for family arcee; supported: 'relu2'"),
     ],
 )
@@ -65,5 +68,6 @@ def test_dropout_that_a_config_names_is_said(tmp_path: Path) -> None:
         "config.json names attention_dropout=0.1, residual_dropout=0.1; training here uses no dropout but an adapter's own",
     )
     assert load_settings(write(tmp_path / "b", "starcoder2")).notes == ()
+    assert "resid_pdrop=0.1" in load_settings(write(tmp_path / "d", "phi", resid_pdrop=0.1)).notes[0]
     with pytest.raises(UserError, match=r"residual_dropout=0.2 is not supported"):
         load_settings(write(tmp_path / "c", "starcoder2", residual_dropout=0.2))
