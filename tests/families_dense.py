@@ -6,6 +6,10 @@ TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id
 WIDE: dict[str, Any] = dict(hidden_size=64, **TOKENS)
 """Heads of 8 features that share out the hidden size, for families that have no head_dim of their own."""
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 6.0]}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}  # fmt: skip
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": dict(model_type="cohere", logit_scale=0.25, **TOKENS),
     "cohere_qk_norm": dict(
@@ -48,4 +52,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "apertus_bias": dict(model_type="apertus", attention_bias=True, tie_word_embeddings=True, **TOKENS),
     "phi": dict(model_type="phi", partial_rotary_factor=0.5, **WIDE),
     "phi_tied": dict(model_type="phi", qk_layernorm=True, tie_word_embeddings=True, **WIDE),
+    "phi3_longrope": dict(  # of the rows that tests draw, some are longer than 12 tokens and some are not
+        model_type="phi3", resid_pdrop=0.0, rope_parameters=LONGROPE, original_max_position_embeddings=12,
+        partial_rotary_factor=0.5, **WIDE,
+    ),
+    "ministral3": dict(model_type="ministral3", rope_parameters=YARN, sliding_window=9, **TOKENS),
+    "ministral3_full": dict(model_type="ministral3", rope_parameters=YARN, tie_word_embeddings=True, **TOKENS),
 }  # fmt: skip

@@ -25,13 +25,12 @@ from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.activation import replace_activations
-from swift_mega.models.attention import CoreAttention, Segments
+from swift_mega.models.attention import CoreAttention, segments
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
 from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.router import Router
-from swift_mega.ops.rope import tables
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -44,7 +43,6 @@ class Decoder(GPTModel):
     def __init__(self, *, settings: Settings, **given: Any) -> None:
         super().__init__(position_embedding_type="none", parallel_output=True, **given)
         self.settings = settings
-        self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
         if self.post_process and settings.biases.head:
             rows, dtype = self.output_layer.output_size_per_partition, self.config.params_dtype
             self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
@@ -58,13 +56,7 @@ class Decoder(GPTModel):
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
-        turns = tuple(
-            tables(positions, frequencies.to(positions.device), rope.scale, self.config.params_dtype)
-            for frequencies, rope in zip(self.frequencies, self.settings.distinct_ropes, strict=True)
-        )
-        row = Segments(
-            bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns
-        )  # fmt: skip
+        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype)
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:

@@ -186,13 +186,20 @@ def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: s
         frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
         longest = config.max_position_embeddings if kind == "dynamic" else None
         return Rope(tuple(frequencies.tolist()), longest=longest, interleaved=interleaved)
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "longrope"):
         raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
+            f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn, longrope"
         )
-    given = {} if layer_type is None else {"layer_type": layer_type}
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **given)
-    return Rope(tuple(frequencies.tolist()), scale=float(scale), interleaved=interleaved)
+    made, given = ROPE_INIT_FUNCTIONS[kind], {} if layer_type is None else {"layer_type": layer_type}
+    frequencies, scale = made(config, torch.device("cpu"), **given)
+    rope = Rope(tuple(frequencies.tolist()), scale=float(scale), interleaved=interleaved)
+    if kind != "longrope":
+        return rope
+    if scales := sorted({"short_mscale", "long_mscale"} & parameters.keys()):
+        raise UserError(f"config.json: {scales[0]} of rope_type longrope is not supported, and transformers ignores it")
+    beyond = parameters["original_max_position_embeddings"]
+    long, _ = made(config, torch.device("cpu"), seq_len=beyond + 1, **given)
+    return dataclasses.replace(rope, long=tuple(long.tolist()), long_beyond=beyond)
 
 
 def ropes_by_type(config: Any, head_dim: int, *, interleaved: bool = False) -> tuple[Rope, ...]:

@@ -34,12 +34,15 @@ class Rope:
     """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for.
 
     interleaved: features 2i and 2i + 1 are turned together (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
+    long: the frequencies of every token of an example that has more than `long_beyond` tokens (LongRoPE, arXiv:2402.13753).
     """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     longest: int | None = None
     interleaved: bool = False
+    long: tuple[float, ...] | None = None
+    long_beyond: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,8 @@ class Scales:
     """Attention scores s become c tanh(s / c)."""
     logit_softcap: float | None = None
     """Logits, likewise."""
+    query_growth: tuple[float, int] | None = None
+    """(b, n): queries at position p are multiplied by 1 + b log(1 + floor(p / n))."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,4 +3,4 @@
 from swift_mega.models import mistral
 from swift_mega.models.decoder import vary
 
-FAMILY = vary(mistral.FAMILY, hf_types=("ministral",))
+FAMILY = vary(mistral.FAMILY, hf_types=("ministral",), reads=("layer_types",))
