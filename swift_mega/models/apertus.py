@@ -46,6 +46,12 @@ FAMILY = Family(
     ),
     reads=(READS - {"sliding_window", "layer_types"}) | {"attention_bias"},
     # The last three are what the published configs say of the architecture, which transformers does not read.
-    fixed={"hidden_act": ("xielu",), "mlp_bias": (False,), "post_norm": (False,), "qk_norm": (True,)},
+    fixed={
+        "hidden_act": ("xielu",),
+        "mlp_bias": (False,),
+        "post_norm": (False,),
+        "qk_norm": (True,),
+        "hidden_dropout": (0.0,),
+    },
     absent=DECODER.absent,
 )

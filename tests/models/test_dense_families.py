@@ -48,7 +48,12 @@ def test_longrope_follows_the_length_of_each_example(tmp_path: Path) -> None:
     ((cos, sin),) = row.turns
     scale = math.sqrt(1 + math.log(256 / 12) / math.log(12))
     assert cos.shape == sin.shape == (25, 1, 2)
-    for token, position, factors in ((3, 3, (1.0, 1.5)), (11, 11, (1.0, 1.5)), (15, 3, (2.0, 6.0)), (24, 12, (2.0, 6.0))):
+    for token, position, factors in (
+        (3, 3, (1.0, 1.5)),
+        (11, 11, (1.0, 1.5)),
+        (15, 3, (2.0, 6.0)),
+        (24, 12, (2.0, 6.0)),
+    ):
         for turn, factor in enumerate(factors):
             angle = position * 1e4 ** (-turn / 2) / factor
             assert cos[token, 0, turn].item() == pytest.approx(scale * math.cos(angle), abs=1e-6)
@@ -92,7 +97,11 @@ def test_olmos_epsilon_is_no_field(tmp_path: Path) -> None:
             dict(rope_parameters={**families_dense.YARN, "llama_4_scaling_beta": None}),
             "llama_4_scaling_beta=None and original_max_position_embeddings=8",
         ),
-        ("ministral3", dict(layer_types=["full_attention"] * 4), "fields that family ministral3 does not know: layer_types"),
+        (
+            "ministral3",
+            dict(layer_types=["full_attention"] * 4),
+            "fields that family ministral3 does not know: layer_types",
+        ),
         ("arcee", dict(hidden_act="silu"), "hidden_act='silu' is not supported for family arcee; supported: 'relu2'"),
     ],
 )
