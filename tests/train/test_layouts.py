@@ -71,7 +71,8 @@ def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(
         parallel, distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap,
-        ddp_bucket_size=4000 if overlap else None,  # many buckets: each parameter is waited for where it is used
+        # Many buckets: each parameter is waited for where it is used. Phi's head has a bias, which gets a bucket of its own.
+        ddp_bucket_size=(60 if family == "phi" else 4000) if overlap else None,
     )  # fmt: skip
     one = bench(work, cpu, family, tuner)
     check_steps(one, *one.steps(f"{layout}-{overlap}", parallel, world))

@@ -216,17 +216,20 @@ def test_a_loss_that_is_no_number_stops_the_run(model: Path, rows: Path, tmp_pat
         )
 
 
-def test_flops_count_weights(model: Path, cpu: Device) -> None:
-    """6 per weight and token where weights are trained, 4 where they are frozen; embeddings are looked up, not multiplied."""
+@pytest.mark.parametrize("name", ["llama", "starcoder2_plain"])
+def test_flops_count_weights(tmp_path: Path, cpu: Device, name: str) -> None:
+    """6 per weight and token where weights are trained, 4 where they are frozen; embeddings are looked up, not multiplied.
+
+    An MLP has three linears where it is gated, else two.
+    """
+    model = tiny.make(tmp_path, name)
     settings = api.load_settings(str(model))
-    config = json.loads((model / "config.json").read_text())
     names = Checkpoint(model).entries
     weights = sum(
         torch.Size(entry.shape).numel()
         for name, entry in names.items()
         if len(entry.shape) == 2 and "embed" not in name
     )
-    assert config["model_type"] == "llama"
     assert flops_per_token(settings, trained=True) == 6 * weights
     assert flops_per_token(settings, trained=False) == 4 * weights
 
