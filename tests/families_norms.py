@@ -6,7 +6,7 @@ _NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": dict(
-        model_type="gemma3_text", sliding_window=5, query_pre_attn_scalar=50, rope_theta=5e4, rope_local_base_freq=500.0,
+        model_type="gemma3_text", sliding_window=5, query_pre_attn_scalar=12, rope_theta=5e4, rope_local_base_freq=500.0,
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"], **_NO_TOKENS,
     ),
     "gemma3_text_capped": dict(

@@ -9,7 +9,7 @@ from torch import Tensor
 from swift_mega.convert.check import check_coverage, needs
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.slices import Slice, slices
+from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
@@ -65,7 +65,7 @@ def slices_of(part: ModelPart, checkpoint: Checkpoint, held: Held) -> list[Slice
         for name in held.parts
         for piece in slices(
             held.rule, name, checkpoint.shape(name), cut=part.tensor_axis(held), heads=part.settings.heads,
-            rows=len(held.parameter),
+            rows=rows_of(held.parameter.shape),
         )
     ]  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.load import fill
-from swift_mega.convert.slices import Slice, slices
+from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.convert.spans import Span, spans, stacked
 from swift_mega.device import Device
 from swift_mega.models.build import build, padded_vocabulary, transformer_config
@@ -178,7 +178,7 @@ def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible
     pieces = [
         piece
         for name, whole in slot.parts.items()
-        for piece in slices(slot.rule, name, whole, cut=cut, heads=settings.heads, rows=shape[0])
+        for piece in slices(slot.rule, name, whole, cut=cut, heads=settings.heads, rows=rows_of(shape))
     ]
     return Share(slot, tuple(shape), tuple(pieces), copy)
 

@@ -37,6 +37,11 @@ def slices(
     ]
 
 
+def rows_of(shape: Sequence[int]) -> int:
+    """Rows of a parameter; a single number, of no dim, is one."""
+    return shape[0] if shape else 1
+
+
 def together(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """`X[0]`, `X[1]`, … as the one Hugging Face tensor X that they are along its first dim; other tensors as they are."""
     found: dict[str, tuple[int, ...]] = {}

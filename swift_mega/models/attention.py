@@ -15,9 +15,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from swift_mega.models.family import Settings
+from swift_mega.models.family import Rope, Settings
+from swift_mega.models.norm import Norm
 from swift_mega.ops.attention import attention
-from swift_mega.ops.rope import rotate
+from swift_mega.ops.rope import rotate, tables
 
 
 @dataclass
@@ -31,6 +32,36 @@ class Segments(PackedSeqParams):
     """The same as int32 on the device: cu_seqlens."""
     turns: tuple[tuple[Tensor, Tensor], ...] = ()
     """Cosine and sine, [tokens, 1, rotary_dim / 2] each, of every different rotation of the model."""
+    growth: Tensor | None = None
+    """[tokens, 1, 1]: factor on the queries of each token."""
+
+
+def segments(settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Segments:
+    """What lies in a row of tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
+
+    An example's frequencies follow from its own length, not from the longest of its row: those that it has alone.
+    """
+    turns = tuple(
+        tables(positions, _frequencies(rope, cu_seqlens).to(positions.device), rope.scale, dtype)
+        for rope in settings.distinct_ropes
+    )
+    growth = None
+    if settings.scales.query_growth is not None:
+        slope, length = settings.scales.query_growth
+        growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
+    return Segments(
+        bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns, growth=growth
+    )  # fmt: skip
+
+
+def _frequencies(rope: Rope, cu_seqlens: Tensor) -> Tensor:
+    """[rotary_dim / 2] for all tokens, or [tokens, 1, rotary_dim / 2]."""
+    usual = torch.tensor(rope.inverse_frequencies)
+    if rope.long is None:
+        return usual
+    lengths = cu_seqlens.diff()
+    in_long = (lengths > rope.long_beyond).repeat_interleave(lengths)
+    return torch.where(in_long[:, None, None], torch.tensor(rope.long), usual)
 
 
 class CoreAttention(MegatronModule):
@@ -52,6 +83,10 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale or config.kv_channels**-0.5
         if settings.scales.attention_by_layer:
             self.scale /= layer_number
+        self.late_norm = settings.late_qk_norm
+        if self.late_norm:  # named like Megatron's own, whose gradients it sums over tensor ranks by these names
+            self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
+            self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -65,6 +100,10 @@ class CoreAttention(MegatronModule):
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
+        if row.growth is not None:
+            query = query * row.growth
+        if self.late_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
             softcap=self.softcap, alibi=self.alibi,

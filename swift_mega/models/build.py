@@ -24,13 +24,13 @@ from torch import Tensor
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.attention import CoreAttention, Segments
+from swift_mega.models.activation import replace_activations
+from swift_mega.models.attention import CoreAttention, segments
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
-from swift_mega.models.norm import Norm, WholeNorm
+from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.router import Router
-from swift_mega.ops.rope import tables
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -46,7 +46,11 @@ class Decoder(GPTModel):
         if self.pre_process and settings.positions is not None:
             self.embedding.position_embeddings.to(self.config.params_dtype)  # Megatron makes them in float32
         self.settings = settings
-        self.frequencies = [torch.tensor(rope.inverse_frequencies) for rope in settings.distinct_ropes]
+        if self.post_process and settings.biases.head:
+            rows, dtype = self.output_layer.output_size_per_partition, self.config.params_dtype
+            self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
+        if settings.activation is not None:
+            replace_activations(self.decoder.layers, settings.activation)
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
         if self.pre_process and settings.embedding_norm:
@@ -58,13 +62,7 @@ class Decoder(GPTModel):
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
-        turns = tuple(
-            tables(positions, frequencies.to(positions.device), rope.scale, self.config.params_dtype)
-            for frequencies, rope in zip(self.frequencies, self.settings.distinct_ropes, strict=True)
-        )
-        row = Segments(
-            bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns
-        )  # fmt: skip
+        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype)
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
@@ -133,7 +131,7 @@ class ModelPart:
 
     def _held(self, chunk: Decoder, first_layer: int) -> Iterator[Held]:
         experts = (self.settings.shape.experts or 0) // self.layout.expert
-        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFER))
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFERS))
         for name, parameter in itertools.chain(chunk.named_parameters(), buffers):
             if ".adapter." in name:
                 continue
@@ -168,9 +166,15 @@ class ModelPart:
             return None
         return chunk.shared_embedding_or_output_weight() if self.settings.tied else chunk.output_layer.weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[vocab / tensor] of the last stage, where the head has a bias."""
+        chunk = self.chunks[-1]
+        return chunk.output_layer.bias if chunk.post_process else None
 
-BUFFER = ".router.expert_bias"
-"""The one kind of buffer that is read from checkpoints and written to them; others are counters or derived."""
+
+BUFFERS = (".router.expert_bias", ".activation_func.beta", ".activation_func.eps")
+"""The buffers that are read from checkpoints and written to them; others are counters or derived."""
 
 _TE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
@@ -240,7 +244,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
     )  # fmt: skip
-    if settings.whole_qk_norm:
+    if settings.whole_qk_norm or settings.head_qk_norm:
         # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
         fields["qk_l2_norm"] = True
     if train.recompute != "none":
@@ -337,6 +341,11 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
     if settings.whole_qk_norm:
         attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
         attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
+    if settings.head_qk_norm:
+        attention.q_layernorm = bound(HeadNorm, heads=settings.shape.heads)
+        attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
+    if settings.late_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = NoNorm
     if settings.megatron.get("add_bias_linear"):
         if not settings.megatron.get("add_qkv_bias"):
             attention.linear_qkv = bound(attention.linear_qkv, bias=False)

@@ -93,12 +93,12 @@ READS = frozenset(
 
 
 def translate(
-    config: Any, *, epsilon: str = "rms_norm_eps", ffn: int | None = None, kv_heads: int | None = None, **changes: Any
+    config: Any, *, epsilon: str | float = "rms_norm_eps", ffn: int | None = None, kv_heads: int | None = None, **changes: Any
 ) -> Settings:
     """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
 
-    epsilon: the config's field for that of the norms; ffn, kv_heads: the MLP's width and the key heads where they are not
-    `intermediate_size` and `num_key_value_heads`.
+    epsilon: the config's field for that of the norms, or its value where there is no field; ffn, kv_heads: the MLP's width and
+    the key heads where they are not `intermediate_size` and `num_key_value_heads`.
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = kv_heads or getattr(config, "num_key_value_heads", None) or heads
@@ -106,7 +106,8 @@ def translate(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     megatron: dict[str, Any] = dict(
         num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=ffn,
-        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim, layernorm_epsilon=getattr(config, epsilon),
+        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim,
+        layernorm_epsilon=getattr(config, epsilon) if isinstance(epsilon, str) else epsilon,
         normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
         hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
@@ -185,13 +186,20 @@ def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: s
         frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
         longest = config.max_position_embeddings if kind == "dynamic" else None
         return Rope(tuple(frequencies.tolist()), longest=longest, interleaved=interleaved)
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "longrope"):
         raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
+            f"config.json: rope_type {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn, longrope"
         )
-    given = {} if layer_type is None else {"layer_type": layer_type}
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **given)
-    return Rope(tuple(frequencies.tolist()), scale=float(scale), interleaved=interleaved)
+    made, given = ROPE_INIT_FUNCTIONS[kind], {} if layer_type is None else {"layer_type": layer_type}
+    frequencies, scale = made(config, torch.device("cpu"), **given)
+    rope = Rope(tuple(frequencies.tolist()), scale=float(scale), interleaved=interleaved)
+    if kind != "longrope":
+        return rope
+    if scales := sorted({"short_mscale", "long_mscale"} & parameters.keys()):
+        raise UserError(f"config.json: {scales[0]} of rope_type longrope is not supported, and transformers ignores it")
+    beyond = parameters["original_max_position_embeddings"]
+    long, _ = made(config, torch.device("cpu"), seq_len=beyond + 1, **given)
+    return dataclasses.replace(rope, long=tuple(long.tolist()), long_beyond=beyond)
 
 
 def ropes_by_type(config: Any, head_dim: int, *, interleaved: bool = False) -> tuple[Rope, ...]:

@@ -34,12 +34,15 @@ class Rope:
     """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for.
 
     interleaved: features 2i and 2i + 1 are turned together (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
+    long: the frequencies of every token of an example that has more than `long_beyond` tokens (LongRoPE, arXiv:2402.13753).
     """
 
     inverse_frequencies: tuple[float, ...]
     scale: float = 1.0
     longest: int | None = None
     interleaved: bool = False
+    long: tuple[float, ...] | None = None
+    long_beyond: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,14 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Biases:
-    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias)."""
+    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias).
+
+    head: one number for each word of the vocabulary, added to its logit.
+    """
 
     attention_output: bool = False
     mlp: bool = False
+    head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,8 @@ class Scales:
     """Attention scores s become c tanh(s / c)."""
     logit_softcap: float | None = None
     """Logits, likewise."""
+    query_growth: tuple[float, int] | None = None
+    """(b, n): queries at position p are multiplied by 1 + b log(1 + floor(p / n))."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +153,15 @@ class Settings:
     """What comes out of the embedding is normalised."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
+    head_qk_norm: bool = False
+    """The LayerNorms of queries and keys have a weight for every head, not one that all share."""
+    late_qk_norm: bool = False
+    """Queries and keys are rotated first and normalised then; the norms lie in Megatron's core attention."""
+
+    activation: Callable[[Any], Any] | None = None
+    """Makes, of Megatron's config, the module that is every MLP's activation; None: Megatron's activation_func, which has no parameters."""
+    notes: tuple[str, ...] = ()
+    """What config.json says and training does not do, a line each; a run says it once."""
 
     @property
     def longest(self) -> int | None:
@@ -323,7 +341,15 @@ def load_settings(directory: str | Path) -> Settings:
         ) from None
     settings = family.translate(config)
     _check_fit(directory, settings)
-    return settings
+    return dataclasses.replace(settings, notes=_notes(raw, fixed))
+
+
+def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """Dropout is a setting of pretraining that a family may let config.json name; nothing here but an adapter has any."""
+    rates = [f"{key}={raw[key]}" for key in sorted(fixed) if key.endswith(("dropout", "pdrop")) and raw.get(key)]
+    return (
+        (f"config.json names {', '.join(rates)}; training here uses no dropout but an adapter's own",) if rates else ()
+    )
 
 
 def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:

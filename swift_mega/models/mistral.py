@@ -1,8 +1,9 @@
 """Mistral: the common decoder, every layer with the same sliding window, or none."""
 
+import dataclasses
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, translate, vary, windows
+from swift_mega.models.decoder import DECODER, READS, translate, vary, windows
 from swift_mega.models.family import Settings
 
 
@@ -10,4 +11,7 @@ def _translate(config: Any) -> Settings:
     return translate(config, windows=windows(config))
 
 
-FAMILY = vary(DECODER, hf_types=("mistral",), translate=_translate)
+FAMILY = dataclasses.replace(
+    vary(DECODER, hf_types=("mistral",), translate=_translate),
+    reads=READS - {"layer_types"},  # which transformers does not apply to this type
+)

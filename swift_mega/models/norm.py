@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from swift_mega.models.family import NormKind
@@ -64,6 +65,40 @@ class WholeNorm(torch.nn.Module):
             squares = _SumOverRanks.apply(squares)
         normed = (wide * torch.rsqrt(squares / self.whole + self.eps)).to(x.dtype)
         return (normed * self.weight).view_as(x)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """What Megatron's checkpoints are told of the weight."""
+        return _cut_weight(self, prefix, sharded_offsets, metadata)
+
+
+class HeadNorm(torch.nn.Module):
+    """LayerNorm of each head, with a weight of its own for each; tensor ranks hold those of their heads."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **given: Any
+    ) -> None:
+        """heads: of the whole model; hidden_size: features of one head."""
+        super().__init__()
+        self.size, self.eps = hidden_size, eps
+        mine = heads // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.empty(mine, hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, 1, heads / ranks, head_dim] -> the same."""
+        wide = x.float() if x.dtype != torch.float64 else x
+        return (F.layer_norm(wide, (self.size,), None, None, self.eps) * self.weight).to(x.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """What Megatron's checkpoints are told of the weight."""
+        return _cut_weight(self, prefix, sharded_offsets, metadata)
+
+
+def _cut_weight(module: torch.nn.Module, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
+    """A weight cut over tensor ranks; Megatron takes that of a module that says nothing for one that all ranks share."""
+    return make_sharded_tensors_for_checkpoint(
+        module.state_dict(keep_vars=True), prefix, {"weight": 0}, offsets,
+        tp_group=parallel_state.get_tensor_model_parallel_group(), dp_cp_group=metadata["dp_cp_group"],
+    )  # fmt: skip
 
 
 class _SumOverRanks(torch.autograd.Function):

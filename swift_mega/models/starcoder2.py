@@ -1,6 +1,6 @@
 """StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between.
 
-The published configs name the rates of dropout that pretraining had; here there is no dropout but an adapter's own.
+The published configs name the rates of dropout that pretraining had; here there is none, which a run says (Settings.notes).
 """
 
 from typing import Any

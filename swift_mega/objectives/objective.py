@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 import swift_mega.objectives as folder
@@ -11,7 +12,7 @@ from swift_mega.data.pack import Microbatch
 from swift_mega.discover import choose
 from swift_mega.models.build import Decoder, ModelPart
 from swift_mega.parallel.groups import Groups
-from swift_mega.parallel.vocab import token_log_probabilities
+from swift_mega.parallel.vocab import soft_cap, token_log_probabilities
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Head:
     part: ModelPart
     groups: Groups
 
+    def local_logits(self, chunk: Decoder, hidden: Tensor) -> Tensor:
+        """hidden: what the last chunk returned -> [tokens, vocabulary / tensor] of this rank's rows, padding included."""
+        weight = self.part.head_weight
+        assert weight is not None, "the head is on the last stage"
+        logits = F.linear(chunk.head_input(hidden), weight, self.part.head_bias)
+        return soft_cap(logits, self.part.settings.scales.logit_softcap)
+
     def log_probabilities(self, chunk: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
         """hidden: what the last chunk returned; targets [tokens], negative where there is none -> [tokens], 0 there."""
         weight = self.part.head_weight
@@ -37,7 +45,8 @@ class Head:
         tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None
         return token_log_probabilities(
             chunk.head_input(hidden), weight, targets, group=tensor, vocab_size=self.part.settings.shape.vocab,
-            first_row=weight.shape[0] * self.groups.coordinate.tensor, softcap=self.part.settings.scales.logit_softcap,
+            first_row=weight.shape[0] * self.groups.coordinate.tensor, bias=self.part.head_bias,
+            softcap=self.part.settings.scales.logit_softcap,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -29,28 +30,30 @@ def token_log_probabilities(
     group: ProcessGroup | None,
     vocab_size: int,
     first_row: int,
+    bias: Tensor | None = None,
     chunk: int | None = None,
     columns: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T)[target] for every token, over the whole vocabulary; 0 where the target is negative.
+    """log softmax(hidden @ weight.T + bias)[target] for every token, over the whole vocabulary; 0 where the target is negative.
 
     hidden: [tokens, hidden], the same on every tensor rank. weight: [vocabulary / tp, hidden], this rank's rows, the first
     of which is row `first_row` of the whole. Rows from `vocab_size` on are padding: they take no part and get no gradient.
     targets: [tokens] int64, global, the same on every rank. group: the tensor ranks; None for one rank.
+    bias: [vocabulary / tp], cut and padded like `weight`; None: none.
     chunk: tokens whose logits exist at once. None: all of them where `weight` is trained (kept for the backward pass),
     else as many as fit CHUNK_NUMBERS. columns: of the vocabulary whose logits exist at once where `weight` is frozen; None:
     all of them on CUDA, as many as fit the cache on the CPU. softcap: of the logits, by `soft_cap`; None: as they are.
 
-    Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden and weight. The
-    gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
+    Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden, weight and
+    bias. The gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
     """
     cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
     kept = targets >= 0
     if bool(kept.all()):
-        return _LogProbabilities.apply(hidden, weight, targets, cut)
+        return _LogProbabilities.apply(hidden, weight, bias, targets, cut)
     rows = kept.nonzero()[:, 0]
-    chosen = _LogProbabilities.apply(hidden[rows], weight, targets[rows], cut)
+    chosen = _LogProbabilities.apply(hidden[rows], weight, bias, targets[rows], cut)
     return chosen.new_zeros(len(targets)).index_put((rows,), chosen)
 
 
@@ -84,8 +87,13 @@ class _Cut:
         return 1 if self.group is None else self.group.size()
 
     def real_rows(self, weight: Tensor) -> Tensor:
-        """This rank's rows without padding; a view."""
+        """This rank's rows (or numbers of a bias) without padding; a view."""
         return weight[: max(0, min(len(weight), self.vocab_size - self.first_row))]
+
+    def logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """[tokens, rows], capped; float32, or float64 for float64."""
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return soft_cap(F.linear(hidden, rows, bias).to(exact), self.softcap)
 
     def own(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Tokens whose target is in this rank's rows, and the local row of each."""
@@ -109,9 +117,9 @@ def _slices(whole: int, size: int) -> Iterator[slice]:
 
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cut: _Cut) -> Tensor:
-        rows = cut.real_rows(weight)
-        trained = ctx.needs_input_grad[1]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cut: _Cut) -> Tensor:
+        rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
+        trained = any(ctx.needs_input_grad[1:3])
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         local_lse = hidden.new_empty(len(targets), dtype=exact)
         target_logits = torch.zeros_like(local_lse)
@@ -120,19 +128,19 @@ class _LogProbabilities(torch.autograd.Function):
         for part in cut.chunks(len(targets), rows, trained):
             into = (local_lse[part], target_logits[part], None if pull is None else pull[part])
             if trained:
-                softmax = _whole_chunk(hidden[part], rows, targets[part], cut, *into)
+                softmax = _whole_chunk(hidden[part], rows, biases, targets[part], cut, *into)
                 kept += [softmax] if cut.chunk is None else []
             else:
-                _chunk_in_blocks(hidden[part], rows, targets[part], cut, *into)
+                _chunk_in_blocks(hidden[part], rows, biases, targets[part], cut, *into)
         lse, target_logits = _over_ranks(local_lse, target_logits, cut)
         result = target_logits - lse
-        ctx.save_for_backward(hidden, weight, targets, result, lse, local_lse, pull, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, pull, *kept)
         ctx.cut, ctx.slope = cut, cut.slope(target_logits)
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, targets, result, lse, local_lse, pull, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, result, lse, local_lse, pull, *kept = ctx.saved_tensors
         cut: _Cut = ctx.cut
         rows = cut.real_rows(weight)
         tokens, columns = cut.own(targets, len(rows))
@@ -140,33 +148,41 @@ class _LogProbabilities(torch.autograd.Function):
         if ctx.slope is not None:
             towards = towards * ctx.slope
         away = -gradients[0] * (local_lse - lse).exp()
-        hidden_gradient = weight_gradient = None
+        hidden_gradient = weight_gradient = bias_gradient = None
         if pull is not None:
             whole = pull * away[:, None]
             whole.index_add_(0, tokens, rows[columns].to(whole.dtype) * towards[tokens, None])
             if cut.ranks > 1 and len(targets):
                 dist.all_reduce(whole, group=cut.group)
             hidden_gradient = whole.to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            weight_gradient = torch.zeros_like(weight)
-            mine = cut.real_rows(weight_gradient)
-            scaled = (hidden * away[:, None]).to(hidden.dtype)
+        if any(ctx.needs_input_grad[1:3]):
+            weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            bias_gradient = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
             for number, part in enumerate(cut.chunks(len(targets), rows, trained=True)):
-                spread = kept[number] if kept else _softmax_of_others(hidden, rows, targets, part, cut)
-                mine.addmm_(spread.to(rows.dtype).t(), scaled[part])
-            mine.index_add_(0, columns, (hidden[tokens] * towards[tokens, None]).to(mine.dtype))
-        return hidden_gradient, weight_gradient, None, None
+                spread = kept[number] if kept else _softmax_of_others(hidden, rows, bias, targets, part, cut)
+                if weight_gradient is not None:
+                    scaled = (hidden[part] * away[part, None]).to(hidden.dtype)
+                    cut.real_rows(weight_gradient).addmm_(spread.to(rows.dtype).t(), scaled)
+                if bias_gradient is not None:
+                    cut.real_rows(bias_gradient).add_(away[part] @ spread)
+            if weight_gradient is not None:
+                own = hidden[tokens] * towards[tokens, None]
+                cut.real_rows(weight_gradient).index_add_(0, columns, own.to(weight.dtype))
+            if bias_gradient is not None:
+                cut.real_rows(bias_gradient).index_add_(0, columns, towards[tokens].to(bias.dtype))
+        return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
 def _whole_chunk(
-    hidden: Tensor, rows: Tensor, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor, pull: Tensor | None
-) -> Tensor:
+    hidden: Tensor, rows: Tensor, biases: Tensor | None, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor,
+    pull: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Fills lse, target_logits and pull of a chunk of tokens; returns the softmax over this rank's rows, the target's column 0.
 
     Where logits are capped, each number of the softmax that is returned, or that pulls, is times the slope of the cap there.
     """
     tokens, columns = cut.own(targets, len(rows))
-    logits = soft_cap((hidden @ rows.t()).to(lse.dtype), cut.softcap)
+    logits = cut.logits(hidden, rows, biases)
     slope = cut.slope(logits)
     target_logits[tokens] = logits[tokens, columns]
     top, total = _exponentials(logits)
@@ -179,8 +195,9 @@ def _whole_chunk(
 
 
 def _chunk_in_blocks(
-    hidden: Tensor, rows: Tensor, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor, pull: Tensor | None
-) -> None:
+    hidden: Tensor, rows: Tensor, biases: Tensor | None, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor,
+    pull: Tensor | None,
+) -> None:  # fmt: skip
     """The same a block of the vocabulary at a time; what was summed is scaled down when a block has a larger logit (arXiv:1805.02867)."""
     local = targets - cut.first_row
     tops = lse.new_full(lse.shape, -torch.inf)
@@ -190,7 +207,7 @@ def _chunk_in_blocks(
     for block in cut.blocks(rows):
         tokens = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
         columns = local[tokens] - block.start
-        logits = soft_cap((hidden @ rows[block].t()).to(lse.dtype), cut.softcap)
+        logits = cut.logits(hidden, rows[block], None if biases is None else biases[block])
         slope = None if pull is None else cut.slope(logits)
         target_logits[tokens] = logits[tokens, columns]
         before, tops = tops, torch.maximum(tops, logits.amax(-1))
@@ -217,10 +234,11 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
         into.add_(a @ b)
 
 
-def _softmax_of_others(hidden: Tensor, rows: Tensor, targets: Tensor, part: slice, cut: _Cut) -> Tensor:
+def _softmax_of_others(
+    hidden: Tensor, rows: Tensor, bias: Tensor | None, targets: Tensor, part: slice, cut: _Cut
+) -> Tensor:
     """The softmax over this rank's rows of a chunk, [chunk, rows], with the target's column taken out."""
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = soft_cap((hidden[part] @ rows.t()).to(exact), cut.softcap)
+    logits = cut.logits(hidden[part], rows, None if bias is None else cut.real_rows(bias))
     slope = cut.slope(logits)
     _, total = _exponentials(logits)
     tokens, columns = cut.own(targets[part], len(rows))

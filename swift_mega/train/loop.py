@@ -104,8 +104,9 @@ def flops_per_token(settings: Settings, trained: bool) -> float:
     shape, megatron = settings.shape, settings.megatron
     heads, head_dim = shape.heads, megatron["kv_channels"]
     attention = shape.hidden * head_dim * (2 * heads + 2 * shape.kv_heads)
-    dense = 3 * shape.hidden * (shape.ffn or 0)
-    experts = 3 * shape.hidden * (shape.expert_ffn or 0) * megatron.get("moe_router_topk", 0)
+    linears = 3 if megatron["gated_linear_unit"] else 2
+    dense = linears * shape.hidden * (shape.ffn or 0)
+    experts = linears * shape.hidden * (shape.expert_ffn or 0) * megatron.get("moe_router_topk", 0)
     weights = sum(attention + (experts if moe else dense) for moe in settings.moe_layers) + shape.hidden * shape.vocab
     return (6.0 if trained else 4.0) * weights
 
@@ -120,6 +121,9 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         directory = _directory(run)
         monitor = _monitor(training, directory, steps) if dist.get_rank() == 0 else None
         with monitor or nullcontext():
+            if monitor is not None:
+                for note in training.part.settings.notes:
+                    monitor.say(note)
             return Loop(training, directory, monitor, steps, batches, validation).run()
     finally:
         parallel_groups.close()

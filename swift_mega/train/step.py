@@ -90,10 +90,10 @@ def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tu
 
 def _await_head(training: Training, model: DistributedDataParallel) -> None:
     """Waits for the head's weights. Megatron waits for parameters in the forward hook of their module, and the head's module is not
-    called: log-probabilities read its weight. Without this the last step's values would be used, silently."""
-    weight = training.part.head_weight
-    if weight in model.param_to_bucket_group:
-        model.param_to_bucket_group[weight].finish_param_sync()
+    called: log-probabilities read its weight and bias. Without this the last step's values would be used, silently."""
+    for parameter in (training.part.head_weight, training.part.head_bias):
+        if parameter in model.param_to_bucket_group:
+            model.param_to_bucket_group[parameter].finish_param_sync()
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:

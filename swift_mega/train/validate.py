@@ -26,7 +26,6 @@ from swift_mega.models.build import Held
 from swift_mega.models.family import family_of, load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
-from swift_mega.parallel.vocab import soft_cap
 from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
 
@@ -224,8 +223,7 @@ class _Collect:
     objective: Any
 
     def loss(self, head: Any, chunk: Any, hidden: Tensor, batch: Microbatch) -> Any:
-        logits = chunk.head_input(hidden) @ head.part.head_weight.t()
-        local = soft_cap(logits, head.part.settings.scales.logit_softcap)
+        local = head.local_logits(chunk, hidden)
         shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
         whole = torch.cat(shards, dim=-1)[:, : self.vocab].cpu()

@@ -164,7 +164,7 @@ def test_rope_yarn(tmp_path):
     assert rope.scale == pytest.approx(0.1 * math.log(4.0) + 1)
 
 
-@pytest.mark.parametrize("kind", ["longrope", "proportional", "mrope", "unheard_of"])
+@pytest.mark.parametrize("kind", ["proportional", "mrope", "unheard_of"])
 def test_rope_of_another_kind_is_refused(tmp_path, kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     with pytest.raises(UserError, match=rf"(?s){kind}.*(supported: default|correct the field)"):

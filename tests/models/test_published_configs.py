@@ -7,6 +7,7 @@ import pytest
 
 from swift_mega.errors import UserError
 from swift_mega.models.family import load_settings
+from tests.models import published_dense
 
 CONFIGS = {
     "llama31": """
@@ -221,6 +222,7 @@ false, "qk_ln": false, "softmax_scale": null}, "d_model": 4096, "emb_pdrop": 0, 
 0, "vocab_size": 50432}
 """,
 }
+CONFIGS.update(published_dense.CONFIGS)
 WORDS = {
     "num_hidden_layers": ("n_layer", "n_layers"),
     "hidden_size": ("n_embd", "n_embed", "d_model"),
@@ -230,7 +232,7 @@ WORDS = {
 """Other words that older configs have for these fields."""
 KEY_HEADS = {"gpt2": 12, "pythia": 12, "gpt_neox": 64, "falcon7b": 1, "starcoder": 1, "bloom": 16, "mpt": 32}
 """Where config.json does not say a number."""
-WINDOWS = {"mistral": 4096, "starcoder2": 4096}
+WINDOWS = {"mistral": 4096, "starcoder2": 4096, "ministral": 32768, "phi35": 262144}
 """Every layer sees this many tokens."""
 
 
@@ -288,3 +290,23 @@ def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
     assert made["bloom"].alibi == tuple(2 ** -(head / 2) for head in range(1, 17))
     assert (made["falcon7b"].block.shared_norm, made["falcon40b"].block.shared_norm) == (True, False)
     assert all(settings.tied == (name != "pythia") for name, settings in made.items())
+
+
+def test_what_dense_models_say_of_positions_and_scales(tmp_path: Path) -> None:
+    """Command-R7B and EXAONE 4 rotate three of four layers. Hunyuan's alpha of 1000 stretches the base, phi-2 rotates 32 of 80 features,
+    Phi-3.5 has other frequencies beyond 4096 tokens; Ministral 3 scales queries from position 16384 on."""
+    made = {}
+    for name in ("commandr7b", "exaone4", "hunyuan", "phi2", "phi35", "ministral3", "commandrplus"):
+        (tmp_path / name).mkdir()
+        made[name] = load_settings(write(tmp_path / name, name))
+    for name in ("commandr7b", "exaone4"):
+        assert made[name].windows[:8] == (4096, 4096, 4096, None) * 2
+        assert [rope is None for rope in made[name].ropes[:8]] == [False, False, False, True] * 2
+    ropes = {name: settings.rope for name, settings in made.items()}
+    assert ropes["hunyuan"].inverse_frequencies[1] == pytest.approx((1e4 * 1000 ** (128 / 126)) ** (-2 / 128), rel=1e-6)
+    assert made["hunyuan"].longest is None and "attention_dropout=0.1" in made["hunyuan"].notes[0]
+    assert len(ropes["phi2"].inverse_frequencies) == 16 and made["phi2"].biases.head
+    assert (ropes["phi35"].long_beyond, ropes["phi35"].long[0]) == (4096, 1.0)
+    assert ropes["phi35"].scale == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
+    assert made["ministral3"].scales.query_growth == (0.1, 16384)
+    assert made["commandrplus"].head_qk_norm and made["commandrplus"].tied

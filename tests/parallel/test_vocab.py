@@ -24,10 +24,16 @@ def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor
 
 
 def _dense(
-    hidden: Tensor, weight: Tensor, targets: Tensor, above: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    above: Tensor,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, and the gradients of hidden and weight; that of `bias` is left in it."""
     hidden, weight = (given.detach().double().clone().requires_grad_() for given in (hidden, weight))
-    logits = hidden @ weight.t()
+    logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     value = -F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
@@ -37,15 +43,24 @@ def _dense(
 
 
 def _cut_equals_dense(
-    padded: int, chunk: int | None, trained: bool, columns: int | None = None, softcap: float | None = None
-) -> None:
-    """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen."""
+    padded: int, chunk: int | None, trained: bool, columns: int | None = None, softcap: float | None = None, *,
+    biased: bool = False, bias_alone: bool = False,
+) -> None:  # fmt: skip
+    """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen.
+
+    bias_alone: the bias is trained and the weight is not.
+    """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, targets, above = _problem()
-    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above, softcap)
+    bias = torch.linspace(-2, 2, VOCAB, dtype=weight.dtype).requires_grad_() if biased else None
+    value, hidden_gradient, weight_gradient = _dense(hidden, weight, targets, above, softcap, bias)
     whole = torch.cat([weight, torch.full((padded - VOCAB, HIDDEN), 50.0, dtype=weight.dtype)])
     rows = padded // ranks
-    mine = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_(trained)
+    mine = whole[rank * rows : (rank + 1) * rows].clone().requires_grad_(trained and not bias_alone)
+    my_bias = None
+    if bias is not None:
+        whole_bias = torch.cat([bias.detach(), bias.new_full((padded - VOCAB,), 50.0)])
+        my_bias = whole_bias[rank * rows : (rank + 1) * rows].clone().requires_grad_(trained)
     hidden.requires_grad_()
     got = token_log_probabilities(
         hidden,
@@ -57,12 +72,16 @@ def _cut_equals_dense(
         chunk=chunk,
         columns=columns,
         softcap=softcap,
+        bias=my_bias,
     )
     close = {"rtol": 0, "atol": 1e-13}
     torch.testing.assert_close(got.detach(), value, **close)
     (got * above).sum().backward()
     torch.testing.assert_close(hidden.grad, hidden_gradient, **close)
-    if trained:
+    if my_bias is not None and trained:
+        wanted = torch.cat([bias.grad, torch.zeros(padded - VOCAB, dtype=weight.dtype)])
+        torch.testing.assert_close(my_bias.grad, wanted[rank * rows : (rank + 1) * rows], **close)
+    if trained and not bias_alone:
         wanted = torch.cat([weight_gradient, torch.zeros(padded - VOCAB, HIDDEN, dtype=weight.dtype)])
         torch.testing.assert_close(mine.grad, wanted[rank * rows : (rank + 1) * rows], **close)
     else:
@@ -79,6 +98,21 @@ def test_value_and_gradients_equal_dense(ranks, size):
 def test_capped_logits_equal_dense(ranks, size):
     """A cap of 2 bends most logits here; the gradient carries its slope, the target's column too."""
     ranks(size, _capped_cases, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_bias_equals_dense(ranks, size):
+    """Value and gradients with a bias for each word, alone and under a cap, trained with the weight, by itself or not at all."""
+    ranks(size, _biased_cases, size)
+
+
+def _biased_cases(size: int) -> None:
+    for padded in {1: (29, 32), 2: (30, 64), 3: (30, 96)}[size]:
+        for chunk in (None, 4):
+            for softcap in (None, 2.0):
+                for trained, alone in ((False, False), (True, False), (True, True)):
+                    _cut_equals_dense(padded, chunk, trained, softcap=softcap, biased=True, bias_alone=alone)
+                _cut_equals_dense(padded, chunk, trained=False, columns=5, softcap=softcap, biased=True)
 
 
 def _capped_cases(size: int) -> None:

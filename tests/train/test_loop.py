@@ -218,17 +218,20 @@ def test_a_loss_that_is_no_number_stops_the_run(model: Path, rows: Path, tmp_pat
         )
 
 
-def test_flops_count_weights(model: Path, cpu: Device) -> None:
-    """6 per weight and token where weights are trained, 4 where they are frozen; embeddings are looked up, not multiplied."""
+@pytest.mark.parametrize("name", ["llama", "starcoder2_plain"])
+def test_flops_count_weights(tmp_path: Path, cpu: Device, name: str) -> None:
+    """6 per weight and token where weights are trained, 4 where they are frozen; embeddings are looked up, not multiplied.
+
+    An MLP has three linears where it is gated, else two.
+    """
+    model = tiny.make(tmp_path, name)
     settings = api.load_settings(str(model))
-    config = json.loads((model / "config.json").read_text())
     names = Checkpoint(model).entries
     weights = sum(
         torch.Size(entry.shape).numel()
         for name, entry in names.items()
         if len(entry.shape) == 2 and "embed" not in name
     )
-    assert config["model_type"] == "llama"
     assert flops_per_token(settings, trained=True) == 6 * weights
     assert flops_per_token(settings, trained=False) == 4 * weights
 
@@ -267,3 +270,12 @@ def test_a_balancing_loss_whose_gradient_tensor_ranks_get_wrong_is_refused(
     with pytest.raises(UserError, match="wrong gradient"):
         api.train(wrong, nproc=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_config_names_and_training_leaves_out_is_said_once(
+    rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Dropout of pretraining in config.json: one line, from the first of two ranks."""
+    named = tiny.make_chat(tmp_path / "model", "starcoder2", residual_dropout=0.1)
+    api.train(recipe(named, rows, tmp_path / "out", "parallel.tensor=2", "train.steps=1"), nproc=2)
+    assert capfd.readouterr().err.count("config.json names residual_dropout=0.1; training here uses no dropout") == 1

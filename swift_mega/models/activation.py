@@ -1,0 +1,45 @@
+"""Activation functions of an MLP that have parameters of their own, where Megatron knows plain functions only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class Xielu(MegatronModule):
+    """xIELU (Huang 2024, arXiv:2411.13010): a parabola above zero and an integrated ELU below it, each of a learned height.
+
+    The heights are whole on every tensor rank, and each rank has some of the features they act on: their gradients are summed.
+    """
+
+    beta: Tensor
+    eps: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.cut = config.tensor_model_parallel_size > 1
+        self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
+        self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
+        for name in ("beta", "eps"):  # constants that checkpoints hold
+            self.register_buffer(name, torch.empty((), dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        above, below = (
+            F.softplus(copy_to_tensor_model_parallel_region(alpha) if self.cut else alpha)
+            for alpha in (self.alpha_p, self.alpha_n)
+        )
+        below = self.beta + below
+        return self.beta * x + torch.where(x > 0, above * x * x, (torch.expm1(torch.min(x, self.eps)) - x) * below)
+
+
+def replace_activations(layers: torch.nn.ModuleList, make: Callable[[TransformerConfig], torch.nn.Module]) -> None:
+    """Gives the MLP of each of Megatron's `layers` an activation of its own in place of its config's function."""
+    for layer in layers:
+        mlp: Any = layer.mlp
+        mlp.activation_func = make(mlp.config)

@@ -1,0 +1,64 @@
+"""Command-R: LayerNorm without bias, attention and MLP side by side after one norm, features rotated in pairs, a factor on logits."""
+
+from typing import Any
+
+from swift_mega.errors import UserError
+from swift_mega.models.decoder import (
+    DECODER,
+    DENSE_RULES,
+    EMBEDDING_RULES,
+    HF_LAYER,
+    LAYER,
+    READS,
+    attention_rules,
+    norm_rules,
+    rope,
+    translate,
+)
+from swift_mega.models.family import Biases, Block, Family, NormKind, Rule, Scales, Settings
+from swift_mega.models.packs import COLUMN
+
+HEAD_QK_NORM_RULES = (
+    Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), COLUMN),
+    Rule(LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), COLUMN),
+)
+COHERE_READS = (READS - {"rms_norm_eps"}) | {"layer_norm_eps", "logit_scale", "attention_bias"}
+
+
+def translate_cohere(config: Any, **changes: Any) -> Settings:
+    """What Command-R and Command-R7B share."""
+    if config.logit_scale is None:
+        raise UserError("config.json: logit_scale=None is not a number, and logits are multiplied by it; correct it")
+    bias = bool(config.attention_bias)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = rope(config, head_dim, interleaved=True)
+    return translate(
+        config,
+        epsilon="layer_norm_eps",
+        megatron={"add_qkv_bias": bias},
+        norm=NormKind(kind="layer"),
+        biases=Biases(attention_output=bias),
+        block=Block(parallel=True),
+        scales=Scales(logits=config.logit_scale),
+        **{"ropes": (turned,) * config.num_hidden_layers, **changes},
+    )
+
+
+def _translate(config: Any) -> Settings:
+    return translate_cohere(config, head_qk_norm=bool(config.use_qk_norm))
+
+
+FAMILY = Family(
+    hf_types=("cohere",),
+    translate=_translate,
+    rules=(
+        *EMBEDDING_RULES,
+        *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
+        *attention_rules(),
+        *HEAD_QK_NORM_RULES,
+        *DENSE_RULES,
+    ),
+    # model_max_length is the tokenizer's.
+    reads=(COHERE_READS - {"sliding_window", "layer_types"}) | {"use_qk_norm", "model_max_length"},
+    absent=DECODER.absent,
+)

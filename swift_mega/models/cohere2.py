@@ -1,0 +1,35 @@
+"""Command-R7B and Command-A: Command-R where three of four layers see a window and only those rotate queries and keys."""
+
+from typing import Any
+
+from swift_mega.models import cohere
+from swift_mega.models.decoder import rope, windows
+from swift_mega.models.family import Family, Settings
+
+
+def _translate(config: Any) -> Settings:
+    seen = windows(config)
+    turned = rope(config, config.head_dim, interleaved=True)
+    return cohere.translate_cohere(
+        config, windows=seen, ropes=tuple(None if window is None else turned for window in seen)
+    )
+
+
+FAMILY = Family(
+    hf_types=("cohere2",),
+    translate=_translate,
+    rules=tuple(rule for rule in cohere.FAMILY.rules if rule not in cohere.HEAD_QK_NORM_RULES),
+    reads=cohere.COHERE_READS | {"sliding_window_pattern", "use_parallel_embedding"},
+    # What the published configs say of the architecture and transformers does not read: it has no other one.
+    fixed={
+        "use_qk_norm": (False,),
+        "layer_switch": (4,),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "rotary_pct": (1.0,),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+    },
+    absent=cohere.FAMILY.absent,
+)

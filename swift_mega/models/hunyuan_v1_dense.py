@@ -1,0 +1,79 @@
+"""Hunyuan dense: queries and keys are rotated, by frequencies of a base that `alpha` stretches once and for all, and normalised then."""
+
+from typing import Any
+
+import torch
+
+from swift_mega.errors import UserError
+from swift_mega.models import decoder
+from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, translate, vary
+from swift_mega.models.family import Biases, Rope, Rule, Settings
+from swift_mega.models.packs import REPLICATED
+
+CORE = LAYER + "self_attention.core_attention."
+
+
+def rope(config: Any, head_dim: int) -> Rope:
+    """The rotation; `dynamic` with an alpha does not depend on the length of anything (HunYuanDenseV1RotaryEmbedding)."""
+    given = config.rope_parameters
+    if given.get("rope_type") != "dynamic" or not given.get("alpha"):
+        return decoder.rope(config, head_dim)
+    base = given["rope_theta"] * given["alpha"] ** (head_dim / (head_dim - 2))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    return Rope(tuple((1.0 / base**exponents).tolist()))
+
+
+def _translate(config: Any) -> Settings:
+    bias = bool(config.attention_bias)
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    if getattr(config, "attention_head_dim", head_dim) != head_dim:
+        raise UserError(
+            f"config.json: attention_head_dim={config.attention_head_dim} is not head_dim={head_dim}; correct one"
+        )
+    return translate(
+        config,
+        megatron={"add_qkv_bias": bias, "qk_layernorm": True},
+        biases=Biases(attention_output=bias),
+        late_qk_norm=True,
+        ropes=(rope(config, head_dim),) * config.num_hidden_layers,
+    )
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("hunyuan_v1_dense",),
+    translate=_translate,
+    rules=(
+        Rule(CORE + "q_layernorm.weight", (HF_LAYER + "self_attn.query_layernorm.weight",), REPLICATED),
+        Rule(CORE + "k_layernorm.weight", (HF_LAYER + "self_attn.key_layernorm.weight",), REPLICATED),
+    ),
+    # Tokens, and what the vocabulary was before padding: of the tokenizer and of pretraining.
+    reads=(
+        *(
+            "attention_bias",
+            "attention_head_dim",
+            "org_vocab_size",
+            "eod_token_id",
+            "pad_id",
+            "sep_token_id",
+            "im_start_id",
+        ),
+        *("im_end_id", "im_newline_id", "mask_init_id", "text_start_id", "text_end_id"),
+        *(
+            "dense_list",
+            "pool_type",
+            "class_num",
+            "cla_share_factor",
+        ),  # without effect while those below are as they are
+    ),
+    # What the published configs say of the architecture and transformers does not read: it has no other one.
+    fixed={
+        "attention_dropout": (0.0, 0.1),
+        "mlp_bias": (False,),
+        "norm_type": ("rms",),
+        "add_classification_head": (False,),
+        "use_cla": (False,),
+        "use_qk_norm": (True,),
+        "use_rotary_pos_emb": (True,),
+    },
+)
