@@ -93,7 +93,12 @@ READS = frozenset(
 
 
 def translate(
-    config: Any, *, epsilon: str | float = "rms_norm_eps", ffn: int | None = None, kv_heads: int | None = None, **changes: Any
+    config: Any,
+    *,
+    epsilon: str | float = "rms_norm_eps",
+    ffn: int | None = None,
+    kv_heads: int | None = None,
+    **changes: Any,
 ) -> Settings:
     """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
 
