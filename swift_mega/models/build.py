@@ -326,14 +326,13 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
     if settings.whole_qk_norm:
         attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
         attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
-    if settings.megatron.get("add_bias_linear"):
-        if not settings.megatron.get("add_qkv_bias"):
-            attention.linear_qkv = bound(attention.linear_qkv, bias=False)
-        if not settings.biases.attention_output:
-            attention.linear_proj = bound(attention.linear_proj, bias=False)
-        if not settings.biases.mlp:
-            mlp = _mlp(spec)
-            mlp.linear_fc1, mlp.linear_fc2 = bound(mlp.linear_fc1, bias=False), bound(mlp.linear_fc2, bias=False)
+    mlp_bias = settings.megatron.get(
+        "add_bias_linear", False
+    )  # of all linears, and Megatron refuses it beside shared experts
+    if mlp_bias and not settings.megatron.get("add_qkv_bias"):
+        attention.linear_qkv = bound(attention.linear_qkv, bias=False)
+    if settings.biases.attention_output != mlp_bias:
+        attention.linear_proj = bound(attention.linear_proj, bias=settings.biases.attention_output)
     if block != Block():
         spec.module = bound(Layer, block=block, norm=norm)
         if not block.pre_norms:

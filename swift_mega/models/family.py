@@ -97,7 +97,7 @@ class Routing:
 
     bias: a constant of each expert, a tensor of the checkpoint that no gradient reaches, joins in the choice but not in the weights.
     normalise: the weights are divided by their sum, to which `added` is added and which is at least `smallest`; then times `scale`.
-    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their best two.
+    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their `group_best` best.
     """
 
     score: Literal["softmax", "sigmoid"]
@@ -108,6 +108,8 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    group_best: int = 2
+    """Two in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), one in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,11 +285,12 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
         )
 
 
-MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim"})
+MAY_BE_NONE = frozenset({"num_key_value_heads", "head_dim", "n_group", "topk_group"})
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
     "max_position_embeddings query_pre_attn_scalar "
-    "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
+    "num_experts num_local_experts num_experts_per_tok decoder_sparse_step "
+    "n_routed_experts n_shared_experts n_group topk_group moe_num_experts moe_k moe_layer_interval".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""
 

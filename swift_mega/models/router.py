@@ -16,9 +16,6 @@ from torch import Tensor
 from swift_mega.errors import UserError
 from swift_mega.models.family import Routing
 
-BEST_OF_GROUP = 2
-"""Experts whose scores make a group's; DeepSeek-V3's report, section 2.1.2, and every family since."""
-
 
 class Router(TopKRouter):
     """Chooses `moe_router_topk` experts per token as `routing` says."""
@@ -50,7 +47,7 @@ class Router(TopKRouter):
 def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits [tokens, experts], bias [experts] -> weights [tokens, experts], zero where not chosen, and the choice, bool.
 
-    Source: DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers; the choice passes no gradient.
+    Source: DeepseekV2TopkRouter, DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers; the choice passes no gradient.
     """
     wide = logits.float()
     scores = wide.sigmoid() if routing.score == "sigmoid" else wide.softmax(-1)
@@ -70,6 +67,6 @@ def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) ->
 def _within_groups(scores: Tensor, routing: Routing) -> Tensor:
     """scores [tokens, experts], minus infinity outside of each token's best groups."""
     grouped = scores.view(len(scores), routing.groups, -1)
-    best = grouped.topk(BEST_OF_GROUP, dim=-1).values.sum(-1).topk(routing.chosen_groups, dim=-1).indices
+    best = grouped.topk(routing.group_best, dim=-1).values.sum(-1).topk(routing.chosen_groups, dim=-1).indices
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
     return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)

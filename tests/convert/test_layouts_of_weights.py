@@ -51,7 +51,8 @@ expert ranks, in tests/train/test_layouts.py; here their bytes have to come back
 def layouts_for(name: str) -> tuple[str, ...]:
     """Those worth the time: a family whose weights are laid out like another's is not tried in every one."""
     if tiny.FAMILIES[name]["model_type"] not in COUNTED[:6]:
-        return FEWER if tiny.FAMILIES[name]["model_type"] in ("qwen2_moe", "olmoe", "deepseek_v3") else FEWER[:1]
+        experts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+        return FEWER if experts & tiny.FAMILIES[name].keys() else FEWER[:1]
     if "rope_parameters" in tiny.FAMILIES[name] or name == "mistral":
         return ("tp2-pp2-sp",)
     if name in ("qwen2", "qwen3"):

@@ -1,0 +1,38 @@
+"""Tiny configs of the families whose mixtures of experts have a choice of their own."""
+
+from typing import Any
+
+NO_TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+GROUPED: dict[str, Any] = dict(
+    n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=4, moe_intermediate_size=24, first_k_dense_replace=1,
+    n_group=4, topk_group=2, routed_scaling_factor=2.5,
+)  # fmt: skip
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=8, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, **GROUPED
+)  # fmt: skip
+YARN: dict[str, Any] = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.9,
+    "mscale_all_dim": 0.6, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": dict(model_type="deepseek_v2", topk_method="group_limited_greedy", rms_norm_eps=1e-5, **LATENT),
+    "deepseek_v2_lite": dict(
+        model_type="deepseek_v2", topk_method="greedy", rope_parameters=YARN, tie_word_embeddings=True,
+        **{**LATENT, "q_lora_rank": None, "v_head_dim": 6, "routed_scaling_factor": 0.7, "n_shared_experts": 1},
+    ),
+    "glm4_moe": dict(
+        model_type="glm4_moe", attention_bias=True, use_qk_norm=True, tie_word_embeddings=True, norm_topk_prob=False, **GROUPED, **NO_TOKENS
+    ),
+    "glm4_moe_plain": dict(
+        model_type="glm4_moe", **{**GROUPED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}, **NO_TOKENS
+    ),
+    "dots1": dict(
+        model_type="dots1", attention_bias=True, sliding_window=5, max_window_layers=2, tie_word_embeddings=True,
+        norm_topk_prob=False, **GROUPED, **NO_TOKENS,
+    ),
+    "dots1_plain": dict(
+        model_type="dots1", sliding_window=None, norm_topk_prob=True,
+        **{**GROUPED, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}, **NO_TOKENS,
+    ),
+}  # fmt: skip
