@@ -32,7 +32,7 @@ from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.export import merged  # noqa: E402
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
 from swift_mega.models.build import build, transformer_config  # noqa: E402
-from swift_mega.models.family import family_of, load_settings  # noqa: E402
+from swift_mega.models.family import family_of, hf_config, load_settings  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
@@ -172,7 +172,9 @@ class Answerer:
         disable_progress_bar()
         family_of(model)
         self.tokenizer = load_tokenizer(model)
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            model, config=hf_config(model), dtype="auto", trust_remote_code=False
+        )
         if adapters is not None:
             from peft import PeftModel
 

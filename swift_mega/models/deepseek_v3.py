@@ -1,6 +1,6 @@
-"""DeepSeek-V3 and models of its type (Moonlight): latent attention, and after some dense layers experts chosen by groups.
+"""DeepSeek-V3 and models of its type (Moonlight, Kimi K2): latent attention, and after some dense layers experts chosen by groups.
 
-The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes.
+The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes, nor written.
 """
 
 from typing import Any
@@ -128,7 +128,8 @@ def _translate(config: Any) -> Settings:
 
 FAMILY = vary(
     DECODER,
-    hf_types=("deepseek_v3",),
+    hf_types=("deepseek_v3", "kimi_k2"),
+    read_as={"kimi_k2": "deepseek_v3"},
     translate=_translate,
     rules=(*LATENT_RULES, *BIASED_EXPERT_RULES),
     reads=(*READS, *MTP_READS, "norm_topk_prob", "rope_interleave"),

@@ -165,6 +165,8 @@ class Family:
     """Fields that are understood for these values only; any other value stops the run."""
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+    read_as: Mapping[str, str] = field(default_factory=dict)
+    """Of `hf_types`, those that transformers has no model for, and its name for the same one."""
 
     @functools.cached_property
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
@@ -248,10 +250,9 @@ def load_settings(directory: str | Path) -> Settings:
         )
     _check_sizes(directory, raw)
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # 2 s: only when a model is really read
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = hf_config(directory)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -260,6 +261,17 @@ def load_settings(directory: str | Path) -> Settings:
     settings = family.translate(config)
     _check_fit(directory, settings)
     return settings
+
+
+def hf_config(directory: str | Path) -> Any:
+    """The transformers config of a Hugging Face directory, of a type that transformers has a model for."""
+    from transformers import AutoConfig  # 2 s: only when a model is really read
+
+    fields, family = read_config(directory), family_of(directory)
+    known = family.read_as.get(fields.pop("model_type"))
+    if known is None:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return AutoConfig.for_model(known, **fields)
 
 
 def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:

@@ -117,9 +117,22 @@ class Fused(Pack):
         return (torch.cat(tuple(parts)),)
 
 
+@dataclass(frozen=True)
+class OneRow(Pack):
+    """A vector, whole on every rank, that Hugging Face stores as a matrix of one row."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        (part,) = parts
+        return part[0]
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (tensor[None],)
+
+
 COLUMN = Pack(0)
 ROW = Pack(1)
 REPLICATED = Pack(None)
+ONE_ROW = OneRow(None)
 VOCAB = Pack(0, padded=True)
 GATE_UP = GateUp()
 QKV = Qkv()
