@@ -140,6 +140,7 @@ def test_every_layout_there_and_back(ranks, cpu, tmp_path, name):
     assert all(count > 5 for count in compared)
     for layout in layouts:
         same_bits(tmp_path / layout, source)
+        assert (tmp_path / layout / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "qwen2_window", "qwen3_moe_mixed"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
+from swift_mega.models.family import Routing, load_settings
+from tests.models import published_experts
 
 CONFIGS = {
     "llama31": """
@@ -157,6 +158,7 @@ null, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 1
 true, "scale_attn_weights": true, "sliding_window": 4096, "use_bias": true, "vocab_size": 49152}
 """,
 }
+CONFIGS.update(published_experts.CONFIGS)
 WINDOWS = {"mistral": 4096, "starcoder2": 4096}
 """Every layer sees this many tokens."""
 
@@ -198,3 +200,27 @@ def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
     assert [rope is None for rope in made["smollm3"].ropes[:8]] == [False, False, False, True] * 2
     assert made["deepseek_v3"].moe_layers == (False,) * 3 + (True,) * 58
     assert (made["deepseek_v3"].shape.experts, made["deepseek_v3"].shape.expert_ffn) == (256, 2048)
+
+
+def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
+    """DeepSeek-V2: six experts of the best three of eight groups, a group being as good as its best expert, with weights times 16; the Lite
+    one of all. Kimi K2: eight of 384. GLM-4.5-Air, dots.llm1: the first layer is dense. ERNIE 4.5: layers 1 to 27 have experts."""
+    made = {}
+    for name in ("deepseek_v2", "deepseek_v2lite", "kimi_k2", "glm45air", "dots1", "minimax_m2", "ernie45_21b"):
+        (tmp_path / name).mkdir()
+        made[name] = load_settings(write(tmp_path / name, name))
+    routing = {name: settings.routing for name, settings in made.items()}
+    assert routing["deepseek_v2"] == Routing(
+        score="softmax", bias=False, normalise=False, scale=16.0, groups=8, chosen_groups=3, group_best=1
+    )
+    assert routing["deepseek_v2lite"] == Routing(score="softmax", bias=False, normalise=False, group_best=1)
+    assert routing["kimi_k2"] == Routing(score="sigmoid", added=1e-20, scale=2.827)
+    assert routing["glm45air"] == Routing(score="sigmoid", added=1e-20)
+    assert routing["dots1"] == Routing(score="sigmoid", added=1e-20, scale=2.5)
+    assert routing["minimax_m2"] == Routing(score="sigmoid")
+    assert routing["ernie45_21b"] == Routing(score="softmax", smallest=1e-12)
+    for name in ("glm45air", "dots1", "ernie45_21b", "kimi_k2"):
+        assert made[name].moe_layers == (False,) + (True,) * (made[name].shape.layers - 1)
+    assert (made["kimi_k2"].shape.experts, made["ernie45_21b"].shape.shared_ffn) == (384, 3072)
+    for name, half in (("glm45air", 32), ("minimax_m2", 32), ("dots1", 64), ("ernie45_21b", 64)):
+        assert made[name].rope is not None and len(made[name].rope.inverse_frequencies) == half
