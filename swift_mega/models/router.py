@@ -23,12 +23,7 @@ class Router(TopKRouter):
     def __init__(self, config: TransformerConfig, *args: Any, routing: Routing, **given: Any) -> None:
         super().__init__(config, *args, **given)
         self.choice = routing
-        if config.moe_router_load_balancing_type not in ("none", "aux_loss") or config.moe_expert_capacity_factor:
-            raise UserError(
-                f"model.megatron: moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}, "
-                f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: this model's own router supports "
-                "neither another balancing than none or aux_loss nor a capacity; remove these settings"
-            )
+        refuse_without_effect(config, routing)
         if routing.bias and self.expert_bias is None:
             del self.expert_bias
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32))
@@ -42,6 +37,26 @@ class Router(TopKRouter):
             weights = self._apply_aux_loss(weights, scores, balanced)
         self._apply_expert_bias(chosen)
         return weights, chosen
+
+
+def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
+    """UserError for settings of model.megatron that only Megatron's own choice of experts reads."""
+    supported: dict[str, tuple[Any, ...]] = {
+        "moe_router_load_balancing_type": ("none", "aux_loss"),
+        "moe_expert_capacity_factor": (None,),
+        "moe_router_num_groups": (None,),
+        "moe_router_group_topk": (None,),
+        "moe_router_topk_scaling_factor": (None,),
+        "moe_router_fusion": (False,),
+        "moe_router_pre_softmax": (True,),
+        "moe_router_score_function": (routing.score,),
+    }
+    for name, values in supported.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(
+                f"model.megatron.{name}={value!r}: this model's own choice of experts knows only "
+                f"{' and '.join(map(repr, values))}; remove the setting"
+            )
 
 
 def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
