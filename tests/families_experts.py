@@ -51,4 +51,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_type="ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_num_shared_experts=0, moe_intermediate_size=24,
         moe_layer_start_index=0, moe_layer_interval=2, moe_norm_min=0.9, tie_word_embeddings=False, **NO_TOKENS,
     ),
+    "granitemoe": dict(
+        model_type="granitemoe", num_local_experts=4, num_experts_per_tok=2, attention_bias=True, embedding_multiplier=3.0,
+        attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=2.0, tie_word_embeddings=True, **NO_TOKENS,
+    ),
+    "granitemoe_plain": dict(model_type="granitemoe", num_local_experts=6, num_experts_per_tok=3, **NO_TOKENS),
+    "granitemoeshared": dict(
+        model_type="granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40,
+        embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=2.0, **NO_TOKENS,
+    ),
+    "gpt_oss": dict(
+        model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=2, sliding_window=5, swiglu_limit=0.6,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 64,
+        }, **NO_TOKENS,
+    ),
+    "gpt_oss_tied": dict(
+        model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=3, sliding_window=5, attention_bias=False,
+        tie_word_embeddings=True, **NO_TOKENS,
+    ),
 }  # fmt: skip

@@ -8,9 +8,11 @@ frequencies are computed once per microbatch, and Megatron's own packed RoPE and
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from swift_mega.models.family import Settings
@@ -46,6 +48,10 @@ class CoreAttention(MegatronModule):
         self.clip = settings.scales.clip
         self.softcap = settings.scales.attention_softcap
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.softmax_offset = None  # Megatron's name for attention sinks
+        if settings.sinks:
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -61,6 +67,13 @@ class CoreAttention(MegatronModule):
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
-            softcap=self.softcap,
+            softcap=self.softcap, sinks=self.softmax_offset,
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks as one tensor of all heads; a Megatron module without its own says that ranks hold the same."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.attention import CoreAttention, Segments
+from swift_mega.models.experts import BiasedRow
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
@@ -287,6 +288,8 @@ def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = norm
     if _latent(settings):
         latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
+    if moe and settings.biases.mlp:
+        _submodules(_mlp(spec).experts).linear_fc2 = BiasedRow
     return spec
 
 
@@ -344,8 +347,12 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
 
 def _mlp(spec: ModuleSpec) -> Any:
     """The submodules of a layer's MLP: its linears, or router and experts."""
-    mlp = spec.submodules.mlp
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return _submodules(spec.submodules.mlp)
+
+
+def _submodules(module: Any) -> Any:
+    """Newer Megatrons have a partial function where older ones have a spec."""
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
 
 def build(
@@ -384,7 +391,7 @@ def _mark_cut(part: ModelPart) -> None:
         # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
-        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.axis or 0, 1  # type: ignore[attr-defined]
+        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.held_dim or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

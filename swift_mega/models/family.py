@@ -135,6 +135,8 @@ class Settings:
     """None: Megatron's own router does it."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
+    sinks: bool = False
+    """Each head has a learned logit that joins its softmax (ops/sinks.py)."""
 
     @property
     def longest(self) -> int | None:

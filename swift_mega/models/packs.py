@@ -42,6 +42,11 @@ class Pack:
         """Inverse of `join`; views where possible."""
         return (tensor,)
 
+    @property
+    def held_dim(self) -> int | None:
+        """The dim of the Megatron tensor that is cut; `axis` is the Hugging Face tensors'."""
+        return self.axis
+
     def shares(self, heads: Heads) -> tuple[int, ...]:
         """Relative sizes along `axis` of what `split` gives."""
         return (1,)
@@ -129,10 +134,46 @@ class OneRow(Pack):
         return (tensor[None],)
 
 
+@dataclass(frozen=True)
+class Transposed(Pack):
+    """A matrix that Hugging Face stores as [in, out], multiplied from the right."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        (part,) = parts
+        return part.t()
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (tensor.t(),)
+
+    @property
+    def held_dim(self) -> int | None:
+        return None if self.axis is None else 1 - self.axis
+
+
+@dataclass(frozen=True)
+class InterleavedGateUp(Pack):
+    """Gate and up of one feature after another in a single Hugging Face tensor: [in, 2 * ffn] transposed, or a bias [2 * ffn]."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        (part,) = parts
+        rows = part.t()  # a bias stays as it is
+        return torch.cat((rows[::2], rows[1::2]))
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.stack(tensor.chunk(2), dim=1).flatten(0, 1).t(),)
+
+    @property
+    def held_dim(self) -> int | None:
+        return 0
+
+
 COLUMN = Pack(0)
 ROW = Pack(1)
 REPLICATED = Pack(None)
 ONE_ROW = OneRow(None)
+TRANSPOSED_ROW = Transposed(0)
+INTERLEAVED_GATE_UP = InterleavedGateUp(1)
+INTERLEAVED_GATE_UP_BIAS = InterleavedGateUp(0)
 VOCAB = Pack(0, padded=True)
 GATE_UP = GateUp()
 QKV = Qkv()

@@ -14,6 +14,8 @@ from swift_mega.models.family import Family, Settings
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
+STACKED = re.compile(r".*\[(\d+|\{e\})\]")
+"""A slice of a tensor that stacks all experts. It is no linear of its own to Hugging Face and PEFT, and gets no adapter."""
 ALL = "all-linear"
 
 
@@ -33,7 +35,7 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
     """Hugging Face names of every linear of this model that can have an adapter."""
     found: set[str] = set()
     for rule in family.rules:
-        if LINEAR.fullmatch(rule.megatron):
+        if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]):
             experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
             layers = [
                 i
@@ -77,7 +79,7 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
         for parameter in module.parameters(recurse=False)
     }
     for held in part.held():
-        if not LINEAR.fullmatch(held.name):
+        if not LINEAR.fullmatch(held.name) or STACKED.fullmatch(held.rule.parts[0]):
             continue
         chosen = tuple(wanted(name.removesuffix(".weight"), targets) for name in held.parts)
         if any(chosen):

@@ -116,4 +116,29 @@ false, "torch_dtype": "bfloat16", "use_cache": true, "use_qk_norm": true, "use_s
 "router_aux_loss_coef": 0.01, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
 "vocab_size": 50304}
 """,
+    "granite3_1b": """
+{"architectures": ["GraniteMoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "attention_multiplier":
+0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size":
+1024, "initializer_range": 0.02, "intermediate_size": 512, "logits_scaling": 6.0, "max_position_embeddings": 4096,
+"model_type": "granitemoe", "num_attention_heads": 16, "num_experts_per_tok": 8, "num_hidden_layers": 24,
+"num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 0,
+"residual_multiplier": 0.22, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 10000, "router_aux_loss_coef":
+0.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 49155}
+""",
+    # openai/gpt-oss-20b without its quantization_config, as unsloth/gpt-oss-20b-BF16 has it
+    "gpt_oss": """
+{"architectures": ["GptOssForCausalLM"], "attention_bias": true, "attention_dropout": 0.0, "eos_token_id": 200002,
+"experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+"initializer_range": 0.02, "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention",
+"sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+"sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+"sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+"sliding_attention", "full_attention", "sliding_attention", "full_attention"], "max_position_embeddings": 131072,
+"model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+"num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 199999,
+"rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+"original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false}, "rope_theta": 150000,
+"router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": false, "torch_dtype":
+"bfloat16", "use_cache": true, "vocab_size": 201088}
+""",
 }
