@@ -94,7 +94,7 @@ def convert(
     Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape. An output that is
     there already is an error, unless `overwrite` (of a Hugging Face directory) says otherwise.
     """
-    from swift_mega.convert.hf_files import parse_size
+    from swift_mega.convert.hf_write import parse_size
 
     run = schema.Run(parallel=parallel or schema.Parallel())
     if to == "mcore":

@@ -47,6 +47,10 @@ class Pack:
         """The dim of the Megatron tensor that is cut; `axis` is the Hugging Face tensors'."""
         return self.axis
 
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        """Views of a Megatron tensor that hold the numbers of each part of `join` in order, whatever their shapes; None: there are none."""
+        return (tensor,)
+
     def shares(self, heads: Heads) -> tuple[int, ...]:
         """Relative sizes along `axis` of what `split` gives."""
         return (1,)
@@ -72,6 +76,9 @@ class GateUp(Pack):
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return tuple(tensor.chunk(2))
 
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.split(tensor, heads)
+
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (1, 1)
 
@@ -89,9 +96,14 @@ class Qkv(Pack):
         return torch.cat(blocks, dim=1).reshape(-1, *rest)
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-        rest = tensor.shape[1:]
-        blocks = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *rest)
-        return tuple(block.reshape(-1, *rest) for block in blocks.split(self.shares(heads), dim=1))
+        return tuple(block.reshape(-1, *tensor.shape[1:]) for block in self._blocks(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self._blocks(tensor, heads)
+
+    def _blocks(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        groups = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *tensor.shape[1:])
+        return groups.split(self.shares(heads), dim=1)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (heads.queries_per_group, 1, 1)
@@ -109,6 +121,9 @@ class Fused(Pack):
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return self.inner.split(tensor, heads)
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.inner.places(tensor, heads)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return self.inner.shares(heads)
@@ -145,6 +160,9 @@ class Transposed(Pack):
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return (tensor.t(),)
 
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.split(tensor, heads)
+
     @property
     def held_dim(self) -> int | None:
         return None if self.axis is None else 1 - self.axis
@@ -161,6 +179,10 @@ class InterleavedGateUp(Pack):
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return (torch.stack(tensor.chunk(2), dim=1).flatten(0, 1).t(),)
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        by_feature = tensor.unflatten(0, (2, -1)).transpose(0, 1)
+        return (by_feature if tensor.dim() == 1 else by_feature.permute(2, 0, 1),)
 
     @property
     def held_dim(self) -> int | None:
