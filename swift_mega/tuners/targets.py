@@ -10,7 +10,8 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.mla import unused
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
@@ -35,7 +36,7 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
     """Hugging Face names of every linear of this model that can have an adapter."""
     found: set[str] = set()
     for rule in family.rules:
-        if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]):
+        if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]) and _is_there(rule, settings):
             experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
             layers = [
                 i
@@ -46,6 +47,13 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
                 part.removesuffix(".weight").format(i=i, e=e) for part in rule.parts for i in layers for e in experts
             )
     return found
+
+
+def _is_there(rule: Rule, settings: Settings) -> bool:
+    """A family's rules cover what some of its models have."""
+    if ".shared_experts." in rule.megatron:
+        return bool(settings.shape.shared_ffn)
+    return rule.megatron.split(".")[-2] not in unused(settings)
 
 
 def linear_names(family: Family, settings: Settings) -> list[str]:
