@@ -25,7 +25,7 @@ from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.attention import CoreAttention, Segments
-from swift_mega.models.experts import BiasedRow
+from swift_mega.models.experts import BiasedRow, check_biases
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
@@ -220,6 +220,7 @@ def transformer_config(
     check_passthrough(given)
     if _latent(settings):
         check_cut(settings, layout.tensor)
+    check_biases(settings, layout.expert_tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,

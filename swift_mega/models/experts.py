@@ -1,8 +1,20 @@
-"""The second linear of an expert that has a bias, among Megatron's local modules."""
+"""Experts that have biases: where they cannot be cut, and their second linear among Megatron's local modules."""
 
 from typing import Any
 
 from megatron.core.tensor_parallel import RowParallelLinear
+
+from swift_mega.errors import UserError
+from swift_mega.models.family import Settings
+
+
+def check_biases(settings: Settings, expert_tensor: int) -> None:
+    """UserError where expert-tensor ranks would each add an expert's bias; Megatron has no other way."""
+    if settings.shape.experts and settings.biases.mlp and expert_tensor > 1:
+        raise UserError(
+            f"parallel.expert_tensor={expert_tensor}: this model's experts have biases, which Megatron cannot cut over tensor "
+            "ranks; set parallel.expert_tensor=1, and parallel.expert to spread them"
+        )
 
 
 class BiasedRow(RowParallelLinear):

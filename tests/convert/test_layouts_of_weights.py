@@ -53,7 +53,7 @@ def layouts_for(name: str) -> tuple[str, ...]:
     if tiny.FAMILIES[name]["model_type"] not in COUNTED[:6]:
         experts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
         if "gpt_oss" in name:  # Megatron cuts experts that have biases over expert ranks only
-            return ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp1-sp-dp2")
+            return ("ep2-dp4", "tp2-ep2-etp1-sp-dp2", "tp4-etp1")
         return FEWER if experts & tiny.FAMILIES[name].keys() else FEWER[:1]
     if "rope_parameters" in tiny.FAMILIES[name] or name == "mistral":
         return ("tp2-pp2-sp",)

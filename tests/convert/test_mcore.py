@@ -30,6 +30,9 @@ CASES = [
     ("qwen3_tied", "tp4", torch.bfloat16),
     ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
     ("mixtral", "ep2-pp2", torch.bfloat16),
+    ("gpt_oss", "ep2-etp1", torch.bfloat16),
+    ("granitemoeshared", "ep2-pp2", torch.bfloat16),
+    ("ernie4_5_moe", "ep2-etp1", torch.float32),
 ]
 
 
