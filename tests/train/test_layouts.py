@@ -28,6 +28,7 @@ CASES = [
     *(("qwen3_moe", layout) for layout in MOE),
     ("qwen3_moe_mixed", "tp2-ep2-etp2-sp"),
     ("mixtral", "ep2-dp4"),
+    ("mixtral", "tp2-etp1-sp"),  # tensor ranks with the same whole experts
     ("gpt_oss", "tp2-ep2-etp1-dp2-sp"),  # biases of experts, sinks cut by heads
     ("granitemoeshared", "tp2-ep2-etp2-sp"),  # stacked experts, a shared one
     ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias of the choice
