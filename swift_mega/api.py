@@ -23,8 +23,12 @@ from tqdm import tqdm  # noqa: E402
 from swift_mega.config import schema  # noqa: E402
 from swift_mega.config.check import check_inputs  # noqa: E402
 from swift_mega.config.load import Resolved, load  # noqa: E402
+from swift_mega.convert import plan_report, stream  # noqa: E402
 from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
-from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
+from swift_mega.convert.hf_write import parse_size  # noqa: E402
+from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
+from swift_mega.convert.plan import draw  # noqa: E402
+from swift_mega.convert.plan_report import Plan  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
@@ -32,7 +36,7 @@ from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.export import merged  # noqa: E402
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
 from swift_mega.models.build import build, transformer_config  # noqa: E402
-from swift_mega.models.family import family_of, hf_config, load_settings  # noqa: E402
+from swift_mega.models.family import families, family_of, hf_config, load_settings, read_config  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
@@ -40,7 +44,7 @@ from swift_mega.train import validate  # noqa: E402
 from swift_mega.train.build import build_part, warmup_steps  # noqa: E402
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank  # noqa: E402
 
-__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "train", "verify"]
+__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "plan", "train", "verify"]
 
 
 def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
@@ -85,34 +89,52 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
 
 
 def convert(
-    *, source: str, to: str, output: str, parallel: schema.Parallel | None = None, dtype: str | None = None,
-    max_shard_size: str = "5GB", overwrite: bool = False,
+    *, source: str, to: str, output: str, model: str | None = None, parallel: schema.Parallel | None = None,
+    dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False,
 ) -> None:  # fmt: skip
-    """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout, or such a checkpoint -> Hugging Face (`to="hf"`).
+    """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
 
-    dtype: of the result; default: that of every source tensor, so that there and back is bit-exact.
-    Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape. An output that is
-    there already is an error, unless `overwrite` (of a Hugging Face directory) says otherwise.
+    model: config and tokenizer for a Megatron checkpoint that something else wrote. dtype: of the result; default: that of every
+    source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
+    or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
     """
-    from swift_mega.convert.hf_write import parse_size
-
     run = schema.Run(parallel=parallel or schema.Parallel())
+    kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
-        checkpoint, directory = Checkpoint(source), source
-        kind = getattr(torch, dtype) if dtype else widest(checkpoint)
-        body: Any = _to_mcore
-        arguments: tuple[Any, ...] = (checkpoint,)
+        checkpoint = Checkpoint(source)
+        layout = _layout_for(run.parallel, source)
+        wide = kind or widest(checkpoint)
+        run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+    elif (Path(source) / "config.json").is_file() and not is_mcore(source):
+        checkpoint = Checkpoint(source)
+        if read_config(source)["model_type"] in families():
+            plan(source=source)
+        else:
+            print(
+                f"model_type {read_config(source)['model_type']} is not known: tensors are copied, not checked against it"
+            )
+        stream.restream(checkpoint, output, dtype=kind, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite)
     else:
         iteration_directory(source)
-        folder, kinds = companions_of(source)
-        directory = str(folder)
-        kind = _promoted(kinds)
-        body, arguments = (
-            _to_hf,
-            (source, getattr(torch, dtype) if dtype else kinds, parse_size(max_shard_size), overwrite),
-        )
-    layout = _layout_for(run.parallel, directory)
-    run_ranks(layout.world, body, run, layout, kind, directory, output, *arguments)
+        folder, kinds = companions_of(source, model)
+        if kinds is None and kind is None:
+            raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
+        layout = _layout_for(run.parallel, str(folder))
+        wide = _promoted(kinds) if kinds else kind
+        rest = (source, kind or kinds, parse_size(max_shard_size), overwrite)
+        run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+
+
+def plan(*, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None) -> Plan:
+    """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone: nothing is read or written.
+
+    Raises UserError where it could not be done, as `convert` would.
+    """
+    layout = _layout_for(parallel or schema.Parallel(), source)
+    checkpoint = Checkpoint(source) if any(Path(source).glob("*.safetensors")) else None
+    kind = getattr(torch, dtype) if dtype else widest(checkpoint) if checkpoint else torch.bfloat16
+    blueprint = run_ranks(1, draw, source)
+    return plan_report.make(blueprint, layout, dtype=kind, directory=Path(source), checkpoint=checkpoint)
 
 
 def _layout_for(parallel: schema.Parallel, directory: str) -> Layout:
@@ -128,11 +150,17 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
 
 
 def _to_mcore(
-    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint
+    run: schema.Run,
+    layout: Layout,
+    kind: torch.dtype,
+    directory: str,
+    output: str,
+    checkpoint: Checkpoint,
+    overwrite: bool,
 ) -> None:
     groups = parallel_groups.init(layout)
     part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
-    save_mcore(part, groups, output, checkpoint)
+    save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
     parallel_groups.close()
 
 
@@ -146,7 +174,6 @@ def _to_hf(
     part = build(family_of(directory), settings, layout, groups.coordinate, device=DEVICE, config=config)
     load_mcore(part, groups, source)
     save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
-    (Path(output) / "source_dtypes.json").unlink(missing_ok=True)
     parallel_groups.close()
 
 

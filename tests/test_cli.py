@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import swift_mega
@@ -18,6 +19,8 @@ from swift_mega.cli import main
 from swift_mega.cli.verbs import VERBS
 from swift_mega.config.schema import Parallel
 from swift_mega.config.tree import settings
+from swift_mega.convert.hf_write import plan_files, write_headers
+from swift_mega.convert.report import checksums, write_report
 from swift_mega.errors import UserError
 from swift_mega.launch.watch import RankError
 
@@ -166,11 +169,11 @@ MISTAKES = [
     ([*CONVERT, "--output", "model", "--overwrite"], "--output=model is where model is read from"),
     ([*CONVERT, "--output", ".", "--overwrite"], "--output=. is where model is read from"),
     ([*CONVERT, "--output", "taken", "--overwrite", "x=1"], "unknown setting x"),
-    (["convert", "--to", "hf", "--output", "o"], "convert --to hf: --mcore DIR is missing"),
+    (["convert", "--to", "hf", "--output", "o"], "convert --to hf: --mcore DIR (or --model DIR) is missing"),
     (["convert", "--to", "hf", "--output", "o", "--mcore", "absent"], "--mcore=absent: no such directory"),
     (
-        ["convert", "--to", "hf", "--output", "o", "--mcore", "mcore", "--model", "model"],
-        "convert --to hf reads --mcore;",
+        ["convert", "--to", "hf", "--mcore", "mcore", "--dry_run", "true"],
+        "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore",
     ),
     # export
     (["export", "--merge_lora", "true"], "export: give one --adapters DIR, not 0"),
@@ -299,46 +302,65 @@ def test_pt_trains_everything_on_every_token(api: Recorder) -> None:
     assert (second.data.loss_on, second.tuner.type) == ("all", "lora")
 
 
+CONVERTED: dict[str, Any] = dict(model=None, dtype=None, max_shard_size="5GB", overwrite=False, parallel=Parallel())
+
+
 def test_convert_to_megatron(api: Recorder) -> None:
     argv = [*CONVERT, "--output", "out", "--tensor_model_parallel_size", "2", "--torch_dtype", "bfloat16", "sp=true"]
     assert main(argv) == 0
-    expected = {"source": "model", "to": "mcore", "output": "out", "dtype": "bfloat16", "max_shard_size": "5GB"}
+    expected = CONVERTED | dict(source="model", to="mcore", output="out", dtype="bfloat16")
     assert api.calls == [("convert", (), expected | {"parallel": Parallel(tensor=2, sequence=True)})]
 
 
 def test_convert_to_hugging_face(api: Recorder) -> None:
-    assert main(["convert", "--mcore", "mcore", "--to", "hf", "--output", "out", "--max_shard_size=1GB", "--pp=2"]) == 0
-    expected = {"source": "mcore", "to": "hf", "output": "out", "dtype": None, "max_shard_size": "1GB"}
-    assert api.calls == [("convert", (), expected | {"parallel": Parallel(pipeline=2)})]
+    """From a Megatron checkpoint, with its own config or one that is given, and from another Hugging Face directory."""
+    to_hf = ["convert", "--to", "hf", "--output"]
+    assert main([*to_hf, "a", "--mcore", "mcore", "--max_shard_size=1GB", "--pp=2"]) == 0
+    assert main([*to_hf, "b", "--mcore", "mcore", "--model", "model"]) == 0
+    assert main([*to_hf, "c", "--model", "model", "--torch_dtype", "float32"]) == 0
+    common = CONVERTED | dict(to="hf")
+    assert [given for _, _, given in api.calls] == [
+        common | dict(source="mcore", output="a", max_shard_size="1GB", parallel=Parallel(pipeline=2)),
+        common | dict(source="mcore", output="b", model="model"),
+        common | dict(source="model", output="c", dtype="float32"),
+    ]
 
 
-def test_overwrite_replaces_when_complete(api: Recorder, place: Path) -> None:
-    (place / "taken" / "stale.safetensors").write_text("old")
+def test_overwrite_is_handed_on(api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes replaces a directory in one step; the command line says only whether it may."""
+    assert main([*CONVERT, "--output", "taken"]) == 2
+    assert "--output=taken exists and is not empty" in capsys.readouterr().err
     assert main([*CONVERT, "--output", "taken", "--overwrite", "true"]) == 0
-    assert {path.name: path.read_text() for path in (place / "taken").iterdir()} == {"config.json": "new"}
-    assert not list(place.glob("taken.*"))
+    assert [given["overwrite"] for _, _, given in api.calls] == [True]
 
 
-def test_overwrite_keeps_the_old_when_the_new_fails(
-    api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_one_line(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     api.failure = UserError("tensor a is missing:\n  and b\n  and c")
-    assert main([*CONVERT, "--output", "taken", "--overwrite"]) == 2
+    assert main([*CONVERT, "--output", "out"]) == 2
     assert capsys.readouterr().err == "swift-mega: error: tensor a is missing: and b and c\n"
-    assert {path.name: path.read_text() for path in (place / "taken").iterdir()} == {"config.json": "old"}
-    assert not list(place.glob("taken.*"))
 
 
-def test_a_leftover_of_overwriting_is_said(api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "taken.old").mkdir()
-    assert main([*CONVERT, "--output", "taken", "--overwrite"]) == 2
-    assert "taken.old is in the way, from a run that was cut off; remove it" in capsys.readouterr().err
+def test_verify_files(api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against report.json; status 1 and the tensor's name where a byte differs, 2 where there is nothing to compare with."""
+    assert main(["verify", "--model", "model", "--files", "true"]) == 2
+    assert "model has no report.json" in capsys.readouterr().err
+    planned = plan_files({"x": (torch.float32, (3,))}, 1000)
+    folder = place / "whole"
+    folder.mkdir()
+    write_headers(folder, planned)
+    write_report(folder, planned, checksums(folder, planned, planned))
+    assert main(["verify", "--model", "whole", "--files", "true"]) == 0
+    assert capsys.readouterr().out == "all 1 tensors are as report.json says\n"
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[:-1] + b"\x01")
+    assert main(["verify", "--model", "whole", "--files", "true"]) == 1
+    assert "FAIL x in model.safetensors has other bytes" in capsys.readouterr().out
 
 
 def test_export(api: Recorder) -> None:
     assert main(EXPORT) == 0
     assert main([*EXPORT, "--model", "taken", "--output", "out", "--max_shard_size", "1MB"]) == 0
-    common = {"adapters": "adapter", "merge": True}
+    common = {"adapters": "adapter", "merge": True, "overwrite": False}
     assert api.calls == [
         ("export", (), common | {"model": "model", "output": "adapter-merged", "max_shard_size": "5GB"}),
         ("export", (), common | {"model": "taken", "output": "out", "max_shard_size": "1MB"}),

@@ -1,9 +1,7 @@
 """Files at the edge of a verb: outputs that must not be clobbered, base models that adapters name, rows to answer."""
 
 import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +31,6 @@ def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:
             f"--output={path} does not look like a model or checkpoint (none of {', '.join(OURS)} is in it), "
             "so it is not replaced; empty it yourself"
         )
-
-
-@contextmanager
-def output_directory(path: str, *, overwrite: bool, inputs: Sequence[str]) -> Iterator[str]:
-    """Where to write what belongs at `path`. What is there already is replaced at the end, and only on success."""
-    check_output(path, overwrite=overwrite, inputs=inputs)
-    output = Path(path)
-    if not output.exists() or not any(output.iterdir()):
-        yield path
-        return
-    fresh = output.with_name(output.name + ".new")
-    old = output.with_name(output.name + ".old")
-    for leftover in (fresh, old):
-        if leftover.exists():
-            raise UserError(f"{leftover} is in the way, from a run that was cut off; remove it")
-    try:
-        yield str(fresh)
-        output.rename(old)
-        fresh.rename(output)
-        shutil.rmtree(old)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def model_of(adapters: str, model: str | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_mega.cli.arguments import Arguments, Option, Verb
-from swift_mega.cli.files import check_output, model_of, output_directory, read_questions
+from swift_mega.cli.files import check_output, model_of, read_questions
 from swift_mega.config.check import check_inputs, check_model_directory
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
@@ -41,29 +41,42 @@ def train(arguments: Arguments) -> int:
 
 def convert(arguments: Arguments) -> int:
     refuse_joined("convert")
-    to, output = arguments.required("to"), arguments.required("output")
+    to, dry = arguments.required("to"), arguments.switch("dry_run")
+    output = arguments.text("output") if dry else arguments.required("output")
     run = arguments.resolved().run
+    mcore, model = arguments.text("mcore"), run.model.path
     if to == "mcore":
-        source = _source(run.model.path, "--model", unused=arguments.text("mcore"), other="--mcore", to=to)
-        check_model_directory(source, what="--model")
+        if mcore is not None:
+            raise UserError(f"convert --to mcore reads --model; --mcore {mcore} has no effect, leave it out")
         _refuse_given(arguments, "max_shard_size", "convert --to mcore: its files are cut by ranks, not by size")
-    else:
-        source = _source(arguments.text("mcore"), "--mcore", unused=run.model.path, other="--model", to=to)
-        if not Path(source).is_dir():
-            raise UserError(f"--mcore={source}: no such directory")
+    source = mcore if to == "hf" and mcore is not None else model
+    if source is None:
+        raise UserError(
+            f"convert --to {to}: {'--model DIR' if to == 'mcore' else '--mcore DIR (or --model DIR)'} is missing"
+        )
+    if source == mcore and not Path(source).is_dir():
+        raise UserError(f"--mcore={source}: no such directory")
+    if model is not None:
+        check_model_directory(model, what="--model")
     overwrite = arguments.switch("overwrite")
-    check_output(output, overwrite=overwrite, inputs=[source])
+    if output is not None:
+        check_output(output, overwrite=overwrite, inputs=[path for path in (mcore, model) if path is not None])
+    dtype = None if run.model.dtype == "auto" else run.model.dtype
     from swift_mega import api
 
-    with output_directory(output, overwrite=overwrite, inputs=[source]) as folder:
-        api.convert(
-            source=source,
-            to=to,
-            output=folder,
-            parallel=run.parallel,
-            dtype=None if run.model.dtype == "auto" else run.model.dtype,
-            max_shard_size=run.export.max_shard_size,
-        )
+    if dry:
+        if source == mcore:
+            raise UserError(
+                "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore"
+            )
+        found = api.plan(source=source, parallel=run.parallel, dtype=dtype)
+        print(found.table())
+        return 0
+    assert output is not None
+    api.convert(
+        source=source, to=to, output=output, model=model if source == mcore else None, parallel=run.parallel, dtype=dtype,
+        max_shard_size=run.export.max_shard_size, overwrite=overwrite,
+    )  # fmt: skip
     return 0
 
 
@@ -83,8 +96,9 @@ def export(arguments: Arguments) -> int:
     check_output(output, overwrite=overwrite, inputs=[model, adapters])
     from swift_mega import api
 
-    with output_directory(output, overwrite=overwrite, inputs=[model, adapters]) as folder:
-        api.export(model=model, adapters=adapters, output=folder, merge=True, max_shard_size=run.export.max_shard_size)
+    api.export(
+        model=model, adapters=adapters, output=output, merge=True, max_shard_size=run.export.max_shard_size, overwrite=overwrite
+    )  # fmt: skip
     return 0
 
 
@@ -162,6 +176,8 @@ def verify(arguments: Arguments) -> int:
     run = arguments.resolved().run
     if run.model.path is None:
         raise UserError("verify: no model; give --model DIR")
+    if arguments.switch("files"):
+        return _verify_files(run.model.path)
     check_model_directory(run.model.path, what="--model")
     options: dict[str, Any] = {}
     if (words := arguments.options.get("layouts")) is not None:
@@ -192,6 +208,18 @@ def verify(arguments: Arguments) -> int:
     return 0 if report.passed else 1
 
 
+def _verify_files(directory: str) -> int:
+    if not Path(directory).is_dir():
+        raise UserError(f"--model={directory}: no such directory")
+    from swift_mega.convert.report import problems
+
+    tensors, found = problems(directory)
+    for line in found:
+        print(f"FAIL {line}")
+    print(f"{len(found)} differences from report.json" if found else f"all {tensors} tensors are as report.json says")
+    return 1 if found else 0
+
+
 def config(arguments: Arguments) -> int:
     resolved = arguments.resolved()
     print(to_yaml(resolved, only_changed=arguments.text("only") == "changed"), end="")
@@ -204,14 +232,6 @@ def _layouts(words: tuple[str, ...]) -> tuple[str, ...]:
         if not LAYOUT.fullmatch(name):
             raise UserError(f"--layouts={name}: expected sizes joined by dashes, such as tp2, pp2 or tp2-pp2-sp")
     return names
-
-
-def _source(path: str | None, flag: str, *, unused: str | None, other: str, to: str) -> str:
-    if unused is not None:
-        raise UserError(f"convert --to {to} reads {flag}; {other} {unused} has no effect, leave it out")
-    if path is None:
-        raise UserError(f"convert --to {to}: {flag} DIR is missing")
-    return path
 
 
 def _refuse_given(arguments: Arguments, name: str, message: str) -> None:
@@ -263,12 +283,28 @@ _ALL = (
     Verb(
         name="convert",
         summary="Hugging Face to Megatron-core files, and back",
-        description="Write a Hugging Face model as a Megatron-core checkpoint in a layout, or such a checkpoint as a "
-        "Hugging Face model. Every tensor is accounted for, or nothing is written.",
-        usage=("convert --model DIR --to mcore --output DIR [--tp 2 …]", "convert --mcore DIR --to hf --output DIR"),
+        description="Write a Hugging Face model as a Megatron-core checkpoint in a layout, such a checkpoint as a "
+        "Hugging Face model, or a Hugging Face model in another dtype or file size. Every tensor is accounted for, or nothing "
+        "is written.",
+        usage=(
+            "convert --model DIR --to mcore --output DIR [--tp 2 …] [--dry_run true]",
+            "convert --mcore DIR --to hf --output DIR [--model DIR]",
+            "convert --model DIR --to hf --output DIR [--torch_dtype bfloat16] [--max_shard_size 5GB]",
+        ),
         options=(
             Option(name="to", value="mcore|hf", help="what to write", choices=("mcore", "hf")),
-            Option(name="mcore", value="DIR", help="the Megatron-core checkpoint to read (with --to hf)"),
+            Option(
+                name="mcore",
+                value="DIR",
+                help="the Megatron-core checkpoint to read (with --to hf); --model then names its config and tokenizer, where "
+                "swift-mega did not write it",
+            ),
+            Option(
+                name="dry_run",
+                value="true|false",
+                help="only check, and show what each rank would hold and read",
+                kind="switch",
+            ),
             OUTPUT,
             OVERWRITE,
         ),
@@ -312,11 +348,18 @@ _ALL = (
         usage=(
             "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] "
             "[--tuner lora|full] [--adapters DIR]",
+            "verify --model DIR --files true",
         ),
         options=(
             Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),
             Option(name="tolerance", value="X", help="largest difference that passes"),
             Option(name="prompts", value="FILE", help="texts to compare on"),
+            Option(
+                name="files",
+                value="true|false",
+                help="only check the bytes of every tensor against the directory's report.json",
+                kind="switch",
+            ),
             Option(
                 name="tuner",
                 value="lora|full",

@@ -7,6 +7,7 @@ that the family lists as derived, and the checkpoint must hold every tensor they
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -14,8 +15,10 @@ from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import Family
+from swift_mega.models.family import Family, Settings
 
+VALUE_HEAD = re.compile(r"v_head\..*|score\.weight")
+"""TRL's value head on a language model, and transformers' reward head."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,16 +36,31 @@ def needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """What becomes of each tensor of a checkpoint that has all that is asked for."""
+
+    read: tuple[str, ...]
+    """Into parameters."""
+    carried: Mapping[str, str]
+    """Into no parameter, but into every Hugging Face directory that is made of this one, unchanged; name -> what it is."""
+    left: Mapping[str, str]
+    """Nowhere; name -> why that loses nothing."""
+
+
 def check_coverage(
-    family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], *, tied: bool
-) -> None:
-    """UserError unless `wanted`, of all ranks together, and the checkpoint are the same tensors."""
+    family: Family, settings: Settings, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]
+) -> Coverage:
+    """What becomes of each tensor; UserError unless `wanted`, of all ranks together, is what the checkpoint has to be read."""
     wanted = together(wanted)
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
-    extra = [name for name in sorted(checkpoint.entries.keys() - wanted.keys()) if not _derived(family, name)]
-    if tied and "lm_head.weight" in extra:
+    rest = sorted(checkpoint.entries.keys() - wanted.keys())
+    carried = carried_of(settings, rest)
+    left = {name: "follows from config.json" for name in rest if _derived(family, name)}
+    if settings.tied and "lm_head.weight" in rest:
         _same_head(checkpoint)
-        extra.remove("lm_head.weight")
+        left["lm_head.weight"] = "the embedding again (tie_word_embeddings)"
+    extra = [name for name in rest if name not in left and name not in carried]
     if missing or extra:
         raise UserError("; ".join(_differences(checkpoint, missing, extra)))
     shapes = [
@@ -52,9 +70,33 @@ def check_coverage(
     ]
     if shapes:
         raise UserError(
-            f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; use the config.json of this checkpoint"
+            f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; {_rows_cause(checkpoint, wanted)}"
+            "use the config.json of this checkpoint"
         )
     refuse_quantised(checkpoint, wanted)
+    return Coverage(tuple(wanted), carried, left)
+
+
+def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
+    """Which of these tensors belong to parts that are not computed here but kept, and what they are."""
+    found, layers = {}, settings.shape.layers
+    for name in names:
+        layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
+        if layer and layers <= int(layer[1]) < layers + settings.predict_layers:
+            found[name] = "a layer of multi-token prediction"
+        elif VALUE_HEAD.fullmatch(name):
+            found[name] = "a value head"
+    return found
+
+
+def _rows_cause(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """Vocabularies are what most often differ, by a few rows: padded for speed, or grown by added tokens."""
+    for name, shape in wanted.items():
+        found = checkpoint.entries[name].shape
+        if ("embed" in name or "head" in name) and found[1:] == shape[1:] and found[:1] != shape[:1]:
+            more, word = found[0] - shape[0], "more" if found[0] > shape[0] else "fewer"
+            return f"the likely cause: {name} has {abs(more)} rows {word} than vocab_size={shape[0]}; set vocab_size={found[0]} or "
+    return ""
 
 
 def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:

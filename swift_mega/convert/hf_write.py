@@ -21,7 +21,9 @@ from swift_mega.convert.hf_files import NAMES
 from swift_mega.convert.spans import BUFFER, MOST, flat, stacked
 from swift_mega.errors import UserError
 
-WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$|report\.json$")
+WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$|(report|source_dtypes)\.json$"
+)
 
 
 @dataclass(frozen=True)

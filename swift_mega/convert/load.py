@@ -8,6 +8,7 @@ from torch import Tensor
 
 from swift_mega.convert.check import check_coverage, needs
 from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
@@ -21,15 +22,17 @@ def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
 
     The first data replica reads; the others get its numbers over the network, which is faster than the files are for all.
     """
-    check_coverage(part.family, checkpoint, _all_needs(part), tied=part.settings.tied)
-    with torch.no_grad():
-        for held in part.held():
+    check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
+    mine = list(part.held())
+    with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held in mine), "loading") as bar:
+        for held in mine:
             replicas, first = _replicas(part, held, groups)
             if first:
                 pieces = slices_of(part, checkpoint, held)
                 fill(held.parameter.data, checkpoint, held.rule, pieces, part.settings.heads)
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
+            bar.update(held.parameter.nbytes)
 
 
 def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:

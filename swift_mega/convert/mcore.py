@@ -6,24 +6,25 @@ config, tokenizer, and the dtype of every source tensor, so that the way back is
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from swift_mega.convert.check import refuse_quantised
+from swift_mega.convert.check import carried_of, refuse_quantised
+from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
 from swift_mega.convert.hf_files import NAMES, Checkpoint, some
-from swift_mega.convert.hf_write import copy_companions
+from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.outputs import cannot_write, check_output
+from swift_mega.models.family import Settings
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
@@ -51,39 +52,57 @@ def widest(checkpoint: Checkpoint) -> torch.dtype:
     return wide
 
 
-def save_mcore(part: ModelPart, groups: Groups, directory: str | Path, source: Checkpoint) -> None:
-    """Writes the part's weights as a torch_dist checkpoint, where nothing is yet; UserError where something is.
+def save_mcore(
+    part: ModelPart, groups: Groups, directory: str | Path, source: Checkpoint, *, overwrite: bool = False
+) -> None:
+    """Writes the part's weights as a torch_dist checkpoint, which appears whole or not at all. Collective.
 
-    Collective; the tracker file, written last, makes it complete.
+    UserError where something is there already and `overwrite` does not say to replace it.
     """
     target = Path(directory)
-    agree(on_first_rank(lambda: _begin(target, source)))
+    staging = staging_of(target)
+    agree(on_first_rank(lambda: _begin(target, staging, source, part.settings, overwrite)), staging)
     state = {**_sharded(part, groups), "iteration": 0, "checkpoint_version": 3.0}
+    problem = None
     try:
-        dist_checkpointing.save(state, str(target / RELEASE))
+        dist_checkpointing.save(state, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
-        raise UserError(
-            f"cannot write {target}: {_reason(error)}; free the space or choose another --output"
-        ) from error
-    dist.barrier()
-    agree(on_first_rank(lambda: _complete(target)))
+        problem = f"cannot write {target}: {_reason(error)}; free the space or choose another --output"
+    agree(problem, staging)
+    agree(on_first_rank(lambda: _complete(staging, target)), staging)
 
 
-def _begin(target: Path, source: Checkpoint) -> None:
-    check_output(target, overwrite=False)
+def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, overwrite: bool) -> None:
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     try:
-        (target / RELEASE).mkdir(parents=True)
-        (target / COMPANIONS).mkdir()
-        copy_companions(source.directory, target / COMPANIONS)
-        (target / COMPANIONS / DTYPES).write_text(json.dumps(kinds, indent=0))
+        recover(target)
+        check_output(target, overwrite)
+        begin_staging(staging)
+        (staging / RELEASE).mkdir()
+        beside = staging / COMPANIONS
+        beside.mkdir()
+        copy_companions(source.directory, beside)
+        (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
+        _keep(source, carried_of(settings, source.entries), beside)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None
 
 
-def _complete(target: Path) -> None:
+def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
+    """Tensors that no parameter holds, as safetensors beside the checkpoint: they belong to the model on the way back."""
+    entries = {name: source.entries[name] for name in names}
+    if entries:
+        planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, 1 << 62, "carried")
+        write_headers(folder, planned)
+        with Writer(folder, planned) as writer:
+            for name in planned:
+                writer.write(name, source.read(name))
+
+
+def _complete(staging: Path, target: Path) -> None:
     try:
-        (target / TRACKER).write_text(RELEASE)
+        (staging / TRACKER).write_text(RELEASE)
+        publish(staging, target)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None
 
@@ -135,20 +154,36 @@ def iteration_directory(directory: str | Path) -> Path:
     return folder
 
 
-def companions_of(directory: str | Path) -> tuple[Path, Mapping[str, torch.dtype]]:
-    """The Hugging Face side of a checkpoint: the folder with its config, and the dtype of every tensor."""
-    from swift_mega.convert.hf_files import DTYPES as kinds
+def is_mcore(directory: str | Path) -> bool:
+    """Whether a directory is laid out as a Megatron checkpoint."""
+    return (Path(directory) / TRACKER).is_file() or (Path(directory) / "metadata.json").is_file()
 
+
+def companions_of(
+    directory: str | Path, model: str | Path | None = None
+) -> tuple[Path, Mapping[str, torch.dtype] | None]:
+    """The Hugging Face side of a checkpoint: the folder with its config, and the dtype of every tensor (None: unknown).
+
+    model: the folder, for a checkpoint that something else wrote, such as a Megatron-LM run.
+    """
+    if model is not None:
+        weights = any(Path(model).glob("*.safetensors"))
+        return Path(model), {name: e.dtype for name, e in Checkpoint(model).entries.items()} if weights else None
     folder = Path(directory) / COMPANIONS
+    if not folder.is_dir():
+        raise UserError(
+            f"{directory} has no folder {COMPANIONS}/, so its Hugging Face config and tokenizer are unknown; give them with "
+            "--model DIR (the Hugging Face model that it started from)"
+        )
     try:
         named = json.loads((folder / DTYPES).read_text())
-        found = {name: kinds[kind] for name, kind in named.items()}
+        found = {name: TORCH_DTYPES[kind] for name, kind in named.items()}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         found = {}
     if not found:
         raise UserError(
             f"{folder} lacks a readable {DTYPES}, so the Hugging Face side of {directory} is unknown; "
-            "give a directory that swift-mega convert --to mcore wrote"
+            "give a directory that swift-mega convert --to mcore wrote, or --model DIR"
         )
     return folder, found
 

@@ -5,7 +5,7 @@ turn. Data replicas take turns too. A rank that cannot write keeps its place in 
 it and stop with the same message; a directory appears whole or not at all (outputs.py).
 """
 
-import json
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.convert.hf_files import some
+from swift_mega.convert.check import carried_of
+from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.hf_write import Planned, Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.report import checksums, write_report
 from swift_mega.convert.slices import slices, together
+from swift_mega.convert.stream import set_dtype
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.family import Settings
 from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 from swift_mega.parallel.groups import Groups
 
@@ -35,6 +39,19 @@ class Piece:
     name: str
     value: Tensor
     first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Tensors of a Hugging Face directory that no parameter holds and that go on unchanged."""
+
+    checkpoint: Checkpoint
+    names: tuple[str, ...]
+
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's turns."""
+        for name in self.names[dist.get_rank() :: dist.get_world_size()]:
+            yield Piece(name, self.checkpoint.read(name))
 
 
 def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value) -> Iterator[Piece]:
@@ -111,34 +128,52 @@ def save(
     def companions(staging: Path) -> None:
         copy_companions(Path(source), staging)
         if isinstance(dtypes, torch.dtype):
-            _set_dtype(staging / "config.json", dtypes)
+            set_dtype(staging / "config.json", dtypes)
 
     write_directory(
         part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-        companions=companions,
+        companions=companions, carried=carried_tensors(part.settings, Path(source)),
     )  # fmt: skip
+
+
+def carried_tensors(settings: Settings, source: Path) -> Carried | None:
+    """What a source directory holds that is not computed but kept: its own weights, or those beside a Megatron checkpoint."""
+    if not any(source.glob("*.safetensors")):
+        return None
+    checkpoint = Checkpoint(source)
+    names = carried_of(settings, checkpoint.entries)
+    return Carried(checkpoint, tuple(names)) if names else None
 
 
 def write_directory(
     part: ModelPart, groups: Groups, target: Path, exported: Sequence[Held], *, dtypes: Mapping[str, torch.dtype] | torch.dtype,
     max_shard_bytes: int, companions: Callable[[Path], None], overwrite: bool = False, stem: str = "model",
-    value: Value = lambda held: held.parameter,
+    value: Value = lambda held: held.parameter, carried: Carried | None = None,
 ) -> None:  # fmt: skip
     """Writes `exported` of all ranks as one safetensors directory; rank 0 adds the files that `companions` writes.
 
-    value: what is written for a parameter, shaped like it.
+    value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are.
     """
     shapes = together(_in_order(_gather_owned(part, exported)))
     kinds = _kinds(shapes, dtypes)
+    if carried is not None:
+        entries = {name: carried.checkpoint.entries[name] for name in carried.names}
+        shapes.update({name: entry.shape for name, entry in entries.items()})
+        kinds.update({name: entry.dtype for name, entry in entries.items()})
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
     staging = staging_of(target)
     agree(on_first_rank(lambda: _begin(target, staging, planned, overwrite)))
-    agree(_write(pieces(part, groups, exported, value), staging, planned), staging)
+    tensors = itertools.chain(pieces(part, groups, exported, value), carried.pieces() if carried else ())
+    total = sum(place.bytes for place in planned.values()) // dist.get_world_size()
+    with bytes_bar(total, "writing") as bar:
+        agree(_write(tensors, staging, planned, bar.update), staging)
     found = _share_checksums(staging, planned)
     agree(on_first_rank(lambda: _finish(staging, target, planned, found, companions)), staging)
 
 
-def _write(tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned]) -> str | None:
+def _write(
+    tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned], written: Callable[[int], object]
+) -> str | None:
     """Writes this rank's tensors; returns what went wrong. It goes on taking tensors then: other ranks wait in `_gather`."""
     problem = None
     with torch.no_grad(), Writer(staging, planned) as writer:
@@ -146,6 +181,7 @@ def _write(tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planne
             if problem is None:
                 try:
                     writer.write(piece.name, piece.value, piece.first_row)
+                    written(piece.value.nbytes)
                 except OSError as error:
                     problem = cannot_write(staging, error)
     return problem
@@ -239,10 +275,3 @@ def _finish(
         publish(staging, target)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None
-
-
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")

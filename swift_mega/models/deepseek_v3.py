@@ -1,8 +1,9 @@
 """DeepSeek-V3 and models of its type (Moonlight, Kimi K2): latent attention, and after some dense layers experts chosen by groups.
 
-The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes, nor written.
+The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes, but kept.
 """
 
+import dataclasses
 from typing import Any
 
 from swift_mega.errors import UserError
@@ -89,8 +90,9 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
 def translate_experts(settings: Settings, config: Any, routing: Routing) -> Settings:
     """Settings with the mixture of a DeepSeek config, whose experts are chosen by `routing`."""
     _check_groups(config, routing)
+    predict = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None) or 0
     return moe(
-        settings,
+        dataclasses.replace(settings, predict_layers=predict),
         experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
         ffn=config.moe_intermediate_size,
@@ -134,5 +136,4 @@ FAMILY = vary(
     rules=(*LATENT_RULES, *BIASED_EXPERT_RULES),
     reads=(*READS, *MTP_READS, "norm_topk_prob", "rope_interleave"),
     fixed={**FIXED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    absent=(*DECODER.absent, r"model\.layers\.61\..*"),
 )

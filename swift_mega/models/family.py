@@ -133,6 +133,8 @@ class Settings:
     scales: Scales = Scales()
     routing: Routing | None = None
     """None: Megatron's own router does it."""
+    predict_layers: int = 0
+    """Layers of multi-token prediction that a checkpoint holds after the last layer; not computed, but kept."""
     whole_qk_norm: bool = False
     """Queries and keys are normalised over all heads together, not each head alone."""
     sinks: bool = False

@@ -1,6 +1,6 @@
 """GLM-4.5 to 4.7: half the features rotated, heads normalised or not, and DeepSeek-V3's choice of experts after the first layers.
 
-The multi-token-prediction layer that checkpoints hold after the last layer is not part of what this computes, nor is it written.
+The multi-token-prediction layer that checkpoints hold after the last layer is not part of what this computes, but kept.
 """
 
 from typing import Any
@@ -28,5 +28,4 @@ FAMILY = vary(
     rules=(*QK_NORM_RULES, *BIASED_EXPERT_RULES),
     reads=(*EXPERT_READS, *MTP_READS, "attention_bias", "norm_topk_prob", "partial_rotary_factor", "use_qk_norm"),
     fixed={"moe_layer_freq": (1,), "sliding_window": (None,), "scoring_func": ("sigmoid",)},
-    absent=(*DECODER.absent, r"model\.layers\.(46|92)\..*"),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from swift_mega.convert.check import carried_of
 from swift_mega.errors import UserError
 from swift_mega.models.experts import check_biases
 from swift_mega.models.family import load_settings
@@ -78,3 +79,11 @@ def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_bytes() == before
     assert json.loads(before)["model_type"] == "kimi_k2"
     assert load_settings(write(tmp_path, "kimi_k2", model_type="deepseek_v3")) == ours
+
+
+@pytest.mark.parametrize("name, layer", [("deepseek_v3", 61), ("glm45air", 46), ("kimi_k2", None), ("dots1", None)])
+def test_a_layer_of_multi_token_prediction_is_kept(tmp_path: Path, name: str, layer: int | None) -> None:
+    """As many after the last layer as the config says, and nothing else."""
+    settings = load_settings(write(tmp_path, name))
+    names = [f"model.layers.{number}.eh_proj.weight" for number in range(settings.shape.layers + 3)]
+    assert list(carried_of(settings, names)) == ([] if layer is None else [f"model.layers.{layer}.eh_proj.weight"])

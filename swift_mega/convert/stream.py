@@ -1,0 +1,89 @@
+"""A Hugging Face directory to another one, of other dtype and file sizes, in constant memory: a few rows are in flight, never a model."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swift_mega.convert.check import FLOATS
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.progress import bytes_bar
+from swift_mega.convert.report import checksums, write_report
+from swift_mega.errors import UserError
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+
+IN_FLIGHT = 64 << 20
+"""Bytes of a source tensor that are read at a time."""
+
+
+def restream(
+    source: Checkpoint, output: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, overwrite: bool = False,
+    companions: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), in their order.
+
+    companions: writes the other files into a folder; default: copies of the source's, config.json with the new dtype.
+    """
+    target = Path(output)
+    if source.directory.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"output {target} holds {source.directory}, which is read; choose another path")
+    kinds = {
+        name: dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
+        for name, entry in source.entries.items()
+    }
+    planned = plan_files({name: (kinds[name], entry.shape) for name, entry in source.entries.items()}, max_shard_bytes)
+    staging = staging_of(target)
+    try:
+        recover(target)
+        check_output(target, overwrite)
+        begin_staging(staging)
+        write_headers(staging, planned)
+        with (
+            Writer(staging, planned) as writer,
+            bytes_bar(sum(place.bytes for place in planned.values()), "writing") as bar,
+        ):
+            for name, place in planned.items():
+                for row, value in rows_of(source, name):
+                    writer.write(name, value, row)
+                    bar.update(value.numel() * place.dtype.itemsize)
+        if companions is not None:
+            companions(staging)
+        else:
+            copy_companions(source.directory, staging)
+            set_dtype(staging / "config.json", dtype)
+        write_report(staging, planned, checksums(staging, planned, planned), source=str(source.directory.resolve()))
+        publish(staging, target)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(cannot_write(target, error)) from None
+    except UserError:
+        if not target.exists() or overwrite:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def rows_of(source: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A tensor as (first row, rows), a piece of at most IN_FLIGHT bytes (or one row) at a time."""
+    entry = source.entries[name]
+    if not entry.shape or not math.prod(entry.shape):
+        yield 0, source.read(name)
+        return
+    row_bytes = entry.dtype.itemsize * math.prod(entry.shape[1:])
+    together = max(1, IN_FLIGHT // row_bytes)
+    for start in range(0, entry.shape[0], together):
+        yield start, source.read(name, 0, start, min(start + together, entry.shape[0]))
+
+
+def set_dtype(path: Path, dtype: torch.dtype | None) -> None:
+    """Says in a config.json what the weights are now; None leaves it."""
+    if dtype is None:
+        return
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,168 @@
+"""A plan made in one process is what the ranks of a layout hold, name by name and bit by bit; Megatron itself says what they hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from swift_mega import api
+from swift_mega.config import schema
+from swift_mega.convert import plan, plan_report
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.errors import UserError
+from swift_mega.models.build import build, transformer_config
+from swift_mega.models.family import family_of, load_settings
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
+from swift_mega.train.build import build_part
+from tests import tiny
+from tests.models.test_published_configs import CONFIGS
+
+LAYOUTS = {
+    "llama_tied": ("single", "tp2-pp2", "pp2-vpp2", "dp2"),
+    "qwen2_window": ("tp4", "pp4"),
+    "glm4": ("tp2-pp2",),
+    "qwen3_moe": ("tp2-ep2-etp1", "pp2-ep2", "ep4", "tp2-ep2-etp2"),
+    "deepseek_v3_moe": ("tp2-pp2-ep2-etp1",),
+}
+
+
+def compare(directory: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any) -> int:
+    """One rank: what it was given by its own loader, beside what the plan says that it holds."""
+    groups = parallel_groups.init(layout)
+    checkpoint = Checkpoint(directory)
+    run = schema.Run(parallel=schema.Parallel())
+    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, checkpoint=checkpoint)
+    planned = {
+        (share.slot.name, share.copy): share
+        for share in plan.shares(blueprint, layout, layout.coordinate(dist.get_rank()))
+    }
+    held = {
+        ("embedding.word_embeddings.weight" if one.copy else one.name, one.copy): one.parameter for one in part.held()
+    }
+    assert planned.keys() == held.keys(), planned.keys() ^ held.keys()
+    for key, share in planned.items():
+        assert share.shape == tuple(held[key].shape), key
+        value = plan.value_of(checkpoint, share, blueprint.settings, torch.float32)
+        assert torch.equal(value, held[key]), key
+    parallel_groups.close()
+    return len(held)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_ranks_hold_what_is_planned(ranks, cpu, tmp_path, family):
+    directory = tiny.make(tmp_path, family)
+    blueprint = ranks(1, plan.draw, directory)
+    for name in LAYOUTS[family]:
+        parallel, world = parse_layout(name)
+        layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
+        assert ranks(world, compare, directory, layout, blueprint, cpu) > 5
+        assert plan.check_tiling(blueprint, layout) == sum(
+            torch.Size(entry.shape).numel() for entry in Checkpoint(directory).entries.values()
+        )
+
+
+def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
+    """What Megatron builds as rank `rank` of a large layout, on the meta device; torch's fake group answers for the others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,  # which the fake store cannot make
+    )  # fmt: skip
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    settings = load_settings(directory)
+    config = transformer_config(
+        settings, layout, device=plan.META, dtype=torch.bfloat16, train=schema.Train(), given={}
+    )
+    with torch.device("meta"):
+        part = build(family_of(directory), settings, layout, layout.coordinate(rank), device=plan.META, config=config)
+    return {one.name: tuple(one.parameter.shape) for one in part.held()}
+
+
+LARGE = {
+    "deepseek_v3": (
+        schema.Parallel(tensor=64, pipeline=16, expert=128, expert_tensor=1, pipeline_layout="4," * 13 + "3,3,3"), 2048,
+        671_026_419_200, (0, 1, 63, 127, 1000, 2047),
+    ),
+    "llama": (
+        schema.Parallel(tensor=8, pipeline=16, first_stage_layers=7, last_stage_layers=7), 128, 405_853_388_800, (0, 9, 127)
+    ),
+}  # fmt: skip
+LLAMA_405B = dict(
+    architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000, hidden_act="silu",
+    hidden_size=16384, initializer_range=0.02, intermediate_size=53248, max_position_embeddings=131072, mlp_bias=False,
+    model_type="llama", num_attention_heads=128, num_hidden_layers=126, num_key_value_heads=8, pretraining_tp=1,
+    rms_norm_eps=1e-05, rope_theta=500000.0, tie_word_embeddings=False, vocab_size=128256,
+    rope_scaling=dict(factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+                      rope_type="llama3"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
+    """DeepSeek-V3 on TP64 x PP16 x EP128 and Llama-3.1-405B on TP8 x PP16: counts add up, and ranks are what Megatron makes them.
+
+    The counts are the published 671B and 405.85B.
+    """
+    parallel, world, parameters, looked_at = LARGE[name]
+    config = LLAMA_405B if name == "llama" else json.loads(CONFIGS[name])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    blueprint = ranks(1, plan.draw, tmp_path)
+    layout = plan_layout(parallel, blueprint.settings.shape, world, training=False)
+    assert plan.check_tiling(blueprint, layout) == parameters
+    for rank in looked_at:
+        planned = {share.slot.name: share.shape for share in plan.shares(blueprint, layout, layout.coordinate(rank))}
+        assert ranks(1, shapes_by_megatron, tmp_path, layout, rank) == planned
+
+
+def test_the_plan_of_a_checkpoint(tmp_path):
+    directory = tiny.make(tmp_path, "qwen3_moe")
+    found = api.plan(source=str(directory), parallel=schema.Parallel(tensor=2, expert=2, expert_tensor=1, pipeline=2))
+    sizes = {name: entry.bytes for name, entry in Checkpoint(directory).entries.items()}
+    assert found.tensors == len(sizes) and found.source_bytes == sum(sizes.values()) and found.ranks == 4
+    assert [stage.layers for stage in found.stages] == [(0, 1), (2, 3)]
+    assert f"all {len(sizes)} tensors are there, none twice; nothing else is in the files" in found.table()
+    assert json.loads(json.dumps(found.as_json()))["stages"][1]["stage"] == 1
+
+
+def test_a_plan_without_weights(tmp_path):
+    config = tiny.make(tmp_path / "model", "llama") / "config.json"
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "config.json").write_text(config.read_text())
+    found = api.plan(source=str(tmp_path / "alone"))
+    assert found.source_bytes is None and "no weights, from config.json alone" in found.table()
+
+
+def test_a_plan_that_cannot_be(tmp_path):
+    directory = tiny.make(tmp_path, "llama")
+    with pytest.raises(UserError, match="parallel.tensor=3 does not divide"):
+        api.plan(source=str(directory), parallel=schema.Parallel(tensor=3))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UserError, match=r"nothing reads: .*number of layers is too small"):
+        api.plan(source=str(directory))
+
+
+def test_vocabulary_rows_have_a_likely_cause(tmp_path):
+    directory = tiny.make(tmp_path, "llama")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 128}))
+    with pytest.raises(
+        UserError, match="the likely cause: .* has 3 rows more than vocab_size=128; set vocab_size=131 or use"
+    ):
+        api.plan(source=str(directory))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345_678, "12.35 MB"), (7.1e15, "7100.00 TB")]
+)
+def test_sizes(count, text):
+    assert plan_report._size(count) == text
