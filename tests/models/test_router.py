@@ -129,9 +129,10 @@ def test_by_hand() -> None:
     torch.testing.assert_close(weights, torch.tensor([[0.0, 0.0, 6.0, 4.0]]))
 
 
-def test_narrow_logits_are_scored_in_float32() -> None:
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_narrow_logits_are_scored_in_float32(score: Any) -> None:
     """Weights of bfloat16 logits are bfloat16; scores, ranks and sums are those of the same logits in float32."""
-    logits, bias, routing = torch.randn(64, 32).bfloat16(), torch.randn(32) * 1e-3, Routing(score="sigmoid")
+    logits, bias, routing = torch.randn(64, 32).bfloat16(), torch.randn(32) * 1e-3, Routing(score=score)
     weights, chosen = choose(logits, 8, routing, bias)
     wide, same = choose(logits.float(), 8, routing, bias)
     assert weights.dtype == torch.bfloat16 and torch.equal(chosen, same)
