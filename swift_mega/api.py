@@ -25,6 +25,7 @@ from swift_mega.config.check import check_inputs  # noqa: E402
 from swift_mega.config.load import Resolved, load  # noqa: E402
 from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
 from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
+from swift_mega.convert.quantised import open_checkpoint, write_plain  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
@@ -33,11 +34,12 @@ from swift_mega.export import merged  # noqa: E402
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
 from swift_mega.models.build import build, transformer_config  # noqa: E402
 from swift_mega.models.family import family_of, load_settings  # noqa: E402
+from swift_mega.models.quantization import stored_dtype  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
 from swift_mega.train import validate  # noqa: E402
-from swift_mega.train.build import build_part, warmup_steps  # noqa: E402
+from swift_mega.train.build import build_part, dequantised_dtype, warmup_steps  # noqa: E402
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank  # noqa: E402
 
 __all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "train", "verify"]
@@ -55,7 +57,7 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     """
     check_inputs(run, command="train")
     assert run.model.path is not None
-    settings = load_settings(run.model.path)
+    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     check_training(run, family_of(run.model.path), settings)
     find_objective(run.objective)
@@ -86,19 +88,21 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
 
 def convert(
     *, source: str, to: str, output: str, parallel: schema.Parallel | None = None, dtype: str | None = None,
-    max_shard_size: str = "5GB", overwrite: bool = False,
+    max_shard_size: str = "5GB", overwrite: bool = False, dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout, or such a checkpoint -> Hugging Face (`to="hf"`).
 
-    dtype: of the result; default: that of every source tensor, so that there and back is bit-exact.
+    dtype: of the result; default: that of every source tensor, so that there and back is bit-exact. dequantize: read a quantised
+    source as plain weights, of `dtype` or of the dtype that its config.json names.
     Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape. An output that is
     there already is an error, unless `overwrite` (of a Hugging Face directory) says otherwise.
     """
     from swift_mega.convert.hf_files import parse_size
 
-    run = schema.Run(parallel=parallel or schema.Parallel())
+    run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     if to == "mcore":
-        checkpoint, directory = Checkpoint(source), source
+        plain = getattr(torch, dtype) if dtype else stored_dtype(source)
+        checkpoint, directory = open_checkpoint(source, dequantised_dtype(run.model, plain)), source
         kind = getattr(torch, dtype) if dtype else widest(checkpoint)
         body: Any = _to_mcore
         arguments: tuple[Any, ...] = (checkpoint,)
@@ -111,13 +115,14 @@ def convert(
             _to_hf,
             (source, getattr(torch, dtype) if dtype else kinds, parse_size(max_shard_size), overwrite),
         )
-    layout = _layout_for(run.parallel, directory)
+    layout = _layout_for(run, directory)
     run_ranks(layout.world, body, run, layout, kind, directory, output, *arguments)
 
 
-def _layout_for(parallel: schema.Parallel, directory: str) -> Layout:
+def _layout_for(run: schema.Run, directory: str) -> Layout:
+    parallel, settings = run.parallel, load_settings(directory, dequantize=run.model.dequantize)
     world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
-    return plan_layout(parallel, load_settings(directory).shape, world, training=False)
+    return plan_layout(parallel, settings.shape, world, training=False)
 
 
 def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -151,12 +156,16 @@ def _to_hf(
 
 
 def export(
-    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False
-) -> None:
-    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes."""
+    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes.
+
+    dequantize: `model` is quantised, and what is written is plain.
+    """
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
-    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
 
 
 # ------------------------------------------------------------------------------------------------ infer
@@ -252,20 +261,21 @@ class Report:
 
 def verify(
     model: str, layouts: Sequence[str] | None = None, *, tolerance: float = 1e-4, prompts: str | None = None, tuner: str = "full",
-    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64",
+    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64", dequantize: bool = False,
 ) -> Report:  # fmt: skip
     """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
 
     prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
     the one in `adapters`, or a random one on `target_modules`. dtype: of both sides. In float32 both round, and
     deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
+    dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
     """
-    settings = load_settings(model)
+    settings = load_settings(model, dequantize=dequantize)
     chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
     run = schema.Run(
-        model=schema.Model(path=model, dtype=dtype),  # type: ignore[arg-type]
+        model=schema.Model(path=model, dtype=dtype, dequantize=dequantize),  # type: ignore[arg-type]
         tuner=_verified_tuner(tuner, target_modules, adapters),
     )
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
@@ -275,7 +285,8 @@ def verify(
             adapter = found / "adapter"
             alone = plan_layout(schema.Parallel(), settings.shape, 1)
             run_ranks(1, validate.random_adapter, _for(run, schema.Parallel()), DEVICE, alone, adapter)
-        run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference", getattr(torch, dtype))
+        plain = write_plain(open_checkpoint(model, torch.float32), found / "plain") if dequantize else Path(model)
+        run_ranks(1, validate.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
         differences: list[validate.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
             mine = _for(run, parallel, (str(adapter),) if adapter else ())

@@ -51,6 +51,9 @@ def convert(arguments: Arguments) -> int:
         source = _source(arguments.text("mcore"), "--mcore", unused=run.model.path, other="--model", to=to)
         if not Path(source).is_dir():
             raise UserError(f"--mcore={source}: no such directory")
+        _refuse_given(
+            arguments, "dequantize", "convert --to hf: Megatron's files hold plain weights; leave --dequantize out"
+        )
     overwrite = arguments.switch("overwrite")
     check_output(output, overwrite=overwrite, inputs=[source])
     from swift_mega import api
@@ -63,6 +66,7 @@ def convert(arguments: Arguments) -> int:
             parallel=run.parallel,
             dtype=None if run.model.dtype == "auto" else run.model.dtype,
             max_shard_size=run.export.max_shard_size,
+            dequantize=run.model.dequantize,
         )
     return 0
 
@@ -84,7 +88,14 @@ def export(arguments: Arguments) -> int:
     from swift_mega import api
 
     with output_directory(output, overwrite=overwrite, inputs=[model, adapters]) as folder:
-        api.export(model=model, adapters=adapters, output=folder, merge=True, max_shard_size=run.export.max_shard_size)
+        api.export(
+            model=model,
+            adapters=adapters,
+            output=folder,
+            merge=True,
+            max_shard_size=run.export.max_shard_size,
+            dequantize=run.model.dequantize,
+        )
     return 0
 
 
@@ -185,6 +196,7 @@ def verify(arguments: Arguments) -> int:
         options["adapters"] = run.model.adapters[0]
     if run.model.dtype != "auto":
         options["dtype"] = run.model.dtype
+    options["dequantize"] = run.model.dequantize
     from swift_mega import api
 
     report = api.verify(run.model.path, **options)
@@ -272,7 +284,7 @@ _ALL = (
             OUTPUT,
             OVERWRITE,
         ),
-        takes=_parallel_and("model.path", "model.dtype", "export.max_shard_size"),
+        takes=_parallel_and("model.path", "model.dtype", "model.dequantize", "export.max_shard_size"),
         run=convert,
     ),
     Verb(
@@ -285,7 +297,7 @@ _ALL = (
             Option(name="output", value="DIR", help="where to write; default: the adapter's directory with -merged"),
             OVERWRITE,
         ),
-        takes=_only("model.path", "model.adapters", "export.merge_lora", "export.max_shard_size"),
+        takes=_only("model.path", "model.adapters", "model.dequantize", "export.merge_lora", "export.max_shard_size"),
         run=export,
     ),
     Verb(
@@ -324,7 +336,7 @@ _ALL = (
                 choices=("lora", "full"),
             ),
         ),
-        takes=_only("model.path", "model.adapters", "model.dtype"),
+        takes=_only("model.path", "model.adapters", "model.dtype", "model.dequantize"),
         run=verify,
     ),
     Verb(

@@ -14,6 +14,7 @@ from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
+from swift_mega.models.quantization import FLAG
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,8 +63,7 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     ]
     if strange:
         raise UserError(
-            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
-            "with its own tools first"
+            f"{checkpoint.directory}: {some(strange, 4)} are quantised; pass {FLAG} to read them dequantised"
         )
 
 

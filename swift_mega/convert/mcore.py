@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import refuse_quantised
 from swift_mega.convert.hf_files import NAMES, Checkpoint, copy_companions, some
+from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, cannot_write, check_output, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -74,6 +75,7 @@ def _begin(target: Path, source: Checkpoint) -> None:
         (target / RELEASE).mkdir(parents=True)
         (target / COMPANIONS).mkdir()
         copy_companions(source.directory, target / COMPANIONS)
+        drop_quantization(target / COMPANIONS)
         (target / COMPANIONS / DTYPES).write_text(json.dumps(kinds, indent=0))
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.convert.hf_files import Planned, copy_companions, plan_files, some, write_headers, write_tensor
+from swift_mega.convert.quantised import drop_quantization
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.parallel.groups import Groups
@@ -91,6 +92,7 @@ def save(
 
     def companions(staging: Path) -> None:
         copy_companions(Path(source), staging)
+        drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             _set_dtype(staging / "config.json", dtypes)
 

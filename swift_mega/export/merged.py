@@ -22,8 +22,10 @@ from swift_mega.convert.hf_files import (
     write_headers,
     write_tensor,
 )
+from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, staging_of
 from swift_mega.errors import UserError
+from swift_mega.models.quantization import FLAG
 
 PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -109,20 +111,24 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
 
 
 def merge(
-    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False
-) -> None:
+    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
     """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
 
+    dequantize: a quantised `model` is merged in float32 and written plain, in the dtype that its config.json names.
     Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
     """
-    base, adapter, target = Checkpoint(model), read_adapter(adapters), Path(output)
+    base = open_checkpoint(model, torch.float32 if dequantize else None)
+    adapter, target = read_adapter(adapters), Path(output)
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
     check_output(target, overwrite)
     _check_fit(base, adapter)
+    kinds = written_dtypes(base)
     planned = plan_files(
-        {name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
+        {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
     staging = staging_of(target)
     try:
@@ -136,6 +142,8 @@ def merge(
                 )
             write_tensor(staging, place, value)
         copy_companions(Path(model), staging)
+        if dequantize:
+            drop_quantization(staging)
         publish(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -159,5 +167,5 @@ def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
             )
         if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
             raise UserError(
-                f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from"
+                f"{base.directory}: {module} is quantised ({kind}); pass {FLAG} to merge into plain weights"
             )

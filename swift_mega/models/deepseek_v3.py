@@ -50,7 +50,6 @@ READS = (
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "moe_layer_freq": (1,),
-    "quantization_config": (None,),
 }
 
 

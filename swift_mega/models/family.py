@@ -16,6 +16,7 @@ import swift_mega.models as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Heads, Pack
+from swift_mega.models.quantization import FLAG, KEYS, quantization_of
 from swift_mega.parallel.layout import ModelShape
 
 
@@ -226,9 +227,17 @@ def family_of(directory: str | Path) -> Family:
     return families()[hf_type]
 
 
-def load_settings(directory: str | Path) -> Settings:
-    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run."""
+def load_settings(directory: str | Path, *, dequantize: bool = False) -> Settings:
+    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run.
+
+    dequantize: the weights will be read dequantised, so a quantisation changes nothing of the model.
+    """
     family, raw = family_of(directory), read_config(directory)
+    if (quantization := quantization_of(directory)) is not None and not dequantize:
+        raise UserError(
+            f"{directory} is quantised: quantization_config={quantization!r}; pass {FLAG} to read its weights dequantised"
+        )
+    raw = {key: value for key, value in raw.items() if key not in KEYS}
     fixed = {**FIXED, **family.fixed}
     for key, allowed in fixed.items():
         if key in raw and raw[key] not in allowed:

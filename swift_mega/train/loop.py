@@ -230,7 +230,10 @@ class Loop:
         merged = checkpoint.with_name(f"{checkpoint.name}-merged")
         assert run.model.path is not None
         if dist.get_rank() == 0:
-            merge(run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True)
+            merge(
+                run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True,
+                dequantize=run.model.dequantize,
+            )  # fmt: skip
         dist.barrier()
         return merged
 

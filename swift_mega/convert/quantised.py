@@ -1,0 +1,165 @@
+"""Checkpoints whose weights are quantised, read as if they were plain: each slice is dequantised as it is read.
+
+`open_checkpoint` is the way in. What comes back has the names, shapes and dtypes of the plain model, so that loading, checking,
+converting and merging know nothing of it. How each kind of file stores its numbers is a table entry in convert/formats.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swift_mega.convert.formats as folder
+from swift_mega.convert.finite import check_finite
+from swift_mega.convert.formats.format import Box, Format, Quantised, ceil
+from swift_mega.convert.hf_files import Checkpoint, copy_companions, plan_files, write_headers, write_tensor
+from swift_mega.discover import scan
+from swift_mega.errors import UserError
+from swift_mega.models.quantization import KEYS, SIDECARS, quantization_of, stored_dtype
+
+CHUNK = 1 << 19
+"""Numbers that are dequantised at a time: what lies between the steps stays in the processor's cache."""
+ALIGNED = 32
+"""Rows at whose multiples pieces end."""
+SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Dequantised(Checkpoint):
+    """A quantised checkpoint under the names of its plain weights."""
+
+    def __init__(
+        self, stored: Checkpoint, weights: Mapping[str, Quantised], unneeded: frozenset[str], dtype: torch.dtype
+    ):
+        # Not Checkpoint's own: it is a checkpoint to all who read one, and reads another.
+        self.directory, self.stored, self.weights = stored.directory, stored, weights
+        hidden = {name for weight in weights.values() for name in weight.parts.values()} | unneeded
+        self.entries = {name: entry for name, entry in stored.entries.items() if name not in hidden}
+        for name, weight in weights.items():
+            if name in self.entries:
+                raise UserError(
+                    f"{self.directory} holds {name} plain and quantised; delete the one that does not belong to it"
+                )
+            packed = stored.entries[next(iter(weight.parts.values()))]
+            self.entries[name] = replace(packed, name=name, dtype=dtype, shape=weight.shape)
+
+    def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor `name`, or its [start, stop) along `axis`, of the entry's dtype. Only the blocks it lies in are read."""
+        if name not in self.weights:
+            return self.stored.read(name, axis, start, stop)
+        weight, spans = self.weights[name], [(0, size) for size in self.weights[name].shape]
+        if axis is not None:
+            spans[axis] = (start, spans[axis][1] if stop is None else stop)
+        box = tuple(spans)
+        made = torch.empty([stop - start for start, stop in box], dtype=self.entries[name].dtype)
+        if made.numel():
+            wanted = weight.boxes(box)
+            parts = {role: self._part(part, wanted[role]) for role, part in weight.parts.items()}
+            for piece in _pieces(box):
+                boxes = weight.boxes(piece)
+                chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
+                _within(made, box, piece).copy_(weight.dequantise(chunk, piece))
+        return made
+
+    def _part(self, name: str, box: Box) -> Tensor:
+        """A box of a stored tensor, read along the dim that it is cut along."""
+        shape = self.stored.entries[name].shape
+        cut = [dim for dim, (span, size) in enumerate(zip(box, shape, strict=True)) if span != (0, size)]
+        value = self.stored.read(name, cut[0], *box[cut[0]]) if cut else self.stored.read(name)
+        for dim in cut[1:]:
+            value = value.narrow(dim, box[dim][0], box[dim][1] - box[dim][0])
+        if value.is_floating_point() and value.dtype.itemsize > 1:
+            check_finite(f"{self.directory}: {name}", value)
+        return value
+
+
+def _pieces(box: Box) -> Iterator[Box]:
+    """A box in pieces of about CHUNK numbers, cut along its first dims where blocks and words end, too."""
+    (start, stop), *rest = box
+    size = math.prod(end - begin for begin, end in rest)
+    if size > CHUNK and len(rest) > 1:
+        for index in range(start, stop):
+            yield from (((index, index + 1), *piece) for piece in _pieces(tuple(rest)))
+        return
+    step = ceil(max(1, CHUNK // size), ALIGNED) * ALIGNED
+    ends = [*range(start - start % step + step, stop, step), stop]
+    for first, last in zip([start, *ends], ends, strict=False):
+        yield ((first, last), *rest)
+
+
+def _within(value: Tensor, box: Box, piece: Box) -> Tensor:
+    """The piece of a tensor that holds `box`."""
+    for dim, ((origin, _), (start, stop)) in enumerate(zip(box, piece, strict=True)):
+        value = value.narrow(dim, start - origin, stop - start)
+    return value
+
+
+def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None) -> Checkpoint:
+    """The tensors of a Hugging Face directory, by slices; quantised ones as plain ones of dtype `dequantize`, where it is given.
+
+    Without it they are what is stored, and whoever needs them as weights refuses them. Raises UserError where the directory is not
+    quantised but `dequantize` is given, where its method is not known, and where a scale or other part is missing, left over or odd.
+    """
+    stored = Checkpoint(directory)
+    if dequantize is None:
+        return stored
+    assert dequantize in SUPPORTED, dequantize
+    config = quantization_of(directory)
+    if config is None:
+        raise UserError(
+            f"model.dequantize=true, but {directory} states no quantization_config: its weights are plain; leave it out"
+        )
+    found = _format(config, directory).find(stored, config)
+    if not found.weights:
+        raise UserError(
+            f"{directory} states quant_method={config['quant_method']!r}, but none of its tensors is stored so; use the "
+            "config.json that belongs to these weights"
+        )
+    return Dequantised(stored, found.weights, found.unneeded, dequantize)
+
+
+def _format(config: Mapping[str, Any], directory: str | Path) -> Format:
+    formats: dict[str, Format] = {
+        method: entry for entry in scan(folder, "FORMAT").values() for method in entry.methods
+    }
+    method = config["quant_method"]
+    if method not in formats:
+        raise UserError(
+            f"{directory}: quant_method={method!r} is not supported; supported: {', '.join(sorted(formats))}. Convert the checkpoint "
+            "to bfloat16 with its own tools first"
+        )
+    return formats[method]
+
+
+def written_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """The dtype of every tensor where plain weights are written of it: dequantised ones have the one that config.json names."""
+    quantised = checkpoint.weights.keys() if isinstance(checkpoint, Dequantised) else ()
+    plain = stored_dtype(checkpoint.directory)
+    return {name: plain if name in quantised else entry.dtype for name, entry in checkpoint.entries.items()}
+
+
+def write_plain(checkpoint: Checkpoint, target: Path) -> Path:
+    """Writes a checkpoint, as it is read, to an empty directory, one tensor in memory at a time; returns it."""
+    target.mkdir(parents=True)
+    planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}, 1 << 62)
+    write_headers(target, planned)
+    for name, place in planned.items():
+        write_tensor(target, place, checkpoint.read(name))
+    copy_companions(checkpoint.directory, target)
+    drop_quantization(target)
+    return target
+
+
+def drop_quantization(directory: Path) -> None:
+    """Makes the copied config of a directory say what is true of plain weights: nothing of a quantisation."""
+    path = directory / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text())
+        if any(config.pop(key, None) is not None for key in KEYS):
+            path.write_text(json.dumps(config, indent=2) + "\n")
+    for name in (*SIDECARS, "hf_quant_config.json"):
+        (directory / name).unlink(missing_ok=True)
