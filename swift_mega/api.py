@@ -23,10 +23,11 @@ from tqdm import tqdm  # noqa: E402
 from swift_mega.config import schema  # noqa: E402
 from swift_mega.config.check import check_inputs  # noqa: E402
 from swift_mega.config.load import Resolved, load  # noqa: E402
-from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
+from swift_mega.convert.hf_files import Checkpoint, parse_size  # noqa: E402
 from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
 from swift_mega.convert.quantised import open_checkpoint, write_plain  # noqa: E402
-from swift_mega.convert.save import save  # noqa: E402
+from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, save, staging_of  # noqa: E402
+from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
@@ -42,7 +43,7 @@ from swift_mega.train import validate  # noqa: E402
 from swift_mega.train.build import build_part, dequantised_dtype, warmup_steps  # noqa: E402
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank  # noqa: E402
 
-__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "train", "verify"]
+__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "quantize", "train", "verify"]
 
 
 def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
@@ -97,8 +98,6 @@ def convert(
     Raises UserError, and leaves no complete output, where a tensor is missing, unread, or of the wrong shape. An output that is
     there already is an error, unless `overwrite` (of a Hugging Face directory) says otherwise.
     """
-    from swift_mega.convert.hf_files import parse_size
-
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     if to == "mcore":
         plain = getattr(torch, dtype) if dtype else stored_dtype(source)
@@ -166,6 +165,28 @@ def export(
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
     merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
+
+
+def quantize(
+    *, model: str, output: str, block: tuple[int, int] = BLOCK, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
+
+    dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as it is.
+    """
+    target, staging = Path(output), staging_of(Path(output))
+    checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
+    linears = fp8_linears(family_of(model), load_settings(model, dequantize=dequantize), checkpoint)
+    check_output(target, overwrite)
+    try:
+        begin_staging(staging)
+        write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
+        publish(staging, target)
+    except OSError as error:
+        raise UserError(cannot_write(staging, error)) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ infer

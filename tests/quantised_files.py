@@ -173,7 +173,9 @@ def four_bit(name: str, weight: Tensor, *, kind: str = "nf4", block: int = 64, n
         steps = torch.tensor(steps).tolist()
         offset = sum(largest) / len(largest)
         moved = [value - offset for value in largest]
-        outer = torch.tensor([max(map(abs, moved[s : s + nested])) for s in range(0, len(moved), nested)]).tolist()
+        outer = torch.tensor(
+            [max(map(abs, moved[s : s + nested])) or 1.0 for s in range(0, len(moved), nested)]
+        ).tolist()
         codes = [_nearest(steps, value / outer[n // nested]) for n, value in enumerate(moved)]
         largest = (torch.tensor([steps[code] for code in codes]) *
                    torch.tensor([outer[n // nested] for n in range(len(codes))]) + offset).tolist()  # fmt: skip
@@ -233,7 +235,7 @@ FORMATS: dict[str, tuple[Callable[..., Made], dict[str, Any], dict[str, Any]]] =
 
 def linear(name: str) -> bool:
     """Which weights are quantised: matrices of attention and MLP but routers."""
-    return name.endswith("proj.weight") or name.endswith("proj_with_mqa.weight")
+    return name.endswith(("proj.weight", "proj_with_mqa.weight"))
 
 
 def write(plain: Path, target: Path, format: str) -> dict[str, Tensor]:

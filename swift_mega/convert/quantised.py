@@ -37,15 +37,19 @@ class Dequantised(Checkpoint):
     ):
         # Not Checkpoint's own: it is a checkpoint to all who read one, and reads another.
         self.directory, self.stored, self.weights = stored.directory, stored, weights
-        hidden = {name for weight in weights.values() for name in weight.parts.values()} | unneeded
-        self.entries = {name: entry for name, entry in stored.entries.items() if name not in hidden}
-        for name, weight in weights.items():
-            if name in self.entries:
+        hidden = {part for weight in weights.values() for part in weight.parts.values()} | unneeded
+        places = {next(iter(weight.parts.values())): name for name, weight in weights.items()}
+        self.entries = {}
+        for part, entry in stored.entries.items():
+            if part in places:
+                name = places[part]
+                self.entries[name] = replace(entry, name=name, dtype=dtype, shape=weights[name].shape)
+            elif part in weights and part not in hidden:
                 raise UserError(
-                    f"{self.directory} holds {name} plain and quantised; delete the one that does not belong to it"
+                    f"{self.directory} holds {part} plain and quantised; delete the one that does not belong to it"
                 )
-            packed = stored.entries[next(iter(weight.parts.values()))]
-            self.entries[name] = replace(packed, name=name, dtype=dtype, shape=weight.shape)
+            elif part not in hidden:
+                self.entries[part] = entry
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor `name`, or its [start, stop) along `axis`, of the entry's dtype. Only the blocks it lies in are read."""
@@ -62,7 +66,8 @@ class Dequantised(Checkpoint):
             for piece in _pieces(box):
                 boxes = weight.boxes(piece)
                 chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
-                _within(made, box, piece).copy_(weight.dequantise(chunk, piece))
+                value = weight.dequantise(chunk, piece).to(made.dtype)  # before it moves: a copy of one dtype is fast
+                _within(made, box, piece).copy_(value)
         return made
 
     def _part(self, name: str, box: Box) -> Tensor:

@@ -1,21 +1,18 @@
 """Quantised checkpoints, read as plain ones: against files that were written number by number, and other people's dequantisers."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
+import quantised_files as files
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-import quantised_files as files
 import tiny
 from swift_mega.convert import quantised
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.quantised import Dequantised, open_checkpoint
-from swift_mega.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +70,130 @@ def test_without_asking_nothing_is_dequantised(stored):
     directory, _ = stored
     assert not isinstance(open_checkpoint(directory), Dequantised)
     assert open_checkpoint(directory).entries.keys() == Checkpoint(directory).entries.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_scale_is_no_weight(plain, tmp_path, dtype):
+    """Scales of activations are of no use to plain weights: accounted for, and not shown."""
+    files.write(plain, tmp_path / "model", "fp8_tensor")
+    assert "model.layers.0.mlp.up_proj.input_scale" in Checkpoint(tmp_path / "model").entries
+    assert not [name for name in open_checkpoint(tmp_path / "model", dtype).entries if name.endswith("_scale")]
+
+
+def save(directory: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    directory.mkdir(exist_ok=True, parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+    files.set_config(directory, quantization_config=config)
+    return directory
+
+
+def check(directory: Path, meant: torch.Tensor, box: list[tuple[int, int]], name: str = "x.weight") -> None:
+    """The whole, and a slice along each dim, to the bit."""
+    found = open_checkpoint(directory, torch.float32)
+    assert torch.equal(found.read(name), meant)
+    for axis, (start, stop) in enumerate(box):
+        assert torch.equal(found.read(name, axis, start, stop), meant.narrow(axis, start, stop - start)), (axis, box)
+
+
+def cuts(draw, *sizes: int) -> list[tuple[int, int]]:
+    found = [sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in sizes]
+    return [(start, stop) for start, stop in found]
+
+
+FEW = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@FEW
+@given(data=st.data())
+def test_fp8_of_any_shape_and_block(tmp_path_factory, data):
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    block = (data.draw(st.integers(1, 17)), data.draw(st.integers(1, 17)))
+    stored, meant = files.fp8_block("x.weight", torch.randn(rows, columns), block)
+    folder = save(tmp_path_factory.mktemp("x"), stored, quant_method="fp8", weight_block_size=list(block))
+    check(folder, meant, cuts(data.draw, rows, columns))
+
+
+@FEW
+@given(data=st.data())
+def test_mxfp4_of_any_shape(tmp_path_factory, data):
+    shape = (data.draw(st.integers(1, 3)), 32 * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20)))
+    stored, meant = files.mxfp4("x", torch.randn(shape))
+    folder = save(tmp_path_factory.mktemp("x"), stored, quant_method="mxfp4")
+    check(folder, meant, cuts(data.draw, *shape), "x")
+
+
+@FEW
+@given(data=st.data())
+def test_gptq_of_any_shape(tmp_path_factory, data):
+    bits, group = data.draw(st.sampled_from((2, 4, 8))), data.draw(st.integers(1, 50))
+    rows, inputs = 16 * data.draw(st.integers(1, 2)), 16 * data.draw(st.integers(1, 3))
+    order, v2, sym = (data.draw(st.booleans()) for _ in range(3))
+    stored, meant = files.gptq(
+        "x.weight", torch.randn(rows, inputs), bits=bits, group=group, act_order=order, v2=v2, sym=sym
+    )
+    folder = save(
+        tmp_path_factory.mktemp("x"), stored, quant_method="gptq", bits=bits, group_size=group, sym=sym, desc_act=order,
+        checkpoint_format="gptq_v2" if v2 else "gptq",
+    )  # fmt: skip
+    check(folder, meant, cuts(data.draw, rows, inputs))
+
+
+@FEW
+@given(data=st.data())
+def test_awq_of_any_shape(tmp_path_factory, data):
+    group = data.draw(st.integers(1, 20))
+    rows, inputs = 8 * data.draw(st.integers(1, 4)), group * data.draw(st.integers(1, 4))
+    stored, meant = files.awq("x.weight", torch.randn(rows, inputs), group=group)
+    folder = save(tmp_path_factory.mktemp("x"), stored, quant_method="awq", bits=4, group_size=group)
+    check(folder, meant, cuts(data.draw, rows, inputs))
+
+
+@FEW
+@given(data=st.data())
+def test_four_bits_of_any_shape(tmp_path_factory, data):
+    """Blocks end inside rows and bytes are shared by two rows."""
+    shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
+    stored, meant = files.four_bit(
+        "x.weight", torch.randn(shape), kind=data.draw(st.sampled_from(("nf4", "fp4"))), block=data.draw(st.integers(2, 64)),
+        nested=data.draw(st.one_of(st.none(), st.integers(1, 9))),
+    )  # fmt: skip
+    check(save(tmp_path_factory.mktemp("x"), stored, quant_method="bitsandbytes"), meant, cuts(data.draw, *shape))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "shape", "axis", "span"),
+    [
+        (files.fp8_block, dict(quant_method="fp8", weight_block_size=[16, 24]), (64, 96), 0, (16, 48)),
+        (files.fp8_block, dict(quant_method="fp8", weight_block_size=[16, 24]), (64, 96), 1, (24, 72)),
+        (files.mxfp4, dict(quant_method="mxfp4"), (4, 64, 8), 0, (1, 3)),
+        (files.mxfp4, dict(quant_method="mxfp4"), (4, 64, 8), 1, (32, 64)),
+        (files.mxfp4, dict(quant_method="mxfp4"), (4, 64, 8), 2, (2, 5)),
+        (files.gptq, dict(quant_method="gptq", bits=4, group_size=16, desc_act=False), (64, 32), 0, (16, 40)),
+        (files.awq, dict(quant_method="awq", bits=4, group_size=16), (64, 64), 0, (16, 40)),
+        (files.awq, dict(quant_method="awq", bits=4, group_size=16), (64, 64), 1, (16, 48)),
+        (files.four_bit, dict(quant_method="bitsandbytes"), (8, 64), 0, (2, 5)),
+    ],
+)  # fmt: skip
+def test_a_slice_needs_its_own_blocks_only(tmp_path, make, config, shape, axis, span):
+    """What a slice reads is no more than its share: of every stored tensor that is cut, exactly the fraction."""
+    name = "x" if config["quant_method"] == "mxfp4" else "x.weight"
+    stored, meant = make(name, torch.randn(shape))
+    found = open_checkpoint(save(tmp_path / "x", stored, **config), torch.float32)
+    read: dict[str, int] = {}
+    plain = found.stored.read
+
+    def counted(part, *given):
+        value = plain(part, *given)
+        read[part] = value.numel()
+        return value
+
+    found.stored.read = counted
+    assert torch.equal(found.read(name, axis, *span), meant.narrow(axis, span[0], span[1] - span[0]))
+    whole = {part: value.numel() for part, value in stored.items()}
+    share = (span[1] - span[0]) / shape[axis]
+    constant = {"x.weight.quant_map", *([] if axis else ["x.g_idx"])}
+    assert {part: count / whole[part] for part, count in read.items() if part not in constant} == {
+        part: share for part in read if part not in constant
+    }
+    assert len(read.keys() - constant) >= 2
