@@ -61,6 +61,8 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     check_training(run, family_of(run.model.path), settings)
+    if run.model.dequantize:
+        open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
     prepared = _prepare(run, tokenizer)

@@ -302,13 +302,27 @@ def test_pt_trains_everything_on_every_token(api: Recorder) -> None:
 def test_convert_to_megatron(api: Recorder) -> None:
     argv = [*CONVERT, "--output", "out", "--tensor_model_parallel_size", "2", "--torch_dtype", "bfloat16", "sp=true"]
     assert main(argv) == 0
-    expected = {"source": "model", "to": "mcore", "output": "out", "dtype": "bfloat16", "max_shard_size": "5GB"}
+    expected = {
+        "source": "model",
+        "to": "mcore",
+        "output": "out",
+        "dtype": "bfloat16",
+        "max_shard_size": "5GB",
+        "dequantize": False,
+    }
     assert api.calls == [("convert", (), expected | {"parallel": Parallel(tensor=2, sequence=True)})]
 
 
 def test_convert_to_hugging_face(api: Recorder) -> None:
     assert main(["convert", "--mcore", "mcore", "--to", "hf", "--output", "out", "--max_shard_size=1GB", "--pp=2"]) == 0
-    expected = {"source": "mcore", "to": "hf", "output": "out", "dtype": None, "max_shard_size": "1GB"}
+    expected = {
+        "source": "mcore",
+        "to": "hf",
+        "output": "out",
+        "dtype": None,
+        "max_shard_size": "1GB",
+        "dequantize": False,
+    }
     assert api.calls == [("convert", (), expected | {"parallel": Parallel(pipeline=2)})]
 
 
@@ -338,7 +352,7 @@ def test_a_leftover_of_overwriting_is_said(api: Recorder, place: Path, capsys: p
 def test_export(api: Recorder) -> None:
     assert main(EXPORT) == 0
     assert main([*EXPORT, "--model", "taken", "--output", "out", "--max_shard_size", "1MB"]) == 0
-    common = {"adapters": "adapter", "merge": True}
+    common = {"adapters": "adapter", "merge": True, "dequantize": False}
     assert api.calls == [
         ("export", (), common | {"model": "model", "output": "adapter-merged", "max_shard_size": "5GB"}),
         ("export", (), common | {"model": "taken", "output": "out", "max_shard_size": "1MB"}),

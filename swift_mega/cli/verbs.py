@@ -196,7 +196,8 @@ def verify(arguments: Arguments) -> int:
         options["adapters"] = run.model.adapters[0]
     if run.model.dtype != "auto":
         options["dtype"] = run.model.dtype
-    options["dequantize"] = run.model.dequantize
+    if run.model.dequantize:
+        options["dequantize"] = True
     from swift_mega import api
 
     report = api.verify(run.model.path, **options)

@@ -63,7 +63,8 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     ]
     if strange:
         raise UserError(
-            f"{checkpoint.directory}: {some(strange, 4)} are quantised; pass {FLAG} to read them dequantised"
+            f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
+            f"with its own tools first, or pass {FLAG} where config.json says how they are"
         )
 
 

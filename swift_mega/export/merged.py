@@ -167,5 +167,6 @@ def _check_fit(base: Checkpoint, adapter: PeftAdapter) -> None:
             )
         if (kind := base.entries[f"{module}.weight"].dtype) not in FLOATS:
             raise UserError(
-                f"{base.directory}: {module} is quantised ({kind}); pass {FLAG} to merge into plain weights"
+                f"{base.directory}: {module} is quantised ({kind}); merge into the bfloat16 or float32 model it was made from, or "
+                f"pass {FLAG}"
             )
