@@ -23,10 +23,11 @@ from tqdm import tqdm  # noqa: E402
 from swift_mega.config import schema  # noqa: E402
 from swift_mega.config.check import check_inputs  # noqa: E402
 from swift_mega.config.load import Resolved, load  # noqa: E402
-from swift_mega.convert.hf_files import Checkpoint, parse_size  # noqa: E402
+from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
+from swift_mega.convert.hf_write import parse_size  # noqa: E402
 from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
 from swift_mega.convert.quantised import open_checkpoint, write_plain  # noqa: E402
-from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, save, staging_of  # noqa: E402
+from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
@@ -37,6 +38,7 @@ from swift_mega.models.build import build, transformer_config  # noqa: E402
 from swift_mega.models.family import family_of, load_settings  # noqa: E402
 from swift_mega.models.quantization import stored_dtype  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
 from swift_mega.train import validate  # noqa: E402
@@ -180,6 +182,7 @@ def quantize(
     target, staging = Path(output), staging_of(Path(output))
     checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
     linears = fp8_linears(family_of(model), load_settings(model, dequantize=dequantize), checkpoint)
+    recover(target)
     check_output(target, overwrite)
     try:
         begin_staging(staging)

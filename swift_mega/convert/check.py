@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
@@ -37,6 +38,7 @@ def check_coverage(
     family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> None:
     """UserError unless `wanted`, of all ranks together, and the checkpoint are the same tensors."""
+    wanted = together(wanted)
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
     extra = [name for name in sorted(checkpoint.entries.keys() - wanted.keys()) if not _derived(family, name)]
     if tied and "lm_head.weight" in extra:

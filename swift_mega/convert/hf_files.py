@@ -1,25 +1,22 @@
-"""Safetensors directories, read by slices and written in place.
+"""Safetensors directories, read by slices.
 
 A checkpoint is its headers: name, dtype, shape and byte range of every tensor, checked against the files before a byte of
-weight moves. Writing goes the other way: sizes are known first, so headers are written and every owner puts its tensors where
-they belong. Pickle files are never opened.
+weight moves. Pickle files are never opened.
 """
 
 import json
 import math
-import mmap
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swift_mega.config.parse import size_in_bytes
+from swift_mega.convert.spans import Entry, read_spans, spans, stacked
 from swift_mega.errors import UserError
 
 DTYPES = {
@@ -28,23 +25,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: bytes [begin, end) of `file`."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.begin
 
 
 class Checkpoint:
@@ -66,14 +46,14 @@ class Checkpoint:
                 f"the safetensors files of {self.directory} hold no tensor; copy them from the source again"
             )
         self._check_index()
-        self._maps: dict[Path, Tensor] = {}
+        self._handles: dict[Path, int] = {}
 
     def _check_index(self) -> None:
         """The index, where there is one, names exactly the tensors that the files hold."""
         index = self.directory / "model.safetensors.index.json"
         if not index.is_file():
             return
-        listed: dict[str, str] = _read_json(index).get("weight_map", {})
+        listed: dict[str, str] = read_json(index).get("weight_map", {})
         for name, file in listed.items():
             if name not in self.entries:
                 raise UserError(
@@ -88,22 +68,41 @@ class Checkpoint:
             raise UserError(f"{index} does not list {some(extra)}, which the files hold; copy index and files again")
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor `name`, or its [start, stop) along `axis`: a view of the mapped file, not to be written to."""
-        entry = self.entries[name]
-        raw = self._map(entry.file)[entry.begin : entry.end]
-        if entry.begin % entry.dtype.itemsize:
-            raw = raw.clone()  # a view of another dtype needs alignment; old writers did not keep it
-        whole = raw.view(entry.dtype).view(entry.shape)
-        return (
-            whole if axis is None else whole.narrow(axis, start, (entry.shape[axis] if stop is None else stop) - start)
-        )
+        """Tensor `name`, or its [start, stop) along `axis`, in memory of its own. `name[3]` is the fourth of a stacked tensor."""
+        shape = list(self.shape(name))
+        if axis is not None:
+            shape[axis] = (shape[axis] if stop is None else stop) - start
+        made = torch.empty(shape, dtype=self.entries[stacked(name)[0]].dtype)
+        self.read_into(made, name, axis, start, stop)
+        return made
 
-    def _map(self, file: Path) -> Tensor:
-        if file not in self._maps:
-            with file.open("rb") as handle:
-                mapped = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
-            self._maps[file] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return self._maps[file]
+    def read_into(
+        self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Fills `target` with what `read` would give: as many numbers in the same order, whatever its shape, strides or dtype."""
+        whole, _ = stacked(name)
+        entry = self.entries[whole]
+        span = spans(entry, name, axis, start, stop)
+        assert target.numel() * entry.dtype.itemsize == span.runs * span.length, f"{name}: {span} into {target.shape}"
+        try:
+            read_spans(self._handle(entry.file), span, entry.dtype, target)
+        except EOFError:
+            raise UserError(f"{entry.file} was cut short while it was read; copy it from the source again") from None
+        except OSError as error:
+            raise UserError(f"{entry.file} cannot be read: {error.strerror}; copy it from the source again") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, or of one of a stacked tensor's."""
+        whole, index = stacked(name)
+        shape = self.entries[whole].shape
+        return shape if index is None else shape[1:]
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._handles:
+            handle = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, handle)
+            self._handles[file] = handle
+        return self._handles[file]
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -114,7 +113,7 @@ def weight_files(directory: Path) -> list[Path]:
         )
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        listed = _read_json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise UserError(f"{index} has no weight_map; copy it from the source again")
         if odd := sorted({repr(file) for file in listed.values() if not _plain_name(file)}):
@@ -227,7 +226,8 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
     return Entry(name, file, dtype, shape, base + begin, base + end)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError where it is none."""
     try:
         value = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -241,108 +241,3 @@ def some(names: Sequence[str], limit: int = 6) -> str:
     """At most `limit` names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-# ------------------------------------------------------------------------------------------------ writing
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write: what it is, and where it goes."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def plan_files(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model"
-) -> dict[str, Planned]:
-    """Files and offsets (header included) for `tensors`, in their order; a file holds at most max_bytes, or one tensor."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, (dtype, shape) in tensors.items():
-        size = dtype.itemsize * math.prod(shape)
-        if groups[-1] and filled + size > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    planned = {}
-    for number, names in enumerate(groups, 1):
-        file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
-        offset = len(header_bytes({name: tensors[name] for name in names}))
-        for name in names:
-            dtype, shape = tensors[name]
-            planned[name] = Planned(dtype, shape, file, offset)
-            offset += planned[name].bytes
-    return planned
-
-
-def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The header of a safetensors file that holds `tensors` one after another, with its length, padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
-    """Creates every file of a plan at its full size, header first, and the index where there are several."""
-    files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
-    for name, tensor in planned.items():
-        files.setdefault(tensor.file, {})[name] = (tensor.dtype, tensor.shape)
-    for file, tensors in files.items():
-        with (directory / file).open("wb") as handle:
-            handle.write(header_bytes(tensors))
-            handle.truncate(max(planned[name].offset + planned[name].bytes for name in tensors))
-    if len(files) > 1:
-        total = sum(tensor.bytes for tensor in planned.values())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: tensor.file for name, tensor in planned.items()},
-        }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_tensor(directory: Path, planned: Planned, value: Tensor) -> None:
-    """Puts one whole tensor where the plan says; any process may do so, once the headers are there."""
-    assert tuple(value.shape) == planned.shape, f"{value.shape} planned as {planned.shape}"
-    flat = value.detach().to("cpu", planned.dtype).contiguous().view(-1)
-    raw = memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-    handle = os.open(directory / planned.file, os.O_WRONLY)
-    try:
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(handle, raw[done : done + (1 << 30)], planned.offset + done)
-    finally:
-        os.close(handle)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face directory but its weights: config, tokenizer, chat template, generation settings."""
-    for file in companions(source):
-        shutil.copyfile(file, target / file.name)
-
-
-def companions(source: Path) -> Iterator[Path]:
-    """The files that `copy_companions` copies."""
-    return (file for file in sorted(source.iterdir()) if file.is_file() and not WEIGHTS.match(file.name))
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
-    size = size_in_bytes(text)
-    if size is None:
-        raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
-    return size

@@ -1,6 +1,6 @@
-"""A Hugging Face directory into this rank's parameters: only its slices are read."""
+"""A Hugging Face directory into this rank's parameters: only its slices are read, and once for all data replicas."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,51 +8,63 @@ from torch import Tensor
 
 from swift_mega.convert.check import check_coverage, needs
 from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.slices import Slice, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.family import Rule
+from swift_mega.models.packs import Heads
+from swift_mega.parallel.groups import Groups
 
 
-def load(part: ModelPart, checkpoint: Checkpoint) -> None:
-    """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike."""
+def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
+    """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike.
+
+    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all.
+    """
     check_coverage(part.family, checkpoint, _all_needs(part), tied=part.settings.tied)
     with torch.no_grad():
-        for held, value in values(part, checkpoint):
-            held.parameter.copy_(value)
+        for held in part.held():
+            replicas, first = _replicas(part, held, groups)
+            if first:
+                pieces = slices_of(part, checkpoint, held)
+                fill(held.parameter.data, checkpoint, held.rule, pieces, part.settings.heads)
+            if replicas.size() > 1:
+                dist.broadcast(held.parameter.data, group=replicas, group_src=0)
 
 
-def values(part: ModelPart, checkpoint: Checkpoint) -> Iterator[tuple[Held, Tensor]]:
-    """This rank's parameters and what the checkpoint says they hold, in the checkpoint's dtype."""
-    for held in part.held():
-        rank, size = part.tensor_axis(held)
-        pieces = [piece for name in held.parts for piece in pieces_of(part, checkpoint, name, held, rank, size)]
-        value = held.rule.pack.join(pieces, part.settings.heads)
-        assert value.shape == held.parameter.shape, (
-            f"{held.name}: {tuple(value.shape)} for {tuple(held.parameter.shape)}"
-        )
-        yield held, value
+def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:
+    """The ranks that hold the same parameter, and whether this one is their first."""
+    group = groups.expert_data if held.expert else groups.data_context
+    return group, dist.get_rank(group) == 0
 
 
-def pieces_of(part: ModelPart, checkpoint: Checkpoint, name: str, held: Held, rank: int, size: int) -> list[Tensor]:
-    """What this rank holds of one Hugging Face tensor: of each part in it, its share; zeros beyond a vocabulary's end."""
-    pack = held.rule.pack
-    if pack.axis is None:
-        return [checkpoint.read(name)]
-    length = checkpoint.entries[name].shape[pack.axis]
+def fill(value: Tensor, checkpoint: Checkpoint, rule: Rule, pieces: Sequence[Slice], heads: Heads) -> None:
+    """One parameter from its slices, straight into place where its pack has places for them; a vocabulary's padding is zero."""
+    pack = rule.pack
     if pack.padded:
-        return [_padded(checkpoint, name, held, rank, length)]
+        (piece,) = pieces
+        real = (piece.stop or 0) - piece.start
+        value[real:].zero_()
+        value = value[:real]
+    places = pack.places(value, heads)
+    if places is None:
+        read = [checkpoint.read(piece.name, piece.axis, piece.start, piece.stop) for piece in pieces]
+        value.copy_(pack.join(read, heads))
+        return
+    for place, piece in zip(places, pieces, strict=True):
+        checkpoint.read_into(place, piece.name, piece.axis, piece.start, piece.stop)
+
+
+def slices_of(part: ModelPart, checkpoint: Checkpoint, held: Held) -> list[Slice]:
+    """What this rank reads for a parameter."""
     return [
-        checkpoint.read(
-            name, pack.axis, start + (end - start) * rank // size, start + (end - start) * (rank + 1) // size
+        piece
+        for name in held.parts
+        for piece in slices(
+            held.rule, name, checkpoint.shape(name), cut=part.tensor_axis(held), heads=part.settings.heads,
+            rows=len(held.parameter),
         )
-        for start, end in pack.ranges(length, part.settings.heads)
-    ]
-
-
-def _padded(checkpoint: Checkpoint, name: str, held: Held, rank: int, length: int) -> Tensor:
-    rows = held.parameter.shape[0]
-    real = checkpoint.read(name, 0, min(rows * rank, length), min(rows * (rank + 1), length))
-    missing = rows - real.shape[0]
-    return torch.cat((real, real.new_zeros(missing, *real.shape[1:]))) if missing else real
+    ]  # fmt: skip
 
 
 def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:

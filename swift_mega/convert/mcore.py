@@ -18,11 +18,13 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import refuse_quantised
-from swift_mega.convert.hf_files import NAMES, Checkpoint, copy_companions, some
+from swift_mega.convert.hf_files import NAMES, Checkpoint, some
+from swift_mega.convert.hf_write import copy_companions
 from swift_mega.convert.quantised import drop_quantization
-from swift_mega.convert.save import agree, cannot_write, check_output, on_first_rank
+from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
+from swift_mega.outputs import cannot_write, check_output
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"

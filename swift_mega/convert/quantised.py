@@ -17,7 +17,9 @@ from torch import Tensor
 import swift_mega.convert.formats as folder
 from swift_mega.convert.finite import check_finite
 from swift_mega.convert.formats.format import Box, Format, Quantised, ceil
-from swift_mega.convert.hf_files import Checkpoint, copy_companions, plan_files, write_headers, write_tensor
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.spans import stacked
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.quantization import KEYS, SIDECARS, quantization_of, stored_dtype
@@ -51,24 +53,39 @@ class Dequantised(Checkpoint):
             elif part not in hidden:
                 self.entries[part] = entry
 
-    def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor `name`, or its [start, stop) along `axis`, of the entry's dtype. Only the blocks it lies in are read."""
-        if name not in self.weights:
-            return self.stored.read(name, axis, start, stop)
-        weight, spans = self.weights[name], [(0, size) for size in self.weights[name].shape]
+    def read_into(
+        self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Fills `target` as Checkpoint's does, with numbers rounded to the entry's dtype. Only the blocks they lie in are read."""
+        whole, index = stacked(name)
+        if whole not in self.weights:
+            self.stored.read_into(target, name, axis, start, stop)
+            return
+        weight, spans = self.weights[whole], [(0, size) for size in self.weights[whole].shape]
         if axis is not None:
-            spans[axis] = (start, spans[axis][1] if stop is None else stop)
-        box = tuple(spans)
-        made = torch.empty([stop - start for start, stop in box], dtype=self.entries[name].dtype)
-        if made.numel():
-            wanted = weight.boxes(box)
-            parts = {role: self._part(part, wanted[role]) for role, part in weight.parts.items()}
-            for piece in _pieces(box):
-                boxes = weight.boxes(piece)
-                chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
-                value = weight.dequantise(chunk, piece).to(made.dtype)  # before it moves: a copy of one dtype is fast
-                _within(made, box, piece).copy_(value)
-        return made
+            dim = axis if index is None else axis + 1
+            spans[dim] = (start, spans[dim][1] if stop is None else stop)
+        if index is not None:
+            spans[0] = (index, index + 1)
+        sizes = [stop - start for start, stop in spans]
+        assert math.prod(sizes) == target.numel(), f"{name}: {sizes} into {target.shape}"
+        if not target.numel():
+            return
+        if list(target.shape) == sizes or target.is_contiguous():
+            self._fill(target.view(sizes), weight, tuple(spans), self.entries[whole].dtype)
+        else:
+            made = torch.empty(sizes, dtype=target.dtype)
+            self._fill(made, weight, tuple(spans), self.entries[whole].dtype)
+            target.copy_(made.view(target.shape))
+
+    def _fill(self, target: Tensor, weight: Quantised, box: Box, dtype: torch.dtype) -> None:
+        wanted = weight.boxes(box)
+        parts = {role: self._part(part, wanted[role]) for role, part in weight.parts.items()}
+        for piece in _pieces(box):
+            boxes = weight.boxes(piece)
+            chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
+            value = weight.dequantise(chunk, piece).to(dtype)  # before it moves: a copy of one dtype is fast
+            _within(target, box, piece).copy_(value)
 
     def _part(self, name: str, box: Box) -> Tensor:
         """A box of a stored tensor, read along the dim that it is cut along."""
@@ -152,8 +169,9 @@ def write_plain(checkpoint: Checkpoint, target: Path) -> Path:
     target.mkdir(parents=True)
     planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in checkpoint.entries.items()}, 1 << 62)
     write_headers(target, planned)
-    for name, place in planned.items():
-        write_tensor(target, place, checkpoint.read(name))
+    with Writer(target, planned) as writer:
+        for name in planned:
+            writer.write(name, checkpoint.read(name))
     copy_companions(checkpoint.directory, target)
     drop_quantization(target)
     return target

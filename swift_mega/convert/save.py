@@ -1,82 +1,101 @@
-"""This rank's parameters into a Hugging Face directory: sizes first, then every owner writes its own tensors in place.
+"""This rank's parameters into a Hugging Face directory: sizes first, then every rank writes its own ranges in place, all at once.
 
-A directory appears whole or not at all: everything is written beside it under a name that nobody loads, then renamed. A rank that
-cannot write keeps its place in the exchange of tensors, so that all ranks hear of it and stop with the same message.
+What a rank holds as rows of a Hugging Face tensor it writes as they are; what it holds as columns is glued first, on one rank, in
+turn. Data replicas take turns too. A rank that cannot write keeps its place in the exchange of tensors, so that all ranks hear of
+it and stop with the same message; a directory appears whole or not at all (outputs.py).
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.convert.hf_files import Planned, copy_companions, plan_files, some, write_headers, write_tensor
+from swift_mega.convert.hf_files import some
+from swift_mega.convert.hf_write import Planned, Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization
+from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.slices import slices, together
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
 
 
-def whole_tensors(
-    part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value
-) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face tensors, each whole on the one rank that owns it, one parameter in flight.
+@dataclass(frozen=True)
+class Piece:
+    """Hugging Face tensor `name` from row `first_row` on."""
 
-    Collective over the tensor ranks of data replica 0. exported: `part.held()`, or what a tuner holds. `value` gives what to
-    export for a parameter (its data, its gradient, …), shaped like it. The owner is tensor rank 0 of the stage (and expert
-    rank).
+    name: str
+    value: Tensor
+    first_row: int = 0
+
+
+def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value) -> Iterator[Piece]:
+    """What this rank writes, one parameter in flight; all ranks' pieces together are every tensor, each byte once. Collective.
+
+    exported: `part.held()`, or what a tuner holds. `value` gives what to export for a parameter (its data, its gradient, …),
+    shaped like it.
     """
-    for held in exported:
-        if held.copy or not _takes_part(part, held):
+    for turn, held in enumerate(held for held in exported if not held.copy):
+        replicas = groups.expert_data if held.expert else groups.data_context
+        if dist.get_rank(replicas) != turn % replicas.size():
             continue
-        group = groups.expert_tensor if held.expert else groups.tensor
-        axis = part.tensor_axis(held) if held.rule.pack.axis is not None else (0, 1)
-        shards = _gather(value(held).detach(), group, axis)
-        if shards is not None:
-            yield from zip(held.parts, _glue(part, held, shards), strict=True)
+        rank, size = part.tensor_axis(held)
+        mine, axis = value(held).detach(), held.rule.pack.axis
+        if axis == 0:
+            yield from _rows(part, held, mine)
+        elif axis is None:
+            if rank == turn % size:
+                yield from _whole(part, held, [mine])
+        else:
+            shards = _gather(mine, groups.expert_tensor if held.expert else groups.tensor, turn % size)
+            if shards is not None:
+                yield from _whole(part, held, shards)
 
 
-def _takes_part(part: ModelPart, held: Held) -> bool:
-    """Data replica 0 exports; a parameter that tensor ranks share whole comes from tensor rank 0 alone."""
-    where = part.coordinate
-    if (where.expert_data if held.expert else where.data + where.context) != 0:
-        return False
-    return held.rule.pack.axis is not None or part.tensor_axis(held)[0] == 0
+def _rows(part: ModelPart, held: Held, mine: Tensor) -> Iterator[Piece]:
+    heads, found = part.settings.heads, iter(held.rule.pack.split(mine, part.settings.heads))
+    for name, shape in zip(held.parts, part.part_shapes(held), strict=True):
+        for piece in slices(held.rule, name, shape, cut=part.tensor_axis(held), heads=heads, rows=len(mine)):
+            assert piece.stop is not None
+            yield Piece(name, next(found)[: piece.stop - piece.start], piece.start)
 
 
-def _gather(shard: Tensor, group: dist.ProcessGroup, axis: tuple[int, int]) -> list[Tensor] | None:
-    rank, size = axis
-    if size == 1:
+def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor] | None:
+    if group.size() == 1:
         return [shard]
     shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(size)] if rank == 0 else None
-    dist.gather(shard, shards, group=group, group_dst=0)
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if dist.get_rank(group) == owner else None
+    dist.gather(shard, shards, group=group, group_dst=owner)
     return shards
 
 
-def _glue(part: ModelPart, held: Held, shards: list[Tensor]) -> list[Tensor]:
+def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]:
     pack = held.rule.pack
-    pieces = [pack.split(shard, part.settings.heads) for shard in shards]
-    if pack.axis is None:
-        return list(pieces[0])
+    split = [pack.split(shard, part.settings.heads) for shard in shards]
     whole = [
-        torch.cat(tensors, dim=pack.axis) if len(tensors) > 1 else tensors[0] for tensors in zip(*pieces, strict=True)
+        torch.cat(tensors, dim=pack.axis or 0) if len(tensors) > 1 else tensors[0]
+        for tensors in zip(*split, strict=True)
     ]
-    return [tensor[: part.settings.shape.vocab] for tensor in whole] if pack.padded else list(pack.fuse(whole))
+    for name, tensor in zip(held.parts, pack.fuse(whole), strict=True):
+        yield Piece(name, tensor)
 
 
-def owned(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the Hugging Face tensors that this rank will yield from `whole_tensors`, in order."""
+def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of this rank's tensors, if it is the one that speaks for those that hold them."""
     mine: dict[str, tuple[int, ...]] = {}
+    where = part.coordinate
     for held in exported:
-        if not held.copy and _takes_part(part, held) and part.tensor_axis(held)[0] == 0:
+        replica = where.expert_data if held.expert else where.data + where.context
+        if not held.copy and replica == 0 and part.tensor_axis(held)[0] == 0:
             mine.update(zip(held.parts, part.part_shapes(held), strict=True))
     return mine
 
@@ -111,26 +130,40 @@ def write_directory(
 
     value: what is written for a parameter, shaped like it.
     """
-    shapes = _in_order(_gather_owned(part, exported))
+    shapes = together(_in_order(_gather_owned(part, exported)))
     kinds = _kinds(shapes, dtypes)
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
     staging = staging_of(target)
     agree(on_first_rank(lambda: _begin(target, staging, planned, overwrite)))
-    agree(_write(whole_tensors(part, groups, exported, value), staging, planned), staging)
-    agree(on_first_rank(lambda: _finish(staging, target, companions)), staging)
+    agree(_write(pieces(part, groups, exported, value), staging, planned), staging)
+    found = _share_checksums(staging, planned)
+    agree(on_first_rank(lambda: _finish(staging, target, planned, found, companions)), staging)
 
 
-def _write(tensors: Iterable[tuple[str, Tensor]], staging: Path, planned: Mapping[str, Planned]) -> str | None:
+def _write(tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned]) -> str | None:
     """Writes this rank's tensors; returns what went wrong. It goes on taking tensors then: other ranks wait in `_gather`."""
     problem = None
-    with torch.no_grad():
-        for name, tensor in tensors:
+    with torch.no_grad(), Writer(staging, planned) as writer:
+        for piece in tensors:
             if problem is None:
                 try:
-                    write_tensor(staging, planned[name], tensor)
+                    writer.write(piece.name, piece.value, piece.first_row)
                 except OSError as error:
                     problem = cannot_write(staging, error)
     return problem
+
+
+def _share_checksums(staging: Path, planned: Mapping[str, Planned]) -> dict[str, str]:
+    """Every tensor's checksum, each taken by one rank. Collective."""
+    world, problem, mine = dist.get_world_size(), None, {}
+    try:
+        mine = checksums(staging, planned, list(planned)[dist.get_rank() :: world], sharers=world)
+    except OSError as error:
+        problem = cannot_write(staging, error)
+    agree(problem, staging)
+    shared: list[dict[str, str]] = [{} for _ in range(world)]
+    dist.all_gather_object(shared, mine)
+    return {name: value for one in shared for name, value in one.items()}
 
 
 def on_first_rank(action: Callable[[], None]) -> str | None:
@@ -170,7 +203,7 @@ def _kinds(
 
 def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
     gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, owned(part, exported))
+    dist.all_gather_object(gathered, _spoken_for(part, exported))
     shapes: dict[str, tuple[int, ...]] = {}
     for mine in gathered:
         twice = shapes.keys() & mine.keys()
@@ -189,8 +222,9 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
 
 
 def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrite: bool) -> None:
-    check_output(target, overwrite)
     try:
+        recover(target)
+        check_output(target, overwrite)
         begin_staging(staging)
         write_headers(staging, planned)
     except OSError as error:
@@ -198,51 +232,15 @@ def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrit
         raise UserError(cannot_write(staging, error)) from None
 
 
-def _finish(staging: Path, target: Path, companions: Callable[[Path], None]) -> None:
+def _finish(
+    staging: Path, target: Path, planned: Mapping[str, Planned], found: Mapping[str, str], companions: Callable[[Path], None]
+) -> None:  # fmt: skip
     try:
         companions(staging)
+        write_report(staging, planned, found)
         publish(staging, target)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None
-
-
-def staging_of(target: Path) -> Path:
-    """Where `target` is written until it is complete."""
-    return target.with_name(f"{target.name}.writing")
-
-
-def begin_staging(staging: Path) -> None:
-    """An empty staging directory, in place of one that a killed save left: never complete, never loaded."""
-    if staging.is_dir():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-
-
-def cannot_write(path: Path, error: OSError) -> str:
-    """What to tell the user of an OSError while `path` was written."""
-    return f"cannot write {path}: {error.strerror or error}; free the space or choose another --output"
-
-
-def check_output(target: Path, overwrite: bool) -> None:
-    """UserError where the output is there already and may not be replaced."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"output {target} is a file and is left as it is; choose another path")
-    if target.is_dir() and not overwrite and any(target.iterdir()):
-        raise UserError(
-            f"output {target} exists already and is left as it is; choose another path, or pass --overwrite true"
-        )
-
-
-def publish(staging: Path, target: Path) -> None:
-    """Makes a complete staging directory the target, replacing an older one, which is `.old` for the moment in between."""
-    old = target.with_name(f"{target.name}.old")
-    if target.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(target, old)
-    os.rename(staging, target)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from swift_mega.convert.finite import check_finite
 from swift_mega.convert.formats.format import ceil
 from swift_mega.convert.formats.fp8 import FP8, LARGEST
-from swift_mega.convert.hf_files import Checkpoint, copy_companions, plan_files, some, write_headers, write_tensor
+from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, written_dtypes
+from swift_mega.convert.report import checksums, write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, Settings
 from swift_mega.models.linears import modules_of
@@ -158,7 +160,9 @@ def write_fp8(
     tensors = {tensor.name: tensor for tensor in fp8_tensors(checkpoint, linears, block)}
     planned = plan_files({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, max_shard_bytes)
     write_headers(target, planned)
-    for name, place in planned.items():
-        write_tensor(target, place, tensors[name].value())
+    with Writer(target, planned) as writer:
+        for name in planned:
+            writer.write(name, tensors[name].value())
     copy_companions(checkpoint.directory, target)
     set_quantization(target, fp8_config(checkpoint, linears, block))
+    write_report(target, planned, checksums(target, planned, planned))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.convert.hf_files import some
-from swift_mega.convert.load import pieces_of
+from swift_mega.convert.load import fill, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
@@ -44,9 +44,8 @@ def load_adapter(
             )
     with torch.no_grad():
         for held in exported:
-            (name,) = held.parts
-            pieces = pieces_of(part, adapter.checkpoint, name, held, *part.tensor_axis(held))
-            held.parameter.copy_(held.rule.pack.join(pieces, part.settings.heads))
+            pieces = slices_of(part, adapter.checkpoint, held)
+            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.settings.heads)
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from swift_mega.convert.hf_files import parse_size
+from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.save import save, write_directory
 from swift_mega.models.build import ModelPart
 from swift_mega.parallel.groups import Groups

@@ -13,19 +13,13 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, refuse_quantised
-from swift_mega.convert.hf_files import (
-    Checkpoint,
-    copy_companions,
-    parse_size,
-    plan_files,
-    some,
-    write_headers,
-    write_tensor,
-)
+from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.hf_write import Writer, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
-from swift_mega.convert.save import begin_staging, cannot_write, check_output, publish, staging_of
+from swift_mega.convert.report import checksums, write_report
 from swift_mega.errors import UserError
 from swift_mega.models.quantization import FLAG
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 
 PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -124,6 +118,7 @@ def merge(
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
+    recover(target)
     check_output(target, overwrite)
     _check_fit(base, adapter)
     kinds = written_dtypes(base)
@@ -134,16 +129,17 @@ def merge(
     try:
         begin_staging(staging)
         write_headers(staging, planned)
-        for name, place in planned.items():
-            value, module = base.read(name), name.removesuffix(".weight")
-            if module in adapter.modules:
-                value = (value.to(torch.promote_types(place.dtype, torch.float32)) + adapter.delta(module)).to(
-                    place.dtype
-                )
-            write_tensor(staging, place, value)
+        with Writer(staging, planned) as writer:
+            for name, place in planned.items():
+                value, module = base.read(name), name.removesuffix(".weight")
+                if module in adapter.modules:
+                    wide = torch.promote_types(place.dtype, torch.float32)
+                    value = (value.to(wide) + adapter.delta(module)).to(place.dtype)
+                writer.write(name, value)
         copy_companions(Path(model), staging)
         if dequantize:
             drop_quantization(staging)
+        write_report(staging, planned, checksums(staging, planned, planned))
         publish(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)

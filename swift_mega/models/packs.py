@@ -42,6 +42,10 @@ class Pack:
         """Inverse of `join`; views where possible."""
         return (tensor,)
 
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        """Views of a Megatron tensor that hold the numbers of each part of `join` in order, whatever their shapes; None: there are none."""
+        return (tensor,)
+
     def shares(self, heads: Heads) -> tuple[int, ...]:
         """Relative sizes along `axis` of what `split` gives."""
         return (1,)
@@ -67,6 +71,9 @@ class GateUp(Pack):
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return tuple(tensor.chunk(2))
 
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.split(tensor, heads)
+
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (1, 1)
 
@@ -84,9 +91,14 @@ class Qkv(Pack):
         return torch.cat(blocks, dim=1).reshape(-1, *rest)
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-        rest = tensor.shape[1:]
-        blocks = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *rest)
-        return tuple(block.reshape(-1, *rest) for block in blocks.split(self.shares(heads), dim=1))
+        return tuple(block.reshape(-1, *tensor.shape[1:]) for block in self._blocks(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self._blocks(tensor, heads)
+
+    def _blocks(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        groups = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *tensor.shape[1:])
+        return groups.split(self.shares(heads), dim=1)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (heads.queries_per_group, 1, 1)
@@ -104,6 +116,9 @@ class Fused(Pack):
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
         return self.inner.split(tensor, heads)
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.inner.places(tensor, heads)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return self.inner.shares(heads)

@@ -72,7 +72,7 @@ def build_part(
         family_of(directory), settings, groups.layout, groups.coordinate, device=device, config=config,
         vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters,
     )  # fmt: skip
-    load(part, checkpoint)
+    load(part, checkpoint, groups)
     return part
 
 
@@ -108,8 +108,6 @@ def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
         DistributedDataParallel(part.config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(part.chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
     return wrapped
 
 

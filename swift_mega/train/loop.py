@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import parse_size
+from swift_mega.convert.hf_write import parse_size
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.device import Device

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from swift_mega.convert import hf_files
-from swift_mega.convert.hf_files import Checkpoint, plan_files, write_headers, write_tensor
+from swift_mega.convert import hf_files, hf_write
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_write import Writer, plan_files, write_headers
 from swift_mega.errors import UserError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -297,8 +298,9 @@ def test_no_weights_at_all(tmp_path):
 def written(directory: Path, tensors: dict[str, torch.Tensor], max_bytes: int) -> None:
     planned = plan_files({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}, max_bytes)
     write_headers(directory, planned)
-    for name in reversed(tensors):  # any order, any process
-        write_tensor(directory, planned[name], tensors[name])
+    with Writer(directory, planned) as writer:
+        for name in reversed(tensors):  # any order, any process
+            writer.write(name, tensors[name])
 
 
 def samples() -> dict[str, torch.Tensor]:
@@ -372,7 +374,7 @@ def test_companions_are_everything_but_weights(tmp_path):
     for name in keep + leave:
         (source / name).write_text(name)
     (source / "onnx").mkdir()
-    hf_files.copy_companions(source, target)
+    hf_write.copy_companions(source, target)
     assert sorted(path.name for path in target.iterdir()) == sorted(keep)
     assert all((target / name).read_text() == name for name in keep)
 
@@ -390,10 +392,10 @@ def test_companions_are_everything_but_weights(tmp_path):
     ],
 )
 def test_sizes(text, size):
-    assert hf_files.parse_size(text) == size
+    assert hf_write.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5 G B", "1e9", "0.5", "nan"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match=f"size '{text}' is not understood; write it like 500MB"):
-        hf_files.parse_size(text)
+        hf_write.parse_size(text)

@@ -197,3 +197,34 @@ def test_a_slice_needs_its_own_blocks_only(tmp_path, make, config, shape, axis, 
         part: share for part in read if part not in constant
     }
     assert len(read.keys() - constant) >= 2
+
+
+def test_one_of_a_stack_is_read_alone(tmp_path):
+    """X[e], as rules write one expert of a stacked tensor, whole and cut."""
+    stored, meant = files.mxfp4("x", torch.randn(3, 64, 10))
+    found = open_checkpoint(save(tmp_path / "x", stored, quant_method="mxfp4"), torch.float32)
+    assert found.shape("x[1]") == (64, 10) and found.shape("x") == (3, 64, 10)
+    for expert in range(3):
+        assert torch.equal(found.read(f"x[{expert}]"), meant[expert])
+        assert torch.equal(found.read(f"x[{expert}]", 0, 17, 50), meant[expert, 17:50])
+        assert torch.equal(found.read(f"x[{expert}]", 1, 3), meant[expert, :, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_into_memory_of_any_form(stored, dtype):
+    """Strided, of other shapes, of other dtypes than the entry's, whose rounding is kept; plain tensors too."""
+    directory, meant = stored
+    found = open_checkpoint(directory, torch.bfloat16)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
+        value = found.read(name)
+        assert value.dtype == (torch.bfloat16 if files.linear(name) else torch.float32)
+        half = value.shape[0] // 2
+        want = value[half:].to(dtype)
+        wide = torch.zeros(2 * len(want), *want.shape[1:], dtype=dtype)
+        for target in (torch.zeros_like(want), torch.zeros(want.numel(), dtype=dtype), wide[::2]):
+            found.read_into(target, name, 0, half)
+            assert torch.equal(target.reshape(want.shape), want)
+        assert not wide[1::2].any()
+        flat = torch.zeros(want.numel(), 2, dtype=dtype)[:, 0]
+        found.read_into(flat, name, 0, half)
+        assert torch.equal(flat, want.flatten())

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint, plan_files, write_headers, write_tensor
-from swift_mega.convert.save import begin_staging, check_output, publish, save, staging_of
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_write import Writer, plan_files, write_headers
+from swift_mega.convert.save import save
 from swift_mega.errors import UserError
 from swift_mega.models.family import load_settings
+from swift_mega.outputs import begin_staging, check_output, publish, staging_of
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part
@@ -142,7 +144,7 @@ def test_what_is_there_is_left_or_replaced(ranks, cpu, source, tmp_path):
         ranks(2, saved, "tp2", source, out, cpu)
     assert contents(out) == {"notes.txt": b"mine"} and len(list(tmp_path.iterdir())) == 1
     ranks(1, lambda: saved("single", source, out, cpu, overwrite=True, max_shard_bytes=1 << 30))
-    assert sorted(contents(out)) == sorted(contents(source)) and len(list(tmp_path.iterdir())) == 1
+    assert sorted(contents(out)) == sorted([*contents(source), "report.json"]) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_empty_directory_is_no_obstacle(ranks, cpu, source, tmp_path):
@@ -158,7 +160,7 @@ def test_what_a_killed_save_left_is_replaced(ranks, cpu, source, tmp_path):
     (staging / "model-00099-of-00099.safetensors").write_bytes(b"left over")
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "model.safetensors").write_bytes(b"older")
-    ranks(1, saved, "single", source, tmp_path / "out", cpu)
+    ranks(1, lambda: saved("single", source, tmp_path / "out", cpu, overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "model-00099-of-00099.safetensors").exists()
     staging.write_text("mine")
@@ -202,8 +204,9 @@ def save_for_ever(target: Path) -> None:
     while True:
         begin_staging(staging)
         write_headers(staging, planned)
-        for name, place in planned.items():
-            write_tensor(staging, place, torch.full((1000,), float(name[1:])))
+        with Writer(staging, planned) as writer:
+            for name in planned:
+                writer.write(name, torch.full((1000,), float(name[1:])))
         publish(staging, target)
 
 
@@ -245,7 +248,7 @@ def test_a_killed_rank_ends_the_save_and_leaves_the_older_directory(ranks, cpu, 
                 os.kill(os.getpid(), signal.SIGKILL)
             original(*given)
 
-        original, module.write_tensor = module.write_tensor, counted
+        original, module.Writer.write = module.Writer.write, counted
         saved("tp2-pp2-sp", source, tmp_path / "out", cpu, overwrite=True)
 
     with pytest.raises(Exception, match="rank 2 of 4 was killed by signal 9"):

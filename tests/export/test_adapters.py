@@ -130,6 +130,7 @@ def test_peft_computes_what_megatron_computes(ranks, cpu, tmp_path, name, layout
         assert sorted(path.name for path in (tmp_path / layout_name).iterdir()) == [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "report.json",
         ]
 
     api.export(model=str(model), adapters=str(adapter), output=str(tmp_path / "merged"))

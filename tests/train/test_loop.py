@@ -79,7 +79,9 @@ def test_lora_run_leaves_swifts_layout(lora_run: api.TrainResult) -> None:
         "checkpoint-6",
         "checkpoint-6-merged",
     }
-    assert {path.name for path in lora_run.checkpoint.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in lora_run.checkpoint.iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "report.json",
+    }  # fmt: skip
     lines = [json.loads(line) for line in (lora_run.directory / "logging.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["iteration"] for line in steps] == [f"{n}/6" for n in range(1, 7)]
@@ -172,7 +174,7 @@ def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
     assert all(
         a.entries[name].dtype == b.entries[name].dtype and torch.equal(a.read(name), b.read(name)) for name in a.entries
     )
-    assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in model.iterdir()}
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == {p.name for p in model.iterdir()} | {"report.json"}
 
 
 @pytest.mark.parametrize(

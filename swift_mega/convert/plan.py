@@ -1,0 +1,229 @@
+"""Which bytes go where, for any rank of any layout, from a config alone: nothing is read and no other rank is needed.
+
+Megatron says once, on the meta device, which parameters one layer of each kind has. Everything after that is arithmetic: a rank of
+a layout holds some layers and experts, and of each parameter the share that its pack's axis gives. The same `slices` tell a
+real rank what to read, and Megatron itself, built at a layout, must have the parameters that are planned here (tests).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from swift_mega.config import schema
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.load import fill
+from swift_mega.convert.slices import Slice, slices
+from swift_mega.convert.spans import Span, spans, stacked
+from swift_mega.device import Device
+from swift_mega.models.build import build, padded_vocabulary, transformer_config
+from swift_mega.models.family import Family, Rule, Settings, family_of, load_settings
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Coordinate, Layout, plan_layout
+
+META = Device(kind="cpu", device=torch.device("meta"), backend="gloo", name="meta")
+LAYER, HEAD = "decoder.layers.{i}.", "output_layer."
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One Megatron parameter (or buffer that checkpoints hold) of the whole model, under the name that rules use."""
+
+    name: str
+    rule: Rule
+    numbers: Mapping[str, int]
+    shape: tuple[int, ...]
+    """Uncut, a vocabulary unpadded."""
+    parts: Mapping[str, tuple[int, ...]]
+    """The Hugging Face tensors in it, and their whole shapes."""
+
+    @property
+    def expert(self) -> bool:
+        """Cut by the expert-tensor axis, and on one expert rank only."""
+        return "e" in self.numbers
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Every parameter of a model, in order."""
+
+    family: Family
+    settings: Settings
+    slots: tuple[Slot, ...]
+
+    @property
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        """All Hugging Face tensors that parameters are made of, with their shapes."""
+        return {name: shape for slot in self.slots for name, shape in slot.parts.items()}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of a slot."""
+
+    slot: Slot
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    copy: bool = False
+    """The embedding again, as the head of a tied model whose last stage is not its first."""
+
+
+def draw(directory: str | Path) -> Blueprint:
+    """The blueprint of a Hugging Face directory, or of its config.json alone. In a group of one rank (Megatron asks for one)."""
+    family, settings = family_of(directory), load_settings(directory)
+    kinds = _kinds(settings)
+    small = _only(settings, [layers[0] for layers in kinds])
+    layout = plan_layout(schema.Parallel(), small.shape, 1, training=False)
+    groups = parallel_groups.init(layout)
+    try:
+        config = transformer_config(small, layout, device=META, dtype=torch.bfloat16, train=schema.Train(), given={})
+        with torch.device("meta"):
+            part = build(family, small, layout, groups.coordinate, device=META, config=config, vocab_divisible_by=1)
+        slots = []
+        for held in part.held():
+            shape, numbers = tuple(held.parameter.shape), dict(held.numbers)
+            shapes = part.part_shapes(held)
+            for layer in kinds[numbers["i"]] if "i" in numbers else [None]:
+                at = numbers if layer is None else {**numbers, "i": layer}
+                parts = dict(zip((name.format(**at) for name in held.rule.parts), shapes, strict=True))
+                slots.append(Slot(held.rule.megatron.format(**at), held.rule, at, shape, parts))
+    finally:
+        parallel_groups.close()
+    return Blueprint(family, settings, tuple(slots))
+
+
+def _kinds(settings: Settings) -> list[list[int]]:
+    """Layers that have the same parameters, by kind."""
+    found: dict[bool, list[int]] = {}
+    for layer, moe in enumerate(settings.moe_layers):
+        found.setdefault(moe, []).append(layer)
+    return list(found.values())
+
+
+def _only(settings: Settings, layers: Sequence[int]) -> Settings:
+    """Settings of a model that has just these layers."""
+    megatron = {**settings.megatron, "num_layers": len(layers)}
+    if "moe_layer_freq" in megatron:
+        megatron["moe_layer_freq"] = [int(settings.moe_layers[layer]) for layer in layers]
+    return dataclasses.replace(
+        settings,
+        megatron=megatron,
+        shape=dataclasses.replace(settings.shape, layers=len(layers)),
+        ropes=tuple(settings.ropes[layer] for layer in layers),
+        windows=tuple(settings.windows[layer] for layer in layers),
+        moe_layers=tuple(settings.moe_layers[layer] for layer in layers),
+    )
+
+
+def shares(
+    blueprint: Blueprint, layout: Layout, where: Coordinate, *, vocab_divisible_by: int = 128
+) -> Iterator[Share]:
+    """What the rank at `where` holds, in order."""
+    stage_of = _stage_of(layout)
+    for slot in blueprint.slots:
+        cut, expert = _cut(layout, where, slot), _expert_rank(blueprint, layout, slot)
+        for stage, copy in _stages(blueprint, layout, stage_of, slot):
+            if stage == where.pipeline and expert in (None, where.expert):
+                yield _share(blueprint.settings, slot, cut, vocab_divisible_by, copy)
+
+
+def _stage_of(layout: Layout) -> list[int]:
+    """The stage of every layer."""
+    found = [0] * sum(layout.layers)
+    for stage in range(layout.pipeline):
+        for virtual in range(layout.virtual):
+            for layer in layout.layers_of(stage, virtual):
+                found[layer] = stage
+    return found
+
+
+def _stages(blueprint: Blueprint, layout: Layout, stage_of: Sequence[int], slot: Slot) -> list[tuple[int, bool]]:
+    """The stages that hold a slot, each with whether it is a copy: the embedding, again, as a tied model's head."""
+    if "i" in slot.numbers:
+        return [(stage_of[slot.numbers["i"]], False)]
+    last = layout.pipeline - 1
+    if not slot.name.startswith("embedding."):
+        return [(last, False)]
+    tied = blueprint.settings.tied and last and slot.rule.pack.padded
+    return [(0, False), *([(last, True)] if tied else [])]
+
+
+def _expert_rank(blueprint: Blueprint, layout: Layout, slot: Slot) -> int | None:
+    """The expert rank that holds a slot; None: all do."""
+    if not slot.expert:
+        return None
+    return slot.numbers["e"] // ((blueprint.settings.shape.experts or 1) // layout.expert)
+
+
+def _cut(layout: Layout, where: Coordinate, slot: Slot) -> tuple[int, int]:
+    """(rank, size) of the axis that cuts a slot."""
+    return (where.expert_tensor, layout.expert_tensor) if slot.expert else (where.tensor, layout.tensor)
+
+
+def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible_by: int, copy: bool) -> Share:
+    shape, pack, (_, size) = list(slot.shape), slot.rule.pack, cut
+    if pack.padded:
+        shape[0] = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, size) // size
+    elif pack.axis is not None:
+        assert shape[pack.axis] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
+        shape[pack.axis] //= size
+    pieces = [
+        piece
+        for name, whole in slot.parts.items()
+        for piece in slices(slot.rule, name, whole, cut=cut, heads=settings.heads, rows=shape[0])
+    ]
+    return Share(slot, tuple(shape), tuple(pieces), copy)
+
+
+def value_of(checkpoint: Checkpoint, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter that a share is, as the rank's own loader fills it; no rank is there."""
+    made = torch.empty(share.shape, dtype=dtype)
+    fill(made, checkpoint, share.slot.rule, share.slices, settings.heads)
+    return made
+
+
+def check_tiling(blueprint: Blueprint, layout: Layout, *, vocab_divisible_by: int = 128) -> int:
+    """Numbers of the whole model, after proving that the ranks of one replica hold each of them exactly once.
+
+    Copies of a tied embedding apart. AssertionError names the tensor where it is not so, which would be our error.
+    """
+    count, seen, stage_of = 0, set(), _stage_of(layout)
+    for slot in blueprint.slots:
+        size = 1 if slot.rule.pack.axis is None else layout.expert_tensor if slot.expert else layout.tensor
+        assert [copy for _, copy in _stages(blueprint, layout, stage_of, slot)].count(False) == 1, slot.name
+        assert _expert_rank(blueprint, layout, slot) in (None, *range(layout.expert)), slot.name
+        pieces = [
+            piece
+            for rank in range(size)
+            for piece in _share(blueprint.settings, slot, (rank, size), vocab_divisible_by, False).slices
+        ]
+        for name, shape in slot.parts.items():
+            assert name not in seen, f"{name} is in two parameters"
+            seen.add(name)
+            _check_whole(name, shape, slot.rule.pack.axis, [piece for piece in pieces if piece.name == name])
+            count += math.prod(shape)
+    return count
+
+
+def _check_whole(name: str, shape: Sequence[int], axis: int | None, pieces: Sequence[Slice]) -> None:
+    if axis is None:
+        assert len(pieces) == 1 and pieces[0].axis is None, f"{name}: {pieces}"
+        return
+    ends = sorted((piece.start, piece.stop or 0) for piece in pieces if piece.start != piece.stop)
+    reached = 0
+    for start, stop in ends:
+        assert start == reached, f"{name} {shape}: {ends[:8]}"
+        reached = stop
+    assert reached == shape[axis], f"{name} {shape}: {ends[:8]}"
+
+
+def byte_ranges(checkpoint: Checkpoint, share: Share) -> list[tuple[Path, Span]]:
+    """Where in the files the bytes of a share lie."""
+    found = []
+    for piece in share.slices:
+        entry = checkpoint.entries[stacked(piece.name)[0]]
+        found.append((entry.file, spans(entry, piece.name, piece.axis, piece.start, piece.stop)))
+    return found
