@@ -213,7 +213,7 @@ def test_one_of_a_stack_is_read_alone(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_into_memory_of_any_form(stored, dtype):
     """Strided, of other shapes, of other dtypes than the entry's, whose rounding is kept; plain tensors too."""
-    directory, meant = stored
+    directory, _meant = stored
     found = open_checkpoint(directory, torch.bfloat16)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
         value = found.read(name)
