@@ -1,8 +1,8 @@
 """Plain weights written as FP8 in blocks, as DeepSeek's and Qwen's FP8 checkpoints are: the linears of attention and MLP.
 
-A block's largest number becomes 448, the largest of float8_e4m3fn. Scales are rounded to ones that come back when the dequantised
-weights are quantised again, so that files written, read in float32 (or in bfloat16, where the weights were that) and written again
-are the same bytes.
+A block's largest number becomes 448, the largest of float8_e4m3fn. In float32, x / 448 * 448 is x for every x, so the dequantised
+weights have the same scales and codes: files written, read in float32 (or in bfloat16, where the weights were that) and written
+again are the same bytes.
 """
 
 import json
@@ -67,16 +67,11 @@ def _quantise_rows(rows: Tensor, into: Tensor, block: tuple[int, int]) -> Tensor
     padded = rows.new_zeros(grid[0] * block[0], grid[1] * block[1])
     padded[:height, :width] = rows
     tiles = padded.view(grid[0], block[0], grid[1], block[1])
-    scales = _stable(tiles.abs().amax(dim=(1, 3)) / LARGEST)
+    scales = tiles.abs().amax(dim=(1, 3)) / LARGEST
+    scales[scales == 0] = 1.0
     tiles.div_(scales[:, None, :, None]).clamp_(-LARGEST, LARGEST)
     into.copy_(padded[:height, :width])
     return scales
-
-
-def _stable(scales: Tensor) -> Tensor:
-    """The scale that 448 * scale, rounded to float32, has again: x -> (448 x) / 448 moves a number once at most."""
-    scales = (scales * LARGEST) / LARGEST
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def fp8_linears(family: Family, settings: Settings, checkpoint: Checkpoint) -> set[str]:

@@ -1,4 +1,6 @@
-"""Hugging Face -> Megatron-core (torch_dist): hf_to_mcore.py --model DIR --output DIR [--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16 --dequantize].
+"""Hugging Face -> Megatron-core (torch_dist): hf_to_mcore.py --model DIR --output DIR.
+
+[--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16 --dequantize]
 
 Started by python, it makes the layout's ranks on this machine; started by torchrun or srun, each rank there does its part.
 """
