@@ -1,8 +1,8 @@
 """Plain weights written as FP8 in blocks, as DeepSeek's and Qwen's FP8 checkpoints are: the linears of attention and MLP.
 
-A block's largest number becomes 448, the largest of float8_e4m3fn. In float32, x / 448 * 448 is x for every x, so the dequantised
-weights have the same scales and codes: files written, read in float32 (or in bfloat16, where the weights were that) and written
-again are the same bytes.
+A block's largest number becomes 448, the largest of float8_e4m3fn. In float32, a scale s = x / 448 is the scale of 448 s
+again, whatever x was (x itself may move by a rounding), so the dequantised weights have the same scales and codes: files written,
+read in float32 (or in bfloat16, where the weights were that) and written again are the same bytes.
 """
 
 import json

@@ -77,10 +77,10 @@ def test_reading_and_writing_again_changes_nothing(data):
     assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8))
 
 
-def test_every_largest_number_comes_back():
-    """x / 448 * 448 is x in float32, for all 2^23 numbers of a binade; what makes scales stable."""
-    numbers = torch.arange(127 << 23, 128 << 23, dtype=torch.int32).view(torch.float32)
-    assert torch.equal(numbers / 448 * 448, numbers)
+def test_every_scale_comes_back():
+    """s = x / 448 is the scale of 448 s in float32, for all 2^23 numbers x of a binade; powers of two change nothing."""
+    scales = torch.arange(127 << 23, 128 << 23, dtype=torch.int32).view(torch.float32) / 448
+    assert torch.equal(scales * 448 / 448, scales)
 
 
 def test_zeros_stay_zeros():
