@@ -28,17 +28,15 @@ from swift_mega.convert.hf_write import parse_size  # noqa: E402
 from swift_mega.convert.mcore import companions_of, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
 from swift_mega.convert.quantised import open_checkpoint, write_plain  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
-from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
-from swift_mega.export import merged  # noqa: E402
+from swift_mega.export import merged, quantized  # noqa: E402
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
 from swift_mega.models.build import build, transformer_config  # noqa: E402
 from swift_mega.models.family import family_of, load_settings  # noqa: E402
 from swift_mega.models.quantization import stored_dtype  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
 from swift_mega.train import validate  # noqa: E402
@@ -172,26 +170,16 @@ def export(
 
 
 def quantize(
-    *, model: str, output: str, block: tuple[int, int] = BLOCK, max_shard_size: str = "5GB", overwrite: bool = False,
+    *, model: str, output: str, block: tuple[int, int] = (128, 128), max_shard_size: str = "5GB", overwrite: bool = False,
     dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
 
-    dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as it is.
+    dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
     """
-    target, staging = Path(output), staging_of(Path(output))
-    checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
-    linears = fp8_linears(family_of(model), load_settings(model, dequantize=dequantize), checkpoint)
-    recover(target)
-    check_output(target, overwrite)
-    try:
-        begin_staging(staging)
-        write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
-        publish(staging, target)
-    except OSError as error:
-        raise UserError(cannot_write(staging, error)) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    quantized.quantize(
+        model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize
+    )
 
 
 # ------------------------------------------------------------------------------------------------ infer

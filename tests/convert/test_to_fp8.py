@@ -176,3 +176,19 @@ def test_config_of_a_model_without_an_output_layer(tmp_path):
     """A tied model's output layer is not FP8 either."""
     model = tiny.make(tmp_path / "m", "llama_tied", num_hidden_layers=1)
     assert "lm_head" in fp8_config(Checkpoint(model), [])["modules_to_not_convert"]
+
+
+def test_outputs_that_are_in_the_way(written, tmp_path):
+    """One that is there is kept, and one that holds the model is never replaced."""
+    source, fp8 = written
+    with pytest.raises(
+        UserError, match=r"exists already and is left as it is; choose another path, or pass --overwrite true"
+    ):
+        api.quantize(model=str(source), output=str(fp8))
+    with pytest.raises(UserError, match=r"holds .*source, which is read; choose another path"):
+        api.quantize(model=str(source), output=str(source.parent), overwrite=True)
+    before = (fp8 / "model.safetensors").read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    api.quantize(model=str(source), output=str(tmp_path / "out"), block=BLOCK, overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
