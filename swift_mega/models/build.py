@@ -405,6 +405,10 @@ def _mark_cut(part: ModelPart) -> None:
         # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
+        if held.expert and part.layout.expert_tensor != part.layout.tensor:
+            # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
+            # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
+            held.parameter.allreduce = False  # type: ignore[attr-defined]
         held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.linear.axis or 0, 1  # type: ignore[attr-defined]
 
 

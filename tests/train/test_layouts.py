@@ -28,6 +28,7 @@ CASES = [
     *(("qwen3_moe", layout) for layout in MOE),
     ("qwen3_moe_mixed", "tp2-ep2-etp2-sp"),
     ("mixtral", "ep2-dp4"),
+    ("mixtral", "tp2-etp1-sp"),  # tensor ranks with the same whole experts
     # parameters that tensor ranks hold whole and see the gradient of in part, or that they cut, outside Megatron's own linears
     *((family, "tp2") for family in ("cohere_qk_norm", "hunyuan", "apertus", "phi_tied")),
     ("phi", "tp2-pp2-sp"),
