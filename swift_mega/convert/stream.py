@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +22,14 @@ IN_FLIGHT = 64 << 20
 
 
 def restream(
-    source: Checkpoint, output: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, overwrite: bool = False,
-    companions: Callable[[Path], None] | None = None,
-) -> None:  # fmt: skip
-    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), in their order.
-
-    companions: writes the other files into a folder; default: copies of the source's, config.json with the new dtype.
-    """
+    source: Checkpoint,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+) -> None:
+    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), and its other files."""
     target = Path(output)
     if source.directory.resolve().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds {source.directory}, which is read; choose another path")
@@ -42,6 +43,9 @@ def restream(
         recover(target)
         check_output(target, overwrite)
         begin_staging(staging)
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+    try:
         write_headers(staging, planned)
         with (
             Writer(staging, planned) as writer,
@@ -51,19 +55,15 @@ def restream(
                 for row, value in rows_of(source, name):
                     writer.write(name, value, row)
                     bar.update(value.numel() * place.dtype.itemsize)
-        if companions is not None:
-            companions(staging)
-        else:
-            copy_companions(source.directory, staging)
-            set_dtype(staging / "config.json", dtype)
+        copy_companions(source.directory, staging)
+        set_dtype(staging / "config.json", dtype)
         write_report(staging, planned, checksums(staging, planned, planned), source=str(source.directory.resolve()))
         publish(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(cannot_write(target, error)) from None
-    except UserError:
-        if not target.exists() or overwrite:
-            shutil.rmtree(staging, ignore_errors=True)
+    except UserError:  # a source that cannot be read to its end
+        shutil.rmtree(staging, ignore_errors=True)
         raise
 
 

@@ -213,3 +213,54 @@ def test_quantised_weights_and_a_size_that_is_none(tmp_path, pair):
     with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide the model's 8 attention heads"):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "out"), parallel=Parallel(tensor=3))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_value_head_is_carried(tmp_path):
+    """It is no part of what is computed, and comes back bit for bit, in its own dtype, whatever dtype the model gets."""
+    source = tiny.make(tmp_path / "hf", "llama")
+    tensors = load_file(source / "model.safetensors")
+    head = {"v_head.summary.weight": torch.randn(1, 32).half(), "v_head.summary.bias": torch.randn(1).half()}
+    save_file(tensors | head, source / "model.safetensors", metadata={"format": "pt"})
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+    api.convert(
+        source=str(tmp_path / "mcore"),
+        to="hf",
+        output=str(tmp_path / "wide"),
+        dtype="bfloat16",
+        parallel=LAYOUTS["tp4"],
+    )
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    assert all(torch.equal(wide[name], value) for name, value in head.items())
+    assert wide["model.norm.weight"].dtype == torch.bfloat16
+    assert api.plan(source=str(source)).carried == dict.fromkeys(head, "a value head")
+
+
+def test_a_checkpoint_without_its_hugging_face_side(tmp_path):
+    """As Megatron-LM leaves one: config, tokenizer and dtypes come from the model that is named."""
+    source = tiny.make(tmp_path / "hf", "qwen3", dtype=torch.bfloat16)
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
+    shutil.rmtree(tmp_path / "mcore" / "hf")
+    given = dict(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    with pytest.raises(UserError, match=r"has no folder hf/, .* give them with --model DIR"):
+        api.convert(**given)
+    api.convert(**given, model=str(source))
+    same_bits(tmp_path / "back", source)
+    (source / "model.safetensors").rename(tmp_path / "kept.safetensors")
+    with pytest.raises(
+        UserError, match=r"the dtypes of .*mcore are unknown, since .*hf has no weights; give --torch_dtype"
+    ):
+        api.convert(**given | {"output": str(tmp_path / "other")}, model=str(source))
+
+
+def test_replacing_a_checkpoint(tmp_path):
+    source = tiny.make(tmp_path / "hf", "llama")
+    given = dict(source=str(source), to="mcore", output=str(tmp_path / "mcore"))
+    api.convert(**given)
+    with pytest.raises(UserError, match="exists already and is left as it is"):
+        api.convert(**given)
+    (tmp_path / "mcore" / "stale").write_text("")
+    api.convert(**given, overwrite=True)
+    assert not (tmp_path / "mcore" / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
