@@ -29,22 +29,26 @@ from swift_mega.convert.hf_write import parse_size  # noqa: E402
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest  # noqa: E402
 from swift_mega.convert.plan import draw  # noqa: E402
 from swift_mega.convert.plan_report import Plan  # noqa: E402
+from swift_mega.convert.quantised import open_checkpoint  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.data.chat import load_tokenizer  # noqa: E402
 from swift_mega.data.loader import Prepared, prepare  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
-from swift_mega.export import merged  # noqa: E402
+from swift_mega.export import merged, quantized  # noqa: E402
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size  # noqa: E402
 from swift_mega.models.build import build, transformer_config  # noqa: E402
-from swift_mega.models.family import families, family_of, load_settings, read_config  # noqa: E402
+from swift_mega.models.family import families, family_of, hf_config, load_settings, read_config  # noqa: E402
+from swift_mega.models.quantization import stored_dtype  # noqa: E402
 from swift_mega.objectives.objective import find_objective  # noqa: E402
 from swift_mega.parallel import groups as parallel_groups  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
 from swift_mega.train import validate  # noqa: E402
-from swift_mega.train.build import build_part, warmup_steps  # noqa: E402
+from swift_mega.train.build import build_part, dequantised_dtype, warmup_steps  # noqa: E402
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank  # noqa: E402
 
-__all__ = ["Answerer", "Report", "convert", "export", "infer", "load_recipe", "plan", "train", "verify"]
+__all__ = [
+    "Answerer", "Report", "convert", "export", "infer", "load_recipe", "plan", "quantize", "train", "verify",
+]  # fmt: skip
 
 
 def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
@@ -59,9 +63,11 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     """
     check_inputs(run, command="train")
     assert run.model.path is not None
-    settings = load_settings(run.model.path)
+    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     check_training(run, family_of(run.model.path), settings)
+    if run.model.dequantize:
+        open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
     prepared = _prepare(run, tokenizer)
@@ -90,25 +96,26 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
 
 def convert(
     *, source: str, to: str, output: str, model: str | None = None, parallel: schema.Parallel | None = None,
-    dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False,
+    dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False, dequantize: bool = False,
 ) -> None:  # fmt: skip
     """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
 
     model: config and tokenizer for a Megatron checkpoint that something else wrote. dtype: of the result; default: that of every
     source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
     or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
+    dequantize: read a quantised source as plain weights, of `dtype` or of the dtype that its config.json names.
     """
-    run = schema.Run(parallel=parallel or schema.Parallel())
+    run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
-        checkpoint = Checkpoint(source)
-        layout = _layout_for(run.parallel, source)
+        checkpoint = _opened(run, source, kind)
+        layout = _layout_for(run, source)
         wide = kind or widest(checkpoint, family_of(source))
         run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
-        checkpoint = Checkpoint(source)
+        checkpoint = _opened(run, source, kind)
         if read_config(source)["model_type"] in families():
-            plan(source=source)
+            plan(source=source, dtype=dtype, dequantize=dequantize)
         else:
             print(
                 f"model_type {read_config(source)['model_type']} is not known: tensors are copied, not checked against it"
@@ -119,27 +126,35 @@ def convert(
         folder, kinds = companions_of(source, model)
         if kinds is None and kind is None:
             raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
-        layout = _layout_for(run.parallel, str(folder))
+        layout = _layout_for(run, str(folder))
         wide = _promoted(kinds) if kinds else kind
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
         run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
 
 
-def plan(*, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None) -> Plan:
+def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> Checkpoint:
+    return open_checkpoint(source, dequantised_dtype(run.model, kind or stored_dtype(source)))
+
+
+def plan(
+    *, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None, dequantize: bool = False
+) -> Plan:
     """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone: nothing is read or written.
 
     Raises UserError where it could not be done, as `convert` would.
     """
-    layout = _layout_for(parallel or schema.Parallel(), source)
-    checkpoint = Checkpoint(source) if any(Path(source).glob("*.safetensors")) else None
-    kind = getattr(torch, dtype) if dtype else widest(checkpoint, family_of(source)) if checkpoint else torch.bfloat16
-    blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else ())
+    run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
+    layout, kind = _layout_for(run, source), getattr(torch, dtype) if dtype else None
+    checkpoint = _opened(run, source, kind) if any(Path(source).glob("*.safetensors")) else None
+    kind = kind or (widest(checkpoint, family_of(source)) if checkpoint else torch.bfloat16)
+    blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
     return plan_report.make(blueprint, layout, dtype=kind, directory=Path(source), checkpoint=checkpoint)
 
 
-def _layout_for(parallel: schema.Parallel, directory: str) -> Layout:
+def _layout_for(run: schema.Run, directory: str) -> Layout:
+    parallel, settings = run.parallel, load_settings(directory, dequantize=run.model.dequantize)
     world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
-    return plan_layout(parallel, load_settings(directory).shape, world, training=False)
+    return plan_layout(parallel, settings.shape, world, training=False)
 
 
 def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -179,12 +194,29 @@ def _to_hf(
 
 
 def export(
-    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False
-) -> None:
-    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes."""
+    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes.
+
+    dequantize: `model` is quantised, and what is written is plain.
+    """
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
-    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite)
+    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
+
+
+def quantize(
+    *, model: str, output: str, block: tuple[int, int] = (128, 128), max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
+
+    dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
+    """
+    quantized.quantize(
+        model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize
+    )
 
 
 # ------------------------------------------------------------------------------------------------ infer
@@ -200,7 +232,9 @@ class Answerer:
         disable_progress_bar()
         family_of(model)
         self.tokenizer = load_tokenizer(model)
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            model, config=hf_config(model), dtype="auto", trust_remote_code=False
+        )
         if adapters is not None:
             from peft import PeftModel
 
@@ -280,20 +314,21 @@ class Report:
 
 def verify(
     model: str, layouts: Sequence[str] | None = None, *, tolerance: float = 1e-4, prompts: str | None = None, tuner: str = "full",
-    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64",
+    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64", dequantize: bool = False,
 ) -> Report:  # fmt: skip
     """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
 
     prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
     the one in `adapters`, or a random one on `target_modules`. dtype: of both sides. In float32 both round, and
     deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
+    dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
     """
-    settings = load_settings(model)
+    settings = load_settings(model, dequantize=dequantize)
     chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
     run = schema.Run(
-        model=schema.Model(path=model, dtype=dtype),  # type: ignore[arg-type]
+        model=schema.Model(path=model, dtype=dtype, dequantize=dequantize),  # type: ignore[arg-type]
         tuner=_verified_tuner(tuner, target_modules, adapters),
     )
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
@@ -303,7 +338,11 @@ def verify(
             adapter = found / "adapter"
             alone = plan_layout(schema.Parallel(), settings.shape, 1)
             run_ranks(1, validate.random_adapter, _for(run, schema.Parallel()), DEVICE, alone, adapter)
-        run_ranks(1, validate.reference, Path(model), adapter, rows, found / "reference", getattr(torch, dtype))
+        plain = Path(model)
+        if dequantize:
+            plain = found / "plain"
+            stream.restream(open_checkpoint(model, torch.float32), plain, max_shard_bytes=1 << 62)
+        run_ranks(1, validate.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
         differences: list[validate.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
             mine = _for(run, parallel, (str(adapter),) if adapter else ())

@@ -302,7 +302,9 @@ def test_pt_trains_everything_on_every_token(api: Recorder) -> None:
     assert (second.data.loss_on, second.tuner.type) == ("all", "lora")
 
 
-CONVERTED: dict[str, Any] = dict(model=None, dtype=None, max_shard_size="5GB", overwrite=False, parallel=Parallel())
+CONVERTED: dict[str, Any] = dict(
+    model=None, dtype=None, max_shard_size="5GB", overwrite=False, dequantize=False, parallel=Parallel()
+)
 
 
 def test_convert_to_megatron(api: Recorder) -> None:
@@ -360,7 +362,7 @@ def test_verify_files(api: Recorder, place: Path, capsys: pytest.CaptureFixture[
 def test_export(api: Recorder) -> None:
     assert main(EXPORT) == 0
     assert main([*EXPORT, "--model", "taken", "--output", "out", "--max_shard_size", "1MB"]) == 0
-    common = {"adapters": "adapter", "merge": True, "overwrite": False}
+    common = {"adapters": "adapter", "merge": True, "overwrite": False, "dequantize": False}
     assert api.calls == [
         ("export", (), common | {"model": "model", "output": "adapter-merged", "max_shard_size": "5GB"}),
         ("export", (), common | {"model": "taken", "output": "out", "max_shard_size": "1MB"}),

@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models of every family, written to disk by transformers itself: the oracle's side."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def make(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = fields_of(name, **changes)
+    written_as = fields.pop("written_as", None)  # a type that transformers does not know, but for its name
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
@@ -121,8 +123,11 @@ def make(
             noise = torch.randn_like(parameter)
             parameter.copy_(1 + 0.2 * noise if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15))
     with torch.no_grad():
-        for key, buffer in model.named_buffers():
+        for key, buffer in [*model.named_buffers(), *model.named_parameters()]:
             if key.endswith("e_score_correction_bias"):  # zero by default: then nothing would show that it is read
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    if written_as is not None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": written_as}))
     return directory

@@ -58,6 +58,10 @@ def convert(arguments: Arguments) -> int:
         raise UserError(f"--mcore={source}: no such directory")
     if model is not None:
         check_model_directory(model, what="--model")
+    if source == mcore:
+        _refuse_given(
+            arguments, "dequantize", "convert --mcore: Megatron's files hold plain weights; leave --dequantize out"
+        )
     overwrite = arguments.switch("overwrite")
     if output is not None:
         check_output(output, overwrite=overwrite, inputs=[path for path in (mcore, model) if path is not None])
@@ -69,13 +73,13 @@ def convert(arguments: Arguments) -> int:
             raise UserError(
                 "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore"
             )
-        found = api.plan(source=source, parallel=run.parallel, dtype=dtype)
+        found = api.plan(source=source, parallel=run.parallel, dtype=dtype, dequantize=run.model.dequantize)
         print(found.table())
         return 0
     assert output is not None
     api.convert(
         source=source, to=to, output=output, model=model if source == mcore else None, parallel=run.parallel, dtype=dtype,
-        max_shard_size=run.export.max_shard_size, overwrite=overwrite,
+        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize,
     )  # fmt: skip
     return 0
 
@@ -97,7 +101,8 @@ def export(arguments: Arguments) -> int:
     from swift_mega import api
 
     api.export(
-        model=model, adapters=adapters, output=output, merge=True, max_shard_size=run.export.max_shard_size, overwrite=overwrite
+        model=model, adapters=adapters, output=output, merge=True, max_shard_size=run.export.max_shard_size, overwrite=overwrite,
+        dequantize=run.model.dequantize,
     )  # fmt: skip
     return 0
 
@@ -201,6 +206,8 @@ def verify(arguments: Arguments) -> int:
         options["adapters"] = run.model.adapters[0]
     if run.model.dtype != "auto":
         options["dtype"] = run.model.dtype
+    if run.model.dequantize:
+        options["dequantize"] = True
     from swift_mega import api
 
     report = api.verify(run.model.path, **options)
@@ -308,7 +315,7 @@ _ALL = (
             OUTPUT,
             OVERWRITE,
         ),
-        takes=_parallel_and("model.path", "model.dtype", "export.max_shard_size"),
+        takes=_parallel_and("model.path", "model.dtype", "model.dequantize", "export.max_shard_size"),
         run=convert,
     ),
     Verb(
@@ -321,7 +328,7 @@ _ALL = (
             Option(name="output", value="DIR", help="where to write; default: the adapter's directory with -merged"),
             OVERWRITE,
         ),
-        takes=_only("model.path", "model.adapters", "export.merge_lora", "export.max_shard_size"),
+        takes=_only("model.path", "model.adapters", "model.dequantize", "export.merge_lora", "export.max_shard_size"),
         run=export,
     ),
     Verb(
@@ -367,7 +374,7 @@ _ALL = (
                 choices=("lora", "full"),
             ),
         ),
-        takes=_only("model.path", "model.adapters", "model.dtype"),
+        takes=_only("model.path", "model.adapters", "model.dtype", "model.dequantize"),
         run=verify,
     ),
     Verb(

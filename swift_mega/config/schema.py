@@ -25,6 +25,11 @@ class Model:
         flag="torch_dtype",
         help="weights while training; auto: bfloat16 on CUDA, float32 on CPU; float64: for proofs",
     )
+    dequantize: bool = setting(
+        False,
+        flag="dequantize",
+        help="read a quantised checkpoint (FP8, MXFP4, GPTQ, AWQ, bitsandbytes) as plain weights; false: refuse it",
+    )
     vocab_divisible_by: int = setting(
         128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"
     )

@@ -16,6 +16,7 @@ from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family, Settings
+from swift_mega.models.quantization import FLAG
 
 VALUE_HEAD = re.compile(r"v_head\..*|score\.weight")
 """TRL's value head on a language model, and transformers' reward head."""
@@ -107,7 +108,7 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     if strange:
         raise UserError(
             f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
-            "with its own tools first"
+            f"with its own tools first, or pass {FLAG} where config.json says how they are"
         )
 
 

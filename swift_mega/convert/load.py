@@ -7,8 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.convert.check import check_coverage, needs
+from swift_mega.convert.finite import check_finite, is_finite
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.progress import bytes_bar
+from swift_mega.convert.save import agree
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
@@ -23,16 +25,33 @@ def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
     The first data replica reads; the others get its numbers over the network, which is faster than the files are for all.
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
-    mine = list(part.held())
+    mine, problem = list(part.held()), None
     with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held in mine), "loading") as bar:
         for held in mine:
             replicas, first = _replicas(part, held, groups)
             if first:
                 pieces = slices_of(part, checkpoint, held)
                 fill(held.parameter.data, checkpoint, held.rule, pieces, part.settings.heads)
+                problem = problem or _not_finite(held.parameter, checkpoint, pieces)
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
             bar.update(held.parameter.nbytes)
+    agree(problem)
+
+
+def _not_finite(value: Tensor, checkpoint: Checkpoint, pieces: Sequence[Slice]) -> str | None:
+    """What to say of a parameter that holds NaN or infinity, by the tensor that it is in.
+
+    A rank that found one goes on: the others wait for what it sends them.
+    """
+    if is_finite(value):
+        return None
+    try:
+        for piece in pieces:
+            check_finite(piece.name, checkpoint.read(piece.name, piece.axis, piece.start, piece.stop))
+    except UserError as error:
+        return f"{checkpoint.directory}: {error}"
+    return f"{checkpoint.directory}: {pieces[0].name} has numbers beyond the range of {value.dtype}; load it in a wider dtype"
 
 
 def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:

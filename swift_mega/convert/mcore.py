@@ -20,6 +20,7 @@ from swift_mega.convert.check import carried_of, refuse_quantised
 from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
 from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -86,6 +87,7 @@ def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, 
         beside = staging / COMPANIONS
         beside.mkdir()
         copy_companions(source.directory, beside)
+        drop_quantization(beside)
         (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
         _keep(source, carried_of(settings, source.entries), beside)
     except OSError as error:

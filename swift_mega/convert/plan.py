@@ -71,12 +71,12 @@ class Share:
     """The embedding again, as the head of a tied model whose last stage is not its first."""
 
 
-def draw(directory: str | Path, names: Iterable[str] = ()) -> Blueprint:
+def draw(directory: str | Path, names: Iterable[str] = (), dequantize: bool = False) -> Blueprint:
     """The blueprint of a Hugging Face directory, or of its config.json alone. In a group of one rank (Megatron asks for one).
 
     names: of the tensors in its files, where there are files; some families are published under shorter ones.
     """
-    family, settings = family_of(directory), load_settings(directory)
+    family, settings = family_of(directory), load_settings(directory, dequantize=dequantize)
     family = family.named_like(names) if (names := list(names)) else family
     kinds = _kinds(settings)
     small = _only(settings, [layers[0] for layers in kinds])
@@ -169,12 +169,11 @@ def _cut(layout: Layout, where: Coordinate, slot: Slot) -> tuple[int, int]:
 
 def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible_by: int, copy: bool) -> Share:
     shape, pack, (_, size) = list(slot.shape), slot.rule.pack, cut
-    dim = pack.linear.axis  # Megatron's, where a weight is stored the other way round
     if pack.padded:
         shape[0] = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, size) // size
-    elif dim is not None:
-        assert shape[dim] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
-        shape[dim] //= size
+    elif pack.held_dim is not None:
+        assert shape[pack.held_dim] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
+        shape[pack.held_dim] //= size
     pieces = [
         piece
         for name, whole in slot.parts.items()

@@ -11,6 +11,7 @@ import torch
 from swift_mega.convert.check import Coverage, check_coverage
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.plan import Blueprint, Share, byte_ranges, check_tiling, shares
+from swift_mega.convert.quantised import Dequantised
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -111,7 +112,10 @@ def _stage(
     held = list(shares(blueprint, layout, where, vocab_divisible_by=divisible_by))
     numbers = sum(torch.Size(share.shape).numel() for share in held)
     layers = sorted({share.slot.numbers["i"] for share in held if "i" in share.slot.numbers})
-    reads = _reads(checkpoint, held) if checkpoint else (None, None)
+    plain = (
+        checkpoint if not isinstance(checkpoint, Dequantised) else None
+    )  # of others, what a slice reads is the format's affair
+    reads = _reads(plain, held) if plain else (None, None)
     return Stage(
         stage, layout.world // layout.pipeline, tuple(layers), numbers, numbers * dtype.itemsize, reads[0], reads[1]
     )

@@ -20,6 +20,7 @@ from swift_mega.convert.check import carried_of
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.hf_write import Planned, Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.progress import bytes_bar
+from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.report import checksums, write_report
 from swift_mega.convert.slices import slices, together
 from swift_mega.convert.stream import set_dtype
@@ -127,6 +128,7 @@ def save(
 
     def companions(staging: Path) -> None:
         copy_companions(Path(source), staging)
+        drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             set_dtype(staging / "config.json", dtypes)
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from swift_mega.convert.check import FLOATS, refuse_quantised
 from swift_mega.convert.hf_files import Checkpoint, Entry, some
 from swift_mega.convert.hf_write import Writer, copy_companions, parse_size, plan_files, write_headers
+from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import checksums, write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, families, family_of, read_config
+from swift_mega.models.quantization import FLAG
 from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 
 PREFIX = "base_model.model."
@@ -104,21 +106,25 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
 
 
 def merge(
-    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False
-) -> None:
+    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
     """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
 
+    dequantize: a quantised `model` is merged in float32 and written plain, in the dtype that its config.json names.
     Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
     """
-    base, adapter, target = Checkpoint(model), read_adapter(adapters), Path(output)
+    base = open_checkpoint(model, torch.float32 if dequantize else None)
+    adapter, target = read_adapter(adapters), Path(output)
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
     recover(target)
     check_output(target, overwrite)
     linears = _linears(base, adapter)
+    kinds = written_dtypes(base)
     planned = plan_files(
-        {name: (entry.dtype, entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
+        {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
     staging = staging_of(target)
     try:
@@ -132,6 +138,8 @@ def merge(
                     value = (value.to(torch.promote_types(place.dtype, torch.float32)) + delta).to(place.dtype)
                 writer.write(name, value)
         copy_companions(Path(model), staging)
+        if dequantize:
+            drop_quantization(staging)
         write_report(staging, planned, checksums(staging, planned, planned))
         publish(staging, target)
     except OSError as error:
@@ -192,5 +200,5 @@ def _check_fit(entry: Entry, base: Checkpoint, adapter: PeftAdapter, linear: _Li
     if entry.dtype not in FLOATS:
         raise UserError(
             f"{base.directory}: {linear.module} is quantised ({entry.dtype}); merge into the bfloat16 or float32 model it was "
-            "made from"
+            f"made from, or pass {FLAG}"
         )

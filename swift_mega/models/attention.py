@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from swift_mega.models.family import Rope, Settings
@@ -87,6 +88,10 @@ class CoreAttention(MegatronModule):
         if self.late_norm:  # named like Megatron's own, whose gradients it sums over tensor ranks by these names
             self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
             self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
+        self.softmax_offset = None  # Megatron's name for attention sinks
+        if settings.sinks:
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -106,9 +111,16 @@ class CoreAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
-            softcap=self.softcap, alibi=self.alibi,
+            softcap=self.softcap, alibi=self.alibi, sinks=self.softmax_offset,
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks as one tensor of all heads; a Megatron module without its own says that ranks hold the same."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)  # type: ignore[no-any-return]
 
 
 def _mine(alibi: tuple[float, ...] | None) -> Tensor | None:

@@ -26,6 +26,7 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import CoreAttention, segments
+from swift_mega.models.experts import BiasedRow, check_biases
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
@@ -234,6 +235,7 @@ def transformer_config(
     check_passthrough(given)
     if _latent(settings):
         check_cut(settings, layout.tensor)
+    check_biases(settings, layout.expert_tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
         tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
@@ -302,6 +304,8 @@ def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = norm
     if _latent(settings):
         latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
+    if moe and settings.biases.mlp:
+        _submodules(_mlp(spec).experts).linear_fc2 = BiasedRow
     return spec
 
 
@@ -346,14 +350,13 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
         attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
     if settings.late_qk_norm:
         attention.q_layernorm = attention.k_layernorm = NoNorm
-    if settings.megatron.get("add_bias_linear"):
-        if not settings.megatron.get("add_qkv_bias"):
-            attention.linear_qkv = bound(attention.linear_qkv, bias=False)
-        if not settings.biases.attention_output:
-            attention.linear_proj = bound(attention.linear_proj, bias=False)
-        if not settings.biases.mlp:
-            mlp = _mlp(spec)
-            mlp.linear_fc1, mlp.linear_fc2 = bound(mlp.linear_fc1, bias=False), bound(mlp.linear_fc2, bias=False)
+    mlp_bias = settings.megatron.get(
+        "add_bias_linear", False
+    )  # of all linears, and Megatron refuses it beside shared experts
+    if mlp_bias and not settings.megatron.get("add_qkv_bias"):
+        attention.linear_qkv = bound(attention.linear_qkv, bias=False)
+    if settings.biases.attention_output != mlp_bias:
+        attention.linear_proj = bound(attention.linear_proj, bias=settings.biases.attention_output)
     if block != Block():
         spec.module = bound(Layer, block=block, norm=norm)
         if not block.pre_norms:
@@ -365,8 +368,12 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
 
 def _mlp(spec: ModuleSpec) -> Any:
     """The submodules of a layer's MLP: its linears, or router and experts."""
-    mlp = spec.submodules.mlp
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return _submodules(spec.submodules.mlp)
+
+
+def _submodules(module: Any) -> Any:
+    """Newer Megatrons have a partial function where older ones have a spec."""
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
 
 def build(
@@ -409,7 +416,11 @@ def _mark_cut(part: ModelPart) -> None:
             # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
             # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
             held.parameter.allreduce = False  # type: ignore[attr-defined]
-        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.linear.axis or 0, 1  # type: ignore[attr-defined]
+        if held.expert and part.layout.expert_tensor != part.layout.tensor:
+            # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
+            # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
+            held.parameter.allreduce = False  # type: ignore[attr-defined]
+        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.held_dim or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

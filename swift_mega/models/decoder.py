@@ -130,7 +130,7 @@ def translate(
     )
     megatron.update(changes.pop("megatron", {}))
     if "biases" in changes:
-        megatron["add_bias_linear"] = changes["biases"].attention_output or changes["biases"].mlp
+        megatron["add_bias_linear"] = changes["biases"].mlp
     if "norm" in changes:
         megatron["normalization"] = "RMSNorm" if changes["norm"].kind == "rms" else "LayerNorm"
     found.update(changes)

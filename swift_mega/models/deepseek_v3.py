@@ -1,8 +1,9 @@
-"""DeepSeek-V3 and models of its type (Moonlight): latent attention, and after some dense layers experts chosen by groups.
+"""DeepSeek-V3 and models of its type (Moonlight, Kimi K2): latent attention, and after some dense layers experts chosen by groups.
 
-The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes.
+The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes, but kept.
 """
 
+import dataclasses
 from typing import Any
 
 from swift_mega.errors import UserError
@@ -35,22 +36,28 @@ LATENT_RULES = (
     *norm_rules(ATTENTION + "q_layernorm", HF_ATTENTION + "q_a_layernorm"),
     *norm_rules(ATTENTION + "kv_layernorm", HF_ATTENTION + "kv_a_layernorm"),
 )  # fmt: skip
-RULES = (
-    *LATENT_RULES,
+EXPERT_RULES = (
     *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
     *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
 )
-READS = (
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+BIASED_EXPERT_RULES = (
+    *EXPERT_RULES,
+    Rule(LAYER + "mlp.router.expert_bias", (HF_LAYER + "mlp.gate.e_score_correction_bias",), REPLICATED),
+)
+EXPERT_READS = (
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"),
     *("n_group", "topk_group", "routed_scaling_factor"),
     *("num_local_experts", "num_experts"),  # transformers' other names of n_routed_experts
     *("aux_loss_alpha", "seq_aux", "ep_size"),  # of the training that made the checkpoint
 )
+MTP_READS = ("num_nextn_predict_layers", "num_mtp_layers")
+READS = (
+    *EXPERT_READS,
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim"),
+)
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "moe_layer_freq": (1,),
-    "quantization_config": (None,),
 }
 
 
@@ -67,7 +74,6 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
             f"config.json: head_dim={config.head_dim}, but transformers rotates qk_rope_head_dim={config.qk_rope_head_dim} "
             "features; remove head_dim"
         )
-    _check_groups(config, routing)
     yarn = config.rope_parameters if config.rope_parameters.get("rope_type", "default") != "default" else {}
     latent = dict(
         multi_latent_attention=True, q_lora_rank=config.q_lora_rank, kv_lora_rank=config.kv_lora_rank,
@@ -77,12 +83,19 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
         rope_type="rope", rotary_scaling_factor=yarn.get("factor", 1.0), mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
     )  # fmt: skip
     turn = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
+    return translate_experts(translate(config, megatron=latent, ropes=(turn,) * layers), config, routing)
+
+
+def translate_experts(settings: Settings, config: Any, routing: Routing) -> Settings:
+    """Settings with the mixture of a DeepSeek config, whose experts are chosen by `routing`."""
+    _check_groups(config, routing)
+    predict = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None) or 0
     return moe(
-        translate(config, megatron=latent, ropes=(turn,) * layers),
+        dataclasses.replace(settings, predict_layers=predict),
         experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
         ffn=config.moe_intermediate_size,
-        layers=tuple(layer >= config.first_k_dense_replace for layer in range(layers)),
+        layers=tuple(layer >= config.first_k_dense_replace for layer in range(config.num_hidden_layers)),
         shared=config.n_shared_experts * config.moe_intermediate_size,
         routing=routing,
     )
@@ -91,33 +104,35 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
 def _check_groups(config: Any, routing: Routing) -> None:
     experts, groups, chosen = config.n_routed_experts, routing.groups, routing.chosen_groups
     size = experts // groups
-    if experts % groups or chosen > groups or config.num_experts_per_tok > chosen * size or size < 2:
+    if experts % groups or chosen > groups or config.num_experts_per_tok > chosen * size or size < routing.group_best:
         raise UserError(
             f"config.json: {config.num_experts_per_tok} experts of {chosen} groups (topk_group) cannot be chosen where "
             f"{experts} experts are cut into {groups} groups (n_group); correct these fields"
         )
 
 
-def _translate(config: Any) -> Settings:
-    routing = Routing(
+def sigmoid_routing(config: Any) -> Routing:
+    """DeepSeek-V3's choice of experts."""
+    return Routing(
         score="sigmoid",
-        normalise=config.norm_topk_prob,
+        normalise=bool(config.norm_topk_prob),
         added=1e-20,
         scale=config.routed_scaling_factor,
-        groups=config.n_group,
-        chosen_groups=config.topk_group,
+        groups=config.n_group or 1,
+        chosen_groups=config.topk_group or 1,
     )
-    return translate_latent(config, interleaved=bool(config.rope_interleave), routing=routing)
+
+
+def _translate(config: Any) -> Settings:
+    return translate_latent(config, interleaved=bool(config.rope_interleave), routing=sigmoid_routing(config))
 
 
 FAMILY = vary(
     DECODER,
-    hf_types=("deepseek_v3",),
+    hf_types=("deepseek_v3", "kimi_k2"),
+    read_as={"kimi_k2": "deepseek_v3"},
     translate=_translate,
-    rules=(
-        *RULES,
-        Rule(LAYER + "mlp.router.expert_bias", (HF_LAYER + "mlp.gate.e_score_correction_bias",), REPLICATED),
-    ),
-    reads=(*READS, "norm_topk_prob", "rope_interleave", "num_nextn_predict_layers", "num_mtp_layers"),
+    rules=(*LATENT_RULES, *BIASED_EXPERT_RULES),
+    reads=(*READS, *MTP_READS, "norm_topk_prob", "rope_interleave"),
     fixed={**FIXED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 )

@@ -17,6 +17,7 @@ import swift_mega.models as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Heads, Pack, Turned
+from swift_mega.models.quantization import FLAG, KEYS, quantization_of
 from swift_mega.parallel.layout import ModelShape
 
 
@@ -109,7 +110,7 @@ class Routing:
 
     bias: a constant of each expert, a tensor of the checkpoint that no gradient reaches, joins in the choice but not in the weights.
     normalise: the weights are divided by their sum, to which `added` is added and which is at least `smallest`; then times `scale`.
-    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their best two.
+    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their `group_best` best.
     """
 
     score: Literal["softmax", "sigmoid"]
@@ -120,6 +121,8 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     chosen_groups: int = 1
+    group_best: int = 2
+    """Two in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), one in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,8 @@ class Settings:
     """Makes, of Megatron's config, the module that is every MLP's activation; None: Megatron's activation_func, which has no parameters."""
     notes: tuple[str, ...] = ()
     """What config.json says and training does not do, a line each; a run says it once."""
+    sinks: bool = False
+    """Each head has a learned logit that joins its softmax (ops/sinks.py)."""
 
     @property
     def longest(self) -> int | None:
@@ -199,6 +204,8 @@ class Family:
     """Whether the rules are those of such a checkpoint (`named_like`)."""
     variant: Callable[[Mapping[str, Any]], "Family"] | None = None
     """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
+    read_as: Mapping[str, str] = field(default_factory=dict)
+    """Of `hf_types`, those that transformers has no model for, and its name for the same one."""
 
     @functools.cached_property
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
@@ -310,9 +317,17 @@ def family_of(directory: str | Path) -> Family:
     return family if family.variant is None else family.variant(raw)
 
 
-def load_settings(directory: str | Path) -> Settings:
-    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run."""
+def load_settings(directory: str | Path, *, dequantize: bool = False) -> Settings:
+    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run.
+
+    dequantize: the weights will be read dequantised, so a quantisation changes nothing of the model.
+    """
     family, raw = family_of(directory), read_config(directory)
+    if (quantization := quantization_of(directory)) is not None and not dequantize:
+        raise UserError(
+            f"{directory} is quantised: quantization_config={quantization!r}; pass {FLAG} to read its weights dequantised"
+        )
+    raw = {key: value for key, value in raw.items() if key not in KEYS}
     fixed = {**FIXED, **family.fixed}
     for key, allowed in fixed.items():
         if key in raw and raw[key] not in allowed:
@@ -330,10 +345,9 @@ def load_settings(directory: str | Path) -> Settings:
         )
     _check_sizes(directory, raw)
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # 2 s: only when a model is really read
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = hf_config(directory)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -350,6 +364,17 @@ def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         (f"config.json names {', '.join(rates)}; training here uses no dropout but an adapter's own",) if rates else ()
     )
+
+
+def hf_config(directory: str | Path) -> Any:
+    """The transformers config of a Hugging Face directory, of a type that transformers has a model for."""
+    from transformers import AutoConfig  # 2 s: only when a model is really read
+
+    fields, family = read_config(directory), family_of(directory)
+    known = family.read_as.get(fields.pop("model_type"))
+    if known is None:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return AutoConfig.for_model(known, **fields)
 
 
 def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
@@ -375,12 +400,13 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
         )
 
 
-MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_size n_inner".split())
+MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_size n_inner n_group topk_group".split())
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
     "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
     "n_embed d_model n_heads n_layers max_seq_len "
-    "num_experts num_local_experts num_experts_per_tok decoder_sparse_step".split()
+    "num_experts num_local_experts num_experts_per_tok decoder_sparse_step "
+    "n_routed_experts n_shared_experts n_group topk_group moe_num_experts moe_k moe_layer_interval".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""
 

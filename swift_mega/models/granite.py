@@ -7,7 +7,7 @@ from swift_mega.models.family import Biases, Block, Scales, Settings
 
 
 def _translate(config: Any) -> Settings:
-    attention, mlp = bool(config.attention_bias), bool(config.mlp_bias)
+    attention, mlp = bool(config.attention_bias), bool(getattr(config, "mlp_bias", False))
     return translate(
         config,
         megatron={"add_qkv_bias": attention, "softmax_scale": config.attention_multiplier},

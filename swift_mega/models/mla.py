@@ -126,6 +126,14 @@ def _with_epsilon(norm: Any) -> type:
     return type("LatentNorm", (), {"__new__": make})
 
 
+def unused(settings: Settings) -> frozenset[str]:
+    """Linears of attention that a family has rules for and this model does not have."""
+    if not settings.megatron.get("multi_latent_attention"):
+        return frozenset()
+    without = settings.megatron["q_lora_rank"] is None
+    return frozenset({"linear_qkv", *(("linear_q_down_proj", "linear_q_up_proj") if without else ("linear_q_proj",))})
+
+
 def check_cut(settings: Settings, tensor: int) -> None:
     """UserError where tensor ranks cannot share the latents evenly."""
     widths = {

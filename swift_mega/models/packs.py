@@ -42,6 +42,11 @@ class Pack:
         """Inverse of `join`; views where possible."""
         return (tensor,)
 
+    @property
+    def held_dim(self) -> int | None:
+        """The dim of the Megatron tensor that is cut; `axis` is the Hugging Face tensors'."""
+        return self.linear.axis
+
     def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
         """Views of a Megatron tensor that hold the numbers of each part of `join` in order, whatever their shapes; None: there are none."""
         return (tensor,)
@@ -172,9 +177,45 @@ class Turned(Pack):
         return self.inner
 
 
+@dataclass(frozen=True)
+class OneRow(Pack):
+    """A vector, whole on every rank, that Hugging Face stores as a matrix of one row."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        (part,) = parts
+        return part[0]
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (tensor[None],)
+
+
+@dataclass(frozen=True)
+class InterleavedGateUp(Pack):
+    """Gate and up of one feature after another in a single Hugging Face tensor: [in, 2 * ffn] transposed, or a bias [2 * ffn]."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        (part,) = parts
+        rows = part.t()  # a bias stays as it is
+        return torch.cat((rows[::2], rows[1::2]))
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.stack(tensor.chunk(2), dim=1).flatten(0, 1).t(),)
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        by_feature = tensor.unflatten(0, (2, -1)).transpose(0, 1)
+        return (by_feature if tensor.dim() == 1 else by_feature.permute(2, 0, 1),)
+
+    @property
+    def held_dim(self) -> int | None:
+        return 0
+
+
 COLUMN = Pack(0)
 ROW = Pack(1)
 REPLICATED = Pack(None)
+ONE_ROW = OneRow(None)
+INTERLEAVED_GATE_UP = InterleavedGateUp(1)
+INTERLEAVED_GATE_UP_BIAS = InterleavedGateUp(0)
 VOCAB = Pack(0, padded=True)
 GATE_UP = GateUp()
 QKV = Qkv()

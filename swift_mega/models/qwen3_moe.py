@@ -34,4 +34,6 @@ FAMILY = vary(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
         *("mlp_only_layers", "decoder_sparse_step"),
     ),
+    # written by some training codes (Qwen3-Coder's), read by nobody
+    fixed={"qkv_bias": (False,), "shared_expert_intermediate_size": (0, None), "use_qk_norm": (True,)},
 )

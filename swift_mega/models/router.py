@@ -16,9 +16,6 @@ from torch import Tensor
 from swift_mega.errors import UserError
 from swift_mega.models.family import Routing
 
-BEST_OF_GROUP = 2
-"""Experts whose scores make a group's; DeepSeek-V3's report, section 2.1.2, and every family since."""
-
 
 class Router(TopKRouter):
     """Chooses `moe_router_topk` experts per token as `routing` says."""
@@ -26,12 +23,7 @@ class Router(TopKRouter):
     def __init__(self, config: TransformerConfig, *args: Any, routing: Routing, **given: Any) -> None:
         super().__init__(config, *args, **given)
         self.choice = routing
-        if config.moe_router_load_balancing_type not in ("none", "aux_loss") or config.moe_expert_capacity_factor:
-            raise UserError(
-                f"model.megatron: moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}, "
-                f"moe_expert_capacity_factor={config.moe_expert_capacity_factor}: this model's own router supports "
-                "neither another balancing than none or aux_loss nor a capacity; remove these settings"
-            )
+        refuse_without_effect(config, routing)
         if routing.bias and self.expert_bias is None:
             del self.expert_bias
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32))
@@ -47,10 +39,30 @@ class Router(TopKRouter):
         return weights, chosen
 
 
+def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
+    """UserError for settings of model.megatron that only Megatron's own choice of experts reads."""
+    supported: dict[str, tuple[Any, ...]] = {
+        "moe_router_load_balancing_type": ("none", "aux_loss"),
+        "moe_expert_capacity_factor": (None,),
+        "moe_router_num_groups": (None,),
+        "moe_router_group_topk": (None,),
+        "moe_router_topk_scaling_factor": (None,),
+        "moe_router_fusion": (False,),
+        "moe_router_pre_softmax": (True,),
+        "moe_router_score_function": (routing.score,),
+    }
+    for name, values in supported.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(
+                f"model.megatron.{name}={value!r}: this model's own choice of experts knows only "
+                f"{' and '.join(map(repr, values))}; remove the setting"
+            )
+
+
 def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits [tokens, experts], bias [experts] -> weights [tokens, experts], zero where not chosen, and the choice, bool.
 
-    Source: DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers; the choice passes no gradient.
+    Source: DeepseekV2TopkRouter, DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers; the choice passes no gradient.
     """
     wide = logits.float()
     scores = wide.sigmoid() if routing.score == "sigmoid" else wide.softmax(-1)
@@ -70,6 +82,6 @@ def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) ->
 def _within_groups(scores: Tensor, routing: Routing) -> Tensor:
     """scores [tokens, experts], minus infinity outside of each token's best groups."""
     grouped = scores.view(len(scores), routing.groups, -1)
-    best = grouped.topk(BEST_OF_GROUP, dim=-1).values.sum(-1).topk(routing.chosen_groups, dim=-1).indices
+    best = grouped.topk(routing.group_best, dim=-1).values.sum(-1).topk(routing.chosen_groups, dim=-1).indices
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
     return grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swift_mega.ops.alibi import bias, with_positions
+from swift_mega.ops.sinks import add_sinks, flash_with_sinks, sink_gradient
 
 LOG2_E = 1 / math.log(2)
 SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
@@ -34,6 +35,16 @@ def _flash_varlen() -> Callable[..., Tensor] | None:
     return flash_attn_varlen_func
 
 
+@functools.cache
+def _flash_kernels() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """flash-attn's forward and backward pass one by one, which also speak of the log-sum-exp."""
+    try:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
+    except ImportError:
+        return None
+    return _flash_attn_varlen_forward, _flash_attn_varlen_backward
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -45,6 +56,7 @@ def attention(
     window: int | None,
     softcap: float | None = None,
     alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of every token to the tokens before it, and itself, in its own example.
 
@@ -54,9 +66,10 @@ def attention(
     window: a token sees itself and window - 1 tokens before it; None sees all.
     softcap: scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv:2408.00118).
     alibi: [heads] float32, what a score gains for each position of its key (ops/alibi.py).
+    sinks: [heads], a logit that joins each softmax and has no value (ops/sinks.py).
     Returns [tokens, heads, v_head_dim].
     """
-    assert alibi is None or softcap is None, "no model has both, and kernels differ in their order"
+    assert alibi is None or (softcap is None and sinks is None), "no model has both, and kernels differ in their order"
     narrow = query.dtype not in (torch.float32, torch.float64)
     if alibi is not None and not narrow and query.device.type == "cpu":
         query, key = with_positions(query, key, alibi, bounds=bounds, scale=scale)
@@ -65,18 +78,24 @@ def attention(
     if missing > 0:  # the kernels know one size; what is added takes no part in the scores, and is cut off again
         out = attention(
             query, key, F.pad(value, (0, missing)), bounds=bounds, cu_seqlens=cu_seqlens, scale=scale, window=window,
-            softcap=softcap, alibi=alibi,
+            softcap=softcap, alibi=alibi, sinks=sinks,
         )  # fmt: skip
         return out[..., :-missing]
     # Narrow dtypes stay with torch, whose kernels keep their sums in float32.
     if query.device.type == "cpu" and not narrow and query.shape[-1] == value.shape[-1] and softcap is None:
-        return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window)
-    flash = _flash_varlen() if query.is_cuda else None
+        return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window, sinks)
+    longest = max(end - start for start, end in _examples(bounds))
+    if sinks is not None and softcap is None and query.is_cuda and (kernels := _flash_kernels()) is not None:
+        forward, backward = kernels
+        return flash_with_sinks(
+            query, key, value, sinks, cu_seqlens=cu_seqlens, longest=longest, scale=scale, window=window, forward=forward,
+            backward=backward,
+        )  # fmt: skip
+    flash = _flash_varlen() if query.is_cuda and sinks is None else None
     if flash is None:
         return attention_reference(
-            query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap, alibi=alibi
+            query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap, alibi=alibi, sinks=sinks
         )
-    longest = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     return flash(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest,
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
@@ -86,7 +105,7 @@ def attention(
 
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None,
-    softcap: float | None = None, alibi: Tensor | None = None,
+    softcap: float | None = None, alibi: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`attention` in torch; shapes as there."""
     if alibi is not None and query.dtype not in (torch.float32, torch.float64):  # positions need more digits
@@ -94,8 +113,8 @@ def attention_reference(
         return attention_reference(*wide, bounds=bounds, scale=scale, window=window, alibi=alibi).to(query.dtype)
     outs = []
     for start, end in _examples(bounds):
-        if softcap is not None:
-            outs.append(_capped(query[start:end], key[start:end], value[start:end], scale, window, softcap))
+        if softcap is not None or sinks is not None:
+            outs.append(_by_blocks(query[start:end], key[start:end], value[start:end], scale, window, softcap, sinks))
             continue
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         banded = window is not None and end - start > window
@@ -111,30 +130,39 @@ def attention_reference(
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
-    """One example with capped scores, a block of queries at a time, whose scores are computed again for the gradient."""
+def _by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:  # fmt: skip
+    """One example whose scores are more than a product, a block of queries at a time; they are computed again for the gradient."""
     keys, values = (x.transpose(0, 1) for x in (key, value))
     blocks = []
     for first, start, end in _blocks(len(query), window):
         given = (_grouped(query[start:end], len(keys)), keys[:, first:end], values[:, first:end])
         out = checkpoint(
-            _capped_block, *given, scale, window, softcap, end - start, use_reentrant=False, preserve_rng_state=False
+            _block, *given, scale, window, softcap, sinks, end - start, use_reentrant=False, preserve_rng_state=False
         )  # fmt: skip
         blocks.append(out.view(query.shape[1], end - start, -1).transpose(0, 1))
     return torch.cat(blocks)
 
 
-def _capped_block(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float, queries: int
-) -> Tensor:
+def _block(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, queries: int,
+) -> Tensor:  # fmt: skip
     """query: [kv_heads, heads / kv_heads * queries, head_dim]; key, value: [kv_heads, keys, head_dim] -> like query."""
-    scores = torch.bmm(query, key.transpose(1, 2)).mul(scale / softcap).tanh().mul(softcap)
+    scores = torch.bmm(query, key.transpose(1, 2)).mul(scale)
+    if softcap is not None:
+        scores = scores.div(softcap).tanh().mul(softcap)
     keys = key.shape[1]
     distance = torch.arange(keys - queries, keys, device=key.device)[:, None] - torch.arange(keys, device=key.device)
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     shown = scores.view(len(key), -1, queries, keys).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(shown.dtype).view(len(key), -1, 1, 1).expand(-1, -1, queries, -1)
+        shown = torch.cat((shown, column), -1)
     exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return torch.bmm(shown.softmax(-1, dtype=exact).to(value.dtype).view_as(scores), value)
+    weights = shown.softmax(-1, dtype=exact)[..., :keys].to(value.dtype)
+    return torch.bmm(weights.reshape(scores.shape), value)
 
 
 class _CpuAttention(torch.autograd.Function):
@@ -142,8 +170,9 @@ class _CpuAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[1], query.shape[0])
         for start, end in _examples(bounds):
@@ -153,13 +182,15 @@ class _CpuAttention(torch.autograd.Function):
             )
             out[start:end] = part[0].transpose(0, 1)
             lse[:, start:end] = part_lse[0]
-        ctx.save_for_backward(query, key, value, out, lse)
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
         ctx.bounds, ctx.scale, ctx.window = bounds, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, *sinks = ctx.saved_tensors
         towards = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         for start, end in _examples(ctx.bounds):
             backward = _kernel_backward if end - start <= SHORT else _blocked_backward
@@ -167,7 +198,8 @@ class _CpuAttention(torch.autograd.Function):
                 gradients[0][start:end], query[start:end], key[start:end], value[start:end], out[start:end], lse[:, start:end],
                 into=tuple(x[start:end] for x in towards), scale=ctx.scale, window=ctx.window,
             )  # fmt: skip
-        return *towards, None, None, None
+        towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
+        return *towards, None, None, None, towards_sinks
 
 
 def _kernel_backward(

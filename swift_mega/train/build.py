@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.load import load
+from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter
@@ -41,7 +42,7 @@ class Training:
 def layout_of(run: schema.Run, world: int) -> Layout:
     """The checked layout of a run; UserError before any rank starts where it cannot work."""
     assert run.model.path is not None
-    return plan_layout(run.parallel, load_settings(run.model.path).shape, world)
+    return plan_layout(run.parallel, load_settings(run.model.path, dequantize=run.model.dequantize).shape, world)
 
 
 def parameter_dtype(model: schema.Model, device: Device) -> torch.dtype:
@@ -51,12 +52,18 @@ def parameter_dtype(model: schema.Model, device: Device) -> torch.dtype:
     return getattr(torch, model.dtype)
 
 
+def dequantised_dtype(model: schema.Model, dtype: torch.dtype) -> torch.dtype | None:
+    """In which dtype quantised weights are read for a model of `dtype`; None: they are refused."""
+    wide = torch.float32 if dtype == torch.float64 else dtype  # no format holds more
+    return wide if model.dequantize else None
+
+
 def build_part(
     run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, checkpoint: Checkpoint
 ) -> ModelPart:  # fmt: skip
     """This rank's part of the run's model, filled from its Hugging Face directory. Collective."""
     directory = checkpoint.directory
-    settings = load_settings(directory)
+    settings = load_settings(directory, dequantize=run.model.dequantize)
     config = transformer_config(
         settings, groups.layout, device=device, dtype=dtype, train=run.train, given=run.model.megatron,
         aux_loss=run.model.router_aux_loss_coefficient,
@@ -75,7 +82,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
     device.seed_all(run.train.seed)
     dtype = parameter_dtype(run.model, device)
-    part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, checkpoint=Checkpoint(run.model.path))
+    checkpoint = open_checkpoint(run.model.path, dequantised_dtype(run.model, dtype))
+    part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, checkpoint=checkpoint)
     tuner.attach(part, seed=run.train.seed)
     for directory in run.model.adapters:
         load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))

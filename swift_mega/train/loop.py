@@ -22,6 +22,7 @@ from swift_mega.models.family import Family, Settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, parameter_dtype
+from swift_mega.train.flops import flops_per_token
 from swift_mega.train.monitor import Monitor, RunDirectory
 from swift_mega.train.step import StepResult, evaluate, train_step
 from swift_mega.tuners.targets import check_targets
@@ -94,21 +95,6 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
 def total_steps(train: schema.Train, batches: Batches) -> int:
     """Optimizer steps of the run."""
     return train.steps if train.steps is not None else batches.steps(train.epochs or 1.0)
-
-
-def flops_per_token(settings: Settings, trained: bool) -> float:
-    """Multiply-adds count two: 2 per weight forward, 2 for the input's gradient, 2 more where weights are trained.
-
-    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these.
-    """
-    shape, megatron = settings.shape, settings.megatron
-    heads, head_dim = shape.heads, megatron["kv_channels"]
-    attention = shape.hidden * head_dim * (2 * heads + 2 * shape.kv_heads)
-    linears = 3 if megatron["gated_linear_unit"] else 2
-    dense = linears * shape.hidden * (shape.ffn or 0)
-    experts = linears * shape.hidden * (shape.expert_ffn or 0) * megatron.get("moe_router_topk", 0)
-    weights = sum(attention + (experts if moe else dense) for moe in settings.moe_layers) + shape.hidden * shape.vocab
-    return (6.0 if trained else 4.0) * weights
 
 
 def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
@@ -234,7 +220,10 @@ class Loop:
         merged = checkpoint.with_name(f"{checkpoint.name}-merged")
         assert run.model.path is not None
         if dist.get_rank() == 0:
-            merge(run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True)
+            merge(
+                run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True,
+                dequantize=run.model.dequantize,
+            )  # fmt: skip
         dist.barrier()
         return merged
 

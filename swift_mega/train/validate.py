@@ -23,7 +23,7 @@ from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of, hf_config, load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
@@ -100,7 +100,9 @@ def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        model, config=hf_config(model), dtype=dtype, trust_remote_code=False
+    )
     if adapter is not None:
         from peft import PeftModel
 

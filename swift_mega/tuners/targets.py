@@ -3,7 +3,6 @@
 A fused linear (query, key and value; gate and up) holds several Hugging Face linears, and a name may ask for only some of them.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Family, Settings
+from swift_mega.models.linears import LINEAR, STACKED, modules_of
 
-LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
-EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
 ALL = "all-linear"
 
 
@@ -27,21 +25,6 @@ class Target:
     parts: tuple[bool, ...]
     index: int | None
     """Which expert of a grouped linear, counted on this rank; None for a linear of its own."""
-
-
-def modules_of(family: Family, settings: Settings) -> set[str]:
-    """Hugging Face names of every linear of this model that can have an adapter."""
-    found: set[str] = set()
-    for rule in family.rules:
-        if LINEAR.fullmatch(rule.megatron):
-            experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
-            layers = [
-                i
-                for i, moe in enumerate(settings.moe_layers)
-                if ".mlp." not in rule.megatron or moe == (EXPERTS.search(rule.megatron) is not None)
-            ]
-            found.update(family.module(part).format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
-    return found
 
 
 def linear_names(family: Family, settings: Settings) -> list[str]:
@@ -75,7 +58,7 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
         for parameter in module.parameters(recurse=False)
     }
     for held in part.held():
-        if not LINEAR.fullmatch(held.name):
+        if not LINEAR.fullmatch(held.name) or STACKED.fullmatch(held.rule.parts[0]):
             continue
         chosen = tuple(wanted(part.family.module(name), targets) for name in held.parts)
         if any(chosen):

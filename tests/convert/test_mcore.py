@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from swift_mega import api
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
+from swift_mega.models.family import load_settings
 from tests import tiny
 
 LAYOUTS = {
@@ -37,6 +38,9 @@ CASES = [
     ("olmo", "single", torch.float32),
     ("phi", "tp2-pp2-sp", torch.float32),  # a bias on the output layer, cut and padded like the vocabulary
     ("apertus", "tp2-pp2-sp", torch.float32),  # parameters and buffers in the activation
+    ("gpt_oss", "ep2-etp1", torch.bfloat16),
+    ("granitemoeshared", "ep2-pp2", torch.bfloat16),
+    ("ernie4_5_moe", "ep2-etp1", torch.float32),
 ]
 
 
@@ -264,3 +268,19 @@ def test_replacing_a_checkpoint(tmp_path):
     api.convert(**given, overwrite=True)
     assert not (tmp_path / "mcore" / "stale").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+
+
+def test_layers_of_multi_token_prediction_are_carried(tmp_path):
+    """DeepSeek-V3 holds one more layer than it computes with; a name beyond that is nobody's."""
+    source = tiny.make(tmp_path / "hf", "deepseek_v3_moe", num_nextn_predict_layers=1)
+    tensors, last = load_file(source / "model.safetensors"), len(load_settings(source).moe_layers)
+    more = {f"model.layers.{last}.{name}": torch.randn(8, 4) for name in ("eh_proj.weight", "self_attn.o_proj.weight")}
+    save_file(tensors | more, source / "model.safetensors", metadata={"format": "pt"})
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=Parallel(pipeline=2))
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+    assert api.plan(source=str(source)).carried == dict.fromkeys(more, "a layer of multi-token prediction")
+    more[f"model.layers.{last + 1}.eh_proj.weight"] = torch.randn(8, 4)
+    save_file(tensors | more, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"nothing reads: model\.layers\.{last + 1}\.eh_proj"):
+        api.plan(source=str(source))

@@ -29,6 +29,9 @@ LAYOUTS = {
     "glm4": ("tp2-pp2",),
     "qwen3_moe": ("tp2-ep2-etp1", "pp2-ep2", "ep4", "tp2-ep2-etp2"),
     "deepseek_v3_moe": ("tp2-pp2-ep2-etp1",),
+    "gpt_oss": ("tp2-ep2-etp1", "pp2-ep2"),
+    "granitemoeshared": ("tp2-ep2-etp2",),
+    "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
 }
 
 

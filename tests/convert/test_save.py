@@ -1,6 +1,7 @@
 """A directory appears whole or not at all, whoever fails and whenever: a full disk, a path that is a file, a kill."""
 
 import os
+import random
 import resource
 import shutil
 import signal
@@ -198,22 +199,26 @@ def test_check_output_and_publish(tmp_path):
     assert contents(tmp_path) == {"out/new": b"1"}
 
 
-def save_for_ever(target: Path) -> None:
+def save_once(target: Path) -> None:
     staging = staging_of(target)
     planned = plan_files({f"t{n}": (torch.float32, (1000,)) for n in range(1000)}, 400_000)
+    begin_staging(staging)
+    write_headers(staging, planned)
+    with Writer(staging, planned) as writer:
+        for name in planned:
+            writer.write(name, torch.full((1000,), float(name[1:])))
+    publish(staging, target)
+
+
+def save_for_ever(target: Path) -> None:
     while True:
-        begin_staging(staging)
-        write_headers(staging, planned)
-        with Writer(staging, planned) as writer:
-            for name in planned:
-                writer.write(name, torch.full((1000,), float(name[1:])))
-        publish(staging, target)
+        save_once(target)
 
 
 def test_a_kill_leaves_a_whole_directory(tmp_path):
-    """kill -9 at many moments of saving over and over: what is at the target (or, between two renames, beside it) is whole."""
-    target = tmp_path / "out"
-    for moment in range(12):
+    """kill -9 at 30 random moments of saving over and over: what is at the target is whole, and another save finishes."""
+    target, draw = tmp_path / "out", random.Random(7)
+    for _ in range(30):
         child = os.fork()
         if child == 0:
             try:
@@ -222,13 +227,15 @@ def test_a_kill_leaves_a_whole_directory(tmp_path):
                 os._exit(1)
         while not target.exists():
             time.sleep(0.01)
-        time.sleep(0.017 * moment)
+        time.sleep(draw.uniform(0, 0.25))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, "the writer failed by itself"
-        found = Checkpoint(target if target.exists() else tmp_path / "out.old")
+        found = Checkpoint(target)
         assert len(found.entries) == 1000
         assert all((found.read(f"t{n}") == n).all() for n in range(0, 1000, 37))
+    save_once(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(Checkpoint(target).entries) == 1000
 
 
 def test_a_killed_rank_ends_the_save_and_leaves_the_older_directory(ranks, cpu, source, tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
-from tests.models import published_dense
+from swift_mega.models.family import Routing, load_settings
+from tests.models import published_dense, published_experts
 
 CONFIGS = {
     "llama31": """
@@ -222,7 +222,7 @@ false, "qk_ln": false, "softmax_scale": null}, "d_model": 4096, "emb_pdrop": 0, 
 0, "vocab_size": 50432}
 """,
 }
-CONFIGS.update(published_dense.CONFIGS)
+CONFIGS.update(published_dense.CONFIGS | published_experts.CONFIGS)
 WORDS = {
     "num_hidden_layers": ("n_layer", "n_layers"),
     "hidden_size": ("n_embd", "n_embed", "d_model"),
@@ -310,3 +310,27 @@ def test_what_dense_models_say_of_positions_and_scales(tmp_path: Path) -> None:
     assert ropes["phi35"].scale == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
     assert made["ministral3"].scales.query_growth == (0.1, 16384)
     assert made["commandrplus"].head_qk_norm and made["commandrplus"].tied
+
+
+def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
+    """DeepSeek-V2: six experts of the best three of eight groups, a group being as good as its best expert, with weights times 16; the Lite
+    one of all. Kimi K2: eight of 384. GLM-4.5-Air, dots.llm1: the first layer is dense. ERNIE 4.5: layers 1 to 27 have experts."""
+    made = {}
+    for name in ("deepseek_v2", "deepseek_v2lite", "kimi_k2", "glm45air", "dots1", "minimax_m2", "ernie45_21b"):
+        (tmp_path / name).mkdir()
+        made[name] = load_settings(write(tmp_path / name, name))
+    routing = {name: settings.routing for name, settings in made.items()}
+    assert routing["deepseek_v2"] == Routing(
+        score="softmax", bias=False, normalise=False, scale=16.0, groups=8, chosen_groups=3, group_best=1
+    )
+    assert routing["deepseek_v2lite"] == Routing(score="softmax", bias=False, normalise=False, group_best=1)
+    assert routing["kimi_k2"] == Routing(score="sigmoid", added=1e-20, scale=2.827)
+    assert routing["glm45air"] == Routing(score="sigmoid", added=1e-20)
+    assert routing["dots1"] == Routing(score="sigmoid", added=1e-20, scale=2.5)
+    assert routing["minimax_m2"] == Routing(score="sigmoid")
+    assert routing["ernie45_21b"] == Routing(score="softmax", smallest=1e-12)
+    for name in ("glm45air", "dots1", "ernie45_21b", "kimi_k2"):
+        assert made[name].moe_layers == (False,) + (True,) * (made[name].shape.layers - 1)
+    assert (made["kimi_k2"].shape.experts, made["ernie45_21b"].shape.shared_ffn) == (384, 3072)
+    for name, half in (("glm45air", 32), ("minimax_m2", 32), ("dots1", 64), ("ernie45_21b", 64)):
+        assert made[name].rope is not None and len(made[name].rope.inverse_frequencies) == half

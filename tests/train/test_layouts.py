@@ -32,6 +32,9 @@ CASES = [
     # parameters that tensor ranks hold whole and see the gradient of in part, or that they cut, outside Megatron's own linears
     *((family, "tp2") for family in ("cohere_qk_norm", "hunyuan", "apertus", "phi_tied")),
     ("phi", "tp2-pp2-sp"),
+    ("gpt_oss", "tp2-ep2-etp1-dp2-sp"),  # biases of experts, sinks cut by heads
+    ("granitemoeshared", "tp2-ep2-etp2-sp"),  # stacked experts, a shared one
+    ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias of the choice
 ]
 
 

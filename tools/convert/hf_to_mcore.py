@@ -1,4 +1,6 @@
-"""Hugging Face -> Megatron-core (torch_dist): hf_to_mcore.py --model DIR --output DIR [--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16].
+"""Hugging Face -> Megatron-core (torch_dist): hf_to_mcore.py --model DIR --output DIR.
+
+[--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16 --dequantize]
 
 Started by python, it makes the layout's ranks on this machine; started by torchrun or srun, each rank there does its part.
 """
@@ -20,10 +22,13 @@ def main() -> int:
         options.add_argument(f"--{name}", type=int, default=1, help=f"{what} parallel size")
     options.add_argument("--etp", type=int, help="expert tensor parallel size; default: --tp")
     options.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the result; default: the source's")
+    options.add_argument("--dequantize", action="store_true", help="read a quantised model as plain weights")
     given = options.parse_args()
     parallel = Parallel(tensor=given.tp, pipeline=given.pp, expert=given.ep, expert_tensor=given.etp)
     try:
-        api.convert(source=given.model, to="mcore", output=given.output, parallel=parallel, dtype=given.dtype)
+        api.convert(
+            source=given.model, to="mcore", output=given.output, parallel=parallel, dtype=given.dtype, dequantize=given.dequantize
+        )  # fmt: skip
     except UserError as error:
         if is_first_rank():
             print(f"hf_to_mcore: error: {error}", file=sys.stderr)

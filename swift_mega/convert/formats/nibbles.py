@@ -1,0 +1,19 @@
+"""Two 4-bit codes in a byte, looked up together: a table of 256 pairs of numbers, each pair read as one 8-byte word."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pairs(values: Sequence[float] | Tensor, *, low_first: bool) -> Tensor:
+    """[256] float64 whose bytes are the two float32 numbers of every byte; values: of the 16 codes."""
+    table = torch.as_tensor(values, dtype=torch.float32)
+    codes = torch.arange(256)
+    low, high = table[codes & 15], table[codes >> 4]
+    return torch.stack((low, high) if low_first else (high, low), dim=1).view(torch.float64).view(-1)
+
+
+def look_up(table: Tensor, stored: Tensor) -> Tensor:
+    """The numbers of bytes [...] in the order of the table: [2 * bytes] float32."""
+    return table.index_select(0, stored.reshape(-1).int()).view(torch.float32)

@@ -1,0 +1,40 @@
+"""A model's files with its linears in FP8, from files to files: one weight in memory at a time, so a 400B model fits a laptop."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from swift_mega.convert.hf_write import parse_size
+from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8
+from swift_mega.errors import UserError
+from swift_mega.models.family import family_of, load_settings
+from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+
+
+def quantize(
+    model: str | Path, output: str | Path, *, block: tuple[int, int] = BLOCK, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block of (rows, columns).
+
+    dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as
+    it is. Raises UserError, with `output` untouched, where a weight is missing or not finite.
+    """
+    target, staging = Path(output), staging_of(Path(output))
+    if Path(model).resolve().is_relative_to(target.resolve()):
+        raise UserError(f"output {target} holds {model}, which is read; choose another path")
+    settings = load_settings(model, dequantize=dequantize)
+    checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
+    recover(target)
+    check_output(target, overwrite)
+    try:
+        begin_staging(staging)
+        linears = fp8_linears(family_of(model), settings, checkpoint)
+        write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
+        publish(staging, target)
+    except OSError as error:
+        raise UserError(cannot_write(staging, error)) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

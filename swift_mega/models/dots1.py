@@ -1,0 +1,32 @@
+"""dots.llm1: Qwen3's attention, and DeepSeek-V3's choice of experts after the first layers."""
+
+from typing import Any
+
+from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
+from swift_mega.models.deepseek_v3 import BIASED_EXPERT_RULES, EXPERT_READS, sigmoid_routing, translate_experts
+from swift_mega.models.family import Biases, Settings
+
+
+def _translate(config: Any) -> Settings:
+    bias = bool(config.attention_bias)
+    settings = translate(
+        config,
+        megatron={"qk_layernorm": True, "add_qkv_bias": bias},
+        biases=Biases(attention_output=bias),
+        windows=windows(config),
+    )
+    return translate_experts(settings, config, sigmoid_routing(config))
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("dots1",),
+    translate=_translate,
+    rules=(*QK_NORM_RULES, *BIASED_EXPERT_RULES),
+    reads=(*EXPERT_READS, "attention_bias", "norm_topk_prob", "max_window_layers"),
+    fixed={
+        "moe_layer_freq": (1,),
+        "use_sliding_window": (False, None),  # transformers does not read it: `sliding_window` alone decides
+        "scoring_func": ("noaux_tc", "sigmoid"),  # two names of what the one router of the type does
+    },
+)

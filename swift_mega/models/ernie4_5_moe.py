@@ -1,0 +1,63 @@
+"""ERNIE 4.5 with experts: features rotated in pairs, experts chosen by softmax and a bias, in the layers that an interval names.
+
+The multi-token-prediction modules that checkpoints hold are not part of what this computes, nor are they written.
+"""
+
+from typing import Any
+
+from swift_mega.models.decoder import (
+    DECODER,
+    HF_LAYER,
+    LAYER,
+    expert_rules,
+    moe,
+    rope,
+    shared_expert_rules,
+    translate,
+    vary,
+)
+from swift_mega.models.family import Routing, Rule, Settings
+from swift_mega.models.packs import ONE_ROW
+
+EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."
+
+
+def _translate(config: Any) -> Settings:
+    layers = range(config.num_hidden_layers)
+    chosen = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return moe(
+        translate(config, ropes=(rope(config, head_dim, interleaved=True),) * len(layers)),
+        experts=config.moe_num_experts,
+        top_k=config.moe_k,
+        ffn=config.moe_intermediate_size,
+        layers=tuple(layer in chosen and (layer + 1) % config.moe_layer_interval == 0 for layer in layers),
+        shared=config.moe_num_shared_experts * config.moe_intermediate_size,
+        routing=Routing(score="softmax", smallest=config.moe_norm_min),
+    )
+
+
+FAMILY = vary(
+    DECODER,
+    hf_types=("ernie4_5_moe",),
+    translate=_translate,
+    rules=(
+        *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
+        *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
+        Rule(LAYER + "mlp.router.expert_bias", (HF_LAYER + "mlp.moe_statics.e_score_correction_bias",), ONE_ROW),
+    ),
+    reads=(
+        *("moe_num_experts", "moe_k", "moe_num_shared_experts", "moe_intermediate_size", "moe_norm_min"),
+        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+        *("num_experts", "num_experts_per_tok"),  # transformers' other names of moe_num_experts and moe_k
+        *("num_nextn_predict_layers", "moe_capacity"),  # of the training that made the checkpoint
+    ),
+    fixed={
+        "use_bias": (False, None),
+        "use_rmsnorm": (True,),
+        "moe_gate": ("topk", "topk_fused"),
+        "moe_use_aux_free": (True,),
+        "sliding_window": (None,),
+    },
+    absent=(*DECODER.absent, r"model\.mtp_.*"),
+)

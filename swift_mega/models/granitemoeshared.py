@@ -1,0 +1,26 @@
+"""Granite with experts, and one that every token passes."""
+
+from typing import Any
+
+from swift_mega.models import granitemoe
+from swift_mega.models.decoder import HF_LAYER, LAYER, vary
+from swift_mega.models.family import Rule, Settings
+from swift_mega.models.packs import FUSED_GATE_UP, ROW
+
+SHARED, HF_SHARED = LAYER + "mlp.shared_experts.", HF_LAYER + "shared_mlp."
+
+
+def _translate(config: Any) -> Settings:
+    return granitemoe.translate_granite(config, shared=config.shared_intermediate_size)
+
+
+FAMILY = vary(
+    granitemoe.FAMILY,
+    hf_types=("granitemoeshared",),
+    translate=_translate,
+    rules=(
+        Rule(SHARED + "linear_fc1.weight", (HF_SHARED + "input_linear.weight",), FUSED_GATE_UP),
+        Rule(SHARED + "linear_fc2.weight", (HF_SHARED + "output_linear.weight",), ROW),
+    ),
+    reads=("shared_intermediate_size",),
+)

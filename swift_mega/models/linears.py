@@ -1,0 +1,33 @@
+"""Which Hugging Face modules are linears of attention and MLP: what adapters go to, and what FP8 checkpoints quantise."""
+
+import re
+
+from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.mla import unused
+
+LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
+EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
+STACKED = re.compile(r".*\[(\d+|\{e\})\]")
+"""A slice of a tensor that stacks all experts. It is no linear of its own to Hugging Face and PEFT, and gets no adapter."""
+
+
+def modules_of(family: Family, settings: Settings) -> set[str]:
+    """Hugging Face names of every linear of attention and MLP; not norms, embeddings, the output layer and routers."""
+    found: set[str] = set()
+    for rule in family.rules:
+        if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]) and _is_there(rule, settings):
+            experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
+            layers = [
+                i
+                for i, moe in enumerate(settings.moe_layers)
+                if ".mlp." not in rule.megatron or moe == (EXPERTS.search(rule.megatron) is not None)
+            ]
+            found.update(family.module(part).format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
+    return found
+
+
+def _is_there(rule: Rule, settings: Settings) -> bool:
+    """A family's rules cover what some of its models have."""
+    if ".shared_experts." in rule.megatron:
+        return bool(settings.shape.shared_ffn)
+    return rule.megatron.split(".")[-2] not in unused(settings)

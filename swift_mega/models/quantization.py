@@ -1,0 +1,56 @@
+"""What a Hugging Face directory says of how its weights are quantised.
+
+Today it is `quantization_config` in config.json; checkpoints of older tools say it in a file of its own beside it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift_mega.errors import UserError
+
+KEYS = ("quantization_config", "compression_config")
+"""Fields of config.json; the second is what compressed-tensors wrote at first."""
+SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that said it before config.json did, and the method they stand for where they name none."""
+FLAG = "--dequantize true (model.dequantize=true)"
+
+
+def quantization_of(directory: str | Path) -> dict[str, Any] | None:
+    """The quantisation that a directory states, with its `quant_method`; None where its weights are plain."""
+    folder = Path(directory)
+    config = _object(folder / "config.json")
+    for key in KEYS:
+        if config.get(key) is not None:
+            return _checked(config[key], f"{folder}/config.json: {key}")
+    for name, method in SIDECARS.items():
+        if (folder / name).is_file():
+            return _checked({"quant_method": method, **_object(folder / name)}, str(folder / name))
+    return None
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """The dtype that config.json names for the weights, which a quantised checkpoint means for the dequantised; else bfloat16."""
+    config = _object(Path(directory) / "config.json")
+    name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it from the original checkpoint again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _checked(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("quant_method"), str):
+        raise UserError(
+            f"{where} is {value!r}, which names no quant_method; copy it from the original checkpoint again"
+        )
+    return value

@@ -1,0 +1,43 @@
+"""Floating-point operations of a token: two per weight that it passes, forward, and as many again for each gradient.
+
+A token passes the weights of its own experts, not of all; an embedding is looked up and multiplies nothing, unless it is the head too.
+"""
+
+from swift_mega.models.family import Settings
+
+
+def flops_per_token(settings: Settings, *, trained: bool) -> float:
+    """Of the whole model. Multiply-adds count two: 2 per weight forward, 2 for the input's gradient, 2 more where weights are trained.
+
+    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these.
+    """
+    return (6.0 if trained else 4.0) * weights_per_token(settings)
+
+
+def weights_per_token(settings: Settings) -> int:
+    """Numbers in the matrices that one token is multiplied with, norms and biases left out."""
+    shape = settings.shape
+    mlps = sum(_experts(settings) if moe else _mlp(settings, shape.ffn or 0) for moe in settings.moe_layers)
+    return shape.layers * _attention(settings) + mlps + shape.hidden * shape.vocab
+
+
+def _attention(settings: Settings) -> int:
+    shape, megatron = settings.shape, settings.megatron
+    hidden, heads, head_dim = shape.hidden, shape.heads, megatron["kv_channels"]
+    if not megatron.get("multi_latent_attention"):
+        return hidden * head_dim * 2 * (heads + shape.kv_heads)
+    query, latent, value = megatron["q_lora_rank"], megatron["kv_lora_rank"], megatron["v_head_dim"]
+    queries = hidden * heads * head_dim if query is None else query * (hidden + heads * head_dim)
+    down = hidden * (latent + megatron["qk_pos_emb_head_dim"])
+    return queries + down + latent * heads * (megatron["qk_head_dim"] + value) + heads * value * hidden
+
+
+def _mlp(settings: Settings, ffn: int) -> int:
+    return (3 if settings.megatron["gated_linear_unit"] else 2) * settings.shape.hidden * ffn
+
+
+def _experts(settings: Settings) -> int:
+    shape, megatron = settings.shape, settings.megatron
+    router = shape.hidden * ((shape.experts or 0) + bool(megatron.get("moe_shared_expert_gate")))
+    chosen = megatron["moe_router_topk"] * _mlp(settings, shape.expert_ffn or 0)
+    return router + chosen + _mlp(settings, shape.shared_ffn or 0)
