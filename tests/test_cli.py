@@ -16,7 +16,7 @@ import yaml
 
 import swift_mega
 from swift_mega.cli import main
-from swift_mega.cli.verbs import VERBS
+from swift_mega.cli.table import VERBS
 from swift_mega.config.schema import Parallel
 from swift_mega.config.tree import settings
 from swift_mega.convert.hf_write import plan_files, write_headers
