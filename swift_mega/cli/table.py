@@ -86,12 +86,21 @@ _ALL = (
     ),
     Verb(
         name="export",
-        summary="merge an adapter into its model",
+        summary="merge an adapter into its model; write a model in FP8",
         description="Write the model with the adapter merged into its weights, as Hugging Face files. The model is the one "
-        "that the adapter names, unless --model is given.",
-        usage=("export --adapters DIR --merge_lora true [--model DIR] [--output DIR]",),
+        "that the adapter names, unless --model is given. Or write a model with its linears in FP8, in blocks of 128 x 128, "
+        "as DeepSeek and Qwen publish them.",
+        usage=(
+            "export --adapters DIR --merge_lora true [--model DIR] [--output DIR]",
+            "export --model DIR --quant_method fp8 [--output DIR]",
+        ),
         options=(
-            Option(name="output", value="DIR", help="where to write; default: the adapter's directory with -merged"),
+            Option(
+                name="output",
+                value="DIR",
+                help="where to write; default: the adapter's directory with -merged, the model's with -fp8",
+            ),
+            Option(name="quant_method", value="fp8", help="how the linears are stored", choices=("fp8",)),
             OVERWRITE,
         ),
         takes=_only("model.path", "model.adapters", "model.dequantize", "export.merge_lora", "export.max_shard_size"),

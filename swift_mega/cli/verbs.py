@@ -7,6 +7,7 @@ from typing import Any
 from swift_mega.cli.arguments import Arguments
 from swift_mega.cli.files import check_output, model_of
 from swift_mega.config.check import check_inputs, check_model_directory
+from swift_mega.config.schema import Run
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
@@ -78,6 +79,8 @@ def convert(arguments: Arguments) -> int:
 def export(arguments: Arguments) -> int:
     refuse_joined("export")
     run = arguments.resolved().run
+    if arguments.text("quant_method") is not None:
+        return _export_quantized(arguments, run)
     if len(run.model.adapters) != 1:
         raise UserError(f"export: give one --adapters DIR, not {len(run.model.adapters)}")
     if not run.export.merge_lora:
@@ -94,6 +97,23 @@ def export(arguments: Arguments) -> int:
     api.export(
         model=model, adapters=adapters, output=output, merge=True, max_shard_size=run.export.max_shard_size, overwrite=overwrite,
         dequantize=run.model.dequantize,
+    )  # fmt: skip
+    return 0
+
+
+def _export_quantized(arguments: Arguments, run: Run) -> int:
+    if run.model.adapters or run.export.merge_lora:
+        raise UserError("export: --quant_method takes a whole model; merge the adapter first, then give --model MERGED")
+    model, output, overwrite = run.model.path, arguments.text("output"), arguments.switch("overwrite")
+    if model is None:
+        raise UserError("export --quant_method: no model; give --model DIR")
+    check_model_directory(model, what="--model")
+    output = output or f"{model.rstrip('/')}-{arguments.text('quant_method')}"
+    check_output(output, overwrite=overwrite, inputs=[model])
+    from swift_mega import api
+
+    api.quantize(
+        model=model, output=output, max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize
     )  # fmt: skip
     return 0
 
