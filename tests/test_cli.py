@@ -16,7 +16,7 @@ import yaml
 
 import swift_mega
 from swift_mega.cli import main
-from swift_mega.cli.verbs import VERBS
+from swift_mega.cli.table import VERBS
 from swift_mega.config.schema import Parallel
 from swift_mega.config.tree import settings
 from swift_mega.convert.hf_write import plan_files, write_headers
@@ -37,7 +37,7 @@ class Recorder(types.ModuleType):
         self.passed = True
         self.failure: BaseException | None = None
         self.directory, self.checkpoint, self.merged = Path("out/v0"), Path("out/v0/checkpoint-5"), None
-        for name in ("train", "convert", "export", "infer", "verify"):
+        for name in ("train", "convert", "export", "infer", "verify", "quantize"):
             setattr(self, name, self._recording(name))
 
     def _recording(self, name: str) -> Callable[..., "Recorder"]:
@@ -176,6 +176,16 @@ MISTAKES = [
         "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore",
     ),
     # export
+    (["export", "--quant_method", "int3", "--model", "model"], "--quant_method=int3: expected fp8"),
+    (["export", "--quant_method", "fp8"], "export --quant_method: no model; give --model DIR"),
+    (
+        ["export", "--quant_method", "fp8", "--model", "model", "--adapters", "adapter"],
+        "export: --quant_method takes a whole model; merge the adapter first, then give --model MERGED",
+    ),
+    (
+        ["export", "--quant_method", "fp8", "--model", "model", "--output", "taken"],
+        "--output=taken exists and is not empty",
+    ),
     (["export", "--merge_lora", "true"], "export: give one --adapters DIR, not 0"),
     (["export", "--adapters", "adapter"], "export: an adapter is in PEFT's format already; give --merge_lora true"),
     (["export", "--adapters", "absent", "--merge_lora", "true"], "--adapters=absent: no such directory"),
@@ -367,6 +377,12 @@ def test_export(api: Recorder) -> None:
         ("export", (), common | {"model": "model", "output": "adapter-merged", "max_shard_size": "5GB"}),
         ("export", (), common | {"model": "taken", "output": "out", "max_shard_size": "1MB"}),
     ]
+
+
+def test_export_in_fp8(api: Recorder) -> None:
+    assert main(["export", "--model", "model", "--quant_method", "fp8", "--dequantize", "true"]) == 0
+    common = {"model": "model", "max_shard_size": "5GB", "overwrite": False, "dequantize": True}
+    assert api.calls == [("quantize", (), common | {"output": "model-fp8"})]
 
 
 def test_infer_one_prompt(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,17 +168,18 @@ def write_directory(
     tensors = itertools.chain(pieces(part, groups, exported, value), carried.pieces() if carried else ())
     total = sum(place.bytes for place in planned.values()) // dist.get_world_size()
     with bytes_bar(total, "writing") as bar:
-        agree(_write(tensors, staging, planned, bar.update), staging)
-    found = _share_checksums(staging, planned)
+        found = _write(tensors, staging, planned, bar.update)
     agree(on_first_rank(lambda: _finish(staging, target, planned, found, companions)), staging)
 
 
 def _write(
     tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned], written: Callable[[int], object]
-) -> str | None:
-    """Writes this rank's tensors; returns what went wrong. It goes on taking tensors then: other ranks wait in `_gather`."""
-    problem = None
-    with torch.no_grad(), Writer(staging, planned) as writer:
+) -> dict[str, str]:
+    """Writes this rank's tensors; returns the sha256 of all ranks'. Collective: who cannot write goes on taking tensors, which
+    other ranks wait for in `_gather`.
+    """  # fmt: skip
+    problem, found = None, {}
+    with torch.no_grad(), Writer(staging, planned, sharers=dist.get_world_size()) as writer:
         for piece in tensors:
             if problem is None:
                 try:
@@ -186,18 +187,30 @@ def _write(
                     written(piece.value.nbytes)
                 except OSError as error:
                     problem = cannot_write(staging, error)
-    return problem
+        if problem is None:
+            try:
+                found = writer.finish()
+            except OSError as error:
+                problem = cannot_write(staging, error)
+    agree(problem, staging)
+    return _share_checksums(staging, planned, found)
 
 
-def _share_checksums(staging: Path, planned: Mapping[str, Planned]) -> dict[str, str]:
-    """Every tensor's checksum, each taken by one rank. Collective."""
-    world, problem, mine = dist.get_world_size(), None, {}
+def _share_checksums(staging: Path, planned: Mapping[str, Planned], mine: dict[str, str]) -> dict[str, str]:
+    """Every tensor's checksum. What several ranks wrote of is hashed by one of them. Collective."""
+    world, problem = dist.get_world_size(), None
+    found = _united(mine)
+    rest = [name for name in planned if name not in found]
     try:
-        mine = checksums(staging, planned, list(planned)[dist.get_rank() :: world], sharers=world)
+        mine = checksums(staging, planned, rest[dist.get_rank() :: world], sharers=world)
     except OSError as error:
         problem = cannot_write(staging, error)
     agree(problem, staging)
-    shared: list[dict[str, str]] = [{} for _ in range(world)]
+    return found | (_united(mine) if rest else {})
+
+
+def _united(mine: dict[str, str]) -> dict[str, str]:
+    shared: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(shared, mine)
     return {name: value for one in shared for name, value in one.items()}
 

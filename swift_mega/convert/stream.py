@@ -14,7 +14,7 @@ from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import Dequantised, drop_quantization
-from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
 from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
 
@@ -56,11 +56,12 @@ def restream(
                 for row, value in rows_of(source, name):
                     writer.write(name, value, row)
                     bar.update(value.numel() * place.dtype.itemsize)
+            found = writer.finish()
         copy_companions(source.directory, staging)
         if isinstance(source, Dequantised):
             drop_quantization(staging)
         set_dtype(staging / "config.json", dtype)
-        write_report(staging, planned, checksums(staging, planned, planned), source=str(source.directory.resolve()))
+        write_report(staging, planned, found, source=str(source.directory.resolve()))
         publish(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)

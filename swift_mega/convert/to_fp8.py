@@ -20,7 +20,7 @@ from swift_mega.convert.formats.fp8 import FP8, LARGEST
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, written_dtypes
-from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, Settings
 from swift_mega.models.linears import modules_of
@@ -158,6 +158,7 @@ def write_fp8(
     with Writer(target, planned) as writer:
         for name in planned:
             writer.write(name, tensors[name].value())
+        found = writer.finish()
     copy_companions(checkpoint.directory, target)
     set_quantization(target, fp8_config(checkpoint, linears, block))
-    write_report(target, planned, checksums(target, planned, planned))
+    write_report(target, planned, found)

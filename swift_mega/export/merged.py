@@ -16,7 +16,7 @@ from swift_mega.convert.check import FLOATS, refuse_quantised
 from swift_mega.convert.hf_files import Checkpoint, Entry, some
 from swift_mega.convert.hf_write import Writer, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
-from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, families, family_of, read_config
 from swift_mega.models.quantization import FLAG
@@ -137,10 +137,11 @@ def merge(
                     delta = adapter.delta(linear.module).t() if linear.turned else adapter.delta(linear.module)
                     value = (value.to(torch.promote_types(place.dtype, torch.float32)) + delta).to(place.dtype)
                 writer.write(name, value)
+            found = writer.finish()
         copy_companions(Path(model), staging)
         if dequantize:
             drop_quantization(staging)
-        write_report(staging, planned, checksums(staging, planned, planned))
+        write_report(staging, planned, found)
         publish(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
