@@ -2,8 +2,8 @@
 
 Everything belongs to a key head: its query and key, the values, gates and rates of the value heads that it serves, and their
 channels of the convolution. So tensor ranks hold some key heads each, every projection is cut by rows or columns, and nothing
-crosses ranks inside. Megatron's own module needs flash-linear-attention and refuses rows of many examples; only its linears are
-used here.
+crosses ranks inside. Megatron's own module refuses to be built without flash-linear-attention, and before 0.19 refuses rows of many
+examples; only its linears are used here.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 Each head keeps a matrix S [key_dim, value_dim], zero where an example begins. At every token S is multiplied by exp(decay), and
 then moved, by the share `beta`, so that the token's key reads the token's value from it: S += key (beta (value - key S)). The
-token's result is query S. On CUDA this is flash-linear-attention's kernel, where it is installed; elsewhere the same in torch.
+token's result is query S. On CUDA, in narrow dtypes, this is flash-linear-attention's kernel, where it is installed; elsewhere torch.
 
 In torch, a chunk of tokens is a few products: what each token writes, `fresh`, given the state before the chunk, solves a
 triangular system (section 3.3 of the paper). Only the state goes from chunk to chunk. Sums are kept in float32 or wider.
@@ -40,7 +40,8 @@ def gated_delta_rule(
     [tokens, heads] between 0 and 1. bounds: first token of each example and the end of the last, on the host; cu_seqlens: the
     same as int32 on the device. Returns [tokens, heads, value_dim].
     """
-    kernel = _kernel() if query.is_cuda else None
+    # The kernel refuses float32.
+    kernel = _kernel() if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
     if kernel is None:
         return gated_delta_reference(query, key, value, decay, beta, bounds=bounds, cu_seqlens=cu_seqlens)
     out, _ = kernel(

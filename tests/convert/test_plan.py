@@ -32,6 +32,8 @@ LAYOUTS = {
     "gpt_oss": ("tp2-ep2-etp1", "pp2-ep2"),
     "granitemoeshared": ("tp2-ep2-etp2",),
     "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
+    "qwen3_next": ("tp2-pp2-ep2-etp1", "tp4-etp1"),
+    "qwen3_next_wide": ("tp2-ep2-etp2",),
 }
 
 
