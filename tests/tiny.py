@@ -16,6 +16,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
+ZERO_CENTRED = "Qwen3NextRMSNorm'"
+"""Norms whose weight is kept minus one: its noise is around zero, or every norm would double what it sees, with its rounding."""
+
+
 def _families(file: Path) -> dict[str, dict[str, Any]]:
     """FAMILIES of a file beside this one: name -> fields of the config, on top of SIZES."""
     return importlib.import_module(file.stem).FAMILIES
@@ -118,10 +122,14 @@ def make(
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
+    owners = {key: model.get_submodule(key.rpartition(".")[0]) for key, _ in model.named_parameters()}
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15))
+            centred = ZERO_CENTRED in str(type(owners[key]))
+            parameter.copy_(
+                0.2 * noise + (not centred) if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15)
+            )
     with torch.no_grad():
         for key, buffer in [*model.named_buffers(), *model.named_parameters()]:
             if key.endswith("e_score_correction_bias"):  # zero by default: then nothing would show that it is read

@@ -101,9 +101,9 @@ def draw(directory: str | Path, names: Iterable[str] = (), dequantize: bool = Fa
 
 def _kinds(settings: Settings) -> list[list[int]]:
     """Layers that have the same parameters, by kind."""
-    found: dict[bool, list[int]] = {}
-    for layer, moe in enumerate(settings.moe_layers):
-        found.setdefault(moe, []).append(layer)
+    found: dict[tuple[bool, bool], list[int]] = {}
+    for layer, kind in enumerate(settings.layer_kinds):
+        found.setdefault(kind, []).append(layer)
     return list(found.values())
 
 
@@ -119,6 +119,7 @@ def _only(settings: Settings, layers: Sequence[int]) -> Settings:
         ropes=tuple(settings.ropes[layer] for layer in layers),
         windows=tuple(settings.windows[layer] for layer in layers),
         moe_layers=tuple(settings.moe_layers[layer] for layer in layers),
+        delta_layers=tuple(settings.delta_layers[layer] for layer in layers) if settings.delta_layers else (),
     )
 
 

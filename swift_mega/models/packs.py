@@ -16,10 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Heads:
-    """What a fused attention projection needs to know: query heads that share one key head, and features per head."""
+    """What a fused attention projection needs to know: query heads that share one key head, and features per head.
+
+    channels: query, key and value channels of one key head of a gated delta net.
+    """
 
     queries_per_group: int
     head_dim: int
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,50 @@ class Qkv(Pack):
         return self._blocks(tensor, heads)
 
     def _blocks(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-        groups = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *tensor.shape[1:])
+        groups = tensor.reshape(-1, sum(self.shares(heads)), heads.head_dim, *tensor.shape[1:])
         return groups.split(self.shares(heads), dim=1)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (heads.queries_per_group, 1, 1)
+
+
+@dataclass(frozen=True)
+class GatedQkv(Qkv):
+    """`Qkv` with a gate for every query: in turn for each head in Hugging Face's tensor, after all queries of a group in Megatron's."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        query = parts[0].unflatten(0, (-1, heads.queries_per_group, 2, heads.head_dim)).transpose(1, 2).flatten(0, 3)
+        return super().join((query, *parts[1:]), heads)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(place.reshape(-1, *tensor.shape[1:]) for place in self.places(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        query, key, value = self._blocks(tensor, heads)
+        return query.unflatten(1, (2, -1)).transpose(1, 2), key, value
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return (2 * heads.queries_per_group, 1, 1)
+
+
+@dataclass(frozen=True)
+class ByKeyHead(Pack):
+    """Query, key and value channels of a gated delta net, in turn for each key head."""
+
+    axis: int | None = 0
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        by_head = [part.unflatten(0, (-1, channels)) for part, channels in zip(parts, heads.channels, strict=True)]
+        return torch.cat(by_head, dim=1).flatten(0, 1)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(place.flatten(0, 1) for place in self.places(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tensor.unflatten(0, (-1, sum(heads.channels))).split(heads.channels, dim=1)
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return heads.channels
 
 
 @dataclass(frozen=True)
@@ -221,4 +264,6 @@ GATE_UP = GateUp()
 QKV = Qkv()
 FUSED_GATE_UP = Fused(inner=GATE_UP)
 FUSED_QKV = Fused(inner=QKV)
+GATED_QKV = GatedQkv()
+FUSED_BY_KEY_HEAD = Fused(inner=ByKeyHead())
 TURNED_COLUMN, TURNED_ROW, TURNED_FUSED_QKV = (Turned.of(pack) for pack in (COLUMN, ROW, FUSED_QKV))

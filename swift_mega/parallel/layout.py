@@ -32,6 +32,8 @@ class ModelShape:
     expert_ffn: int | None = None
     shared_ffn: int | None = None
     """Of the expert that every token passes, which tensor ranks cut like a dense MLP; None where there is none."""
+    linear_heads: int | None = None
+    """Key heads of linear attention; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +232,7 @@ def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     tensor = parallel.tensor
     cut = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.ffn}
     cut["columns of the shared expert"] = shape.shared_ffn
+    cut["key heads of linear attention"] = shape.linear_heads
     for what, count in cut.items():
         if count is not None and count % tensor:
             why = "; key-value heads are not copied" if what == "key-value heads" else ""

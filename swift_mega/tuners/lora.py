@@ -230,12 +230,10 @@ class Adapter(nn.Module):
             if len(self.names) > 1
             else (torch.arange(self.outs[0]),)
         )
-        ranges = [
-            (int(part[0]), int(part[-1]) + 1) for part, chosen in zip(numbers, self.chosen, strict=True) if chosen
-        ]
-        sizes = [out for out, chosen in zip(self.outs, self.chosen, strict=True) if chosen]
+        parts = [part for part, chosen in zip(numbers, self.chosen, strict=True) if chosen]
+        ranges = [(int(part[0]), int(part[-1]) + 1) for part in parts]
         rank = self.lora_rank
-        if all(end - start == size for (start, end), size in zip(ranges, sizes, strict=True)):
+        if all(torch.equal(part, torch.arange(*rows)) for part, rows in zip(parts, ranges, strict=True)):
             return [(slice(*rows), slice(n * rank, (n + 1) * rank)) for n, rows in enumerate(ranges)], True
         return [(slice(0, sum(self.outs)), slice(0, rank * len(ranges)))], False
 

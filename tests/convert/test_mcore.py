@@ -41,6 +41,8 @@ CASES = [
     ("gpt_oss", "ep2-etp1", torch.bfloat16),
     ("granitemoeshared", "ep2-pp2", torch.bfloat16),
     ("ernie4_5_moe", "ep2-etp1", torch.float32),
+    ("qwen3_next", "ep2-etp1", torch.bfloat16),  # layers with other parameters, cut by key heads
+    ("qwen3_next_wide", "ep2-pp2", torch.float32),
 ]
 
 
@@ -268,6 +270,21 @@ def test_replacing_a_checkpoint(tmp_path):
     api.convert(**given, overwrite=True)
     assert not (tmp_path / "mcore" / "stale").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+
+
+def test_multi_token_prediction_beside_the_layers_is_carried(tmp_path):
+    """Qwen3-Next holds it under a name of its own."""
+    source = tiny.make(tmp_path / "hf", "qwen3_next")
+    tensors = load_file(source / "model.safetensors")
+    more = {f"mtp.{name}": torch.randn(8, 4) for name in ("fc.weight", "layers.0.self_attn.q_proj.weight")}
+    save_file(tensors | more, source / "model.safetensors", metadata={"format": "pt"})
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["ep2-pp2"])
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+    assert api.plan(source=str(source)).carried == dict.fromkeys(more, "multi-token prediction")
+    save_file(tensors | {"mtq.fc.weight": torch.ones(2)}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"nothing reads: mtq\.fc\.weight"):
+        api.plan(source=str(source))
 
 
 def test_layers_of_multi_token_prediction_are_carried(tmp_path):

@@ -32,6 +32,8 @@ LAYOUTS = {
     "gpt_oss": ("tp2-ep2-etp1", "pp2-ep2"),
     "granitemoeshared": ("tp2-ep2-etp2",),
     "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
+    "qwen3_next": ("tp2-pp2-ep2-etp1", "tp4-etp1"),
+    "qwen3_next_wide": ("tp2-ep2-etp2",),
 }
 
 
@@ -95,6 +97,9 @@ LARGE = {
         schema.Parallel(tensor=64, pipeline=16, expert=128, expert_tensor=1, pipeline_layout="4," * 13 + "3,3,3"), 2048,
         671_026_419_200, (0, 1, 63, 127, 1000, 2047),
     ),
+    "qwen3_next": (
+        schema.Parallel(tensor=2, pipeline=8, expert=64, expert_tensor=1), 512, 79_674_391_296, (0, 1, 255, 511)
+    ),
     "llama": (
         schema.Parallel(tensor=8, pipeline=16, first_stage_layers=7, last_stage_layers=7), 128, 405_853_388_800, (0, 9, 127)
     ),
@@ -111,9 +116,9 @@ LLAMA_405B = dict(
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
-    """DeepSeek-V3 on TP64 x PP16 x EP128 and Llama-3.1-405B on TP8 x PP16: counts add up, and ranks are what Megatron makes them.
+    """DeepSeek-V3, Qwen3-Next and Llama-3.1-405B on 2048, 512 and 128 ranks: counts add up, and ranks are what Megatron makes them.
 
-    The counts are the published 671B and 405.85B.
+    The counts are the published 671B, 405.85B, and 79B without embedding and head.
     """
     parallel, world, parameters, looked_at = LARGE[name]
     config = LLAMA_405B if name == "llama" else json.loads(CONFIGS[name])

@@ -170,6 +170,13 @@ REFUSED: list[tuple[Parallel, ModelShape, int, str, str]] = [
         "parallel.tensor=4",
     ),
     (Parallel(tensor=4), replace(DENSE, ffn=98), 4, "does not divide the model's 98 MLP columns", "parallel.tensor=2"),
+    (
+        Parallel(tensor=4),
+        replace(DENSE, linear_heads=6),
+        4,
+        "does not divide the model's 6 key heads of linear attention",
+        "parallel.tensor=2",
+    ),
     (Parallel(sequence=True), DENSE, 1, "parallel.tensor=1 has none", "parallel.sequence=false"),
     (Parallel(expert=2), DENSE, 2, "parallel.expert=2 cuts experts, and this model has none", "parallel.expert=1"),
     (Parallel(expert_tensor=2), DENSE, 2, "parallel.expert_tensor=2 cuts experts", "parallel.expert_tensor=null"),
