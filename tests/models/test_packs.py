@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads, Pack
+from swift_mega.convert.slices import slices
+from swift_mega.models.family import Rule
+from swift_mega.models.packs import COLUMN, FUSED_QKV, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads, Pack
 from tests import by_hand
 
 NONE = Heads(1, 1)
@@ -123,6 +125,30 @@ def test_qkv_equals_the_slow_loop(tensor, multiple, queries, head_dim, columns, 
         for rank in range(tensor)
     ]
     agrees(QKV, parts, Heads(queries, head_dim), tensor, rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    groups=SIZES, ranks=st.integers(2, 5), each=st.integers(1, 3), features=SIZES, columns=COLUMNS, fused=st.booleans()
+)
+def test_more_ranks_than_key_heads_equal_the_slow_loop(groups, ranks, each, features, columns, fused):
+    """`ranks` of them for a group, `each` query heads on one: what slices say, joined, is the row-by-row list; split is the way back."""
+    tensor, head_dim = groups * ranks, features * ranks
+    lengths = (tensor * each * head_dim, groups * head_dim, groups * head_dim)
+    parts = [numbered(length, columns, 40 * n, torch.int64) for n, length in enumerate(lengths)]
+    names, stored = (("qkv",), (torch.cat(parts),)) if fused else (("q", "k", "v"), parts)
+    hf, heads = dict(zip(names, stored, strict=True)), Heads(ranks * each, head_dim, groups)
+    rule = Rule("linear_qkv.weight", names, FUSED_QKV if fused else QKV)
+    for rank in range(tensor):
+        wanted = by_hand.qkv_rows(groups=groups, queries=ranks * each, head_dim=head_dim, tensor=tensor, rank=rank)
+        shapes = {name: tuple(value.shape) for name, value in hf.items()}
+        pieces = slices(rule, shapes, cut=(rank, tensor), heads=heads, rows=len(wanted))
+        read = [hf[piece.name][piece.start : piece.stop] for piece in pieces]
+        mine, expected = heads.on(rank, tensor), by_hand.gather(parts, wanted)
+        found = rule.pack.join(read, mine)
+        assert torch.equal(found, expected)
+        for back in (rule.pack.split(found, mine), rule.pack.places(found, mine)):
+            assert len(back) == 3 and all(map(torch.equal, back, read))
 
 
 @settings(max_examples=80, deadline=None)
