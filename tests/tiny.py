@@ -61,6 +61,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
+# With fewer key heads than tensor ranks; not among FAMILIES, since they are told from theirs by that alone.
+FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
+    f"{name}_{heads}_{key_heads}": dict(num_attention_heads=heads, num_key_value_heads=key_heads) | fields
+    for name, heads, key_heads, fields in [
+        ("llama", 4, 1, dict(model_type="llama")),
+        ("llama", 4, 2, dict(model_type="llama", tie_word_embeddings=True)),
+        ("llama", 8, 2, dict(model_type="llama", attention_bias=True, mlp_bias=True)),
+        ("qwen2", 4, 1, dict(model_type="qwen2")),
+        ("qwen3", 4, 2, dict(model_type="qwen3")),
+        ("phi3", 4, 1, FAMILIES["phi3"]),
+        ("olmo2", 4, 1, FAMILIES["olmo2"]),
+        ("olmo2", 8, 2, FAMILIES["olmo2"]),
+        ("mixtral", 4, 1, FAMILIES["mixtral"]),
+    ]
+}  # fmt: skip
+
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Who are you? I am an assistant, made to help you.",
@@ -108,7 +124,11 @@ def make_chat(directory: Path, name: str, **changes: Any) -> Path:
 
 def fields_of(name: str, **changes: Any) -> dict[str, Any]:
     """Fields of the config of FAMILIES[name]; those set to `...` are left out, for types that do not have them."""
-    return {key: value for key, value in {**SIZES, **FAMILIES[name], **changes}.items() if value is not ...}
+    return {
+        key: value
+        for key, value in {**SIZES, **(FAMILIES | FEW_KEY_HEADS)[name], **changes}.items()
+        if value is not ...
+    }
 
 
 def make(

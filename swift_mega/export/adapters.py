@@ -45,7 +45,7 @@ def load_adapter(
     with torch.no_grad():
         for held in exported:
             pieces = slices_of(part, adapter.checkpoint, held)
-            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.settings.heads)
+            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
