@@ -1,6 +1,7 @@
 """Two checkpoints beside each other: where their hidden states part first, and what their logits say."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,8 @@ def compare(
     one, other = (Candidate(checkpoint=c) if isinstance(c, str) else c for c in (a, b))
     if dtype not in comparing.TOLERANCES:
         raise UserError(f"dtype={dtype!r} is not one that models are compared in: {', '.join(comparing.TOLERANCES)}")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance={tolerance}: expected a number of at least 0")
     for path, ending in ((json, None), (plot, ".png")):
         _check_file(path, ending)
     if scratch is not None and not Path(scratch).is_dir():
