@@ -43,6 +43,7 @@ CASES = [
     ("ernie4_5_moe", "ep2-etp1", torch.float32),
     ("qwen3_next", "ep2-etp1", torch.bfloat16),  # layers with other parameters, cut by key heads
     ("qwen3_next_wide", "ep2-pp2", torch.float32),
+    ("hunyuan_moe", "ep2-etp1", torch.bfloat16),
 ]
 
 
