@@ -49,6 +49,7 @@ CASES = [
     ("phi3_4_1", "tp4", torch.float32),
     ("olmo2_8_2", "tp4", torch.float32),
     ("gpt_bigcode", "tp4", torch.float32),
+    ("hunyuan_moe", "ep2-etp1", torch.bfloat16),
 ]
 
 
