@@ -32,7 +32,7 @@ LAYOUTS = {
     "gpt_oss": ("tp2-ep2-etp1", "pp2-ep2"),
     "granitemoeshared": ("tp2-ep2-etp2",),
     "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
-    "llama_8_2": ("tp4",),
+    "llama_bias_8_2": ("tp4",),
     "phi3_4_1": ("tp2-pp2", "tp4"),
     "olmo2_4_1": ("tp4",),
 }
