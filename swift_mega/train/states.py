@@ -20,6 +20,7 @@ from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.mcore import companions_of, load_mcore
 from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
@@ -79,8 +80,8 @@ def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: T
     """
     if side.engine == "mcore":
         _run_mcore(side, device, rows, dtype, take)
-    elif dist.get_rank() == 0:
-        _run_transformers(side, device, rows, dtype, take, scratch)
+    else:
+        agree(on_first_rank(lambda: _run_transformers(side, device, rows, dtype, take, scratch)))
 
 
 # ------------------------------------------------------------------------------------------------ Megatron-core
