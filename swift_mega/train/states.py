@@ -5,6 +5,7 @@ Hooks on the decoder layers catch them, so that it does not matter what an engin
 `output_hidden_states` is after the norm), and each is handed on at once: a prompt's states are never in memory together.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,7 @@ def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: T
         _run_mcore(side, device, rows, dtype, take)
     else:
         agree(on_first_rank(lambda: _run_transformers(side, device, rows, dtype, take, scratch)))
+    gc.collect()  # hooks and modules hold each other, and under torchrun the next model comes into the same process
 
 
 # ------------------------------------------------------------------------------------------------ Megatron-core
