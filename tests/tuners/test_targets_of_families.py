@@ -57,6 +57,10 @@ def test_all_linear_is_what_peft_chooses(tmp_path: Path, name: str) -> None:
         ("deepseek_v2", "q_proj"),
         ("deepseek_v2", "k_proj"),
         ("deepseek_v2_lite", "q_a_proj"),
+        ("qwen3_next", "conv1d"),
+        ("qwen3_next", "A_log"),
+        ("qwen3_next_dense", "shared_expert.up_proj"),
+        ("hunyuan_moe", "wg"),
         ("ernie4_5_moe_interval", "shared_experts.up_proj"),
     ],
 )
