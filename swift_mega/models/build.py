@@ -437,10 +437,6 @@ def _mark_cut(part: ModelPart) -> None:
             # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
             # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
             held.parameter.allreduce = False  # type: ignore[attr-defined]
-        if held.expert and part.layout.expert_tensor != part.layout.tensor:
-            # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
-            # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
-            held.parameter.allreduce = False  # type: ignore[attr-defined]
         held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.held_dim or 0, 1  # type: ignore[attr-defined]
 
 
