@@ -25,7 +25,8 @@ from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, free_bytes, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 

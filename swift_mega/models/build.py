@@ -31,13 +31,14 @@ from swift_mega.errors import UserError
 from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import CoreAttention, segments
 from swift_mega.models.experts import BiasedRow, check_biases
-from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.gated_delta import delta_net
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
 from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.packs import Heads
 from swift_mega.models.router import Router
+from swift_mega.models.settings import Block, NormKind, Settings
 from swift_mega.parallel.layout import Coordinate, Layout
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, Rope, Routing, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
+from swift_mega.models.settings import Rope, Routing, Settings
 from swift_mega.parallel.layout import ModelShape
 
 LAYER = "decoder.layers.{i}."

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from swift_mega.errors import UserError
 from swift_mega.models.attention import Segments
-from swift_mega.models.family import Settings
 from swift_mega.models.layer import NoNorm
+from swift_mega.models.settings import Settings
 from swift_mega.ops.rope import rotate
 
 LINEARS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")

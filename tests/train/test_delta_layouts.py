@@ -12,7 +12,7 @@ from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.device import Device
 from swift_mega.export.merged import merge
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.ops.gated_delta import CHUNK
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

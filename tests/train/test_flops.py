@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swift_mega.models.family import hf_config, load_settings
+from swift_mega.models.translate import hf_config, load_settings
 from swift_mega.train.flops import flops_per_token, weights_per_token
 from tests import tiny
 from tests.models.test_published_configs import CONFIGS

@@ -7,7 +7,8 @@ import pytest
 
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import load_settings
 from swift_mega.tuners.targets import check_targets, modules_of
 from tests import tiny
 
