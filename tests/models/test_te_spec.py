@@ -5,6 +5,7 @@ The modules are constructed and filled on the CPU, in a process of their own (te
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import tiny
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "transformer-engine"
 """Where `make test-newest` puts it (scripts/build_te.py), off the path of every other test."""
+REFUSED = "this model has none|key-value heads are not copied|experts have biases, which Megatron cannot cut"
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 
 pytestmark = [
@@ -46,8 +48,8 @@ def test_every_family(found: dict[str, Any], family: str, layout: str) -> None:
     """
     answer = found[layout][family]
     if "refused" in answer:
-        assert layout != "single"
-        pytest.skip(answer["refused"])
+        assert layout != "single" and re.search(REFUSED, answer["refused"]), answer["refused"]
+        return
     for tuner, told in answer.items():
         assert not told["wrong"], (tuner, told["wrong"][:10])
         te = {line.split(": ")[0] for line in told["classes"] if "megatron TE" in line}
