@@ -121,7 +121,7 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     import numpy as np
     import torch
 
-    from swift_mega import api
+    from swift_mega import device as devices
     from swift_mega.config import schema
     from swift_mega.data.pack import Example, collate, pack_examples
     from swift_mega.export.checkpoint import save_checkpoint
@@ -135,7 +135,7 @@ def ours(model: Path, adapter: Path) -> StepFunction:
         optim=schema.Optim(lr=RATE, schedule="constant", weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, clip_grad=CLIP),
     )  # fmt: skip
     _one_rank()
-    training = build_training(run, api.DEVICE, groups.init(layout_of(run, 1)), steps=10**6)
+    training = build_training(run, devices.setup(), groups.init(layout_of(run, 1)), steps=10**6)
     with torch.no_grad():  # `up` starts at zero, which would hide a wrong `down`
         for held in training.tuner.held(training.part):
             if ".adapter.up." in held.name:

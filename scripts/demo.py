@@ -104,8 +104,8 @@ def prove(model: str, trained: api.TrainResult, output: Path) -> list[tuple[str,
     ]  # fmt: skip
 
 
-def recipe_parallel() -> api.schema.Parallel:
-    return api.schema.Parallel(pipeline=2)
+def recipe_parallel() -> api.Parallel:
+    return api.Parallel(pipeline=2)
 
 
 def identical(first: Path, second: Path) -> int:

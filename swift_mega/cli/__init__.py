@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from swift_mega import __version__
 from swift_mega.cli.arguments import read_arguments
 from swift_mega.cli.help import overview, verb_help
-from swift_mega.cli.verbs import VERBS
+from swift_mega.cli.table import VERBS
 from swift_mega.config.tree import suggest
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import rank_prefix

@@ -1,26 +1,18 @@
 """The verbs. Each checks what can be checked cheaply, then imports `swift_mega.api` and calls one function of it."""
 
-import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swift_mega.cli.arguments import Arguments, Option, Verb
-from swift_mega.cli.files import check_output, model_of, read_questions
+from swift_mega.cli.arguments import Arguments
+from swift_mega.cli.files import check_output, model_of
 from swift_mega.config.check import check_inputs, check_model_directory
+from swift_mega.config.schema import Run
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
 
 LAYOUT = re.compile(r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp)\d+|sp))*")
-TRAINING_ONLY = (
-    *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
-    "parallel.ddp_bucket_size",
-)
-MAX_NEW_TOKENS = 256
-END_OF_CHAT = ("exit", "quit")
 
 
 def train(arguments: Arguments) -> int:
@@ -87,6 +79,8 @@ def convert(arguments: Arguments) -> int:
 def export(arguments: Arguments) -> int:
     refuse_joined("export")
     run = arguments.resolved().run
+    if arguments.text("quant_method") is not None:
+        return _export_quantized(arguments, run)
     if len(run.model.adapters) != 1:
         raise UserError(f"export: give one --adapters DIR, not {len(run.model.adapters)}")
     if not run.export.merge_lora:
@@ -107,73 +101,21 @@ def export(arguments: Arguments) -> int:
     return 0
 
 
-def infer(arguments: Arguments) -> int:
-    refuse_joined("infer")
-    run = arguments.resolved().run
-    prompt, source, output = (arguments.text(name) for name in ("prompt", "input", "output"))
-    if prompt is not None and source is not None:
-        raise UserError("infer: --prompt and --input both say what to answer; leave one out")
-    if output is not None and source is None:
-        raise UserError("infer: --output needs --input FILE.jsonl")
-    tokens = arguments.whole("max_new_tokens") or MAX_NEW_TOKENS
-    if len(run.model.adapters) > 1:
-        raise UserError(f"infer: give one --adapters DIR, not {len(run.model.adapters)}")
-    adapters = run.model.adapters[0] if run.model.adapters else None
-    model = model_of(adapters, run.model.path) if adapters else run.model.path
+def _export_quantized(arguments: Arguments, run: Run) -> int:
+    if run.model.adapters or run.export.merge_lora:
+        raise UserError("export: --quant_method takes a whole model; merge the adapter first, then give --model MERGED")
+    model, output, overwrite = run.model.path, arguments.text("output"), arguments.switch("overwrite")
     if model is None:
-        raise UserError("infer: no model; give --model DIR, or --adapters DIR")
+        raise UserError("export --quant_method: no model; give --model DIR")
     check_model_directory(model, what="--model")
-    if output is not None and Path(output).exists() and not arguments.switch("overwrite"):
-        raise UserError(f"--output={output} exists; give another file, or --overwrite true")
-    questions = read_questions(source, system=run.data.system) if source is not None else []
+    output = output or f"{model.rstrip('/')}-{arguments.text('quant_method')}"
+    check_output(output, overwrite=overwrite, inputs=[model])
     from swift_mega import api
 
-    answerer = api.infer(model=model, adapters=adapters)
-
-    def answer(messages: list[dict[str, str]]) -> str:
-        return answerer.answer(messages, max_new_tokens=tokens)
-
-    opening = [{"role": "system", "content": run.data.system}] if run.data.system else []
-    if prompt is not None:
-        print(answer([*opening, {"role": "user", "content": prompt}]))
-    elif questions:
-        _answer_rows(questions, output, answer)
-    else:
-        _chat(opening, answer)
+    api.quantize(
+        model=model, output=output, max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize
+    )  # fmt: skip
     return 0
-
-
-def _answer_rows(questions: list[Any], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """One row at a time, so that a look at the unfinished file shows how far it is."""
-    if output is None:
-        for row, messages in questions:
-            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), flush=True)
-        return
-    scratch = Path(output + ".part")
-    with scratch.open("w", encoding="utf-8") as file:
-        for row, messages in questions:
-            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), file=file, flush=True)
-    scratch.rename(output)
-
-
-def _chat(opening: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """A conversation on the terminal; `clear` starts anew, `exit` or end of file ends it."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    messages = list(opening)
-    while True:
-        try:
-            said = input(prompt).strip()
-        except EOFError:
-            return
-        if said in END_OF_CHAT:
-            return
-        if said == "clear":
-            messages = list(opening)
-        elif said:
-            messages.append({"role": "user", "content": said})
-            reply = answer(messages)
-            print(reply, flush=True)
-            messages.append({"role": "assistant", "content": reply})
 
 
 def verify(arguments: Arguments) -> int:
@@ -215,6 +157,42 @@ def verify(arguments: Arguments) -> int:
     return 0 if report.passed else 1
 
 
+def compare(arguments: Arguments) -> int:
+    refuse_joined("compare")
+    sides = [_side(arguments, letter) for letter in "ab"]
+    options: dict[str, Any] = {
+        name: value
+        for name in ("prompts", "tokenizer", "scratch", "json", "plot")
+        if (value := arguments.text(name)) is not None
+    }
+    if (tolerance := arguments.positive("tolerance")) is not None:
+        options["tolerance"] = tolerance
+    if (top_k := arguments.whole("top_k")) is not None:
+        options["top_k"] = top_k
+    model = arguments.resolved().run.model
+    if model.dtype != "auto":
+        options["dtype"] = model.dtype
+    if model.dequantize:
+        options["dequantize"] = True
+    from swift_mega import api
+
+    found = api.compare(*(api.Candidate(**side) for side in sides), **options)
+    print(found.table())
+    return 0 if found.passed else 1
+
+
+def _side(arguments: Arguments, letter: str) -> dict[str, Any]:
+    checkpoint = arguments.required(letter)
+    if not Path(checkpoint).is_dir():
+        raise UserError(
+            f"--{letter}={checkpoint}: no such directory; give a Hugging Face directory or a Megatron checkpoint"
+        )
+    if (name := arguments.text(f"{letter}_layout")) is not None and not LAYOUT.fullmatch(name):
+        raise UserError(f"--{letter}_layout={name}: expected sizes joined by dashes, such as tp2, pp2 or tp2-pp2-sp")
+    fields = ("model", "adapter", "engine", "layout")
+    return {"checkpoint": checkpoint, **{field: arguments.text(f"{letter}_{field}") for field in fields}}
+
+
 def _verify_files(directory: str) -> int:
     if not Path(directory).is_dir():
         raise UserError(f"--model={directory}: no such directory")
@@ -244,150 +222,3 @@ def _layouts(words: tuple[str, ...]) -> tuple[str, ...]:
 def _refuse_given(arguments: Arguments, name: str, message: str) -> None:
     if any(flag.name.replace("-", "_") == name for flag in arguments.flags):
         raise UserError(message)
-
-
-def _only(*keys: str) -> Callable[[str], bool]:
-    return lambda key: key in keys
-
-
-def _parallel_and(*keys: str) -> Callable[[str], bool]:
-    return lambda key: key in keys or (key.startswith("parallel.") and key not in TRAINING_ONLY)
-
-
-NPROC = Option(
-    name="nproc",
-    value="N",
-    help="ranks to start on this machine; default NPROC_PER_NODE or 1. Under torchrun: none, it joins",
-)
-OUTPUT = Option(name="output", value="DIR", help="where to write; must be absent or empty")
-OVERWRITE = Option(
-    name="overwrite", value="true|false", help="replace what is there, once the new files are complete", kind="switch"
-)
-
-_ALL = (
-    Verb(
-        name="sft",
-        summary="fine-tune on conversations",
-        description="Fine-tune a Hugging Face model on conversations, in any layout, and leave Hugging Face files. "
-        "Starts the ranks itself, or joins those of torchrun.",
-        usage=("sft [recipe.yaml] [key=value …] [--flag value …] [--nproc N]",),
-        options=(NPROC,),
-        takes=lambda key: True,
-        recipe=True,
-        run=train,
-    ),
-    Verb(
-        name="pt",
-        summary="pretrain: every token is trained, all parameters are",
-        description="As sft, with the loss on every token and all parameters trained, unless the settings say otherwise.",
-        usage=("pt [recipe.yaml] [key=value …] [--flag value …] [--nproc N]",),
-        options=(NPROC,),
-        takes=lambda key: True,
-        recipe=True,
-        defaults=(("data.loss_on", "all"), ("tuner.type", "full")),
-        run=train,
-    ),
-    Verb(
-        name="convert",
-        summary="Hugging Face to Megatron-core files, and back",
-        description="Write a Hugging Face model as a Megatron-core checkpoint in a layout, such a checkpoint as a "
-        "Hugging Face model, or a Hugging Face model in another dtype or file size. Every tensor is accounted for, or nothing "
-        "is written.",
-        usage=(
-            "convert --model DIR --to mcore --output DIR [--tp 2 …] [--dry_run true]",
-            "convert --mcore DIR --to hf --output DIR [--model DIR]",
-            "convert --model DIR --to hf --output DIR [--torch_dtype bfloat16] [--max_shard_size 5GB]",
-        ),
-        options=(
-            Option(name="to", value="mcore|hf", help="what to write", choices=("mcore", "hf")),
-            Option(
-                name="mcore",
-                value="DIR",
-                help="the Megatron-core checkpoint to read (with --to hf); --model then names its config and tokenizer, where "
-                "swift-mega did not write it",
-            ),
-            Option(
-                name="dry_run",
-                value="true|false",
-                help="only check, and show what each rank would hold and read",
-                kind="switch",
-            ),
-            OUTPUT,
-            OVERWRITE,
-        ),
-        takes=_parallel_and("model.path", "model.dtype", "model.dequantize", "export.max_shard_size"),
-        run=convert,
-    ),
-    Verb(
-        name="export",
-        summary="merge an adapter into its model",
-        description="Write the model with the adapter merged into its weights, as Hugging Face files. The model is the one "
-        "that the adapter names, unless --model is given.",
-        usage=("export --adapters DIR --merge_lora true [--model DIR] [--output DIR]",),
-        options=(
-            Option(name="output", value="DIR", help="where to write; default: the adapter's directory with -merged"),
-            OVERWRITE,
-        ),
-        takes=_only("model.path", "model.adapters", "model.dequantize", "export.merge_lora", "export.max_shard_size"),
-        run=export,
-    ),
-    Verb(
-        name="infer",
-        summary="ask the model, with or without an adapter",
-        description="Greedy answers by the Hugging Face model: to one prompt, to every row of a JSONL file, or in a "
-        "conversation on the terminal (clear starts anew, exit ends it).",
-        usage=("infer --model DIR [--adapters DIR] [--prompt TEXT | --input FILE.jsonl --output FILE.jsonl]",),
-        options=(
-            Option(name="prompt", value="TEXT", help="one question"),
-            Option(name="input", value="FILE", help="JSONL rows with messages or query"),
-            Option(name="output", value="FILE", help="the rows with their response; default: printed"),
-            Option(name="max_new_tokens", value="N", help=f"tokens of an answer at most; default {MAX_NEW_TOKENS}"),
-            OVERWRITE,
-        ),
-        takes=_only("model.path", "model.adapters", "data.system"),
-        run=infer,
-    ),
-    Verb(
-        name="verify",
-        summary="prove that layouts compute what Hugging Face does",
-        description="For each layout, the largest difference of logits, loss and gradients from Hugging Face, as a table. "
-        "Exits with 1 beyond the tolerance.",
-        usage=(
-            "verify --model DIR [--layouts tp2,pp2,tp2-pp2-sp] [--tolerance X] [--prompts FILE] "
-            "[--tuner lora|full] [--adapters DIR]",
-            "verify --model DIR --files true",
-        ),
-        options=(
-            Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),
-            Option(name="tolerance", value="X", help="largest difference that passes"),
-            Option(name="prompts", value="FILE", help="texts to compare on"),
-            Option(
-                name="files",
-                value="true|false",
-                help="only check the bytes of every tensor against the directory's report.json",
-                kind="switch",
-            ),
-            Option(
-                name="tuner",
-                value="lora|full",
-                help="which parameters' gradients are compared",
-                choices=("lora", "full"),
-            ),
-        ),
-        takes=_only("model.path", "model.adapters", "model.dtype", "model.dequantize"),
-        run=verify,
-    ),
-    Verb(
-        name="config",
-        summary="show the resolved settings and where each came from",
-        description="Print every setting as YAML (again a recipe), with where its value came from.",
-        usage=("config [recipe.yaml] [key=value …] [--flag value …] [--only changed]",),
-        options=(
-            Option(name="only", value="changed", help="leave out settings at their default", choices=("changed",)),
-        ),
-        takes=lambda key: True,
-        recipe=True,
-        run=config,
-    ),
-)
-VERBS = {verb.name: verb for verb in _ALL}

@@ -3,12 +3,14 @@
 Sizes are known first, so that headers are written before any weight, and every process puts what it has where it belongs.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,14 @@ def plan_files(
     return planned
 
 
+def bytes_needed(planned: Mapping[str, Planned], source: Path | None = None) -> int:
+    """On the disk by a plan's files, and by the other files of `source`; JSON that goes with them is not counted."""
+    ends: dict[str, int] = {}
+    for place in planned.values():
+        ends[place.file] = max(ends.get(place.file, 0), place.offset + place.bytes)
+    return sum(ends.values()) + sum(file.stat().st_size for file in (companions(source) if source else ()))
+
+
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """The header of a safetensors file that holds `tensors` one after another, with its length, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -96,18 +106,35 @@ def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
 
 
 class Writer:
-    """Puts tensors, whole or by rows, where a plan says; any number of processes may do so at once, once the headers are there."""
+    """Puts tensors, whole or by rows, where a plan says; any number of processes may do so at once, once the headers are there.
 
-    def __init__(self, directory: Path, planned: Mapping[str, Planned]) -> None:
+    sharers: processes that do so on this machine. A tensor that this one wrote to its end is read back and hashed while the next
+    ones are written.
+    """
+
+    def __init__(self, directory: Path, planned: Mapping[str, Planned], *, sharers: int = 1) -> None:
         self.directory, self.planned = directory, planned
         self._handles: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._digests: dict[str, Future[str]] = {}
+        self._pool = ThreadPoolExecutor(hashing_threads(sharers))
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+    def finish(self) -> dict[str, str]:
+        """Waits until all that was written is on the disk; returns the sha256 of the tensors written to their end."""
+        with ThreadPoolExecutor(1) as disk:
+            synced = [disk.submit(os.fsync, handle) for handle in self._handles.values()]
+            found = {name: digest.result() for name, digest in self._digests.items()}
+            for each in synced:
+                each.result()
+        return found
 
     def write(self, name: str, value: Tensor, first_row: int = 0) -> None:
         """`value` is tensor `name` from row `first_row` on; `X[3]` is number 3 of the stacked tensor X."""
@@ -123,6 +150,14 @@ class Writer:
         same = numbers.dtype == place.dtype and numbers.device.type == "cpu"
         for part in (numbers,) if same else numbers.split(BUFFER // place.dtype.itemsize):
             begin += _write_all(handle, part.to("cpu", place.dtype), begin)
+        self._note(whole, numbers.numel() * place.dtype.itemsize)
+
+    def _note(self, name: str, size: int) -> None:
+        place = self.planned[name]
+        self._written[name] = self._written.get(name, 0) + size
+        assert self._written[name] <= place.bytes, f"{name} is written twice"
+        if self._written[name] == place.bytes:
+            self._digests[name] = self._pool.submit(digest, self.directory / place.file, place.offset, place.bytes)
 
     def _handle(self, file: str) -> int:
         if file not in self._handles:
@@ -137,6 +172,24 @@ def _write_all(handle: int, numbers: Tensor, begin: int) -> int:
     while done < len(raw):
         done += os.pwrite(handle, raw[done : done + MOST], begin + done)
     return done
+
+
+def digest(file: Path, begin: int, size: int) -> str:
+    """sha256 of `size` bytes of a file."""
+    found, buffer = hashlib.sha256(), memoryview(bytearray(min(BUFFER, max(size, 1))))
+    with file.open("rb", buffering=0) as handle:
+        while size:
+            got = os.preadv(handle.fileno(), [buffer[:size]], begin)
+            if not got:
+                raise UserError(f"{file} was cut short while it was read; write it again")
+            found.update(buffer[:got])
+            begin, size = begin + got, size - got
+    return found.hexdigest()
+
+
+def hashing_threads(sharers: int) -> int:
+    """For each of the processes that share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // sharers)
 
 
 def copy_companions(source: Path, target: Path) -> None:

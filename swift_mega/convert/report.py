@@ -1,11 +1,9 @@
 """`report.json` beside the weights: what every tensor's bytes were when they were written, so that a later reader can tell.
 
-The checksums are taken from the files, after all ranks have written: what is promised is what is there.
+The checksums are taken from the files, after they were written: what is promised is what is there.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +11,7 @@ from typing import Any
 
 import swift_mega
 from swift_mega.convert.hf_files import NAMES, Checkpoint, read_json
-from swift_mega.convert.hf_write import Planned
-from swift_mega.convert.spans import BUFFER
+from swift_mega.convert.hf_write import Planned, digest, hashing_threads
 from swift_mega.errors import UserError
 
 REPORT = "report.json"
@@ -24,27 +21,13 @@ def checksums(
     directory: Path, planned: Mapping[str, Planned], names: Iterable[str], *, sharers: int = 1
 ) -> dict[str, str]:
     """sha256 of the bytes of each of these tensors, as they are in the files. sharers: processes that do so on this machine."""
-    threads = max(1, len(os.sched_getaffinity(0)) // sharers)
 
     def one(name: str) -> tuple[str, str]:
         place = planned[name]
         return name, digest(directory / place.file, place.offset, place.bytes)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(hashing_threads(sharers)) as pool:
         return dict(pool.map(one, names))
-
-
-def digest(file: Path, begin: int, size: int) -> str:
-    """sha256 of `size` bytes of a file."""
-    found, buffer = hashlib.sha256(), memoryview(bytearray(min(BUFFER, max(size, 1))))
-    with file.open("rb", buffering=0) as handle:
-        while size:
-            got = os.preadv(handle.fileno(), [buffer[:size]], begin)
-            if not got:
-                raise UserError(f"{file} was cut short while it was read; write it again")
-            found.update(buffer[:got])
-            begin, size = begin + got, size - got
-    return found.hexdigest()
 
 
 def write_report(directory: Path, planned: Mapping[str, Planned], found: Mapping[str, str], **more: Any) -> None:

@@ -1,0 +1,155 @@
+"""Files of one kind to files of another: conversion, its plan, merging, quantising."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift_mega import device as devices
+from swift_mega.config import schema
+from swift_mega.convert import plan_report, stream
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_write import parse_size
+from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest
+from swift_mega.convert.plan import draw
+from swift_mega.convert.plan_report import Plan
+from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.save import save
+from swift_mega.errors import UserError
+from swift_mega.export import merged, quantized
+from swift_mega.launch.torchrun import run_ranks
+from swift_mega.models.build import build, transformer_config
+from swift_mega.models.family import families, family_of, load_settings, read_config
+from swift_mega.models.quantization import stored_dtype
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout, plan_layout
+from swift_mega.train.build import build_part, dequantised_dtype
+
+DEVICE = devices.setup()
+
+
+def convert(
+    *, source: str, to: str, output: str, model: str | None = None, parallel: schema.Parallel | None = None,
+    dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False, dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
+
+    model: config and tokenizer for a Megatron checkpoint that something else wrote. dtype: of the result; default: that of every
+    source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
+    or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
+    dequantize: read a quantised source as plain weights, of `dtype` or of the dtype that its config.json names.
+    """
+    run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
+    kind = getattr(torch, dtype) if dtype else None
+    if to == "mcore":
+        checkpoint = _opened(run, source, kind)
+        layout = _layout_for(run, source)
+        wide = kind or widest(checkpoint, family_of(source))
+        run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+    elif (Path(source) / "config.json").is_file() and not is_mcore(source):
+        checkpoint = _opened(run, source, kind)
+        if read_config(source)["model_type"] in families():
+            plan(source=source, dtype=dtype, dequantize=dequantize)
+        else:
+            print(
+                f"model_type {read_config(source)['model_type']} is not known: tensors are copied, not checked against it"
+            )
+        stream.restream(checkpoint, output, dtype=kind, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite)
+    else:
+        iteration_directory(source)
+        folder, kinds = companions_of(source, model)
+        if kinds is None and kind is None:
+            raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
+        layout = _layout_for(run, str(folder))
+        wide = _promoted(kinds) if kinds else kind
+        rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
+        run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+
+
+def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> Checkpoint:
+    return open_checkpoint(source, dequantised_dtype(run.model, kind or stored_dtype(source)))
+
+
+def plan(
+    *, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None, dequantize: bool = False
+) -> Plan:
+    """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone: nothing is read or written.
+
+    Raises UserError where it could not be done, as `convert` would.
+    """
+    run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
+    layout, kind = _layout_for(run, source), getattr(torch, dtype) if dtype else None
+    checkpoint = _opened(run, source, kind) if any(Path(source).glob("*.safetensors")) else None
+    kind = kind or (widest(checkpoint, family_of(source)) if checkpoint else torch.bfloat16)
+    blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
+    return plan_report.make(blueprint, layout, dtype=kind, directory=Path(source), checkpoint=checkpoint)
+
+
+def _layout_for(run: schema.Run, directory: str) -> Layout:
+    parallel, settings = run.parallel, load_settings(directory, dequantize=run.model.dequantize)
+    world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
+    return plan_layout(parallel, settings.shape, world, training=False)
+
+
+def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
+    wide = next(iter(kinds.values()))
+    for kind in kinds.values():
+        wide = torch.promote_types(wide, kind)
+    return wide
+
+
+def _to_mcore(
+    run: schema.Run,
+    layout: Layout,
+    kind: torch.dtype,
+    directory: str,
+    output: str,
+    checkpoint: Checkpoint,
+    overwrite: bool,
+) -> None:
+    groups = parallel_groups.init(layout)
+    part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
+    save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
+    parallel_groups.close()
+
+
+def _to_hf(
+    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
+    dtypes: Any, shard_bytes: int, overwrite: bool,
+) -> None:  # fmt: skip
+    groups = parallel_groups.init(layout)
+    settings = load_settings(directory)
+    config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
+    family = family_of(directory).named_like(names)
+    part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
+    load_mcore(part, groups, source)
+    save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
+    parallel_groups.close()
+
+
+def export(
+    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes.
+
+    dequantize: `model` is quantised, and what is written is plain.
+    """
+    if not merge:
+        raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
+    merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
+
+
+def quantize(
+    *, model: str, output: str, block: tuple[int, int] = (128, 128), max_shard_size: str = "5GB", overwrite: bool = False,
+    dequantize: bool = False,
+) -> None:  # fmt: skip
+    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
+
+    dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
+    """
+    quantized.quantize(
+        model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize
+    )

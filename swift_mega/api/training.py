@@ -1,0 +1,63 @@
+"""Training, from settings or a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from swift_mega import device as devices
+from swift_mega.config import schema
+from swift_mega.config.check import check_inputs
+from swift_mega.config.load import Resolved, load
+from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.loader import Prepared, prepare
+from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
+from swift_mega.models.family import family_of, load_settings
+from swift_mega.objectives.objective import find_objective
+from swift_mega.parallel.layout import plan_layout
+from swift_mega.train.build import warmup_steps
+from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
+
+DEVICE = devices.setup()
+
+
+def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
+    """Settings from a YAML recipe, `key=value` overrides and SWIFT-style flags; `.run` is what `train` takes."""
+    return load(path, overrides, flags)
+
+
+def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
+    """Trains as `run` says, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1), or on torchrun's.
+
+    Raises UserError before any rank starts where settings, model, data and layout do not fit together.
+    """
+    check_inputs(run, command="train")
+    assert run.model.path is not None
+    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
+    layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
+    check_training(run, family_of(run.model.path), settings)
+    if run.model.dequantize:
+        open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
+    find_objective(run.objective)
+    tokenizer = load_tokenizer(run.model.path)
+    prepared = _prepare(run, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    batches, _ = make_batches(run, layout, 0, prepared, pad)
+    warmup_steps(run.optim, total_steps(run.train, batches))
+    return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+
+
+def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
+    """Tokenised examples; the first rank shows progress and what became of the rows."""
+    with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        prepared = prepare(run.data, tokenizer, progress=progress)
+    if is_first_rank():
+        print(prepared.report, flush=True)
+    return prepared

@@ -1,0 +1,85 @@
+"""The verb `infer`: one question, a file of them, or a conversation on the terminal."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from swift_mega.cli.arguments import Arguments
+from swift_mega.cli.files import model_of, read_questions
+from swift_mega.config.check import check_model_directory
+from swift_mega.errors import UserError
+from swift_mega.launch.torchrun import refuse_joined
+
+MAX_NEW_TOKENS = 256
+END_OF_CHAT = ("exit", "quit")
+
+
+def infer(arguments: Arguments) -> int:
+    refuse_joined("infer")
+    run = arguments.resolved().run
+    prompt, source, output = (arguments.text(name) for name in ("prompt", "input", "output"))
+    if prompt is not None and source is not None:
+        raise UserError("infer: --prompt and --input both say what to answer; leave one out")
+    if output is not None and source is None:
+        raise UserError("infer: --output needs --input FILE.jsonl")
+    tokens = arguments.whole("max_new_tokens") or MAX_NEW_TOKENS
+    if len(run.model.adapters) > 1:
+        raise UserError(f"infer: give one --adapters DIR, not {len(run.model.adapters)}")
+    adapters = run.model.adapters[0] if run.model.adapters else None
+    model = model_of(adapters, run.model.path) if adapters else run.model.path
+    if model is None:
+        raise UserError("infer: no model; give --model DIR, or --adapters DIR")
+    check_model_directory(model, what="--model")
+    if output is not None and Path(output).exists() and not arguments.switch("overwrite"):
+        raise UserError(f"--output={output} exists; give another file, or --overwrite true")
+    questions = read_questions(source, system=run.data.system) if source is not None else []
+    from swift_mega import api
+
+    answerer = api.infer(model=model, adapters=adapters)
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        return answerer.answer(messages, max_new_tokens=tokens)
+
+    opening = [{"role": "system", "content": run.data.system}] if run.data.system else []
+    if prompt is not None:
+        print(answer([*opening, {"role": "user", "content": prompt}]))
+    elif questions:
+        _answer_rows(questions, output, answer)
+    else:
+        _chat(opening, answer)
+    return 0
+
+
+def _answer_rows(questions: list[Any], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """One row at a time, so that a look at the unfinished file shows how far it is."""
+    if output is None:
+        for row, messages in questions:
+            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), flush=True)
+        return
+    scratch = Path(output + ".part")
+    with scratch.open("w", encoding="utf-8") as file:
+        for row, messages in questions:
+            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), file=file, flush=True)
+    scratch.rename(output)
+
+
+def _chat(opening: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
+    """A conversation on the terminal; `clear` starts anew, `exit` or end of file ends it."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    messages = list(opening)
+    while True:
+        try:
+            said = input(prompt).strip()
+        except EOFError:
+            return
+        if said in END_OF_CHAT:
+            return
+        if said == "clear":
+            messages = list(opening)
+        elif said:
+            messages.append({"role": "user", "content": said})
+            reply = answer(messages)
+            print(reply, flush=True)
+            messages.append({"role": "assistant", "content": reply})
