@@ -38,6 +38,18 @@ class Sizes:
     columns: int | None
     missing: int
     """Rows that a vocabulary lacks to be `size * multiple`."""
+    within: int = 1
+    """Ranks that share a group; where it is 1 ranks have `multiple` whole groups each."""
+
+    @property
+    def groups(self) -> int:
+        """Of all ranks."""
+        return self.size * self.multiple if self.within == 1 else self.size // self.within
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Query, key and value channels of a key head."""
+        return self.head_dim, self.head_dim + 1, self.queries
 
     @property
     def tail(self) -> Index:
@@ -79,26 +91,57 @@ class Reference:
             yield index, None if source is None else self.place(source)
 
 
-def qkv_source(s: Sizes, rank: int, row: int) -> tuple[int, int]:
-    """(0 query | 1 key | 2 value, its row) of a row of one rank's linear_qkv, where ranks share out whole groups: [group, (queries,
-    key, value), head_dim], as transformer/attention.py get_query_key_value_tensors takes it apart."""
-    group_rows = (s.queries + 2) * s.head_dim
-    group, inside = rank * s.multiple + row // group_rows, row % group_rows
-    head, feature = inside // s.head_dim, inside % s.head_dim
+def qkv_source(s: Sizes, row: int) -> tuple[int, int]:
+    """(0 query | 1 key | 2 value, its row) of a row of all ranks' linear_qkv, of which each has an even share: [group, (queries, key,
+    value), head_dim], as transformer/attention.py get_query_key_value_tensors takes it apart."""
+    group, inside = divmod(row, (s.queries + 2) * s.head_dim)
+    head, feature = divmod(inside, s.head_dim)
     if head < s.queries:
         return 0, (group * s.queries + head) * s.head_dim + feature
     return head - s.queries + 1, group * s.head_dim + feature
 
 
-def qkv(s: Sizes) -> Reference:
-    groups = s.size * s.multiple
-    rows = (groups * s.queries * s.head_dim, groups * s.head_dim, groups * s.head_dim)
+def gated_source(s: Sizes, row: int) -> tuple[int, int]:
+    """As qkv_source, with a gate for every query: after all queries of the group, while the tensor has each head's query and gate."""
+    group, inside = divmod(row, (2 * s.queries + 2) * s.head_dim)
+    slot, feature = divmod(inside, s.head_dim)
+    if slot < 2 * s.queries:
+        gate, head = divmod(slot, s.queries)
+        return 0, ((group * s.queries + head) * 2 + gate) * s.head_dim + feature
+    return slot - 2 * s.queries + 1, group * s.head_dim + feature
+
+
+def channels_source(s: Sizes, row: int) -> tuple[int, int]:
+    """A key head's query channels, its key channels, its value channels; then the next head's."""
+    head, inside = divmod(row, sum(s.channels))
+    part = 0
+    while inside >= s.channels[part]:
+        inside -= s.channels[part]
+        part += 1
+    return part, head * s.channels[part] + inside
+
+
+def by_group(s: Sizes, each: Index, source_of: Callable[[Sizes, int], tuple[int, int]]) -> Reference:
+    """Groups one after another, of `each` rows of every part; ranks have even shares of all rows."""
+    held = s.groups * sum(each) // s.size
 
     def source(rank: int, index: Index) -> Source:
-        part, row = qkv_source(s, rank, index[0])
+        part, row = source_of(s, rank * held + index[0])
         return part, (row, *index[1:])
 
-    return Reference(tuple((n, *s.tail) for n in rows), (sum(rows) // s.size, *s.tail), source)
+    return Reference(tuple((s.groups * rows, *s.tail) for rows in each), (held, *s.tail), source)
+
+
+def qkv(s: Sizes) -> Reference:
+    return by_group(s, (s.queries * s.head_dim, s.head_dim, s.head_dim), qkv_source)
+
+
+def gated(s: Sizes) -> Reference:
+    return by_group(s, (2 * s.queries * s.head_dim, s.head_dim, s.head_dim), gated_source)
+
+
+def by_key_head(s: Sizes) -> Reference:
+    return by_group(s, s.channels, channels_source)
 
 
 def gate_up(s: Sizes) -> Reference:
@@ -179,6 +222,8 @@ REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
     packs.VOCAB: (vocabulary, (MATRIX, VECTOR)),
     packs.GATE_UP: (gate_up, (MATRIX, VECTOR)),
     packs.QKV: (qkv, (MATRIX, VECTOR)),
+    packs.GATED_QKV: (gated, (MATRIX, VECTOR)),
+    packs.FUSED_BY_KEY_HEAD: (lambda s: fused(by_key_head(s)), (MATRIX, VECTOR)),
     packs.FUSED_GATE_UP: (lambda s: fused(gate_up(s)), (MATRIX, VECTOR)),
     packs.FUSED_QKV: (lambda s: fused(qkv(s)), (MATRIX, VECTOR)),
     packs.INTERLEAVED_GATE_UP: (interleaved, (MATRIX,)),
@@ -188,6 +233,8 @@ REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
     packs.TURNED_FUSED_QKV: (lambda s: turned(fused(qkv(s))), (MATRIX,)),
 }
 """Every pack, its reference, and the tensors it is for."""
+WITHIN = (packs.QKV, packs.FUSED_QKV)
+"""Whose groups ranks may share."""
 
 
 # --- cases
@@ -202,9 +249,14 @@ class Case:
     reference: Reference
     tensors: list[Tensor]
 
+    def heads(self, rank: int) -> Heads:
+        """What the rank's join and split are given."""
+        return self.model_heads.on(rank, self.sizes.size)
+
     @property
-    def heads(self) -> Heads:
-        return Heads(self.sizes.queries, self.sizes.head_dim)
+    def model_heads(self) -> Heads:
+        s = self.sizes
+        return Heads(s.queries, s.head_dim, groups=s.groups, channels=s.channels)
 
     @property
     def rule(self) -> Rule:
@@ -225,13 +277,11 @@ class Case:
 
     def slices(self, rank: int) -> list[tuple[int, Slice]]:
         """What the rank reads of every tensor, in order."""
-        return [
-            (number, piece)
-            for number, (name, tensor) in enumerate(zip(self.rule.parts, self.tensors, strict=True))
-            for piece in slices(
-                self.rule, name, tuple(tensor.shape), cut=(rank, self.sizes.size), heads=self.heads, rows=rows_of(self.reference.held)
-            )
-        ]  # fmt: skip
+        numbers = {name: number for number, name in enumerate(self.rule.parts)}
+        tensors = {name: tuple(self.tensors[number].shape) for name, number in numbers.items()}
+        cut = (rank, self.sizes.size)
+        found = slices(self.rule, tensors, cut=cut, heads=self.model_heads, rows=rows_of(self.reference.held))
+        return [(numbers[piece.name], piece) for piece in found]
 
     def read(self, rank: int) -> list[Tensor]:
         return [cut(self.tensors[number], piece) for number, piece in self.slices(rank)]
@@ -277,4 +327,9 @@ def cases(draw: st.DrawFn, pack: Pack) -> Case:
         columns=draw(st.integers(1, 5)) if draw(st.sampled_from(REFERENCES[pack][1])) == MATRIX else None,
         missing=draw(st.integers(0, size * multiple - 1)),
     )
+    if pack in WITHIN and draw(st.booleans()):  # more ranks than groups: rows within a group are cut
+        within = draw(st.integers(2, 4))
+        sizes = replace(
+            sizes, size=within * draw(st.integers(1, 2)), head_dim=within * draw(st.integers(1, 2)), within=within
+        )
     return make(pack, sizes, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1 << 30)))

@@ -146,14 +146,15 @@ def run(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     return go
 
 
-def check_no_room(said: str, output: Path, *, older: bool = False) -> None:
-    """Path, bytes needed, bytes free, remedy."""
+def check_no_room(said: str, output: Path, *, older: bool = False) -> int:
+    """Path, bytes needed, bytes free, remedy. Returns the bytes needed."""
     found = re.search(r"cannot write (\S+): it takes ([\d,]+) bytes, and ([\d,]+) are free", said)
     assert found is not None, said
     needed, free = (int(number.replace(",", "")) for number in found.groups()[1:])
     assert Path(found[1]) == output and 700_000 < needed < 4 * MEGABYTE and free < needed, said
     assert "; free the space or choose another --output" in said
     assert ("the older one is kept until the new one is complete" in said) == older
+    return needed
 
 
 @every_writer
@@ -168,7 +169,8 @@ def test_both_outputs_need_room(run, sources, disk, writer):
     """Where an older output is replaced it stays until the new one is whole, and it stays whole where there is no room for it."""
     assert run(writer, disk / "out") == ""
     before = contents(disk)
-    check_no_room(run(writer, disk / "out", "--overwrite", "true"), disk / "out", older=True)
+    needed = check_no_room(run(writer, disk / "out", "--overwrite", "true"), disk / "out", older=True)
+    assert 0.95 < needed / sum(map(len, before.values())) <= 1  # never more than it takes: that would refuse what fits
     assert contents(disk) == before and names(disk) == ["out"]
 
 

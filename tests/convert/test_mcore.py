@@ -112,7 +112,7 @@ def test_from_one_layout_into_another(tmp_path):
 
 def test_more_ranks_than_key_heads_into_fewer_and_back(tmp_path):
     """Saved at TP4 of 2 key heads and read at TP2; saved there and read at TP4."""
-    source, first, second = tiny.make(tmp_path / "hf", "llama_4_2"), tmp_path / "first", tmp_path / "second"
+    source, first, second = tiny.make(tmp_path / "hf", "llama_tied_4_2"), tmp_path / "first", tmp_path / "second"
     api.convert(source=str(source), to="mcore", output=str(first), parallel=LAYOUTS["tp4"])
     api.convert(source=str(first), to="hf", output=str(tmp_path / "tp2"), parallel=Parallel(tensor=2))
     api.convert(source=str(source), to="mcore", output=str(second), parallel=Parallel(tensor=2))

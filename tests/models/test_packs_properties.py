@@ -81,7 +81,9 @@ def test_every_pack_has_a_reference():
     unknown = {where: pack for pack, where in found.items() if pack not in REFERENCES}
     assert not unknown, f"give these a reference in REFERENCES: {unknown}"
     classes = subclasses(Pack) | {Pack}
-    assert classes == {type(pack) for pack in REFERENCES}, "a class of packs without a reference"
+    assert classes == {type(one) for pack in REFERENCES for one in (pack, getattr(pack, "inner", pack))}, (
+        "a class of packs without a reference"
+    )
     assert len(found) >= 14 and len(classes) >= 6  # the walk found them at all
 
 
@@ -102,7 +104,7 @@ def examples(count: int = 20) -> Any:
 def test_what_a_rank_reads_joined_is_its_parameter(pack, data):
     case = data.draw(cases(pack))
     for rank in range(case.sizes.size):
-        found = pack.join(case.read(rank), case.heads)
+        found = pack.join(case.read(rank), case.heads(rank))
         expected = case.held(rank)
         if pack.padded:
             expected, padding = expected[: len(found)], as_bits(expected[len(found) :])
@@ -119,7 +121,7 @@ def test_places_take_what_a_rank_reads(pack, data):
     for rank in range(case.sizes.size):
         expected = case.held(rank)
         made = torch.zeros_like(expected)
-        places = pack.places(made[: rows_of(case.read(rank)[0].shape)] if pack.padded else made, case.heads)
+        places = pack.places(made[: rows_of(case.read(rank)[0].shape)] if pack.padded else made, case.heads(rank))
         assert places is not None
         for place, part in zip(places, case.read(rank), strict=True):
             place.copy_(part.reshape(place.shape))
@@ -146,7 +148,7 @@ def test_a_file_fills_every_rank(pack, data):
             expected = case.held(rank)
             for dtype in (expected.dtype, torch.float64):
                 made = torch.full(expected.shape, 77, dtype=dtype)
-                fill(made, checkpoint, case.rule, [piece for _, piece in case.slices(rank)], case.heads)
+                fill(made, checkpoint, case.rule, [piece for _, piece in case.slices(rank)], case.heads(rank))
                 if dtype == expected.dtype:
                     assert equal(made, expected)
                 else:
@@ -194,9 +196,9 @@ def test_split_gives_back_what_was_joined(pack, data):
         held = case.held(rank)
         if pack.padded:
             held = held[: len(case.read(rank)[0])]
-        pieces = pack.split(held, case.heads)
+        pieces = pack.split(held, case.heads(rank))
         assert all(equal(one, other) for one, other in zip(pieces, case.read(rank), strict=True))
-        assert equal(pack.join(pieces, case.heads), held)
+        assert equal(pack.join(pieces, case.heads(rank)), held)
 
 
 @every_pack
@@ -206,14 +208,14 @@ def test_shares_ranges_and_fuse(pack, data):
     """The relative sizes of the parts, where each lies in its tensor, and the tensors of whole parts."""
     case = data.draw(cases(pack))
     reference, axis, generator = case.reference, pack.axis or 0, torch.Generator().manual_seed(3)
-    lengths, shares = [part[axis] for part in reference.parts], pack.shares(case.heads)
+    lengths, shares = [part[axis] for part in reference.parts], pack.shares(case.model_heads)
     assert len(shares) == len(lengths)
     assert all(length * shares[0] == lengths[0] * share for length, share in zip(lengths, shares, strict=True))
     places = [(part, reference.place((part, (0,) * len(shape)))) for part, shape in enumerate(reference.parts)]
     for number, tensor in enumerate(case.tensors):
         inside = [(index[axis], index[axis] + lengths[part]) for part, (where, index) in places if where == number]
         if pack.axis is not None:
-            assert list(pack.ranges(tensor.shape[axis], case.heads)) == inside
+            assert list(pack.ranges(tensor.shape[axis], case.model_heads)) == inside
     whole = [random_bits(shape, case.tensors[0].dtype, generator) for shape in reference.parts]
     fused_tensors = pack.fuse(whole)
     assert [tuple(tensor.shape) for tensor in fused_tensors] == reference.tensors
@@ -230,7 +232,7 @@ def test_shares_ranges_and_fuse(pack, data):
 def test_held_dim_is_the_one_that_is_cut(pack, data):
     """The shape of a rank's parameter beside the one of a single rank."""
     case = data.draw(cases(pack))
-    alone = REFERENCES[pack][0](replace(case.sizes, size=1, multiple=case.sizes.size * case.sizes.multiple)).held
+    alone = REFERENCES[pack][0](replace(case.sizes, size=1, multiple=case.sizes.groups, within=1)).held
     if pack in (packs.REPLICATED, packs.ONE_ROW):
         assert pack.held_dim is None and pack.axis is None
         return
@@ -255,7 +257,7 @@ def test_linear_is_the_pack_of_tensors_stored_out_in(pack, data):
     stored = [tensor.t() for tensor in case.tensors] if isinstance(pack, packs.Turned) else case.tensors
     straight = Case(pack.linear, case.sizes, case.reference, list(stored))
     for rank in range(case.sizes.size):
-        found, expected = pack.linear.join(straight.read(rank), case.heads), case.held(rank)
+        found, expected = pack.linear.join(straight.read(rank), case.heads(rank)), case.held(rank)
         assert equal(found, expected[: len(found)] if pack.padded else expected)
     assert pack.linear.axis == pack.held_dim and pack.linear.linear is pack.linear
 
@@ -263,10 +265,10 @@ def test_linear_is_the_pack_of_tensors_stored_out_in(pack, data):
 # --- writing
 
 
-def part_of(case: Case, layout: Layout, rank: int) -> ModelPart:
+def part_of(case: Case, layout: Layout, rank: int, expert: bool = False) -> ModelPart:
     """What `save` asks of a rank's part: where it is, and the model's heads and vocabulary."""
     shape = SimpleNamespace(vocab=case.tensors[0].shape[0])
-    model: Any = SimpleNamespace(heads=case.heads, shape=shape)
+    model: Any = SimpleNamespace(heads=replace(case.model_heads, groups=0) if expert else case.model_heads, shape=shape)
     nothing: Any = None
     return ModelPart(nothing, model, nothing, layout, layout.coordinate(rank), [])
 
@@ -299,6 +301,7 @@ def check_pieces(found: Iterable[Piece], case: Case, suffix: str = "") -> None:
 def test_pieces_of_all_ranks_are_the_tensors(pack, data):
     """Of a parameter that the tensor axis cuts, and of an expert's, which the other axis does; the other size is any."""
     case, other, expert = data.draw(cases(pack)), data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    expert = expert and case.sizes.within == 1  # no attention is an expert's
     sizes = (other, case.sizes.size) if expert else (case.sizes.size, other)
     layout = Layout(world=math.lcm(*sizes), layers=(1,), tensor=sizes[0], expert_tensor=sizes[1])
     pieces: list[Piece] = []
@@ -308,7 +311,7 @@ def test_pieces_of_all_ranks_are_the_tensors(pack, data):
         if (where.expert_data if expert else where.data) != 0:
             continue
         number = where.expert_tensor if expert else where.tensor
-        part, held = part_of(case, layout, rank), held_of(case, number, 7 if expert else None)
+        part, held = part_of(case, layout, rank, expert), held_of(case, number, 7 if expert else None)
         assert part.tensor_axis(held) == (number, case.sizes.size)
         assert part.part_shapes(held) == case.reference.tensors
         if pack.axis == 0:
@@ -348,7 +351,9 @@ def saved_by_ranks(layout: Layout, expert: bool) -> int:
     (vocab,) = (case for case in found_cases if case.pack.padded and case.sizes.columns is None)
     mine = [
         replace(piece, value=piece.value.clone())
-        for piece in save.pieces(part_of(vocab, layout, groups.rank), groups, exported, lambda held: held.parameter)
+        for piece in save.pieces(
+            part_of(vocab, layout, groups.rank, expert), groups, exported, lambda held: held.parameter
+        )
     ]
     everyone: list[list[Piece]] = [[] for _ in range(layout.world)]
     dist.all_gather_object(everyone, mine)
