@@ -6,6 +6,7 @@ config, tokenizer, and the dtype of every source tensor, so that the way back is
 
 import json
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 LONGEST_REASON = 300
+FP8_STATE = re.compile(r"_extra_state\d*$")
+"""What modules keep beside their tensors. Which of them have one differs between Transformer Engine and Megatron's own modules."""
 SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 
 
@@ -139,24 +142,33 @@ def _reason(error: BaseException) -> str:
 
 
 def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
-    """Fills the part from a torch_dist checkpoint that was saved in any layout. Collective; optimizer state is skipped."""
-    state = _sharded(part, groups)
+    """Fills the part from a torch_dist checkpoint that was saved in any layout, by Transformer Engine's modules or Megatron's own.
+
+    Collective. Optimizer state and the scales of FP8 are left where they are; everything else must be asked for, and be there.
+    """
+    state = {
+        key: {name: value for name, value in chunk.items() if not FP8_STATE.search(name)}
+        for key, chunk in _sharded(part, groups).items()
+    }
     folder = iteration_directory(directory)
     try:
-        loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        # Megatron calls missing what the model lacks, and unexpected what the checkpoint does (each rank its own).
+        loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
             f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the "
             "config.json that belongs to it"
         ) from error
-    extra = sorted(key for key in unexpected if not key.startswith(SKIPPED))
-    if missing or extra:
-        raise UserError(
-            f"{folder} does not fit its config.json: {len(missing)} tensors missing ({some(sorted(missing))}), "
-            f"{len(extra)} that nothing reads ({some(extra)}); use the checkpoint that belongs to this config"
-        )
+    unread = sorted(key for key in unread if not key.startswith(SKIPPED) and not FP8_STATE.search(key))
+    problem = (
+        f"{folder} does not fit its config.json: {len(absent)} tensors missing ({some(sorted(absent))}), "
+        f"{len(unread)} that nothing reads ({some(unread)}); use the checkpoint that belongs to this config"
+    )
+    agree(problem if absent or unread else None)
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
-        chunk.load_state_dict(loaded[key], strict=True)
+        rest = chunk.load_state_dict(loaded[key], strict=False)
+        left = [name for name in (*rest.missing_keys, *rest.unexpected_keys) if not FP8_STATE.search(name)]
+        assert not left, f"{folder}: {left} were not filled"
 
 
 def iteration_directory(directory: str | Path) -> Path:
@@ -217,6 +229,9 @@ def _keys(part: ModelPart) -> list[str]:
 
 def _sharded(part: ModelPart, groups: Groups) -> dict[str, Any]:
     metadata = {"dp_cp_group": groups.data_context, "singleton_local_shards": False}
-    return {
-        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_keys(part), part.chunks, strict=True)
-    }
+    found = {}
+    for key, chunk in zip(_keys(part), part.chunks, strict=True):
+        state = chunk.sharded_state_dict(metadata=metadata)
+        # A norm that is written under the name of one in a linear has no state of its own there.
+        found[key] = {name: value for name, value in state.items() if not value.key.endswith("layer_norm__extra_state")}
+    return found

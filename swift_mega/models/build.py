@@ -341,14 +341,16 @@ def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=_latent(settings),
     )  # fmt: skip
+    norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
     if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
-        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         if not moe:
             _mlp(spec).linear_fc1 = TEColumnParallelLinear
+    if settings.megatron.get("qk_layernorm", False):
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
     if _latent(settings):
-        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
         latent(spec.submodules.self_attention, settings, norm=norm, linear=TEColumnParallelLinear)
     return spec
 
@@ -385,7 +387,17 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = NoNorm
         elif block.parallel and block.shared_norm:
             spec.submodules.pre_mlp_layernorm = NoNorm
+    spec.submodules.sharded_state_dict_keys_map = _names_in_checkpoints(settings, moe)
     return spec
+
+
+def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:
+    """What Megatron's checkpoints call a layer's norms, fused or not: as Megatron's layer with Transformer Engine does on CUDA.
+
+    Megatron's local layers do so too, but with experts or latents, where there is no linear to fuse a norm into, they do not agree.
+    """
+    names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    return names if _latent(settings) else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
 
 
 def _mlp(spec: ModuleSpec) -> Any:
