@@ -18,7 +18,7 @@ from swift_mega.convert.mcore import load_mcore
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import build_part
