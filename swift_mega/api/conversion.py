@@ -20,9 +20,10 @@ from swift_mega.convert.save import save
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.build import build, transformer_config
+from swift_mega.models.build import build
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
+from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.quantization import stored_dtype
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups

@@ -19,8 +19,9 @@ from swift_mega.convert.load import fill
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.convert.spans import Span, spans, stacked
 from swift_mega.device import Device
-from swift_mega.models.build import build, padded_vocabulary, transformer_config
+from swift_mega.models.build import build, padded_vocabulary
 from swift_mega.models.family import Family, Rule, family_of
+from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups

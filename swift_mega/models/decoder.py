@@ -1,6 +1,6 @@
 """The common pre-norm decoder as data: what its config means to Megatron, and which tensors fill it.
 
-A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/build.py does).
+A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/specs.py does).
 """
 
 import dataclasses

@@ -107,6 +107,11 @@ def refuse_without_effect(config: TransformerConfig) -> None:
         raise UserError(f"model.megatron.{found[0]}: latent attention cannot use it here; remove it")
 
 
+def is_latent(settings: Settings) -> bool:
+    """Keys and values come from a latent."""
+    return bool(settings.megatron.get("multi_latent_attention", False))
+
+
 def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: type) -> None:
     """Makes the spec of Megatron's latent attention ours: norms apart from the linears, which are all cut by columns."""
     attention.module = LatentAttention

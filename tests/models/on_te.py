@@ -112,7 +112,7 @@ def classes(part: ModelPart) -> list[str]:
         for name, module in chunk.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
                 kind, base = type(module).__mro__[:2]
-                kind = base if base.__name__ == kind.__name__ else kind  # what models/build.py's `bound` was given
+                kind = base if base.__name__ == kind.__name__ else kind  # what models/specs.py's `bound` was given
                 place = ".".join(word for word in name.split(".") if not word.isdigit())
                 found.add(f"{place}: {kind.__module__.split('.')[0]} {kind.__name__}")
     return sorted(found)
