@@ -14,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.safe_globals import SAFE_GLOBALS
 from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import carried_of, refuse_quantised
@@ -22,6 +23,7 @@ from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, on_first_rank
+from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family, Settings
@@ -40,7 +42,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 LONGEST_REASON = 300
-SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+SKIPPED = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_", "common_state")
+"""Keys of a training run's state that is no weight."""
 
 
 def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:
@@ -66,18 +69,22 @@ def save_mcore(
     """
     target = Path(directory)
     staging = staging_of(target)
-    agree(on_first_rank(lambda: _begin(target, staging, source, part.settings, overwrite)), staging)
-    state = {**_sharded(part, groups), "iteration": 0, "checkpoint_version": 3.0}
-    problem = None
+    agree(on_first_rank(lambda: begin(target, staging, source, part.settings, overwrite)), staging)
+    agree(save_state(_sharded(part, groups), staging, target), staging)
+    agree(on_first_rank(lambda: complete(staging, target)), staging)
+
+
+def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | None:
+    """Megatron's own save, with what marks a checkpoint without a training run; returns what went wrong."""
     try:
-        dist_checkpointing.save(state, str(staging / RELEASE))
+        dist_checkpointing.save({**state, "iteration": 0, "checkpoint_version": 3.0}, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
-        problem = f"cannot write {target}: {_reason(error)}; free the space or choose another --output"
-    agree(problem, staging)
-    agree(on_first_rank(lambda: _complete(staging, target)), staging)
+        return f"cannot write {target}: {reason_of(error)}; free the space or choose another --output"
+    return None
 
 
-def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, overwrite: bool) -> None:
+def begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, overwrite: bool) -> None:
+    """The staging directory, with all of a checkpoint but its weights."""
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     try:
         recover(target)
@@ -105,7 +112,8 @@ def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
                 writer.write(name, source.read(name))
 
 
-def _complete(staging: Path, target: Path) -> None:
+def complete(staging: Path, target: Path) -> None:
+    """The tracker file last, then the directory's own name."""
     try:
         (staging / TRACKER).write_text(RELEASE)
         publish(staging, target)
@@ -113,7 +121,7 @@ def _complete(staging: Path, target: Path) -> None:
         raise UserError(cannot_write(target, error)) from None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line; torch wraps what a rank met, and says only that there was something."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
@@ -126,20 +134,29 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
     state = _sharded(part, groups)
     folder = iteration_directory(directory)
     try:
-        loaded, missing, unexpected = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        read_metadata(folder)  # Megatron would run whatever is pickled there
+        with torch.serialization.safe_globals(SAFE_GLOBALS):  # a training run keeps its settings beside the weights
+            # what Megatron calls missing is missing from what was asked for
+            loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
-            f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the "
+            f"{folder} cannot be read as a torch_dist checkpoint: {reason_of(error)}; copy it again, with the "
             "config.json that belongs to it"
         ) from error
-    extra = sorted(key for key in unexpected if not key.startswith(SKIPPED))
-    if missing or extra:
-        raise UserError(
-            f"{folder} does not fit its config.json: {len(missing)} tensors missing ({some(sorted(missing))}), "
-            f"{len(extra)} that nothing reads ({some(extra)}); use the checkpoint that belongs to this config"
-        )
+    unread = {key for key in unread if not key.startswith(SKIPPED)}
+    if unread or absent:
+        raise UserError(misfit(folder, absent, unread))
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
         chunk.load_state_dict(loaded[key], strict=True)
+
+
+def misfit(folder: Path, absent: Iterable[str], unread: Iterable[str], more: str = "") -> str:
+    """What to tell the user of a checkpoint that is not of its config.json's model."""
+    absent, unread = sorted(set(absent)), sorted(set(unread))
+    return (
+        f"{folder} does not fit its config.json: {len(absent)} tensors missing ({some(absent)}), "
+        f"{len(unread)} that nothing reads ({some(unread)}){more}; use the checkpoint that belongs to this config"
+    )
 
 
 def iteration_directory(directory: str | Path) -> Path:
