@@ -17,18 +17,19 @@ Source = tuple[int, int]
 
 
 def qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:
-    """Rows of one rank's linear_qkv; `queries` are query heads per group, parts are 0 query, 1 key, 2 value."""
+    """Rows of one rank's linear_qkv; `queries` are query heads per group, parts are 0 query, 1 key, 2 value.
+
+    More ranks than groups have rows of a part of a group each.
+    """
     rows = []
     for group in range(groups):
-        if not rank * groups <= group * tensor < (rank + 1) * groups:
-            continue
         for query in range(queries):
             for feature in range(head_dim):
                 rows.append((0, (group * queries + query) * head_dim + feature))
         for part in (1, 2):
             for feature in range(head_dim):
                 rows.append((part, group * head_dim + feature))
-    return rows
+    return [row for number, row in enumerate(rows) if number // (len(rows) // tensor) == rank]
 
 
 def gated_qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:

@@ -82,6 +82,25 @@ FAMILIES.update(
 )
 
 
+FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
+    f"{name}_{heads}_{key_heads}": FAMILIES[name] | dict(num_attention_heads=heads, num_key_value_heads=key_heads)
+    for name, heads, key_heads in [
+        ("llama", 4, 1),
+        ("llama_tied", 4, 2),
+        ("llama_bias", 8, 2),
+        ("qwen2", 4, 1),
+        ("qwen3", 4, 2),
+        ("phi3", 4, 1),
+        ("olmo2", 4, 1),
+        ("olmo2", 8, 2),
+        ("hunyuan", 4, 2),
+        ("gpt_oss", 8, 2),
+        ("mixtral", 4, 1),
+    ]
+}
+"""For more tensor ranks than key heads; not among FAMILIES, since that alone tells them from theirs."""
+
+
 def tokenizer(template: str | None = None, *special: str, eos: str = "</s>") -> Any:
     """A byte-level BPE of a few hundred merges, made on the spot, with `special` as single tokens; a fast tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -108,7 +127,11 @@ def make_chat(directory: Path, name: str, **changes: Any) -> Path:
 
 def fields_of(name: str, **changes: Any) -> dict[str, Any]:
     """Fields of the config of FAMILIES[name]; those set to `...` are left out, for types that do not have them."""
-    return {key: value for key, value in {**SIZES, **FAMILIES[name], **changes}.items() if value is not ...}
+    return {
+        key: value
+        for key, value in {**SIZES, **(FAMILIES | FEW_KEY_HEADS)[name], **changes}.items()
+        if value is not ...
+    }
 
 
 def make(

@@ -6,11 +6,13 @@ config, tokenizer, and the dtype of every source tensor, so that the way back is
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -27,7 +29,7 @@ from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family, Settings
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, free_bytes, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
@@ -69,7 +71,8 @@ def save_mcore(
     """
     target = Path(directory)
     staging = staging_of(target)
-    agree(on_first_rank(lambda: begin(target, staging, source, part.settings, overwrite)), staging)
+    needed = _bytes_in_all(part)
+    agree(on_first_rank(lambda: begin(target, source, part.settings, needed=needed, overwrite=overwrite)))
     agree(save_state(_sharded(part, groups), staging, target), staging)
     agree(on_first_rank(lambda: complete(staging, target)), staging)
 
@@ -79,17 +82,18 @@ def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | N
     try:
         dist_checkpointing.save({**state, "iteration": 0, "checkpoint_version": 3.0}, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
-        return f"cannot write {target}: {reason_of(error)}; free the space or choose another --output"
+        free = (
+            f"{free_bytes(staging):,} bytes are free"  # torch says where its writer stopped, not that the disk is full
+        )
+        return f"cannot write {target}: {reason_of(error)} ({free}); free the space or choose another --output"
     return None
 
 
-def begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, overwrite: bool) -> None:
-    """The staging directory, with all of a checkpoint but its weights."""
+def begin(target: Path, source: Checkpoint, settings: Settings, *, needed: int, overwrite: bool) -> None:
+    """The staging directory, with all of a checkpoint but its weights, which take `needed` bytes."""
+    staging = open_staging(target, overwrite=overwrite, needed=needed)
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     try:
-        recover(target)
-        check_output(target, overwrite)
-        begin_staging(staging)
         (staging / RELEASE).mkdir()
         beside = staging / COMPANIONS
         beside.mkdir()
@@ -98,7 +102,24 @@ def begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, o
         (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
         _keep(source, carried_of(settings, source.entries), beside)
     except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(cannot_write(target, error)) from None
+    except UserError:  # a source that cannot be read to its end
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _bytes_in_all(part: ModelPart) -> int:
+    """Of the parameters that a checkpoint of all ranks holds. Collective."""
+    where, mine = part.coordinate, 0
+    for held in part.held():
+        replica = where.expert_data if held.expert else where.data + where.context
+        whole = held.rule.pack.axis is None and part.tensor_axis(held)[0] != 0
+        if not (held.copy or replica or whole):
+            mine += held.parameter.nbytes
+    counted = [0] * dist.get_world_size()
+    dist.all_gather_object(counted, mine)
+    return sum(counted)
 
 
 def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import Planned, Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.hf_write import Planned, Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.report import checksums, write_report
@@ -27,7 +27,7 @@ from swift_mega.convert.stream import set_dtype
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Settings
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -79,11 +79,11 @@ def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Val
 
 
 def _rows(part: ModelPart, held: Held, mine: Tensor) -> Iterator[Piece]:
-    heads, found = part.settings.heads, iter(held.rule.pack.split(mine, part.settings.heads))
-    for name, shape in zip(held.parts, part.part_shapes(held), strict=True):
-        for piece in slices(held.rule, name, shape, cut=part.tensor_axis(held), heads=heads, rows=len(mine)):
-            assert piece.stop is not None
-            yield Piece(name, next(found)[: piece.stop - piece.start], piece.start)
+    tensors = dict(zip(held.parts, part.part_shapes(held), strict=True))
+    wanted = slices(held.rule, tensors, cut=part.tensor_axis(held), heads=part.heads, rows=len(mine))
+    for piece, value in zip(wanted, held.rule.pack.split(mine, part.heads), strict=True):
+        assert piece.stop is not None
+        yield Piece(piece.name, value[: piece.stop - piece.start], piece.start)
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor] | None:
@@ -97,6 +97,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor]
 
 def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]:
     pack = held.rule.pack
+    assert pack.rows(part.heads) is None, f"{held.name}: shards that end within a group are known by one rank each"
     split = [pack.split(shard, part.settings.heads) for shard in shards]
     whole = [
         torch.cat(tensors, dim=pack.axis or 0) if len(tensors) > 1 else tensors[0]
@@ -236,7 +237,7 @@ def _united(mine: dict[str, str]) -> dict[str, str]:
     return {name: value for one in shared for name, value in one.items()}
 
 
-def on_first_rank(action: Callable[[], None]) -> str | None:
+def on_first_rank(action: Callable[[], object]) -> str | None:
     """Rank 0 acts; returns what went wrong there."""
     if dist.get_rank() == 0:
         try:
@@ -292,10 +293,8 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
 
 
 def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrite: bool) -> None:
+    open_staging(target, overwrite=overwrite, needed=bytes_needed(planned))
     try:
-        recover(target)
-        check_output(target, overwrite)
-        begin_staging(staging)
         write_headers(staging, planned)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)

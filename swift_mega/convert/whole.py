@@ -67,11 +67,7 @@ def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = N
     count = _count(slot, settings, size, most)
     rows = shape[0] // count if shape else 1
     for number in range(count):
-        pieces = tuple(
-            piece
-            for name, whole in slot.parts.items()
-            for piece in slices(slot.rule, name, whole, cut=(number, count), heads=settings.heads, rows=rows)
-        )
+        pieces = tuple(slices(slot.rule, slot.parts, cut=(number, count), heads=settings.heads, rows=rows))
         lies = []
         for place in slot.places:
             length = place.shape[0] // count if shape else 1
@@ -99,10 +95,11 @@ def write_mcore(
     target, settings = Path(output), blueprint.settings
     staging = staging_of(target)
     check_coverage(blueprint.family, settings, checkpoint, blueprint.wanted)
-    agree(on_first_rank(lambda: begin(target, staging, checkpoint, settings, overwrite)), staging)
+    needed = _bytes(blueprint)
+    agree(on_first_rank(lambda: begin(target, checkpoint, settings, needed=needed, overwrite=overwrite)))
     agree(save_state({"model": {thing.unique_key: thing for thing in blueprint.objects}}, staging, target), staging)
     try:
-        with ChunkWriter(staging / RELEASE) as writer, bytes_bar(_bytes(blueprint), "writing") as bar:
+        with ChunkWriter(staging / RELEASE) as writer, bytes_bar(needed, "writing") as bar:
             rows = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor)
             for slot in blueprint.slots:
                 size = layout.expert_tensor if slot.expert else layout.tensor

@@ -36,6 +36,7 @@ from swift_mega.models.gated_delta import delta_net
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
 from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.packs import Heads
 from swift_mega.models.router import Router
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -152,17 +153,20 @@ class ModelPart:
             return self.coordinate.expert_tensor, self.layout.expert_tensor
         return self.coordinate.tensor, self.layout.tensor
 
+    @property
+    def heads(self) -> Heads:
+        """How this rank's attention projections are laid out."""
+        return self.settings.heads.on(self.coordinate.tensor, self.layout.tensor)
+
     def part_shapes(self, held: Held) -> list[tuple[int, ...]]:
         """Whole shapes of the Hugging Face tensors in a parameter."""
-        _, size = self.tensor_axis(held)
-        local = held.rule.pack.split(torch.empty(held.parameter.shape, device="meta"), self.settings.heads)
-        shapes = [list(part.shape) for part in local]
-        axis = held.rule.pack.axis
-        for shape in shapes:
-            if axis is not None:
-                shape[axis] = self.settings.shape.vocab if held.rule.pack.padded else shape[axis] * size
-        whole = held.rule.pack.fuse([torch.empty(shape, device="meta") for shape in shapes])
-        return [tuple(tensor.shape) for tensor in whole]
+        (_, size), pack, shape = self.tensor_axis(held), held.rule.pack, list(held.parameter.shape)
+        if pack.padded:
+            shape[0] = self.settings.shape.vocab
+        elif pack.axis is not None:
+            shape[pack.held_dim or 0] *= size
+        parts = pack.split(torch.empty(shape, device="meta"), self.settings.heads)
+        return [tuple(tensor.shape) for tensor in pack.fuse(parts)]
 
     @property
     def head_weight(self) -> Tensor | None:

@@ -21,7 +21,7 @@ from swift_mega.models.decoder import (
     translate,
 )
 from swift_mega.models.family import Biases, DeltaNet, Family, NormKind, Rule, Settings
-from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW, Heads
+from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW
 from swift_mega.models.qwen2_moe import EXPERT_RULES
 
 ATTENTION, LINEAR = LAYER + "self_attention.", HF_LAYER + "linear_attn."
@@ -68,8 +68,12 @@ def _translate(config: Any) -> Settings:
         delta_layers=linear,
         predict_prefix="mtp.",
     )
-    heads = Heads(settings.heads.queries_per_group, settings.heads.head_dim, delta.channels)
-    shape = dataclasses.replace(settings.shape, linear_heads=delta.key_heads if any(linear) else None)
+    heads = dataclasses.replace(settings.heads, channels=delta.channels)
+    shape = dataclasses.replace(
+        settings.shape,
+        linear_heads=delta.key_heads if any(linear) else None,
+        key_heads_alone="belongs to queries with a gate, which Megatron does not share over tensor ranks",
+    )
     settings = dataclasses.replace(settings, heads=heads, shape=shape)
     moe_layers = tuple(
         layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0 for layer in range(layers)

@@ -23,7 +23,7 @@ from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.family import family_of, hf_config
+from swift_mega.models.family import families, family_of, hf_config, read_config
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
@@ -82,7 +82,7 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     if folded:
         assert adapter is not None
         merge(model, adapter, output / "merged", overwrite=True)
-    network = _network(output / "merged" if folded else model, None if folded else adapter, dtype)
+    network = network_of(output / "merged" if folded else model, None if folded else adapter, dtype)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
         gradients = {family.on_disk(name): value for name, value in _model_gradients(network).items()}
@@ -95,13 +95,17 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     save_file({name: value.contiguous() for name, value in gradients.items()}, folder / "model.safetensors")
 
 
-def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
+def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
+    """A transformers model, with a PEFT adapter or without, ready to be asked; of any type that transformers knows."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    known = read_config(model)["model_type"] in families()
+    # Its grouped products of experts know no float64; the loop over experts does.
+    loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, config=hf_config(model), dtype=dtype, trust_remote_code=False
+        model, config=hf_config(model) if known else None, dtype=dtype, trust_remote_code=False, **loop
     )
     if adapter is not None:
         from peft import PeftModel
