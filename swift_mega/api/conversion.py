@@ -17,9 +17,10 @@ from swift_mega.convert.plan import draw
 from swift_mega.convert.plan_report import Plan
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.convert.save import save
+from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
-from swift_mega.launch.torchrun import run_ranks
+from swift_mega.launch.torchrun import run_ranks, started_ranks
 from swift_mega.models.build import build
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
@@ -50,7 +51,10 @@ def convert(
         checkpoint = _opened(run, source, kind)
         layout = _layout_for(run, source)
         wide = kind or widest(checkpoint, family_of(source))
-        run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+        if started_ranks() > 1:
+            run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+        else:
+            run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = _opened(run, source, kind)
         if read_config(source)["model_type"] in families():
@@ -66,9 +70,16 @@ def convert(
         if kinds is None and kind is None:
             raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
         layout = _layout_for(run, str(folder))
-        wide = _promoted(kinds) if kinds else kind
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
-        run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+        if started_ranks() > 1:
+            wide = _promoted(kinds) if kinds else kind
+            run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+            return
+        number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, dequantize)
+        if number:
+            print(
+                f"{number} tensors and objects of a training run's state ({size / 1e9:.3f} GB) in {source} were not read"
+            )
 
 
 def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> Checkpoint:
@@ -101,6 +112,23 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
     for kind in kinds.values():
         wide = torch.promote_types(wide, kind)
     return wide
+
+
+def _whole_to_mcore(
+    layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint, overwrite: bool, dequantize: bool
+) -> None:  # fmt: skip
+    blueprint = draw(directory, checkpoint.entries, dequantize, kind)
+    write_mcore(blueprint, layout, output, checkpoint, overwrite=overwrite)
+
+
+def _whole_to_hf(
+    directory: str, output: str, source: str, names: Sequence[str], dtypes: Any, shard_bytes: int, overwrite: bool,
+    dequantize: bool,
+) -> tuple[int, int]:  # fmt: skip
+    blueprint = draw(directory, names, dequantize)
+    return read_mcore(
+        blueprint, source, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite
+    )
 
 
 def _to_mcore(

@@ -32,14 +32,14 @@ def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
             if first:
                 pieces = slices_of(part, checkpoint, held)
                 fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
-                problem = problem or _not_finite(held.parameter, checkpoint, pieces)
+                problem = problem or not_finite(held.parameter, checkpoint, pieces)
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
             bar.update(held.parameter.nbytes)
     agree(problem)
 
 
-def _not_finite(value: Tensor, checkpoint: Checkpoint, pieces: Sequence[Slice]) -> str | None:
+def not_finite(value: Tensor, checkpoint: Checkpoint, pieces: Sequence[Slice]) -> str | None:
     """What to say of a parameter that holds NaN or infinity, by the tensor that it is in.
 
     A rank that found one goes on: the others wait for what it sends them.

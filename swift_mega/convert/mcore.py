@@ -4,9 +4,11 @@ The directory is laid out as Megatron-LM lays its own (`release/` and a tracker 
 config, tokenizer, and the dtype of every source tensor, so that the way back is bit-exact.
 """
 
+import itertools
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,17 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.safe_globals import SAFE_GLOBALS
 from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import carried_of, refuse_quantised
 from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
 from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.places import spellings
 from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, on_first_rank
+from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
@@ -45,7 +50,8 @@ UNREADABLE = (
 LONGEST_REASON = 300
 FP8_STATE = re.compile(r"_extra_state\d*$")
 """What modules keep beside their tensors. Which of them have one differs between Transformer Engine and Megatron's own modules."""
-SKIPPED = ("optimizer.", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+SKIPPED = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_", "common_state")
+"""Keys of a training run's state that is no weight."""
 
 
 def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:
@@ -72,22 +78,26 @@ def save_mcore(
     target = Path(directory)
     staging = staging_of(target)
     needed = _bytes_in_all(part)
-    agree(on_first_rank(lambda: open_staging(target, overwrite=overwrite, needed=needed)))
-    agree(on_first_rank(lambda: _begin(target, staging, source, part.settings)), staging)
-    state = {**_sharded(part, groups), "iteration": 0, "checkpoint_version": 3.0}
-    problem = None
+    agree(on_first_rank(lambda: begin(target, source, part.settings, needed=needed, overwrite=overwrite)))
+    agree(save_state(_sharded(part, groups), staging, target), staging)
+    agree(on_first_rank(lambda: complete(staging, target)), staging)
+
+
+def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | None:
+    """Megatron's own save, with what marks a checkpoint without a training run; returns what went wrong."""
     try:
-        dist_checkpointing.save(state, str(staging / RELEASE))
+        dist_checkpointing.save({**state, "iteration": 0, "checkpoint_version": 3.0}, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
         free = (
             f"{free_bytes(staging):,} bytes are free"  # torch says where its writer stopped, not that the disk is full
         )
-        problem = f"cannot write {target}: {_reason(error)} ({free}); free the space or choose another --output"
-    agree(problem, staging)
-    agree(on_first_rank(lambda: _complete(staging, target)), staging)
+        return f"cannot write {target}: {reason_of(error)} ({free}); free the space or choose another --output"
+    return None
 
 
-def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings) -> None:
+def begin(target: Path, source: Checkpoint, settings: Settings, *, needed: int, overwrite: bool) -> None:
+    """The staging directory, with all of a checkpoint but its weights, which take `needed` bytes."""
+    staging = open_staging(target, overwrite=overwrite, needed=needed)
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     try:
         (staging / RELEASE).mkdir()
@@ -98,7 +108,11 @@ def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings) 
         (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
         _keep(source, carried_of(settings, source.entries), beside)
     except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(cannot_write(target, error)) from None
+    except UserError:  # a source that cannot be read to its end
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _bytes_in_all(part: ModelPart) -> int:
@@ -125,7 +139,8 @@ def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
                 writer.write(name, source.read(name))
 
 
-def _complete(staging: Path, target: Path) -> None:
+def complete(staging: Path, target: Path) -> None:
+    """The tracker file last, then the directory's own name."""
     try:
         (staging / TRACKER).write_text(RELEASE)
         publish(staging, target)
@@ -133,7 +148,7 @@ def _complete(staging: Path, target: Path) -> None:
         raise UserError(cannot_write(target, error)) from None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line; torch wraps what a rank met, and says only that there was something."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
@@ -152,23 +167,32 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
     }
     folder = iteration_directory(directory)
     try:
-        # Megatron calls missing what the model lacks, and unexpected what the checkpoint does (each rank its own).
-        loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
+        stored = read_metadata(folder).state_dict_metadata  # Megatron would run whatever is pickled there
+        for value in itertools.chain.from_iterable(chunk.values() for chunk in state.values()):
+            value.key = next((key for key in spellings(value.key) if key in stored), value.key)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):  # a training run keeps its settings beside the weights
+            # Megatron calls missing what the model lacks, and unexpected what the checkpoint does (each rank its own).
+            loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
-            f"{folder} cannot be read as a torch_dist checkpoint: {_reason(error)}; copy it again, with the "
+            f"{folder} cannot be read as a torch_dist checkpoint: {reason_of(error)}; copy it again, with the "
             "config.json that belongs to it"
         ) from error
-    unread = sorted(key for key in unread if not key.startswith(SKIPPED) and not FP8_STATE.search(key))
-    problem = (
-        f"{folder} does not fit its config.json: {len(absent)} tensors missing ({some(sorted(absent))}), "
-        f"{len(unread)} that nothing reads ({some(unread)}); use the checkpoint that belongs to this config"
-    )
-    agree(problem if absent or unread else None)
+    unread = {key for key in unread if not key.startswith(SKIPPED) and not FP8_STATE.search(key)}
+    agree(misfit(folder, absent, unread) if absent or unread else None)
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
         rest = chunk.load_state_dict(loaded[key], strict=False)
         left = [name for name in (*rest.missing_keys, *rest.unexpected_keys) if not FP8_STATE.search(name)]
         assert not left, f"{folder}: {left} were not filled"
+
+
+def misfit(folder: Path, absent: Iterable[str], unread: Iterable[str], more: str = "") -> str:
+    """What to tell the user of a checkpoint that is not of its config.json's model."""
+    absent, unread = sorted(set(absent)), sorted(set(unread))
+    return (
+        f"{folder} does not fit its config.json: {len(absent)} tensors missing ({some(absent)}), "
+        f"{len(unread)} that nothing reads ({some(unread)}){more}; use the checkpoint that belongs to this config"
+    )
 
 
 def iteration_directory(directory: str | Path) -> Path:

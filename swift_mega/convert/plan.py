@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.load import fill
+from swift_mega.convert.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.convert.spans import Span, spans, stacked
 from swift_mega.device import Device
@@ -42,6 +44,9 @@ class Slot:
     """Uncut, a vocabulary unpadded."""
     parts: Mapping[str, tuple[int, ...]]
     """The Hugging Face tensors in it, and their whole shapes."""
+    dtype: torch.dtype
+    places: tuple[Place, ...]
+    """Where a Megatron checkpoint holds its rows, in their order."""
 
     @property
     def expert(self) -> bool:
@@ -56,6 +61,8 @@ class Blueprint:
     family: Family
     settings: Settings
     slots: tuple[Slot, ...]
+    objects: tuple[ShardedObject, ...]
+    """What a Megatron checkpoint holds beside tensors: the empty states of linears."""
 
     @property
     def wanted(self) -> dict[str, tuple[int, ...]]:
@@ -76,10 +83,13 @@ class Share:
     """The embedding again, as the head of a tied model whose last stage is not its first."""
 
 
-def draw(directory: str | Path, names: Iterable[str] = (), dequantize: bool = False) -> Blueprint:
+def draw(
+    directory: str | Path, names: Iterable[str] = (), dequantize: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Blueprint:
     """The blueprint of a Hugging Face directory, or of its config.json alone. In a group of one rank (Megatron asks for one).
 
     names: of the tensors in its files, where there are files; some families are published under shorter ones.
+    dtype: of the model; a few parameters may have one of their own.
     """
     family, settings = family_of(directory), load_settings(directory, dequantize=dequantize)
     family = family.named_like(names) if (names := list(names)) else family
@@ -88,20 +98,34 @@ def draw(directory: str | Path, names: Iterable[str] = (), dequantize: bool = Fa
     layout = plan_layout(schema.Parallel(), small.shape, 1, training=False)
     groups = parallel_groups.init(layout)
     try:
-        config = transformer_config(small, layout, device=META, dtype=torch.bfloat16, train=schema.Train(), given={})
+        config = transformer_config(small, layout, device=META, dtype=dtype, train=schema.Train(), given={})
         with torch.device("meta"):
             part = build(family, small, layout, groups.coordinate, device=META, config=config, vocab_divisible_by=1)
-        slots = []
+        slots, layers = [], settings.shape.layers
+        places, objects = places_of(part.chunks[0], groups)
         for held in part.held():
             shape, numbers = tuple(held.parameter.shape), dict(held.numbers)
-            shapes = part.part_shapes(held)
+            shapes, lies = part.part_shapes(held), places.pop(held.name)
             for layer in kinds[numbers["i"]] if "i" in numbers else [None]:
                 at = numbers if layer is None else {**numbers, "i": layer}
                 parts = dict(zip((name.format(**at) for name in held.rule.parts), shapes, strict=True))
-                slots.append(Slot(held.rule.megatron.format(**at), held.rule, at, shape, parts))
+                there = lies if layer is None else tuple(place.of_layer(layer, layers) for place in lies)
+                dtype = held.parameter.dtype
+                slots.append(Slot(held.rule.megatron.format(**at), held.rule, at, shape, parts, dtype, there))
+        assert not places, f"Megatron saves {sorted(places)}, which no rule fills"
     finally:
         parallel_groups.close()
-    return Blueprint(family, settings, tuple(slots))
+    return Blueprint(family, settings, tuple(slots), tuple(_objects(objects, kinds, layers)))
+
+
+def _objects(
+    objects: Iterable[tuple[str, ShardedObject]], kinds: Sequence[list[int]], layers: int
+) -> Iterator[ShardedObject]:
+    for name, thing in objects:
+        if (small := layer_of(name)) is None:
+            yield thing
+        else:
+            yield from (object_of_layer(thing, layer, layers) for layer in kinds[small])
 
 
 def _kinds(settings: Settings) -> list[list[int]]:

@@ -126,17 +126,22 @@ def save(
 
     dtypes: of the tensors by Hugging Face name, or one for all.
     """
+    write_directory(
+        part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+        companions=companions_from(source, dtypes), carried=carried_tensors(part.settings, Path(source)),
+    )  # fmt: skip
 
-    def companions(staging: Path) -> None:
+
+def companions_from(source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> Callable[[Path], None]:
+    """Writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes."""
+
+    def write(staging: Path) -> None:
         copy_companions(Path(source), staging)
         drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             set_dtype(staging / "config.json", dtypes)
 
-    write_directory(
-        part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-        companions=companions, carried=carried_tensors(part.settings, Path(source)),
-    )  # fmt: skip
+    return write
 
 
 def carried_tensors(settings: Settings, source: Path) -> Carried | None:
@@ -157,7 +162,19 @@ def write_directory(
 
     value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are.
     """
-    shapes = together(_in_order(_gather_owned(part, exported)))
+    write_pieces(
+        pieces(part, groups, exported, value), _gather_owned(part, exported), target, dtypes=dtypes,
+        max_shard_bytes=max_shard_bytes, companions=companions, overwrite=overwrite, stem=stem, carried=carried,
+    )  # fmt: skip
+
+
+def write_pieces(
+    mine: Iterable[Piece], whole: Mapping[str, tuple[int, ...]], target: Path, *,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, companions: Callable[[Path], None],
+    overwrite: bool = False, stem: str = "model", carried: Carried | None = None,
+) -> None:  # fmt: skip
+    """`mine` of all ranks, which are the tensors of these whole shapes, as one safetensors directory. Collective."""
+    shapes = together(_in_order(whole))
     kinds = _kinds(shapes, dtypes)
     if carried is not None:
         entries = {name: carried.checkpoint.entries[name] for name in carried.names}
@@ -166,7 +183,7 @@ def write_directory(
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
     staging = staging_of(target)
     agree(on_first_rank(lambda: _begin(target, staging, planned, overwrite)))
-    tensors = itertools.chain(pieces(part, groups, exported, value), carried.pieces() if carried else ())
+    tensors = itertools.chain(mine, carried.pieces() if carried else ())
     total = sum(place.bytes for place in planned.values()) // dist.get_world_size()
     with bytes_bar(total, "writing") as bar:
         found = _write(tensors, staging, planned, bar.update)
@@ -181,13 +198,17 @@ def _write(
     """  # fmt: skip
     problem, found = None, {}
     with torch.no_grad(), Writer(staging, planned, sharers=dist.get_world_size()) as writer:
-        for piece in tensors:
-            if problem is None:
-                try:
-                    writer.write(piece.name, piece.value, piece.first_row)
-                    written(piece.value.nbytes)
-                except OSError as error:
-                    problem = cannot_write(staging, error)
+        try:
+            for piece in tensors:
+                if problem is None:
+                    try:
+                        writer.write(piece.name, piece.value, piece.first_row)
+                        written(piece.value.nbytes)
+                    except OSError as error:
+                        problem = cannot_write(staging, error)
+                del piece  # or it would stay beside the next one while that is made
+        except UserError as error:  # a source that cannot be read to its end
+            problem = problem or str(error)
         if problem is None:
             try:
                 found = writer.finish()

@@ -71,6 +71,14 @@ def refuse_joined(command: str) -> None:
         raise UserError(f"{command} starts its ranks itself, but WORLD_SIZE={world_size()} were started; run it alone")
 
 
+def started_ranks() -> int:
+    """How many ranks are there already: in the group that a caller initialised, or by torchrun's or Slurm's word; 1 if none are."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_world_size())
+    return world_size() if joined() else 1
+
+
 def world_size(nproc: int | None = None) -> int:
     """How many ranks a run has: those that were started (joined), else nproc or NPROC_PER_NODE or 1, times NNODES."""
     if joined():

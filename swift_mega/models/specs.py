@@ -144,7 +144,11 @@ def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:
     Megatron's local layers do so too, but with experts or latents, where there is no linear to fuse a norm into, they do not agree.
     """
     names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    return names if is_latent(settings) else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
+    if is_latent(settings):
+        for latent_norm, up in (("q_layernorm", "linear_q_up_proj"), ("kv_layernorm", "linear_kv_up_proj")):
+            names[f"self_attention.{latent_norm}."] = f"self_attention.{up}.layer_norm_"
+        return names
+    return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
 
 
 def _mlp(spec: ModuleSpec) -> Any:

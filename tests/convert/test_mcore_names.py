@@ -42,6 +42,11 @@ QKV_NORM, MLP_NORM, ALONE = "self_attention.linear_qkv.layer_norm_", "mlp.linear
         (
             "deepseek_v2",
             {LAYER.format(i) + "input_layernorm.weight" for i in range(4)}
+            | {
+                LAYER.format(i) + f"self_attention.linear_{x}_up_proj.layer_norm_weight"
+                for i in range(4)
+                for x in ("q", "kv")
+            }
             | {LAYER.format(i) + (MLP_NORM if i == 0 else ALONE) + "weight" for i in range(4)},
         ),
     ],
@@ -51,7 +56,7 @@ def test_names_of_norms(tmp_path: Path, family: str, norms: set[str]) -> None:
     source = tiny.make(tmp_path / "hf", family)
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"))
     names = FileSystemReader(tmp_path / "mcore" / "release").read_metadata().state_dict_metadata
-    found = {name.split("/")[0] for name in names if any(part in name for part in (QKV_NORM, MLP_NORM, "layernorm."))}
+    found = {name.split("/")[0] for name in names if "layernorm." in name or "layer_norm_" in name}
     assert {name for name in found if "_extra_state" not in name} - norms <= {
         "decoder.final_layernorm.weight", "decoder.final_layernorm.bias", *latent_norms(names),
     }  # fmt: skip
@@ -59,8 +64,8 @@ def test_names_of_norms(tmp_path: Path, family: str, norms: set[str]) -> None:
 
 
 def latent_norms(names: Any) -> set[str]:
-    """Norms inside attention, which have one name everywhere."""
-    return {name for name in names if any(part in name for part in ("q_layernorm", "k_layernorm", "kv_layernorm"))}
+    """Norms of heads, which have one name everywhere."""
+    return {name for name in names if any(part in name for part in (".q_layernorm", ".k_layernorm"))}
 
 
 State = dict[str, Any]

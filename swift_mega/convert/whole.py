@@ -1,0 +1,237 @@
+"""A Megatron checkpoint of any layout to and from Hugging Face files in one process that never holds the model.
+
+The whole model is walked parameter by parameter, and a large parameter in bands of rows, so that some hundred MB are in flight. What is
+written is what the ranks of a layout would write: each chunk is some rank's share, or a part of it.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swift_mega.convert.check import check_coverage
+from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.load import fill, not_finite
+from swift_mega.convert.mcore import (
+    RELEASE,
+    SKIPPED,
+    begin,
+    complete,
+    iteration_directory,
+    misfit,
+    reason_of,
+    save_state,
+)
+from swift_mega.convert.places import Box, Place
+from swift_mega.convert.plan import Blueprint, Slot
+from swift_mega.convert.progress import bytes_bar
+from swift_mega.convert.save import Piece, agree, carried_tensors, companions_from, on_first_rank, write_pieces
+from swift_mega.convert.slices import Slice, slices
+from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist
+from swift_mega.errors import UserError
+from swift_mega.models.build import padded_vocabulary
+from swift_mega.models.packs import Fused, GateUp, Pack, Qkv
+from swift_mega.models.settings import Settings
+from swift_mega.outputs import cannot_write, staging_of
+from swift_mega.parallel.layout import Layout
+
+MOST = 256 << 20
+"""Bytes of a parameter that are in flight; more where its pack cannot be cut."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of a parameter: a tensor of this shape, made of `slices`; its own rows lie in (place, first row, last row + 1)."""
+
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    lies: tuple[tuple[Place, int, int], ...]
+
+
+def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = None) -> Iterator[Band]:
+    """A parameter in bands of at most `most` bytes where it can be cut so. rows: of a vocabulary that is to be padded."""
+    shape, pack = slot.shape, slot.rule.pack
+    size = slot.dtype.itemsize * math.prod(shape)
+    if type(pack) is Pack and shape and len(slot.places) == 1:  # a Hugging Face tensor as it is: any rows
+        (name,), (place,) = slot.parts, slot.places
+        together, length = max(1, most * shape[0] // size) if size else 1, (rows if pack.padded else None) or shape[0]
+        for start in range(0, length, together):
+            stop = min(start + together, length)
+            piece = Slice(name, 0, min(start, shape[0]), min(stop, shape[0]))
+            yield Band((stop - start, *shape[1:]), (piece,), ((place, start, stop),))
+        return
+    count = _count(slot, settings, size, most)
+    rows = shape[0] // count if shape else 1
+    for number in range(count):
+        pieces = tuple(slices(slot.rule, slot.parts, cut=(number, count), heads=settings.heads, rows=rows))
+        lies = []
+        for place in slot.places:
+            length = place.shape[0] // count if shape else 1
+            lies.append((place, number * length, (number + 1) * length))
+        yield Band((rows, *shape[1:]) if shape else (), pieces, tuple(lies))
+
+
+def _count(slot: Slot, settings: Settings, size: int, most: int) -> int:
+    """Equal bands of a fused parameter: as few as it takes, and no more than its groups or features."""
+    pack = slot.rule.pack
+    inner = pack.inner if isinstance(pack, Fused) else pack
+    unit = 1
+    if isinstance(inner, GateUp) and len(slot.places) == 2:
+        unit = slot.shape[0] // 2
+    elif isinstance(inner, Qkv) and len(slot.places) == 1:
+        unit = slot.shape[0] // (sum(inner.shares(settings.heads)) * settings.heads.head_dim)
+    return next((count for count in range(1, unit + 1) if unit % count == 0 and size <= most * count), unit)
+
+
+def write_mcore(
+    blueprint: Blueprint, layout: Layout, output: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False,
+    vocab_divisible_by: int = 128, most: int = MOST,
+) -> None:  # fmt: skip
+    """What `save_mcore` of the ranks of `layout` writes, by this process alone. In a group of one rank."""
+    target, settings = Path(output), blueprint.settings
+    staging = staging_of(target)
+    check_coverage(blueprint.family, settings, checkpoint, blueprint.wanted)
+    needed = _bytes(blueprint)
+    agree(on_first_rank(lambda: begin(target, checkpoint, settings, needed=needed, overwrite=overwrite)))
+    agree(save_state({"model": {thing.unique_key: thing for thing in blueprint.objects}}, staging, target), staging)
+    try:
+        with ChunkWriter(staging / RELEASE) as writer, bytes_bar(needed, "writing") as bar:
+            rows = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor)
+            for slot in blueprint.slots:
+                size = layout.expert_tensor if slot.expert else layout.tensor
+                for band in bands(slot, settings, most, rows):
+                    value = torch.empty(band.shape, dtype=slot.dtype)
+                    fill(value, checkpoint, slot.rule, band.slices, settings.heads)
+                    if said := not_finite(value, checkpoint, band.slices):
+                        raise UserError(said)
+                    for place, start, part in _parts(band, value):
+                        _write(writer, slot, place, start, part, size=size, padded=rows)
+                    bar.update(value.nbytes)
+                    del value, part  # or they would stay beside the next band's
+            writer.finish()
+    except OSError as error:
+        agree(cannot_write(target, error), staging)
+    except UserError as error:  # a source that cannot be read to its end
+        agree(str(error), staging)
+    agree(on_first_rank(lambda: complete(staging, target)), staging)
+
+
+def _bytes(blueprint: Blueprint) -> int:
+    return sum(slot.dtype.itemsize * math.prod(slot.shape) for slot in blueprint.slots)
+
+
+def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
+    """A band's rows by the place that they lie in, from which of its rows on."""
+    at = 0
+    for place, start, stop in band.lies:
+        yield place, start, value[at : at + stop - start] if value.dim() else value
+        at += stop - start
+
+
+def _write(
+    writer: ChunkWriter, slot: Slot, place: Place, start: int, value: Tensor, *, size: int, padded: int
+) -> None:  # fmt: skip
+    """Rows of a place from `start` on, in the chunks that the `size` tensor ranks would write."""
+    rows = padded if slot.rule.pack.padded else None
+    box, dim = place.box(rows=rows), slot.rule.pack.held_dim
+    if not value.dim():
+        writer.add(box.key, box.size, box.offset, value.reshape((1,) * box.lead))
+        return
+    marks: list[int] = []
+    if dim is not None:
+        length, first = (rows or place.shape[0], start) if dim == 0 else (place.shape[dim], 0)
+        marks = [length * rank // size - first for rank in range(1, size)] if length % size == 0 else []
+    dim = dim or 0
+    edges = [0, *(mark for mark in marks if 0 < mark < value.shape[dim]), value.shape[dim]]
+    for begin_at, end_at in itertools.pairwise(edges):
+        part, offset = value.narrow(dim, begin_at, end_at - begin_at), list(box.offset)
+        offset[box.lead] += start
+        offset[box.lead + dim] += begin_at
+        writer.add(box.key, box.size, offset, part.reshape((1,) * box.lead + tuple(part.shape)))
+
+
+def read_mcore(
+    blueprint: Blueprint, directory: str | Path, output: str | Path, *, source: str | Path,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False, most: int = MOST,
+) -> tuple[int, int]:  # fmt: skip
+    """A Megatron checkpoint of any layout as a Hugging Face directory, by this process alone. In a group of one rank.
+
+    source: config, tokenizer and chat template. Returns how many tensors and objects of a training run's state were left out, and
+    their bytes, which are not read.
+    """
+    folder = iteration_directory(directory)
+    try:
+        stored = TorchDist(folder)
+        boxes = _fit(blueprint, stored)
+        stored.check_files(SKIPPED)
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    write_pieces(
+        _pieces(blueprint, stored, boxes, most), blueprint.wanted, Path(output), dtypes=dtypes, max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite, companions=companions_from(source, dtypes), carried=carried_tensors(blueprint.settings, Path(source)),
+    )  # fmt: skip
+    return stored.bytes_of(SKIPPED)
+
+
+def _unreadable(folder: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{folder} cannot be read as a torch_dist checkpoint: {reason_of(error)}; copy it again, with the "
+        "config.json that belongs to it"
+    )
+
+
+def _fit(blueprint: Blueprint, stored: TorchDist) -> dict[Place, Box]:
+    """Where each place is in this checkpoint; UserError unless it holds what config.json asks for, and no other weight."""
+    found: dict[Place, Box] = {}
+    missing, shapes = [], []
+    for slot in blueprint.slots:
+        for place in slot.places:
+            box = next((box for box in place.boxes() if box.key in stored.tensors), None)
+            if box is None:
+                missing.append(place.box().key)
+                continue
+            found[place] = box
+            size = tuple(stored.tensors[box.key].size)
+            longer = slot.rule.pack.padded and size[:1] > box.size[:1]  # Megatron pads a vocabulary as its settings say
+            if size != box.size and not (longer and size[1:] == box.size[1:]):
+                shapes.append(f"{box.key} is {list(size)}, config.json says {list(box.size)}")
+    extra = stored.tensors.keys() - {box.key for box in found.values()}
+    extra = {key for key in extra if not key.startswith(SKIPPED)}
+    if missing or extra or shapes:
+        more = f"; shapes differ: {some(sorted(set(shapes)), 3)}" if shapes else ""
+        raise UserError(misfit(stored.folder, missing, extra, more))
+    return found
+
+
+def _pieces(blueprint: Blueprint, stored: TorchDist, boxes: Mapping[Place, Box], most: int) -> Iterator[Piece]:
+    for slot in blueprint.slots:
+        dtype = stored.tensors[boxes[slot.places[0]].key].properties.dtype
+        for band in bands(slot, blueprint.settings, most):
+            value = torch.empty(band.shape, dtype=dtype)
+            for place, start, part in _parts(band, value):
+                box = boxes[place]
+                offset = list(box.offset)
+                if value.dim():
+                    offset[box.lead] += start
+                try:
+                    stored.read_into(part, box.key, offset, box.lead)
+                except UNREADABLE as error:
+                    raise _unreadable(stored.folder, error) from error
+            yield from _split(slot, blueprint.settings, band, value)
+            del value, part
+
+
+def _split(slot: Slot, settings: Settings, band: Band, value: Tensor) -> Iterator[Piece]:
+    """The rows of Hugging Face tensors that a band holds."""
+    pack = slot.rule.pack
+    if pack.axis == 0 or (type(pack) is Pack and value.dim()):
+        for piece, part in zip(band.slices, pack.split(value, settings.heads), strict=True):
+            yield Piece(piece.name, part, piece.start)
+        return
+    whole: Sequence[Tensor] = pack.fuse(pack.split(value, settings.heads))
+    for name, tensor in zip(slot.parts, whole, strict=True):
+        yield Piece(name, tensor)
