@@ -2,18 +2,21 @@
 
 On random Llama checkpoints in bfloat16, each job in a fresh process, the jobs of a size taking turns, `--rounds` times:
   copy            the files, by the kernel (sendfile); and the same with fsync, which is what every save here does
+  write           as many bytes as the checkpoint has from the memory of a new process to files and the disk: the least of a save
   load            Hugging Face -> the parameters of 1 or 2 ranks (TP): the model is built, its slices are read and checked
   save            the parameters of 1 or 2 ranks -> Hugging Face, with a sha256 of every tensor, on the disk when it ends
   resave          Hugging Face -> Hugging Face in float32, by `swift-mega convert --to hf`
   to mcore        Hugging Face -> torch_dist, by tools/convert/hf_to_mcore.py
   from mcore      torch_dist -> Hugging Face, by tools/convert/mcore_to_hf.py
-The last three are whole commands, imports included. Peak memory is VmHWM beyond the interpreter with its imports, as a sum over
+The last three are whole commands, imports included. Memory that jobs need is touched before each, since a virtual machine's first
+touch of it would be timed otherwise. Peak memory is VmHWM beyond the interpreter with its imports, as a sum over
 ranks; the aim for load and save is the parameters themselves + 300 MB. Every result is compared with the source, bit for bit.
 """
 
 import argparse
 import filecmp
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -29,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
 BLOCK = 8 << 20
-RUN_RANKS = "load and save"
+RUN_RANKS, WRITE = "load and save", "write"
 
 
 @dataclass
@@ -134,6 +137,27 @@ def copy(source: Path, target: Path, *, sync: bool) -> float:
     return time.perf_counter() - begin
 
 
+def write(source: Path, target: Path) -> float:
+    """Seconds that the weights take from memory to the disk, in a process of its own like `ranks`."""
+    return float(_run([sys.executable, __file__, WRITE, str(source), str(target)], dict(os.environ)))
+
+
+def write_from_memory(source: str, target: str) -> None:
+    """The body of `write`; nothing but the standard library."""
+    contents = {file.name: file.read_bytes() for file in weights(Path(source))}
+    begin = time.perf_counter()
+    Path(target).mkdir()
+    handles = []
+    for name, content in contents.items():
+        handle = os.open(Path(target) / name, os.O_CREAT | os.O_WRONLY)
+        for start in range(0, len(content), BLOCK):
+            os.pwrite(handle, memoryview(content)[start : start + BLOCK], start)
+        handles.append(handle)
+    for handle in handles:
+        os.fsync(handle)
+    print(time.perf_counter() - begin)
+
+
 def ranks(source: Path, target: Path, count: int, folder: Path) -> dict[str, Any]:
     """`load and save` in a process of its own: what its ranks said, slowest time, memory summed up."""
     said = folder / "said"
@@ -203,7 +227,10 @@ def _status(field_: str) -> int:
 
 
 def command(arguments: Sequence[str | Path]) -> tuple[float, int]:
-    """Seconds of a whole command, and the resident peak of its largest process."""
+    """Seconds of a whole command, and the resident peak of its largest process.
+
+    A small process starts it: Linux counts what the starting process holds to the started one's peak.
+    """
     script = "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
     script += "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
     begin = time.perf_counter()
@@ -216,12 +243,14 @@ def command(arguments: Sequence[str | Path]) -> tuple[float, int]:
 
 def imports_peak() -> int:
     """Resident memory of the interpreter with everything imported, which every command has."""
-    return int(_run([sys.executable, "-c", _IMPORTS], os.environ | {"OMP_NUM_THREADS": "1"}))
+    return command([sys.executable, "-c", "from swift_mega import api"])[1]
 
 
-_IMPORTS = (
-    "import resource; from swift_mega import api; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-)
+def touch(size: int) -> None:
+    """Has the host of a virtual machine give it this much memory now, and not while a job is timed: that takes longer than a copy."""
+    with mmap.mmap(-1, size) as memory:
+        for page in range(0, size, mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def _run(arguments: Sequence[str], environment: dict[str, str]) -> str:
@@ -238,7 +267,7 @@ def measure(source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: C
     """Every job on one checkpoint, in turns."""
     size = size_of(source) / 1e9
     found: dict[str, Measured] = {}
-    base = imports_peak()
+    base, needed = imports_peak(), int(3e9 * size) + (1 << 30)
 
     def note(job: str, seconds: float, peak: int | None = None, startup: float | None = None) -> None:
         one = found.setdefault(job, Measured(job, size))
@@ -251,16 +280,22 @@ def measure(source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: C
     target, mcore = folder / "target", folder / "mcore"
     for _ in range(rounds):
         for sync in (False, True):
+            touch(needed)
             note("copy, fsync" if sync else "copy", copy(source, target, sync=sync))
             _cleared(target)
+        touch(needed)
+        note("write", write(source, target))
+        _cleared(target)
         for count in (1, 2):
             if "ranks" in jobs:
+                touch(needed)
                 said = ranks(source, target, count, folder)
                 _compare(source, target)
                 _cleared(target)
                 note(f"load, {count} rank{'s' * (count > 1)}", said["load"], said["load_peak"], said["startup"])
                 note(f"save, {count} rank{'s' * (count > 1)}", said["save"], said["save_peak"])
         if "resave" in jobs:
+            touch(needed)
             seconds, peak = command(
                 [
                     *swift_mega,
@@ -278,6 +313,7 @@ def measure(source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: C
             _cleared(target)
             note("resave", seconds, peak - base)
         if "mcore" in jobs:
+            touch(needed)
             seconds, peak = command([sys.executable, tools / "hf_to_mcore.py", "--model", source, "--output", mcore])
             note("to mcore", seconds, peak - base)
             seconds, peak = command(
@@ -321,17 +357,17 @@ def _cleared(*folders: Path) -> None:
 def table(found: Sequence[Measured]) -> str:
     """What is printed at the end."""
     lines = [
-        f"{'GB':>5} {'job':16} {'seconds':>8} {'min':>6} {'max':>6} {'GB/s':>6} {'x copy':>7} {'x synced':>8} "
+        f"{'GB':>5} {'job':16} {'seconds':>8} {'min':>6} {'max':>6} {'GB/s':>6} {'x copy':>7} {'x write':>8} "
         f"{'peak - imports':>15}  start-up"
     ]
     for one in found:
         same = {other.job: other for other in found if other.gigabytes == one.gigabytes}
-        plain, synced = same["copy"].median, same["copy, fsync"].median
+        plain, least = same["copy"].median, same["write"].median
         peak = f"{max(one.peak) / 1e9:12.2f} GB" if one.peak else ""
         startup = f"{statistics.median(one.startup):.1f} s" if one.startup else ""
         lines.append(
             f"{one.gigabytes:5.2f} {one.job:16} {one.median:8.2f} {min(one.seconds):6.2f} {max(one.seconds):6.2f} "
-            f"{one.gigabytes / one.median:6.2f} {one.median / plain:7.2f} {one.median / synced:8.2f} {peak:>15}  {startup}"
+            f"{one.gigabytes / one.median:6.2f} {one.median / plain:7.2f} {one.median / least:8.2f} {peak:>15}  {startup}"
         )
     return "\n".join(lines)
 
@@ -363,6 +399,9 @@ def plot(found: Sequence[Measured], file: Path) -> None:
 
 def main(given: Sequence[str] | None = None) -> None:
     """The command."""
+    if (given or sys.argv[1:])[:1] == [WRITE]:
+        write_from_memory(*(given or sys.argv[1:])[1:])
+        return
     if (given or sys.argv[1:])[:1] == [RUN_RANKS]:
         _, model, output, count, said = given or sys.argv[1:]
         load_and_save(model, output, int(count), said)
