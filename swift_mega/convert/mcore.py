@@ -44,8 +44,10 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 LONGEST_REASON = 300
-SKIPPED = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_", "common_state")
-"""Keys of a training run's state that is no weight."""
+TRAINING = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+"""How keys of a training run's state begin."""
+SKIPPED = (*TRAINING, "common_state")
+"""How keys begin that hold no weight; the last is what older Megatrons have in common.pt."""
 
 
 def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:

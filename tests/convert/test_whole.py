@@ -203,6 +203,13 @@ def test_memory_does_not_grow_with_the_model(ranks, tmp_path):
     assert all(torch.equal(have[name], want[name]) for name in want)
 
 
+def test_nothing_is_said_of_a_training_run_where_there_was_none(tmp_path, capsys):
+    directory = tiny.make(tmp_path / "hf", "llama")
+    api.convert(source=str(directory), to="mcore", output=str(tmp_path / "mcore"))
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    assert "training run" not in capsys.readouterr().out
+
+
 def test_numbers_that_are_none_stop_it(tmp_path):
     directory = tiny.make(tmp_path / "hf", "llama")
     weights = load_file(directory / "model.safetensors")
