@@ -56,6 +56,11 @@ $(NEWEST)/.installed: setup.py Makefile
 	@$(call install,$(NEWEST),torch,$(NEWEST_MEGATRON))
 	@touch $@
 
+# In a folder of its own, which one test puts on its path. Where it cannot be built, that test is skipped.
+$(NEWEST)/.te-installed: $(NEWEST)/.installed scripts/build_te.py
+	@$(NEWEST)/bin/python scripts/build_te.py $(NEWEST)/transformer-engine
+	@test ! -d $(NEWEST)/transformer-engine || touch $@
+
 # $(1) environment, $(2) torch, $(3) further requirements. The package is built in the environment itself, not in an
 # isolated one, because its extension modules will be compiled against the torch that is installed there.
 define install
@@ -82,7 +87,7 @@ ifeq ($(strip $(PYTHON312)),)
 	@echo "[make] Python 3.12 was not found, so the newest Megatron-core (which needs it) is not tested here;" \
 		"name one: make test-newest PYTHON312=/path/to/python3.12"
 else
-	@$(MAKE) --no-print-directory PYTHON312=$(PYTHON312) $(NEWEST)/.installed
+	@$(MAKE) --no-print-directory PYTHON312=$(PYTHON312) $(NEWEST)/.te-installed
 	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(NEWEST)/bin/python $(PYTEST) $(PYTEST_FLAGS) $(NEWEST_TESTS)
 endif
 

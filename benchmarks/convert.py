@@ -152,7 +152,7 @@ def load_and_save(source: str, target: str, count: int, said: str) -> None:
     from swift_mega import api  # noqa: F401 - its imports are what the start costs
     from swift_mega.config import schema
     from swift_mega.launch.torchrun import run_ranks
-    from swift_mega.models.family import load_settings
+    from swift_mega.models.translate import load_settings
     from swift_mega.parallel.layout import plan_layout
 
     layout = plan_layout(schema.Parallel(tensor=count), load_settings(source).shape, count)

@@ -20,6 +20,13 @@ For each family, tiny random models made by transformers are compared in `make t
 parameters, and LoRA on all linears beside PEFT), on TP2 with sequence parallelism and on PP2 (with EP2 for experts), in float32; and
 every tensor comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
 
+With Transformer Engine's modules, which CUDA gets: constructed, covered and filled at TP1 and TP2 (and TP2 with EP2 for experts), full
+and with LoRA, for every family, and compared with Megatron's local modules parameter by parameter; Megatron checkpoints of either kind
+fill the other (`make test-newest`, where nvcc is). Its kernels are not run. All linears are Transformer Engine's, experts in groups.
+Its norms lie inside the linears after them where a layer is joined as Megatron joins it and has RMSNorms, and stand alone in other layers
+and beside adapters; they are ours where it has no such norm: a LayerNorm without weight or bias, a norm over all heads together or with a
+weight for each head, one after the rotation. Attention, with all that families vary in it, and gated delta nets but for linears are ours.
+
 | model_type | what it is |
 |---|---|
 """

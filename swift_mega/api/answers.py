@@ -8,7 +8,8 @@ import torch
 from swift_mega import device as devices
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.export import merged
-from swift_mega.models.family import family_of, hf_config
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import hf_config
 
 DEVICE = devices.setup()
 

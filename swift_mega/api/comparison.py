@@ -17,8 +17,10 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
-from swift_mega.models.family import families, load_settings, read_config
+from swift_mega.models.config_json import read_config
+from swift_mega.models.family import families
 from swift_mega.models.quantization import FLAG, quantization_of
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train import compare as comparing
 from swift_mega.train import validate

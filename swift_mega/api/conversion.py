@@ -21,9 +21,12 @@ from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
 from swift_mega.launch.torchrun import is_alone, run_ranks
-from swift_mega.models.build import build, transformer_config
-from swift_mega.models.family import families, family_of, load_settings, read_config
+from swift_mega.models.build import build
+from swift_mega.models.config_json import read_config
+from swift_mega.models.family import families, family_of
+from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.quantization import stored_dtype
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import build_part, dequantised_dtype

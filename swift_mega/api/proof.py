@@ -20,7 +20,7 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate
 

@@ -14,7 +14,8 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import warmup_steps

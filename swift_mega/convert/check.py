@@ -15,8 +15,9 @@ from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
 from swift_mega.models.quantization import FLAG
+from swift_mega.models.settings import Settings
 
 VALUE_HEAD = re.compile(r"v_head\..*|score\.weight")
 """TRL's value head on a language model, and transformers' reward head."""

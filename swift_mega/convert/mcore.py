@@ -4,8 +4,10 @@ The directory is laid out as Megatron-LM lays its own (`release/` and a tracker 
 config, tokenizer, and the dtype of every source tensor, so that the way back is bit-exact.
 """
 
+import itertools
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,12 +25,14 @@ from swift_mega.convert.check import carried_of, refuse_quantised
 from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
 from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.places import spellings
 from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, free_bytes, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 
@@ -44,6 +48,8 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )
 LONGEST_REASON = 300
+FP8_STATE = re.compile(r"_extra_state\d*$")
+"""What modules keep beside their tensors. Which of them have one differs between Transformer Engine and Megatron's own modules."""
 TRAINING = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
 """How keys of a training run's state begin."""
 SKIPPED = (*TRAINING, "common_state")
@@ -153,24 +159,33 @@ def reason_of(error: BaseException) -> str:
 
 
 def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
-    """Fills the part from a torch_dist checkpoint that was saved in any layout. Collective; optimizer state is skipped."""
-    state = _sharded(part, groups)
+    """Fills the part from a torch_dist checkpoint that was saved in any layout, by Transformer Engine's modules or Megatron's own.
+
+    Collective. Optimizer state and the scales of FP8 are left where they are; everything else must be asked for, and be there.
+    """
+    state = {
+        key: {name: value for name, value in chunk.items() if not FP8_STATE.search(name)}
+        for key, chunk in _sharded(part, groups).items()
+    }
     folder = iteration_directory(directory)
     try:
-        read_metadata(folder)  # Megatron would run whatever is pickled there
+        stored = read_metadata(folder).state_dict_metadata  # Megatron would run whatever is pickled there
+        for value in itertools.chain.from_iterable(chunk.values() for chunk in state.values()):
+            value.key = next((key for key in spellings(value.key) if key in stored), value.key)
         with torch.serialization.safe_globals(SAFE_GLOBALS):  # a training run keeps its settings beside the weights
-            # what Megatron calls missing is missing from what was asked for
+            # Megatron calls missing what the model lacks, and unexpected what the checkpoint does (each rank its own).
             loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
             f"{folder} cannot be read as a torch_dist checkpoint: {reason_of(error)}; copy it again, with the "
             "config.json that belongs to it"
         ) from error
-    unread = {key for key in unread if not key.startswith(SKIPPED)}
-    if unread or absent:
-        raise UserError(misfit(folder, absent, unread))
+    unread = {key for key in unread if not key.startswith(SKIPPED) and not FP8_STATE.search(key)}
+    agree(misfit(folder, absent, unread) if absent or unread else None)
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
-        chunk.load_state_dict(loaded[key], strict=True)
+        rest = chunk.load_state_dict(loaded[key], strict=False)
+        left = [name for name in (*rest.missing_keys, *rest.unexpected_keys) if not FP8_STATE.search(name)]
+        assert not left, f"{folder}: {left} were not filled"
 
 
 def misfit(folder: Path, absent: Iterable[str], unread: Iterable[str], more: str = "") -> str:
@@ -240,6 +255,9 @@ def _keys(part: ModelPart) -> list[str]:
 
 def _sharded(part: ModelPart, groups: Groups) -> dict[str, Any]:
     metadata = {"dp_cp_group": groups.data_context, "singleton_local_shards": False}
-    return {
-        key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(_keys(part), part.chunks, strict=True)
-    }
+    found = {}
+    for key, chunk in zip(_keys(part), part.chunks, strict=True):
+        state = chunk.sharded_state_dict(metadata=metadata)
+        # A norm that is written under the name of one in a linear has no state of its own there.
+        found[key] = {name: value for name, value in state.items() if not value.key.endswith("layer_norm__extra_state")}
+    return found

@@ -1,7 +1,8 @@
 """Where a Megatron checkpoint holds each parameter: a key, and a box in the tensor of that key, the same for every layout.
 
 Megatron says so itself, for one layer of each kind; another layer lies at another number. Whether a layer's or an expert's number
-is part of the key or a dim of its own in front depends on the model and on Megatron's version, so a reader tries both.
+is part of the key or a dim of its own in front depends on the model and on Megatron's version, and what a norm is called on whether it
+is fused into a linear; a reader tries all.
 """
 
 import dataclasses
@@ -18,6 +19,19 @@ from swift_mega.parallel.groups import Groups
 
 LAYER, EXPERT = re.compile(r"(?<=^decoder\.layers\.)(\d+)\."), re.compile(r"(?<=\.experts\.experts\.)(\d+)\.")
 STACKS = ("decoder.layers.", ".experts.experts.")
+NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
+"""What Megatron's layer specs call the same norm, alone and fused into the linear after it."""
+
+
+def spellings(key: str) -> tuple[str, ...]:
+    """What else a checkpoint may call `key`, which comes first."""
+    others = [key.replace(mine, other, 1) for pair in NORMS for mine, other in (pair, pair[::-1]) if mine in key]
+    return key, *others
 
 
 @dataclass(frozen=True)
@@ -65,9 +79,10 @@ class Place:
     def boxes(self) -> Iterator[Box]:
         """Every form that a Megatron may have written it in, the installed one's first."""
         forms = sorted(itertools.product((False, True), repeat=len(self.numbers)), key=lambda form: form != self.named)
-        for apart in (False, True) if self.half is not None else (False,):
-            for named in forms:
-                yield self.box(named, apart=apart)
+        for place in (dataclasses.replace(self, key=key) for key in spellings(self.key)):
+            for apart in (False, True) if self.half is not None else (False,):
+                for named in forms:
+                    yield place.box(named, apart=apart)
 
     def of_layer(self, layer: int, layers: int) -> "Place":
         """The same of another layer, in a model of so many."""

@@ -26,7 +26,7 @@ from swift_mega.convert.slices import slices, together
 from swift_mega.convert.stream import set_dtype
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 

@@ -22,8 +22,9 @@ from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, p
 from swift_mega.convert.quantised import drop_quantization, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
 from swift_mega.models.linears import modules_of
+from swift_mega.models.settings import Settings
 from swift_mega.outputs import check_space
 
 BLOCK = (128, 128)

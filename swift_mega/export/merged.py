@@ -18,7 +18,8 @@ from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, p
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, families, family_of, read_config
+from swift_mega.models.config_json import read_config
+from swift_mega.models.family import Family, families, family_of
 from swift_mega.models.quantization import FLAG
 from swift_mega.outputs import cannot_write, open_staging, publish
 

@@ -9,7 +9,8 @@ from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8
 from swift_mega.errors import UserError
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import load_settings
 from swift_mega.outputs import cannot_write, open_staging, publish
 
 

@@ -15,8 +15,9 @@ from swift_mega.models.decoder import (
     translate,
     ungated_mlp_rules,
 )
-from swift_mega.models.family import Biases, Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.settings import Biases, Settings
 
 
 def _translate(config: Any) -> Settings:

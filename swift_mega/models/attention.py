@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from swift_mega.models.family import Rope, Settings
 from swift_mega.models.norm import Norm
+from swift_mega.models.settings import Rope, Settings
 from swift_mega.ops.attention import attention
 from swift_mega.ops.rope import rotate, tables
 

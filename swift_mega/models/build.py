@@ -1,10 +1,8 @@
 """This rank's part of a model, built by Megatron-core from a family's settings and a layout.
 
-Everything that knows whether the layers are Transformer Engine's (CUDA) or Megatron's local ones (CPU) is here: the spec, and
-`canonical`, which gives a parameter the one name that the rules use.
+`canonical` gives a parameter the one name that the rules use, whichever modules hold it.
 """
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -14,30 +12,21 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from swift_mega.config.schema import Train
 from swift_mega.device import Device
-from swift_mega.errors import UserError
 from swift_mega.models.activation import replace_activations
-from swift_mega.models.attention import CoreAttention, segments
-from swift_mega.models.experts import BiasedRow, check_biases
-from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
-from swift_mega.models.gated_delta import delta_net
-from swift_mega.models.layer import Layer, NoNorm
-from swift_mega.models.mla import check_cut, latent
-from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.attention import segments
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import Heads
-from swift_mega.models.router import Router
+from swift_mega.models.settings import Settings
+from swift_mega.models.specs import layer_specs, norm_class
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -186,6 +175,7 @@ class ModelPart:
 BUFFERS = (".router.expert_bias", ".activation_func.beta", ".activation_func.eps")
 """The buffers that are read from checkpoints and written to them; others are counters or derived."""
 
+
 _TE_NAMES = (
     (re.compile(r"self_attention\.linear_qkv\.layer_norm_weight$"), "input_layernorm.weight"),
     (re.compile(r"mlp\.linear_fc1\.layer_norm_weight$"), "pre_mlp_layernorm.weight"),
@@ -208,193 +198,6 @@ def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
     """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
     unit = divisible_by * tensor
     return -(-vocab // unit) * unit
-
-
-DERIVED = frozenset(
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size "
-    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel num_layers hidden_size ffn_hidden_size "
-    "num_attention_heads num_query_groups kv_channels params_dtype pipeline_dtype bf16 fp16 recompute_granularity "
-    "recompute_method recompute_num_layers calculate_per_token_loss variable_seq_lengths num_moe_experts moe_ffn_hidden_size "
-    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage".split()
-)
-"""Fields of TransformerConfig that follow from the model and the layout."""
-
-
-def check_passthrough(given: Mapping[str, Any]) -> None:
-    """`model.megatron` names fields of TransformerConfig, and none that follow from the model or the layout."""
-    fields = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
-    for key in given:
-        if key not in fields:
-            import difflib
-
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.megatron.{key}: Megatron's TransformerConfig has no such field{hint}")
-        if key in DERIVED:
-            raise UserError(
-                f"model.megatron.{key}={given[key]!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
-            )
-
-
-def transformer_config(
-    settings: Settings, layout: Layout, *, device: Device, dtype: torch.dtype, train: Train, given: Mapping[str, Any],
-    aux_loss: float = 0.0,
-) -> TransformerConfig:  # fmt: skip
-    """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
-    check_passthrough(given)
-    if _latent(settings):
-        check_cut(settings, layout.tensor)
-    check_biases(settings, layout.expert_tensor)
-    fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
-    fields.update(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
-        sequence_parallel=layout.sequence, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True, variable_seq_lengths=layout.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
-        perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
-    )  # fmt: skip
-    if settings.whole_qk_norm or settings.head_qk_norm:
-        # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
-        fields["qk_l2_norm"] = True
-    if train.recompute != "none":
-        fields["recompute_granularity"] = train.recompute
-    if train.recompute == "full":
-        fields.update(recompute_method=train.recompute_method, recompute_num_layers=train.recompute_layers)
-    if settings.shape.experts and aux_loss:
-        fields.update(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=aux_loss)
-    fields.update(device.safe_schedule(layout.virtual))
-    fields.update(given)
-    try:
-        return MLATransformerConfig(**fields) if _latent(settings) else TransformerConfig(**fields)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"Megatron refuses these settings: {error}; change the setting that it names") from error
-
-
-def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
-    """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
-    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    norm, made = norm_class(settings, device), {}
-    for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
-        if delta:
-            column, row = _linears(device)
-            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
-    return [made[kind] for kind in settings.layer_kinds]
-
-
-def _linears(device: Device) -> tuple[type, type]:
-    """The linears that tensor ranks cut by columns and by rows, without a norm in them."""
-    if device.kind != "cuda":
-        return ColumnParallelLinear, RowParallelLinear
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
-
-    return TEColumnParallelLinear, TERowParallelLinear
-
-
-def norm_class(settings: Settings, device: Device) -> type:
-    """Transformer Engine's norm where it has the kind, else ours."""
-    if device.kind == "cuda" and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm
-    return bound(Norm, kind=settings.norm)
-
-
-def bound(module: Any, **fixed: Any) -> type:
-    """A class that builds `module` with `fixed` arguments: classes are what every place of a Megatron spec takes."""
-
-    def start(self: Any, *args: Any, **given: Any) -> None:
-        module.__init__(self, *args, **{**given, **fixed})
-
-    return type(module.__name__, (module,), {"__init__": start})
-
-
-def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
-    spec = get_gpt_layer_local_spec(
-        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
-        qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
-        multi_latent_attention=_latent(settings),
-    )  # fmt: skip
-    norm = bound(Norm, kind=settings.norm)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-    if settings.megatron.get("qk_layernorm", False):
-        attention = spec.submodules.self_attention.submodules
-        attention.q_layernorm = attention.k_layernorm = norm
-    if _latent(settings):
-        latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
-    if moe and settings.biases.mlp:
-        _submodules(_mlp(spec).experts).linear_fc2 = BiasedRow
-    return spec
-
-
-def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Transformer Engine's modules. The norms stay apart from the linears that they could be fused into where an adapter needs the
-    normalised input, which the fused module does not show, and where the layer is joined otherwise than Megatron's."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
-        qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=_latent(settings),
-    )  # fmt: skip
-    if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
-        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-        spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-        if not moe:
-            _mlp(spec).linear_fc1 = TEColumnParallelLinear
-    if _latent(settings):
-        norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
-        latent(spec.submodules.self_attention, settings, norm=norm, linear=TEColumnParallelLinear)
-    return spec
-
-
-def _latent(settings: Settings) -> bool:
-    """Keys and values come from a latent (models/mla.py)."""
-    return bool(settings.megatron.get("multi_latent_attention", False))
-
-
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> ModuleSpec:
-    """What a family varies, on either kind of modules."""
-    attention, block = spec.submodules.self_attention.submodules, settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings)
-    if settings.routing is not None and moe:
-        _mlp(spec).router = bound(Router, routing=settings.routing)
-    if settings.whole_qk_norm:
-        attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
-        attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
-    if settings.head_qk_norm:
-        attention.q_layernorm = bound(HeadNorm, heads=settings.shape.heads)
-        attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
-    if settings.late_qk_norm:
-        attention.q_layernorm = attention.k_layernorm = NoNorm
-    mlp_bias = settings.megatron.get(
-        "add_bias_linear", False
-    )  # of all linears, and Megatron refuses it beside shared experts
-    if mlp_bias and not settings.megatron.get("add_qkv_bias"):
-        attention.linear_qkv = bound(attention.linear_qkv, bias=False)
-    if settings.biases.attention_output != mlp_bias:
-        attention.linear_proj = bound(attention.linear_proj, bias=settings.biases.attention_output)
-    if block != Block():
-        spec.module = bound(Layer, block=block, norm=norm)
-        if not block.pre_norms:
-            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = NoNorm
-        elif block.parallel and block.shared_norm:
-            spec.submodules.pre_mlp_layernorm = NoNorm
-    return spec
-
-
-def _mlp(spec: ModuleSpec) -> Any:
-    """The submodules of a layer's MLP: its linears, or router and experts."""
-    return _submodules(spec.submodules.mlp)
-
-
-def _submodules(module: Any) -> Any:
-    """Newer Megatrons have a partial function where older ones have a spec."""
-    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules
 
 
 def build(
@@ -433,10 +236,6 @@ def _mark_cut(part: ModelPart) -> None:
         # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
-        if held.expert and part.layout.expert_tensor != part.layout.tensor:
-            # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
-            # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
-            held.parameter.allreduce = False  # type: ignore[attr-defined]
         if held.expert and part.layout.expert_tensor != part.layout.tensor:
             # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
             # without them an expert that tensor ranks do not cut kept each rank's own part, silently.

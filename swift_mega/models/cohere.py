@@ -15,8 +15,9 @@ from swift_mega.models.decoder import (
     rope,
     translate,
 )
-from swift_mega.models.family import Biases, Block, Family, NormKind, Rule, Scales, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN
+from swift_mega.models.settings import Biases, Block, NormKind, Scales, Settings
 
 HEAD_QK_NORM_RULES = (
     Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), COLUMN),

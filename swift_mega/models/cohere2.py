@@ -4,7 +4,8 @@ from typing import Any
 
 from swift_mega.models import cohere
 from swift_mega.models.decoder import rope, windows
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

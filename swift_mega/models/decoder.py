@@ -1,6 +1,6 @@
 """The common pre-norm decoder as data: what its config means to Megatron, and which tensors fill it.
 
-A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/build.py does).
+A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/specs.py does).
 """
 
 import dataclasses
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, Rope, Routing, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
+from swift_mega.models.settings import Rope, Routing, Settings
 from swift_mega.parallel.layout import ModelShape
 
 LAYER = "decoder.layers.{i}."

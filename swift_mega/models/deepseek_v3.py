@@ -19,8 +19,9 @@ from swift_mega.models.decoder import (
     translate,
     vary,
 )
-from swift_mega.models.family import Routing, Rule, Settings
+from swift_mega.models.family import Rule
 from swift_mega.models.packs import COLUMN, REPLICATED
+from swift_mega.models.settings import Routing, Settings
 
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."

@@ -4,7 +4,7 @@ from typing import Any
 
 from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
 from swift_mega.models.deepseek_v3 import BIASED_EXPERT_RULES, EXPERT_READS, sigmoid_routing, translate_experts
-from swift_mega.models.family import Biases, Settings
+from swift_mega.models.settings import Biases, Settings
 
 
 def _translate(config: Any) -> Settings:

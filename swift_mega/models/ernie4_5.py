@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, rope, translate, vary
-from swift_mega.models.family import Biases, Settings
+from swift_mega.models.settings import Biases, Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -16,8 +16,9 @@ from swift_mega.models.decoder import (
     translate,
     vary,
 )
-from swift_mega.models.family import Routing, Rule, Settings
+from swift_mega.models.family import Rule
 from swift_mega.models.packs import ONE_ROW
+from swift_mega.models.settings import Routing, Settings
 
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."
 

@@ -5,7 +5,7 @@ from typing import Any
 from megatron.core.tensor_parallel import RowParallelLinear
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def check_biases(settings: Settings, expert_tensor: int) -> None:

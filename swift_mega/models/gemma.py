@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from swift_mega.models.decoder import DECODER, translate, vary
-from swift_mega.models.family import NormKind, Scales, Settings
+from swift_mega.models.settings import NormKind, Scales, Settings
 
 TANH_GELU = functools.partial(torch.nn.functional.gelu, approximate="tanh")
 

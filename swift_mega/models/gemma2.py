@@ -14,7 +14,8 @@ from swift_mega.models.decoder import (
     translate,
     windows,
 )
-from swift_mega.models.family import Block, Family, NormKind, Scales, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Block, NormKind, Scales, Settings
 
 FOUR_NORM_RULES = (
     *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),

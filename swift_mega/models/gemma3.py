@@ -4,7 +4,7 @@ from typing import Any
 
 from swift_mega.models import gemma2
 from swift_mega.models.decoder import QK_NORM_RULES, ropes_by_type, vary
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -5,7 +5,8 @@ from typing import Any
 
 from swift_mega.models import glm4
 from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, NORM_RULES, attention_rules
-from swift_mega.models.family import Block, Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Block, Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -13,8 +13,9 @@ from swift_mega.models.decoder import (
     rope,
     translate,
 )
-from swift_mega.models.family import Block, Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import FUSED_GATE_UP, ROW
+from swift_mega.models.settings import Block, Settings
 
 MLP_RULES = (
     Rule(LAYER + "mlp.linear_fc1.weight", (HF_LAYER + "mlp.gate_up_proj.weight",), FUSED_GATE_UP),

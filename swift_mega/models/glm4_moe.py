@@ -13,7 +13,7 @@ from swift_mega.models.deepseek_v3 import (
     sigmoid_routing,
     translate_experts,
 )
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

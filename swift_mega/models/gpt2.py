@@ -7,7 +7,7 @@ from typing import Any
 
 from swift_mega.models.activations import UNGATED
 from swift_mega.models.decoder import LAYER, norm_rules, translate
-from swift_mega.models.family import Biases, Family, Rule, Scales, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import (
     COLUMN,
     FUSED_QKV,
@@ -18,6 +18,7 @@ from swift_mega.models.packs import (
     VOCAB,
     Pack,
 )
+from swift_mega.models.settings import Biases, Scales, Settings
 from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
 
 PREFIX = "transformer."

@@ -3,8 +3,9 @@
 from typing import Any
 
 from swift_mega.models import gpt2
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
 from swift_mega.models.packs import COLUMN, ROW
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -16,7 +16,7 @@ from swift_mega.models.decoder import (
     translate,
     windows,
 )
-from swift_mega.models.family import Biases, Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import (
     COLUMN,
     INTERLEAVED_GATE_UP,
@@ -24,6 +24,7 @@ from swift_mega.models.packs import (
     REPLICATED,
     TURNED_ROW,
 )
+from swift_mega.models.settings import Biases, Settings
 
 MOE, EXPERT, HF_EXPERTS = LAYER + "mlp.", LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + "mlp.experts."
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, translate, vary
-from swift_mega.models.family import Biases, Block, Scales, Settings
+from swift_mega.models.settings import Biases, Block, Scales, Settings
 
 
 def _translate(config: Any) -> Settings:

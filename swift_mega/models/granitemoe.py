@@ -12,8 +12,9 @@ from swift_mega.models.decoder import (
     attention_rules,
     moe,
 )
-from swift_mega.models.family import Rule, Settings
+from swift_mega.models.family import Rule
 from swift_mega.models.packs import FUSED_GATE_UP, REPLICATED, ROW
+from swift_mega.models.settings import Settings
 
 MOE, EXPERT = HF_LAYER + "block_sparse_moe.", LAYER + "mlp.experts.local_experts.{e}."
 

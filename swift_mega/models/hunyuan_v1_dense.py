@@ -7,8 +7,9 @@ import torch
 from swift_mega.errors import UserError
 from swift_mega.models import decoder
 from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, translate, vary
-from swift_mega.models.family import Biases, Rope, Rule, Settings
+from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.settings import Biases, Rope, Settings
 
 CORE = LAYER + "self_attention.core_attention."
 

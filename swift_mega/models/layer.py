@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from swift_mega.models.family import Block
+from swift_mega.models.settings import Block
 
 
 class Layer(TransformerLayer):

@@ -2,8 +2,9 @@
 
 import re
 
-from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.mla import unused
+from swift_mega.models.settings import Settings
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")

@@ -6,7 +6,7 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models import mistral
 from swift_mega.models.decoder import vary
-from swift_mega.models.family import Scales, Settings
+from swift_mega.models.settings import Scales, Settings
 
 
 def _translate(config: Any) -> Settings:

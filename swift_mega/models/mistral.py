@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, READS, translate, vary, windows
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary, windows
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 MOE = HF_LAYER + "block_sparse_moe."
 EXPERT = MOE + "experts.{e}."

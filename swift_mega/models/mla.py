@@ -20,8 +20,8 @@ from torch import Tensor
 
 from swift_mega.errors import UserError
 from swift_mega.models.attention import Segments
-from swift_mega.models.family import Settings
 from swift_mega.models.layer import NoNorm
+from swift_mega.models.settings import Settings
 from swift_mega.ops.rope import rotate
 
 LINEARS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
@@ -105,6 +105,11 @@ def refuse_without_effect(config: TransformerConfig) -> None:
     found += ["recompute_modules=mla_up_proj"] if "mla_up_proj" in modules else []
     if found:
         raise UserError(f"model.megatron.{found[0]}: latent attention cannot use it here; remove it")
+
+
+def is_latent(settings: Settings) -> bool:
+    """Keys and values come from a latent."""
+    return bool(settings.megatron.get("multi_latent_attention", False))
 
 
 def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: type) -> None:

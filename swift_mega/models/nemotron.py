@@ -16,7 +16,8 @@ from swift_mega.models.decoder import (
     translate,
     ungated_mlp_rules,
 )
-from swift_mega.models.family import Biases, Family, NormKind, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Biases, NormKind, Settings
 
 
 def squared_relu(x: Tensor) -> Tensor:

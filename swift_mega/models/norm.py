@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from swift_mega.models.family import NormKind
+from swift_mega.models.settings import NormKind
 from swift_mega.ops.rmsnorm import rms_norm
 
 

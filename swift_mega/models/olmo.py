@@ -10,7 +10,8 @@ from swift_mega.models.decoder import (
     attention_rules,
     translate,
 )
-from swift_mega.models.family import Biases, Family, NormKind, Scales, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Biases, NormKind, Scales, Settings
 
 EPSILON = 1e-5
 """Of every norm; the config has no field for it."""

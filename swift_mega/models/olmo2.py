@@ -14,8 +14,9 @@ from swift_mega.models.decoder import (
     translate,
     windows,
 )
-from swift_mega.models.family import Biases, Block, Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN
+from swift_mega.models.settings import Biases, Block, Settings
 
 POST_NORM_RULES = (
     *norm_rules(LAYER + "post_self_attn_layernorm", HF_LAYER + "post_attention_layernorm"),

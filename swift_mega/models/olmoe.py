@@ -3,8 +3,8 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary
-from swift_mega.models.family import Scales, Settings
 from swift_mega.models.olmo2 import WHOLE_QK_NORM_RULES
+from swift_mega.models.settings import Scales, Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."
 

@@ -13,9 +13,10 @@ from swift_mega.models.decoder import (
     translate,
     ungated_mlp_rules,
 )
-from swift_mega.models.family import Biases, Block, Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.gemma import TANH_GELU
 from swift_mega.models.packs import REPLICATED, ROW, VOCAB
+from swift_mega.models.settings import Biases, Block, Settings
 from swift_mega.models.stablelm import whole_heads
 from swift_mega.models.starcoder2 import LAYER_NORM
 

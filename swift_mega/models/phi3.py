@@ -3,9 +3,10 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, READS, translate
-from swift_mega.models.family import Family, Rule, Settings
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.glm4 import MLP_RULES
 from swift_mega.models.packs import FUSED_QKV, ROW
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -4,8 +4,9 @@ from typing import Any
 
 from swift_mega.models import qwen2
 from swift_mega.models.decoder import HF_LAYER, LAYER, expert_rules, moe, shared_expert_rules, translate, vary, windows
-from swift_mega.models.family import Rule, Settings
+from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.settings import Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."
 SHARED = HF_LAYER + "mlp.shared_expert."

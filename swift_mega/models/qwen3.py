@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -4,7 +4,7 @@ from typing import Any
 
 from swift_mega.models import qwen3
 from swift_mega.models.decoder import HF_LAYER, expert_rules, moe, vary
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Routing
+from swift_mega.models.settings import Routing
 
 
 class Router(TopKRouter):

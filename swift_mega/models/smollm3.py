@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, translate, vary, windows
-from swift_mega.models.family import Biases, Settings
+from swift_mega.models.settings import Biases, Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -4,7 +4,8 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, READS, translate
-from swift_mega.models.family import Block, Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.settings import Block, Settings
 from swift_mega.models.starcoder2 import LAYER_NORM
 
 

@@ -15,8 +15,10 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter
-from swift_mega.models.build import ModelPart, build, transformer_config
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.build import ModelPart, build
+from swift_mega.models.family import family_of
+from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout, plan_layout

@@ -3,7 +3,7 @@
 A token passes the weights of its own experts, not of all; an embedding is looked up and multiplies nothing, unless it is the head too.
 """
 
-from swift_mega.models.family import Settings
+from swift_mega.models.settings import Settings
 
 
 def flops_per_token(settings: Settings, *, trained: bool) -> float:

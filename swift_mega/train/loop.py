@@ -17,8 +17,9 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import merge
-from swift_mega.models.build import check_passthrough
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
+from swift_mega.models.megatron_config import check_passthrough
+from swift_mega.models.settings import Settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, parameter_dtype

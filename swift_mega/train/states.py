@@ -27,8 +27,11 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter, tuner_of
 from swift_mega.export.merged import merge
-from swift_mega.models.build import ModelPart, build, transformer_config
-from swift_mega.models.family import families, family_of, load_settings, read_config
+from swift_mega.models.build import ModelPart, build
+from swift_mega.models.config_json import read_config
+from swift_mega.models.family import families, family_of
+from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.groups import Groups

@@ -23,7 +23,9 @@ from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.family import families, family_of, hf_config, read_config
+from swift_mega.models.config_json import read_config
+from swift_mega.models.family import families, family_of
+from swift_mega.models.translate import hf_config
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training

@@ -9,8 +9,9 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
-from swift_mega.models.family import Family, Settings
+from swift_mega.models.family import Family
 from swift_mega.models.linears import LINEAR, STACKED, modules_of
+from swift_mega.models.settings import Settings
 
 ALL = "all-linear"
 

@@ -17,7 +17,7 @@ class Tuner(Protocol):
     """One per run; `attach` is called once, on every rank, before Megatron's DDP wraps the chunks."""
 
     adapters: bool
-    """Whether linears are extended, and so must show their real input (models/build.py)."""
+    """Whether linears are extended, and so must show their real input (models/specs.py)."""
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
         """Freezes, adds and initialises; initial values depend on the seed and the names, never on the layout."""

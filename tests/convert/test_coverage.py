@@ -18,7 +18,7 @@ from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.mcore import widest
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part

@@ -24,7 +24,8 @@ from swift_mega.convert.mcore import widest
 from swift_mega.convert.save import save
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import load_settings, read_config
+from swift_mega.models.config_json import read_config
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from swift_mega import api
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from tests import tiny
 
 LAYOUTS = {

@@ -18,7 +18,7 @@ from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.hf_write import Writer, plan_files, write_headers
 from swift_mega.convert.save import save
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.outputs import begin_staging, check_output, publish, staging_of
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

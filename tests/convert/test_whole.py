@@ -17,8 +17,10 @@ from swift_mega.convert import plan, torch_dist, whole
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.mcore import load_mcore
 from swift_mega.errors import UserError
-from swift_mega.models.build import build, transformer_config
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.build import build
+from swift_mega.models.family import family_of
+from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from tests import tiny

@@ -18,7 +18,7 @@ from torch import Tensor
 from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.export.checkpoint import save_checkpoint
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train import validate

@@ -16,7 +16,7 @@ from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.errors import UserError
 from swift_mega.export.merged import merge, read_adapter
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import build_training

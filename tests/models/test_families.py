@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import families, family_of, load_settings
+from swift_mega.models.family import families, family_of
+from swift_mega.models.translate import load_settings
 from tests import tiny
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Routing, load_settings
+from swift_mega.models.settings import Routing
+from swift_mega.models.translate import load_settings
 from tests.models import published_dense, published_experts
 
 CONFIGS = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Routing
 from swift_mega.models.router import choose, refuse_without_effect
+from swift_mega.models.settings import Routing
 
 APART = 1e-4
 """Between what is kept and what is not: ties are decided differently by every sort, and float32 makes ties of what is nearer."""

@@ -16,7 +16,7 @@ from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate

@@ -11,13 +11,15 @@ from torch import Tensor
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.device import Device
-from swift_mega.models.family import load_settings
+from swift_mega.export.merged import merge
+from swift_mega.models.translate import load_settings
 from swift_mega.ops.gated_delta import CHUNK
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
+from swift_mega.train import validate
 from swift_mega.train.build import build_part
 from tests import tiny
-from tests.train.bench import bench, check, check_steps
+from tests.train.bench import bench, check, check_steps, settings
 
 LENGTHS = (3, CHUNK + 6, 1, CHUNK, 2 * CHUNK + 1, 2)
 
@@ -63,6 +65,35 @@ def gradients(part: Any) -> dict[str, Tensor]:
 
 def test_no_state_goes_from_example_to_example(ranks: Any, cpu: Device, tmp_path: Path) -> None:
     ranks(1, alone_and_together, tiny.make(tmp_path, "qwen3_next_dense"), cpu)
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
+
+
+def pefts_logits(model: Path, adapter: Path, merged: Path) -> tuple[float, float]:
+    """One rank: how far the merged model is from the base, and from PEFT's own."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(90)[None] % 131
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(model)
+        before = base(tokens).logits
+        theirs = PeftModel.from_pretrained(base, str(adapter))(tokens).logits
+        ours = AutoModelForCausalLM.from_pretrained(merged)(tokens).logits
+    return float((ours - before).abs().max()), float((ours - theirs).abs().max())
+
+
+def test_an_adapter_of_attention_is_pefts(ranks: Any, cpu: Device, tmp_path: Path) -> None:
+    """Gates among the queries, and a delta net's projections, lie in it as PEFT has them."""
+    model = tiny.make(tmp_path / "model", "qwen3_next")
+    run = settings(model, schema.Parallel(), "lora")
+    run = dataclasses.replace(run, tuner=dataclasses.replace(run.tuner, target_modules=ATTENTION))
+    layout = plan_layout(schema.Parallel(), load_settings(model).shape, 1)
+    ranks(1, validate.random_adapter, run, cpu, layout, tmp_path / "adapter")
+    merge(model, tmp_path / "adapter", tmp_path / "merged")
+    moved, apart = ranks(1, pefts_logits, model, tmp_path / "adapter", tmp_path / "merged")
+    assert moved > 0.1 and apart < 1e-4
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])

@@ -8,7 +8,7 @@ import pytest
 from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.family import load_settings
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from tests import tiny
 from tests.train.bench import bench, check, check_steps

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swift_mega.models.family import hf_config, load_settings
+from swift_mega.models.translate import hf_config, load_settings
 from swift_mega.train.flops import flops_per_token, weights_per_token
 from tests import tiny
 from tests.models.test_published_configs import CONFIGS
@@ -45,7 +45,8 @@ def test_every_family_counts_what_transformers_holds(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     "name, billions",
     # what the makers say is active per token, embeddings included or not: hence the tolerance
-    [("qwen3moe", 3.3), ("deepseek_v3", 37.0), ("deepseek_v2lite", 2.4), ("deepseek_v2", 21.0), ("kimi_k2", 32.0), ("mixtral", 12.9)],
+    [("qwen3moe", 3.3), ("deepseek_v3", 37.0), ("deepseek_v2lite", 2.4), ("deepseek_v2", 21.0), ("kimi_k2", 32.0), ("mixtral", 12.9),
+     ("hunyuan_a13b", 13.0)],
 )  # fmt: skip
 def test_published_active_parameters(tmp_path: Path, name: str, billions: float) -> None:
     (tmp_path / "config.json").write_text(json.dumps(json.loads(CONFIGS[name])))

@@ -10,7 +10,8 @@ from swift_mega.config import schema
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part

@@ -7,7 +7,8 @@ import pytest
 
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
-from swift_mega.models.family import family_of, load_settings
+from swift_mega.models.family import family_of
+from swift_mega.models.translate import load_settings
 from swift_mega.tuners.targets import check_targets, modules_of
 from tests import tiny
 
@@ -57,6 +58,10 @@ def test_all_linear_is_what_peft_chooses(tmp_path: Path, name: str) -> None:
         ("deepseek_v2", "q_proj"),
         ("deepseek_v2", "k_proj"),
         ("deepseek_v2_lite", "q_a_proj"),
+        ("qwen3_next", "conv1d"),
+        ("qwen3_next", "A_log"),
+        ("qwen3_next_dense", "shared_expert.up_proj"),
+        ("hunyuan_moe", "wg"),
         ("ernie4_5_moe_interval", "shared_experts.up_proj"),
     ],
 )

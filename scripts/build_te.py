@@ -1,0 +1,135 @@
+"""Transformer Engine, built from source once and cached, in a folder of its own: `python scripts/build_te.py FOLDER`.
+
+For the test that constructs its layers (tests/models/test_te_spec.py); nothing else needs it. Run by the Python that has the CUDA build
+of torch. Where that or nvcc is missing it says so and leaves FOLDER absent. The folder is not on that Python's path: Megatron changes
+its defaults where it finds Transformer Engine, and the other tests are of Megatron without it.
+
+As published the source takes very long to compile: 33 files that each include all of torch. Without optimisation, and as two files
+that include the others, it is done in minutes. Nothing is computed with it here.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+VERSION = "2.20.2"
+FILES = 2
+"""Compiled side by side."""
+IMPORTED = ("onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "ml-dtypes==0.6.0")
+"""What it imports, and what that imports, beyond what the tests' environment has."""
+
+
+def missing() -> str | None:
+    """Why it cannot be built here; None: it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None if shutil.which("nvcc") else "nvcc is not on PATH"
+
+
+def cache() -> Path:
+    """Where the wheels of this version for this torch and Python are kept."""
+    import torch
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return home / "swift_mega" / f"transformer-engine-{VERSION}-torch-{torch.__version__}-{python}"
+
+
+def build(wheels: Path) -> None:
+    """All wheels that are needed, into the new folder `wheels`."""
+    from torch.version import cuda
+
+    assert cuda is not None
+    wheels.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=wheels.parent, prefix="building-") as work:
+        made, source = Path(work) / "wheels", Path(work) / "source"
+        core = f"transformer-engine-cu{cuda.partition('.')[0]}"
+        published = [f"{name}=={VERSION}" for name in ("transformer-engine", core)]
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(made), *published, *IMPORTED)
+        pip(
+            "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "--dest", str(source),
+            f"transformer-engine-torch=={VERSION}", environment=os.environ | compiler(),
+        )  # fmt: skip
+        pip(
+            "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(made), str(unpacked(source)),
+            environment=os.environ | compiler(),
+        )  # fmt: skip
+        made.rename(wheels)
+
+
+def unpacked(source: Path) -> Path:
+    """The source distribution in a folder, changed so that it compiles soon."""
+    (archive,) = source.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(source, filter="data")
+    folder = source / archive.name.removesuffix(".tar.gz")
+    options = folder / "build_tools" / "pytorch.py"
+    text = options.read_text()
+    assert '"-O3"' in text, f"{options} of Transformer Engine {VERSION} has no -O3"
+    options.write_text(text.replace('"-O3"', '"-O0"'))
+
+    groups: list[list[Path]] = [[] for _ in range(FILES)]
+    for file in sorted((folder / "csrc").rglob("*.cpp"), key=lambda file: file.stat().st_size, reverse=True):
+        smallest = min(groups, key=lambda group: sum(each.stat().st_size for each in group))
+        smallest.append(file.rename(file.with_suffix(".inc")))
+    for number, group in enumerate(groups):
+        lines = [f'#include "{file.relative_to(folder / "csrc")}"\n' for file in sorted(group)]
+        (folder / "csrc" / f"together{number}.cpp").write_text("".join(lines))
+    return folder
+
+
+def compiler() -> Mapping[str, str]:
+    """The environment that its build wants: the toolkit behind nvcc, which may be a wrapper, and the headers of torch's CUDA."""
+    said = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
+    (here,) = [line.partition("=")[2] for line in said.splitlines() if line.startswith("#$ _HERE_=")]
+    toolkit = Path(here).parent
+    headers = [toolkit / "include", *Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include")]
+    return {
+        "CUDA_HOME": str(toolkit), "CPATH": os.pathsep.join(map(str, headers)), "MAX_JOBS": str(FILES),
+        "NVTE_PYTORCH_FORCE_BUILD": "TRUE", "NVTE_WITH_NCCL_EP": "0", "NVTE_FRAMEWORK": "pytorch",
+    }  # fmt: skip
+
+
+def pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    """Runs pip of this Python; CalledProcessError, with what pip said above it, where it fails."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", *arguments],
+        check=True,
+        env=environment,
+    )
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    options.add_argument("folder", type=Path, help="where it is installed; what is there is replaced")
+    folder = options.parse_args().folder
+    if (reason := missing()) is not None:
+        print(f"[te] Transformer Engine is not built here, and tests of its layers will be skipped: {reason}")
+        return 0
+    wheels, begin = cache(), time.monotonic()
+    if not wheels.is_dir():
+        print(f"[te] building Transformer Engine {VERSION} (minutes, once)", flush=True)
+        build(wheels)
+        print(f"[te] built in {time.monotonic() - begin:.0f} s and kept in {wheels}")
+    shutil.rmtree(folder, ignore_errors=True)
+    pip("install", "--no-deps", "--no-index", "--target", str(folder), *map(str, sorted(wheels.glob("*.whl"))))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

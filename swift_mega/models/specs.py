@@ -1,0 +1,161 @@
+"""Megatron's layer specs with what a family varies.
+
+Everything that knows whether layers are Transformer Engine's (CUDA) or Megatron's local ones (CPU) is here.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from swift_mega.device import Device
+from swift_mega.models.attention import CoreAttention
+from swift_mega.models.experts import BiasedRow
+from swift_mega.models.gated_delta import delta_net
+from swift_mega.models.layer import Layer, NoNorm
+from swift_mega.models.mla import is_latent, latent
+from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.router import Router
+from swift_mega.models.settings import Block, NormKind, Settings
+
+
+def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
+    """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
+    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
+    norm, made = norm_class(settings, device), {}
+    for moe, delta in set(settings.layer_kinds):
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
+        if delta:
+            column, row = _linears(device)
+            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
+    return [made[kind] for kind in settings.layer_kinds]
+
+
+def _linears(device: Device) -> tuple[type, type]:
+    """The linears that tensor ranks cut by columns and by rows, without a norm in them."""
+    if device.kind != "cuda":
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+def norm_class(settings: Settings, device: Device) -> type:
+    """Transformer Engine's norm where it has the kind, else ours."""
+    if device.kind == "cuda" and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return bound(Norm, kind=settings.norm)
+
+
+def bound(module: Any, **fixed: Any) -> type:
+    """A class that builds `module` with `fixed` arguments: classes are what every place of a Megatron spec takes."""
+
+    def start(self: Any, *args: Any, **given: Any) -> None:
+        module.__init__(self, *args, **{**given, **fixed})
+
+    return type(module.__name__, (module,), {"__init__": start})
+
+
+def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
+        multi_latent_attention=is_latent(settings),
+    )  # fmt: skip
+    norm = bound(Norm, kind=settings.norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if settings.megatron.get("qk_layernorm", False):
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
+    if is_latent(settings):
+        latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
+    if moe and settings.biases.mlp:
+        _submodules(_mlp(spec).experts).linear_fc2 = BiasedRow
+    return spec
+
+
+def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+    """Transformer Engine's modules. The norms stay apart from the linears that they could be fused into where an adapter needs the
+    normalised input, which the fused module does not show, and where the layer is joined otherwise than Megatron's."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=is_latent(settings),
+    )  # fmt: skip
+    norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
+    if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        if not moe:
+            _mlp(spec).linear_fc1 = TEColumnParallelLinear
+    if settings.megatron.get("qk_layernorm", False):
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = norm
+    if is_latent(settings):
+        latent(spec.submodules.self_attention, settings, norm=norm, linear=TEColumnParallelLinear)
+    return spec
+
+
+def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> ModuleSpec:
+    """What a family varies, on either kind of modules."""
+    attention, block = spec.submodules.self_attention.submodules, settings.block
+    attention.core_attention = bound(CoreAttention, settings=settings)
+    if settings.routing is not None and moe:
+        _mlp(spec).router = bound(Router, routing=settings.routing)
+    if settings.whole_qk_norm:
+        attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
+        attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
+    if settings.head_qk_norm:
+        attention.q_layernorm = bound(HeadNorm, heads=settings.shape.heads)
+        attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
+    if settings.late_qk_norm:
+        attention.q_layernorm = attention.k_layernorm = NoNorm
+    mlp_bias = settings.megatron.get(
+        "add_bias_linear", False
+    )  # of all linears, and Megatron refuses it beside shared experts
+    if mlp_bias and not settings.megatron.get("add_qkv_bias"):
+        attention.linear_qkv = bound(attention.linear_qkv, bias=False)
+    if settings.biases.attention_output != mlp_bias:
+        attention.linear_proj = bound(attention.linear_proj, bias=settings.biases.attention_output)
+    if block != Block():
+        spec.module = bound(Layer, block=block, norm=norm)
+        if not block.pre_norms:
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = NoNorm
+        elif block.parallel and block.shared_norm:
+            spec.submodules.pre_mlp_layernorm = NoNorm
+    spec.submodules.sharded_state_dict_keys_map = _names_in_checkpoints(settings, moe)
+    return spec
+
+
+def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:
+    """What Megatron's checkpoints call a layer's norms, fused or not: as Megatron's layer with Transformer Engine does on CUDA.
+
+    Megatron's local layers do so too, but with experts or latents, where there is no linear to fuse a norm into, they do not agree.
+    """
+    names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if is_latent(settings):
+        for latent_norm, up in (("q_layernorm", "linear_q_up_proj"), ("kv_layernorm", "linear_kv_up_proj")):
+            names[f"self_attention.{latent_norm}."] = f"self_attention.{up}.layer_norm_"
+        return names
+    return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
+
+
+def _mlp(spec: ModuleSpec) -> Any:
+    """The submodules of a layer's MLP: its linears, or router and experts."""
+    return _submodules(spec.submodules.mlp)
+
+
+def _submodules(module: Any) -> Any:
+    """Newer Megatrons have a partial function where older ones have a spec."""
+    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules

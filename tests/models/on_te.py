@@ -1,0 +1,225 @@
+"""Every tiny model with Transformer Engine's modules, beside Megatron's own: `python -m tests.models.on_te WORK`, where that is installed.
+
+A program, not a test: Megatron changes its defaults where it finds Transformer Engine, so that no other test may share a process with it.
+WORK/found.json says for each family and layout why it is refused, or for each tuner what is wrong (nothing: an empty list) and which
+classes were built.
+
+Only the answer to torch.cuda.is_available is untrue, and only while the layers are made: their kernels do not run here. They are made
+on the CPU because the facade says that this is the current device.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swift_mega import device
+
+CPU = device.setup()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import tiny  # noqa: E402
+from swift_mega.config import schema  # noqa: E402
+from swift_mega.convert.hf_files import Checkpoint  # noqa: E402
+from swift_mega.convert.mcore import load_mcore, save_mcore  # noqa: E402
+from swift_mega.convert.save import save  # noqa: E402
+from swift_mega.errors import UserError  # noqa: E402
+from swift_mega.launch.torchrun import run_ranks  # noqa: E402
+from swift_mega.models.build import Held, ModelPart  # noqa: E402
+from swift_mega.models.experts import check_biases  # noqa: E402
+from swift_mega.models.family import load_settings  # noqa: E402
+from swift_mega.parallel.groups import Groups, init  # noqa: E402
+from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402
+from swift_mega.train.build import build_part  # noqa: E402
+from swift_mega.tuners.tuner import find_tuner  # noqa: E402
+
+# Modules as on CUDA, tensors on the CPU.
+ON_TE = device.Device(kind="cuda", device=device.CPU, backend="gloo", name="CPU")
+LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
+MARKS = ("tensor_model_parallel", "sequence_parallel", "partition_dim", "allreduce")
+"""What Megatron's gradient reduction, norm and optimizer ask a parameter for."""
+
+
+@contextlib.contextmanager
+def cuda_answers() -> Iterator[None]:
+    """torch.cuda.is_available says True."""
+    truth, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = truth
+
+
+def made(
+    run: schema.Run, groups: Groups, source: Checkpoint, where: device.Device, *, adapters: bool
+) -> ModelPart:  # fmt: skip
+    """This rank's part, filled from the Hugging Face directory."""
+    with cuda_answers() if where is ON_TE else contextlib.nullcontext():
+        return build_part(run, where, groups, dtype=torch.float32, adapters=adapters, checkpoint=source)
+
+
+def wrong(part: ModelPart, local: ModelPart) -> list[str]:
+    """What the parameters of `part` have other than those of the local modules."""
+    held = list(part.held())
+    found = differences(held, list(local.held()))
+    for each in held:
+        rules = [rule for pattern, rule in part.family.patterns if pattern.fullmatch(each.name)]
+        if len(rules) != 1 and not each.copy:
+            found.append(f"{each.name} is covered by {len(rules)} rules")
+    filled = {id(each.parameter) for each in held}
+    for name, value in itertools.chain.from_iterable(chunk.state_dict(keep_vars=True).items() for chunk in part.chunks):
+        if not name.endswith("_extra_state") and id(value) not in filled:
+            found.append(f"{name} of the state is no parameter that a rule fills")
+    return found
+
+
+def differences(mine: Sequence[Held], others: Sequence[Held]) -> list[str]:
+    """What differs between parameters of the same names: Hugging Face's tensors in them, shape, dtype, numbers, marks."""
+    here, there = {each.name: each for each in mine}, {each.name: each for each in others}
+    found = [f"{name} is only in one of the two" for name in sorted(here.keys() ^ there.keys())]
+    for name in sorted(here.keys() & there.keys()):
+        one, other = here[name].parameter, there[name].parameter
+        if here[name].parts != there[name].parts:
+            found.append(f"{name} is made of {here[name].parts}, not {there[name].parts}")
+        if one.shape != other.shape or one.dtype != other.dtype:
+            found.append(f"{name} is {one.dtype} {list(one.shape)}, not {other.dtype} {list(other.shape)}")
+        elif not torch.equal(one, other):
+            found.append(f"{name} has other numbers")
+        for mark in MARKS:
+            if marked(one, mark) != marked(other, mark):
+                found.append(f"{name}.{mark} is {marked(one, mark)}, not {marked(other, mark)}")
+    return found
+
+
+def marked(parameter: Tensor, mark: str) -> Any:
+    """A mark that is absent counts as what Megatron takes it for."""
+    return getattr(parameter, mark, {"allreduce": True}.get(mark, False))
+
+
+def classes(part: ModelPart) -> list[str]:
+    """Which classes hold the parameters, as "place: package.class" without layer numbers."""
+    found = set()
+    for chunk in part.chunks:
+        for name, module in chunk.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                kind, base = type(module).__mro__[:2]
+                kind = base if base.__name__ == kind.__name__ else kind  # what models/specs.py's `bound` was given
+                place = ".".join(word for word in name.split(".") if not word.isdigit())
+                found.add(f"{place}: {kind.__module__.split('.')[0]} {kind.__name__}")
+    return sorted(found)
+
+
+def same_files(one: Path, other: Path) -> list[str]:
+    """What two Hugging Face directories differ in."""
+    mine, theirs = Checkpoint(one), Checkpoint(other)
+    found = [f"{name} is only in one of the two directories" for name in mine.entries.keys() ^ theirs.entries.keys()]
+    both = mine.entries.keys() & theirs.entries.keys()
+    return found + [
+        f"{name} comes back otherwise" for name in both if not torch.equal(mine.read(name), theirs.read(name))
+    ]
+
+
+def compare(
+    directory: Path, groups: Groups, run: schema.Run, *, adapters: bool
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """What is wrong with one family at one layout, on this rank, and its classes. Collective."""
+    source = Checkpoint(directory)
+    local = made(run, groups, source, CPU, adapters=adapters)
+    part = made(run, groups, source, ON_TE, adapters=adapters)
+    found, kinds = wrong(part, local), classes(part)
+    if adapters:
+        tuner = find_tuner(schema.Tuner(type="lora", rank=4, target_modules=("all-linear",)))
+        for each in (local, part):
+            tuner.attach(each, seed=run.train.seed)
+        found += differences(list(tuner.held(part)), list(tuner.held(local)))
+    else:
+        with tempfile.TemporaryDirectory() if groups.rank == 0 else contextlib.nullcontext("") as made_here:
+            everyone = [made_here]
+            dist.broadcast_object_list(everyone)
+            scratch = Path(everyone[0])
+            save(part, groups, scratch / "hf", source=directory, dtypes=torch.float32, max_shard_bytes=1 << 40)
+            found += same_files(scratch / "hf", directory)
+            if groups.layout.world > 1:  # one rank's checkpoints are the same but for the shards, and take as long
+                found += exchanged(part, local, groups, scratch, source)
+            dist.barrier()
+    return found, kinds
+
+
+def exchanged(
+    part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Checkpoint
+) -> list[str]:  # fmt: skip
+    """What is wrong after Megatron checkpoints of each kind of modules were read into the other."""
+    found = []
+    for name, writer, reader in (("local", local, part), ("te", part, local)):
+        save_mcore(writer, groups, scratch / name, source)
+        for held in reader.held():
+            held.parameter.data.fill_(7)
+        load_mcore(reader, groups, scratch / name)
+        found += [f"checkpoint {name}: {each}" for each in wrong(part, local)]
+    return found
+
+
+def of_rank(models: Mapping[str, Path], layouts: Mapping[str, Layout], run: schema.Run) -> dict[str, Any]:
+    """One rank: the models at their layouts, all of one size, with what is wrong on any rank.
+
+    The groups of a process are made once, since their threads stay.
+    """
+    answers: dict[str, Any] = {}
+    groups = init(next(iter(layouts.values())))
+    for name, layout in layouts.items():
+        answers[name] = {}
+        for tuner in ("full", "lora"):
+            mine = dataclasses.replace(groups, layout=layout)
+            try:
+                found, kinds = compare(models[name], mine, run, adapters=tuner == "lora")
+            except Exception:  # whatever goes wrong is this family's, and the others are still looked at
+                found, kinds = [traceback.format_exc()], []
+            everyone: list[list[str]] = [[] for _ in range(layout.world)]
+            dist.all_gather_object(everyone, found)
+            answers[name][tuner] = {"wrong": sorted(set(itertools.chain.from_iterable(everyone))), "classes": kinds}
+    return answers
+
+
+def layout_of(name: str, directory: Path) -> Layout:
+    """The layout for one model; UserError where it cannot be cut so."""
+    parallel, world = parse_layout(name)
+    settings = load_settings(directory)
+    layout = plan_layout(parallel, settings.shape, world)
+    check_biases(settings, layout.expert_tensor)
+    return layout
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    options.add_argument("work", type=Path)
+    options.add_argument("--families", nargs="*", default=list(tiny.FAMILIES))
+    given = options.parse_args()
+    with cuda_answers():
+        import transformer_engine.pytorch  # noqa: F401
+    models = {name: tiny.make(given.work / name, name) for name in given.families}
+    found: dict[str, Any] = {}
+    for name in LAYOUTS:
+        layouts, refused = {}, {}
+        for family, directory in models.items():
+            try:
+                layouts[family] = layout_of(name, directory)
+            except UserError as error:
+                refused[family] = {"refused": str(error)}
+        run = schema.Run(parallel=parse_layout(name)[0])
+        answers = run_ranks(parse_layout(name)[1], of_rank, models, layouts, run, device_kind="cpu") if layouts else {}
+        found[name] = answers | refused
+    (given.work / "found.json").write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

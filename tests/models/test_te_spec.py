@@ -1,0 +1,76 @@
+"""With Transformer Engine's modules, as on CUDA, every family has the parameters that its rules know, and the numbers of Megatron's own.
+
+The modules are constructed and filled on the CPU, in a process of their own (tests/models/on_te.py says why); nothing is computed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(sys.prefix) / "transformer-engine"
+"""Where `make test-newest` puts it (scripts/build_te.py), off the path of every other test."""
+REFUSED = "this model has none|key-value heads|experts have biases, which Megatron cannot cut"
+LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
+
+pytestmark = [
+    pytest.mark.skipif(not FOLDER.is_dir(), reason="Transformer Engine is not built; make test-newest does, with nvcc"),
+    pytest.mark.timeout(1200),  # the first test waits for all of them
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is wrong, by layout, family and tuner."""
+    work = tmp_path_factory.mktemp("te")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", FOLDER)))
+    command = [sys.executable, "-m", "tests.models.on_te", str(work)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return json.loads((work / "found.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(found: dict[str, Any], family: str, layout: str) -> None:
+    """Each parameter of Transformer Engine's modules is covered by one rule, and has shape, numbers and marks of the local modules'.
+
+    The Hugging Face directory that is written from them is the one that was read, tensor for tensor, and Megatron's checkpoints of
+    each kind of modules fill the other. With adapters the same is so of the base, and of the adapters.
+    """
+    answer = found[layout][family]
+    if "refused" in answer:
+        assert layout != "single" and re.search(REFUSED, answer["refused"]), answer["refused"]
+        return
+    for tuner, told in answer.items():
+        assert not told["wrong"], (tuner, told["wrong"][:10])
+        te = {line.split(": ")[0] for line in told["classes"] if "megatron TE" in line}
+        assert {"decoder.layers.self_attention.linear_proj"} < te, told["classes"]
+    assert answer.keys() == {"full", "lora"}
+
+
+@pytest.mark.parametrize(
+    ("family", "tuner", "expected"),
+    [
+        ("llama", "full", "self_attention.linear_qkv: megatron TELayerNormColumnParallelLinear"),
+        ("llama", "full", "mlp.linear_fc1: megatron TELayerNormColumnParallelLinear"),
+        ("llama", "lora", "self_attention.linear_qkv: megatron TEColumnParallelLinear"),
+        ("llama", "lora", "input_layernorm: transformer_engine RMSNorm"),
+        ("gpt2", "full", "input_layernorm: transformer_engine LayerNorm"),
+        ("qwen3_moe", "full", "mlp.experts.linear_fc1: megatron TEColumnParallelGroupedLinear"),
+        ("gpt_oss", "full", "mlp.experts.linear_fc2: megatron TERowParallelGroupedLinear"),
+        ("deepseek_v2", "full", "self_attention.linear_kv_up_proj: megatron TEColumnParallelLinear"),
+        ("cohere", "full", "input_layernorm: swift_mega Norm"),
+    ],
+)
+def test_which_modules(found: dict[str, Any], family: str, tuner: str, expected: str) -> None:
+    """What is Transformer Engine's and what is not, where it differs between families and tuners."""
+    assert f"decoder.layers.{expected}" in found["single"][family][tuner]["classes"]
