@@ -20,7 +20,7 @@ from swift_mega.convert.save import save
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
-from swift_mega.launch.torchrun import run_ranks, started_ranks
+from swift_mega.launch.torchrun import is_alone, run_ranks
 from swift_mega.models.build import build
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
@@ -44,6 +44,7 @@ def convert(
     source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
     or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
     dequantize: read a quantised source as plain weights, of `dtype` or of the dtype that its config.json names.
+    One process does it for all ranks of the layout; where ranks were started already, by torchrun or the caller, each does its part.
     """
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
@@ -51,10 +52,10 @@ def convert(
         checkpoint = _opened(run, source, kind)
         layout = _layout_for(run, source)
         wide = kind or widest(checkpoint, family_of(source))
-        if started_ranks() > 1:
-            run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
-        else:
+        if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
+        else:
+            run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = _opened(run, source, kind)
         if read_config(source)["model_type"] in families():
@@ -71,7 +72,7 @@ def convert(
             raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
         layout = _layout_for(run, str(folder))
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
-        if started_ranks() > 1:
+        if not is_alone():
             wide = _promoted(kinds) if kinds else kind
             run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
             return

@@ -50,8 +50,10 @@ UNREADABLE = (
 LONGEST_REASON = 300
 FP8_STATE = re.compile(r"_extra_state\d*$")
 """What modules keep beside their tensors. Which of them have one differs between Transformer Engine and Megatron's own modules."""
-SKIPPED = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_", "common_state")
-"""Keys of a training run's state that is no weight."""
+TRAINING = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
+"""How keys of a training run's state begin."""
+SKIPPED = (*TRAINING, "common_state")
+"""How keys begin that hold no weight; the last is what older Megatrons have in common.pt."""
 
 
 def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:

@@ -19,6 +19,7 @@ from swift_mega.convert.load import fill, not_finite
 from swift_mega.convert.mcore import (
     RELEASE,
     SKIPPED,
+    TRAINING,
     begin,
     complete,
     iteration_directory,
@@ -174,7 +175,7 @@ def read_mcore(
         _pieces(blueprint, stored, boxes, most), blueprint.wanted, Path(output), dtypes=dtypes, max_shard_bytes=max_shard_bytes,
         overwrite=overwrite, companions=companions_from(source, dtypes), carried=carried_tensors(blueprint.settings, Path(source)),
     )  # fmt: skip
-    return stored.bytes_of(SKIPPED)
+    return stored.bytes_of(TRAINING)
 
 
 def _unreadable(folder: Path, error: BaseException) -> UserError:

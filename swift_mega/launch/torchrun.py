@@ -71,12 +71,12 @@ def refuse_joined(command: str) -> None:
         raise UserError(f"{command} starts its ranks itself, but WORLD_SIZE={world_size()} were started; run it alone")
 
 
-def started_ranks() -> int:
-    """How many ranks are there already: in the group that a caller initialised, or by torchrun's or Slurm's word; 1 if none are."""
+def is_alone() -> bool:
+    """Whether no other process works on the same run: none that torchrun, Slurm or a caller started, and no other machine."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
-        return int(dist.get_world_size())
-    return world_size() if joined() else 1
+        return int(dist.get_world_size()) == 1
+    return world_size() == 1 if joined() else Nodes.from_environment(os.environ).count == 1
 
 
 def world_size(nproc: int | None = None) -> int:

@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 
 from swift_mega import api
 from swift_mega.config.schema import Parallel
+from swift_mega.convert.mcore import SKIPPED
+from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from tests import by_hand, tiny
 from tests.convert.test_mcore import same_bits
@@ -43,6 +45,7 @@ def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: d
     )
     model_parallel_cuda_manual_seed(1)
     experts, tied = settings.get("num_moe_experts"), settings.pop("tied")
+    singly = settings.pop("singly", False)
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=32, num_attention_heads=8, num_query_groups=GROUPS, kv_channels=HEAD_DIM,
         ffn_hidden_size=48, gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
@@ -74,7 +77,7 @@ def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: d
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())  # a rate of 0
     metadata = {
         "distrib_optim_sharding_type": sharding, "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False, "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": singly, "chained_optim_avoid_prefix": True,
         "dp_cp_group": state.get_data_parallel_group(with_context_parallel=True),
     }  # fmt: skip
     whole: dict[str, Any] = {
@@ -167,6 +170,7 @@ CASES = {
     "data": ("llama", (1, 1, 1), dict(tied=False), "fully_reshardable"),
     "experts": ("qwen3_moe", (2, 1, 2), dict(tied=False, **MOE), "dp_reshardable"),
     "experts over tensor ranks": ("qwen3_moe", (2, 2, 1), dict(tied=False, **MOE), "dp_reshardable"),
+    "each expert and half for itself": ("qwen3_moe", (2, 1, 2), dict(tied=False, singly=True, **MOE), "dp_reshardable"),
     "by number of layer": (
         "qwen3_moe", (1, 2, 2), dict(tied=False, **MOE, moe_layer_freq=[1] * LAYERS), "fully_reshardable"
     ),
@@ -181,6 +185,9 @@ def test_a_training_run_of_megatron_lm(ranks, tmp_path, capsys, case):
         tmp_path / "hf", "llama" if tied else family, dtype=torch.bfloat16, tie_word_embeddings=tied
     )  # fmt: skip
     ranks(2 if case == "data" else 4, save, source, tmp_path / "run", sizes, settings, sharding)
+    keys = read_metadata(tmp_path / "run" / "iter_0000010").state_dict_metadata.keys()
+    apart = {"decoder.layers.3.mlp.experts.experts.2.linear_fc1.weight_v", "decoder.layers.mlp.linear_fc1.weight"}
+    assert "singly" not in settings or apart & keys == {min(apart)}
     given = dict(source=str(tmp_path / "run"), to="hf", output=str(tmp_path / "back"))
     with pytest.raises(UserError, match=r"has no folder hf/, .* give them with --model DIR"):
         api.convert(**given)
@@ -207,9 +214,6 @@ def test_the_optimizers_files_are_not_opened(ranks, tmp_path):
     """Where the optimizer lies in files of its own, they may even be missing."""
     source = tiny.make(tmp_path / "hf", "llama", dtype=torch.bfloat16)
     ranks(4, save, source, tmp_path / "run", (2, 2, 1), dict(tied=False), "dp_reshardable")
-    from swift_mega.convert.mcore import SKIPPED
-    from swift_mega.convert.torch_dist import read_metadata
-
     folder = tmp_path / "run" / "iter_0000010"
     weights = {
         info.relative_path

@@ -29,6 +29,7 @@ from tests.convert.test_mcore import same_bits
 CASES = {
     "llama_tied": ("tp2-pp2", "tp4"),
     "llama_bias": ("tp2",),
+    "qwen2": ("tp8",),  # twice as many ranks as key heads
     "qwen3_moe": ("tp2-ep2-etp1", "pp2-ep2"),
     "qwen3_moe_mixed": ("tp2-ep2-etp2",),
     "deepseek_v3_moe": ("tp2-pp2-ep2-etp1",),
@@ -202,6 +203,13 @@ def test_memory_does_not_grow_with_the_model(ranks, tmp_path):
     assert size > 250e6 and max(there, back) < 80e6, (size, there, back)
     have, want = load_file(tmp_path / "mcore.hf" / "model.safetensors"), load_file(directory / "model.safetensors")
     assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+def test_nothing_is_said_of_a_training_run_where_there_was_none(tmp_path, capsys):
+    directory = tiny.make(tmp_path / "hf", "llama")
+    api.convert(source=str(directory), to="mcore", output=str(tmp_path / "mcore"))
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    assert "training run" not in capsys.readouterr().out
 
 
 def test_numbers_that_are_none_stop_it(tmp_path):

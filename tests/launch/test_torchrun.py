@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.errors import UserError
-from swift_mega.launch.torchrun import Nodes, joined, run_ranks, world_size
+from swift_mega.launch.torchrun import Nodes, is_alone, joined, run_ranks, world_size
 from swift_mega.launch.watch import RankError
 
 LAUNCH_VARIABLES = (
@@ -351,6 +351,21 @@ def test_several_machines_meet(tmp_path: Path, how: str) -> None:
             starter.wait()
     expected = ["rank 0 counts 4", "rank 2 counts 4"] if how == "nodes" else ["rank 0 counts 2", "rank 1 counts 2"]
     assert [text.strip().splitlines()[-1] for text in said] == expected
+
+
+def test_a_process_that_is_alone(ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment of torchrun or of several machines, and by the group that there is."""
+    assert is_alone() and ranks(1, is_alone) and not ranks(2, is_alone)
+    monkeypatch.setenv("NPROC_PER_NODE", "2")  # how many it would start
+    assert is_alone()
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert not is_alone()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not is_alone()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert is_alone()
 
 
 def test_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
