@@ -215,7 +215,9 @@ def _by_kv_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     return x.transpose(0, 1).reshape(kv_heads, -1, x.shape[-1]).to(dtype)
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """[kv_heads, group * queries, keys], and of a soft-cap the factor of its derivative."""
     scores, slope = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
     if softcap is not None:

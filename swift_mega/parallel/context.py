@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from swift_mega.parallel.gathered import gathered_attention
 from swift_mega.parallel.ring import ring_attention
 from swift_mega.parallel.sequence import Mesh, key_copies, ring_blocks
 from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
@@ -12,14 +13,15 @@ from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
 
 @dataclass(frozen=True)
 class Context:
-    """The mesh of the context axis, and this rank's groups in it."""
+    """The mesh of the context axis, and this rank's groups in it. gather: keys do not go round the ring, all are gathered."""
 
     mesh: Mesh
     ulysses: dist.ProcessGroup
     ring: dist.ProcessGroup
+    gather: bool = False
 
 
-def make_context(ranks: list[list[int]], mesh: Mesh) -> Context:
+def make_context(ranks: list[list[int]], mesh: Mesh, *, gather: bool = False) -> Context:
     """The groups of the mesh for this rank. Collective over all ranks of the job.
 
     ranks: the ranks of every context group, in the order of the axis.
@@ -32,7 +34,7 @@ def make_context(ranks: list[list[int]], mesh: Mesh) -> Context:
         made = [[dist.new_group(each) for each in some] for some in (inner, outer)]
         if me in group:
             place, position = mesh.place(group.index(me))
-            mine = Context(mesh, made[0][position], made[1][place])
+            mine = Context(mesh, made[0][position], made[1][place], gather)
     assert mine is not None, "this rank is in no context group"
     return mine
 
@@ -54,5 +56,6 @@ def context_attention(
     if sinks is not None and mesh.ulysses > 1:
         sinks = sinks.chunk(mesh.ulysses)[inner.rank()]
     steps = ring_blocks(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
-    out = ring_attention(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
+    attend = gathered_attention if context.gather else ring_attention
+    out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
     return heads_to_tokens(out, inner)

@@ -1,8 +1,8 @@
 """Ring attention (arXiv:2310.01889): keys and values go round while every rank's queries stay.
 
 Each step computes with the keys that are here while the next ones arrive. Forward, a rank sends its neighbour the K and V of `steps - 1`
-positions: (steps - 1) (kv_heads * head_dim + kv_heads * value_dim) numbers per key, in their own dtype. Backward recomputes each step's softmax from
-the saved log-sum-exp; K and V go round again, and behind them dK and dV in float32, `steps - 1` times and once more home to their rank.
+positions: (steps - 1) * kv_heads * (head_dim + value_dim) numbers per key, in their own dtype. Backward recomputes each step's softmax
+from the saved log-sum-exp; K and V go round again, and behind them dK and dV in float32, `steps - 1` times and once more home.
 `steps` is the ring's size, or less where a window or short examples let no query see so far (parallel/sequence.py).
 """
 
@@ -43,7 +43,7 @@ class _Ring(torch.autograd.Function):
         here: tuple[Tensor, ...] = (key, value)
         for number, shown in enumerate(steps):
             coming = _Turn(here, group) if number + 1 < len(steps) else None
-            forward(parts, query, *here, shown, scale=scale, softcap=softcap)
+            forward(parts, query, here[0], here[1], shown, scale=scale, softcap=softcap)
             here = coming.arrived() if coming else here
         out, lse = parts.out, parts.lse
         if sinks is not None:
@@ -64,10 +64,18 @@ class _Ring(torch.autograd.Function):
         following: _Turn | None = None
         for number, shown in enumerate(steps):
             coming = _Turn(here, group) if number + 1 < len(steps) else None
-            mine = Towards(towards_query, *(torch.zeros_like(x) for x in towards)) if following else Towards(towards_query, *towards)
-            backward(mine, gradients[0], query, *here, out, lse, shown, scale=scale, softcap=softcap)
+            mine = (
+                Towards(towards_query, *(torch.zeros_like(x) for x in towards))
+                if following
+                else Towards(towards_query, *towards)
+            )
+            backward(mine, gradients[0], query, here[0], here[1], out, lse, shown, scale=scale, softcap=softcap)
             # The sums for the keys that are here were on their way while this step was computed.
-            towards = tuple(a.add_(b) for a, b in zip(following.arrived(), (mine.key, mine.value), strict=True)) if following else towards
+            towards = (
+                tuple(a.add_(b) for a, b in zip(following.arrived(), (mine.key, mine.value), strict=True))
+                if following
+                else towards
+            )
             following = _Turn(towards, group, hops=1 if coming else 1 - len(steps))
             here = coming.arrived() if coming else here
         assert following is not None

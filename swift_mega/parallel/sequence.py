@@ -85,7 +85,12 @@ def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
                 continue
             last = found[-1] if found else None
             here = first + low - begin
-            if last and last.example == example and last.position + last.length == low - start and last.first + last.length == here:
+            if (
+                last
+                and last.example == example
+                and last.position + last.length == low - start
+                and last.first + last.length == here
+            ):
                 found[-1] = Run(example, last.position, last.first, last.length + high - low)
             else:
                 found.append(Run(example, low - start, here, high - low))
@@ -103,7 +108,13 @@ def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: 
         for query in mine
         for key in by_example.get(query.example, ())
         for found in block(
-            query.first, query.length, key.first, key.length, shift=query.position - key.position, causal=causal, window=window
+            query.first,
+            query.length,
+            key.first,
+            key.length,
+            shift=query.position - key.position,
+            causal=causal,
+            window=window,
         )
     )
 

@@ -12,7 +12,8 @@ from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forwar
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
     """[queries, keys] bool by position: the definition."""
     return torch.tensor(
-        [[(not causal or p >= s) and (window is None or p - s < window) for s in keys] for p in queries], dtype=torch.bool
+        [[(not causal or p >= s) and (window is None or p - s < window) for s in keys] for p in queries],
+        dtype=torch.bool,
     )
 
 
@@ -29,9 +30,7 @@ def drawn(blocks: list[Block], queries: int, keys: int) -> Tensor:
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(-10, 20), st.booleans(), st.none() | st.integers(1, 12)
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(-10, 20), st.booleans(), st.none() | st.integers(1, 12))
 def test_blocks_show_what_the_positions_say(queries, keys, shift, causal, window):
     if not causal:
         window = None
@@ -82,7 +81,8 @@ def test_parts_of_the_keys_make_the_whole(heads, kv, dims, window, softcap, caus
     parts, cuts = Parts(q, dims[1]), [(150, 230), (330, 400), (0, 100), (230, 330), (100, 150)]
     with torch.no_grad():
         made = [
-            block(0, len(q), first, last - first, shift=start - first, causal=causal, window=window) for first, last in cuts
+            block(0, len(q), first, last - first, shift=start - first, causal=causal, window=window)
+            for first, last in cuts
         ]
         for each in made:
             forward(parts, q, k, v, each, scale=scale, softcap=softcap)

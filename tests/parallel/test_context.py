@@ -9,7 +9,13 @@ from swift_mega.parallel.context import context_attention, make_context
 from swift_mega.parallel.sequence import Mesh, pieces
 
 HEADS = {"8/8": (8, 8, 8, 8), "8/2": (8, 2, 8, 8), "9/3": (9, 3, 8, 8), "mqa": (8, 1, 8, 8), "mla": (8, 8, 12, 8)}
-KINDS = {"full": {}, "window": {"window": 11}, "softcap": {"softcap": 1.5}, "sinks": {"sinks": True}, "all": {"causal": False}}
+KINDS = {
+    "full": {},
+    "window": {"window": 11},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "all": {"causal": False},
+}
 ROWS = {"dense": (0, 96), "packed": (0, 5, 6, 41, 70, 96)}
 
 
@@ -34,10 +40,10 @@ def whole(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: tuple[int, 
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :tokens], v)
 
 
-def _differences(ulysses: int, ring: int, dtype: torch.dtype, shapes: list[str]) -> dict[str, float]:
+def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shapes: list[str]) -> dict[str, float]:
     """Largest difference of out and gradients from one rank's, by case; of all ranks."""
     mesh, rank = Mesh(ulysses, ring), dist.get_rank()
-    context, found = make_context([list(range(mesh.size))], mesh), {}
+    context, found = make_context([list(range(mesh.size))], mesh, gather=gather), {}
     for shape in shapes:
         heads, kv_heads, dim, value_dim = HEADS[shape]
         if heads % ulysses:
@@ -46,7 +52,8 @@ def _differences(ulysses: int, ring: int, dtype: torch.dtype, shapes: list[str])
             for name, kind in KINDS.items():
                 torch.manual_seed(0)
                 q = torch.randn(cu[-1], heads, dim, dtype=torch.float64)
-                k, v = torch.randn(cu[-1], kv_heads, dim, dtype=torch.float64), torch.randn(cu[-1], kv_heads, value_dim, dtype=torch.float64)
+                k = torch.randn(cu[-1], kv_heads, dim, dtype=torch.float64)
+                v = torch.randn(cu[-1], kv_heads, value_dim, dtype=torch.float64)
                 sinks = torch.randn(heads, dtype=torch.float64) if "sinks" in kind else None
                 grad = torch.randn(cu[-1], heads, value_dim, dtype=torch.float64)
                 given = [x for x in (q, k, v, sinks) if x is not None]
@@ -59,7 +66,12 @@ def _differences(ulysses: int, ring: int, dtype: torch.dtype, shapes: list[str])
                 held = [torch.cat([x[begin:end] for begin, end in pieces(cu[-1], mesh, rank)]) for x in mine[:3]]
                 options = {key: value for key, value in kind.items() if key != "sinks"}
                 out = context_attention(
-                    *held, context=context, cu_seqlens=cu, scale=dim**-0.5, sinks=mine[3] if sinks is not None else None, **options
+                    *held,
+                    context=context,
+                    cu_seqlens=cu,
+                    scale=dim**-0.5,
+                    sinks=mine[3] if sinks is not None else None,
+                    **options,
                 )
                 gradients = torch.autograd.grad(
                     out, mine, torch.cat([grad[begin:end] for begin, end in pieces(cu[-1], mesh, rank)]).to(dtype)
@@ -79,14 +91,26 @@ def _differences(ulysses: int, ring: int, dtype: torch.dtype, shapes: list[str])
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=("float64", "float32"))
-@pytest.mark.parametrize(("ulysses", "ring"), ((2, 1), (1, 2), (4, 1), (1, 4), (2, 2)), ids=lambda n: str(n))
-def test_every_mesh_computes_what_one_rank_does(ranks, ulysses, ring, dtype):
-    found = ranks(ulysses * ring, _differences, ulysses, ring, dtype, list(HEADS))
+@pytest.mark.parametrize(
+    ("ulysses", "ring", "gather"),
+    (
+        (2, 1, False),
+        (1, 2, False),
+        (4, 1, False),
+        (1, 4, False),
+        (2, 2, False),
+        (1, 2, True),
+        (1, 4, True),
+        (2, 2, True),
+    ),
+)
+def test_every_mesh_computes_what_one_rank_does(ranks, ulysses, ring, gather, dtype):
+    found = ranks(ulysses * ring, _differences, ulysses, ring, gather, dtype, list(HEADS))
     assert len(found) >= 40
     limit = 1e-10 if dtype == torch.float64 else 1e-5
     assert {case: value for case, value in found.items() if value > limit} == {}
 
 
 def test_eight_ranks_as_a_mesh(ranks):
-    found = ranks(8, _differences, 4, 2, torch.float64, ["8/2"])
+    found = ranks(8, _differences, 4, 2, False, torch.float64, ["8/2"])
     assert len(found) == 10 and max(found.values()) < 1e-10

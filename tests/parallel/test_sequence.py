@@ -15,7 +15,9 @@ MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2)
 @pytest.mark.parametrize("times", (1, 3, 10))
 def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh, times: int) -> None:
     tokens = mesh.multiple * times
-    held = [[token for begin, end in pieces(tokens, mesh, rank) for token in range(begin, end)] for rank in range(mesh.size)]
+    held = [
+        [token for begin, end in pieces(tokens, mesh, rank) for token in range(begin, end)] for rank in range(mesh.size)
+    ]
     assert sorted(itertools.chain.from_iterable(held)) == list(range(tokens))
     assert {len(each) for each in held} == {tokens // mesh.size}
     for position in range(mesh.ring):
@@ -65,7 +67,9 @@ def test_steps_that_nobody_needs_are_left_out() -> None:
     alone = tuple(range(0, 65, 8))  # examples of 8 tokens, chunks of 8: no rank sees another's keys
     assert [len(ring_blocks(alone, 4, position)) for position in range(4)] == [1, 1, 1, 1]
     assert len(ring_blocks((0, 64), 4, 0)) == 4
-    assert len(ring_blocks((0, 6400), 4, 0, window=100)) == 4  # the neighbour of a chunk lies on either side of the ring
+    assert (
+        len(ring_blocks((0, 6400), 4, 0, window=100)) == 4
+    )  # the neighbour of a chunk lies on either side of the ring
     assert all(work(step) <= 2 * 100 * 100 for step in ring_blocks((0, 6400), 4, 1, window=100)[1:])
 
 
