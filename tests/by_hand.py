@@ -17,18 +17,56 @@ Source = tuple[int, int]
 
 
 def qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:
-    """Rows of one rank's linear_qkv; `queries` are query heads per group, parts are 0 query, 1 key, 2 value."""
+    """Rows of one rank's linear_qkv; `queries` are query heads per group, parts are 0 query, 1 key, 2 value.
+
+    More ranks than groups have rows of a part of a group each.
+    """
     rows = []
     for group in range(groups):
-        if not rank * groups <= group * tensor < (rank + 1) * groups:
-            continue
         for query in range(queries):
             for feature in range(head_dim):
                 rows.append((0, (group * queries + query) * head_dim + feature))
         for part in (1, 2):
             for feature in range(head_dim):
                 rows.append((part, group * head_dim + feature))
+    return [row for number, row in enumerate(rows) if number // (len(rows) // tensor) == rank]
+
+
+def gated_qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:
+    """Likewise with a gate for every query; part 0 has each head's query and then its gate (get_query_key_value_tensors: [group,
+    (queries, gates, key, value), head_dim])."""
+    rows = []
+    for group in range(groups):
+        if not rank * groups <= group * tensor < (rank + 1) * groups:
+            continue
+        for gate in (0, 1):
+            for query in range(queries):
+                for feature in range(head_dim):
+                    rows.append((0, ((group * queries + query) * 2 + gate) * head_dim + feature))
+        for part in (1, 2):
+            for feature in range(head_dim):
+                rows.append((part, group * head_dim + feature))
     return rows
+
+
+def key_head_rows(*, heads: int, widths: tuple[int, ...], tensor: int, rank: int) -> list[Source]:
+    """Rows of one rank's convolution of a gated delta net: its key heads one by one, of each its share of every part."""
+    rows = []
+    for head in range(heads):
+        if rank * heads <= head * tensor < (rank + 1) * heads:
+            for part, width in enumerate(widths):
+                for channel in range(width):
+                    rows.append((part, head * width + channel))
+    return rows
+
+
+def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where each of several parts one after another begins and ends."""
+    found, end = [], 0
+    for width in widths:
+        found.append((end, end + width))
+        end += width
+    return found
 
 
 def gate_up_rows(*, ffn: int, tensor: int, rank: int) -> list[Source]:

@@ -37,7 +37,8 @@ class Recorder(types.ModuleType):
         self.passed = True
         self.failure: BaseException | None = None
         self.directory, self.checkpoint, self.merged = Path("out/v0"), Path("out/v0/checkpoint-5"), None
-        for name in ("train", "convert", "export", "infer", "verify", "quantize"):
+        self.Candidate = dict
+        for name in ("train", "convert", "export", "infer", "verify", "quantize", "compare"):
             setattr(self, name, self._recording(name))
 
     def _recording(self, name: str) -> Callable[..., "Recorder"]:
@@ -96,9 +97,10 @@ CONVERT = ["convert", "--model", "model", "--to", "mcore"]
 EXPORT = ["export", "--adapters", "adapter", "--merge_lora", "true"]
 INFER = ["infer", "--model", "model"]
 VERIFY = ["verify", "--model", "model"]
+COMPARE = ["compare", "--a", "model", "--b", "mcore"]
 
 MISTAKES = [
-    ([], "no verb; one of sft, pt, convert, export, infer, verify, config"),
+    ([], "no verb; one of sft, pt, convert, export, infer, verify, compare, config"),
     (["trian"], "unknown verb 'trian'"),
     (["convrt"], "unknown verb 'convrt' (did you mean convert?)"),
     (["--verbose"], "unknown verb '--verbose'"),
@@ -217,6 +219,13 @@ MISTAKES = [
     ([*VERIFY, "--tolerance", "-1"], "--tolerance=-1: expected a number above 0"),
     ([*VERIFY, "--prompts", "no.txt"], "--prompts=no.txt: no such file"),
     ([*VERIFY, "--tuner", "dora"], "--tuner=dora: expected lora | full"),
+    (["compare", "--a", "model"], "compare: --b is missing; swift-mega compare --a DIR --b DIR"),
+    ([*COMPARE[:3], "--b", "absent"], "--b=absent: no such directory; give a Hugging Face directory or"),
+    ([*COMPARE, "--b_engine", "vllm"], "--b_engine=vllm: expected mcore | hf"),
+    ([*COMPARE, "--a_layout", "pq2"], "--a_layout=pq2: expected sizes joined by dashes, such as tp2"),
+    ([*COMPARE, "--tolerance", "0"], "--tolerance=0: expected a number above 0"),
+    ([*COMPARE, "--top_k", "0"], "--top_k=0: expected a whole number of at least 1"),
+    ([*COMPARE, "--tp", "2"], "--tp sets parallel.tensor, which has no effect in compare"),
     (["config", "--only", "some"], "--only=some: expected changed"),
     (["config", "--lr", "x"], "--lr=x: expected a number"),
 ]
@@ -467,6 +476,25 @@ def test_verify(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool)
     assert capsys.readouterr().out == "the table\n"
     assert main(VERIFY) == (0 if passed else 1)
     assert api.calls[1:] == [("verify", ("model",), {})]
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_compare(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool) -> None:
+    api.passed = passed
+    none = {"model": None, "adapter": None, "engine": None, "layout": None}
+    plain = ({"checkpoint": "model", **none}, {"checkpoint": "mcore", **none})
+    assert main(COMPARE) == (0 if passed else 1)
+    assert api.calls == [("compare", plain, {})]
+    assert capsys.readouterr().out == "the table\n"
+    words = "--b_layout tp2-sp --a_engine hf --b_model model --tolerance 1e-6 --top_k 3 --torch_dtype float64 --dequantize true"
+    files = "--json out.json --plot out.png --prompts data.jsonl --tokenizer model --scratch model"
+    assert main([*COMPARE, *words.split(), *files.split()]) == (0 if passed else 1)
+    one, other = {**plain[0], "engine": "hf"}, {**plain[1], "layout": "tp2-sp", "model": "model"}
+    options = {
+        "tolerance": 1e-6, "top_k": 3, "dtype": "float64", "dequantize": True, "json": "out.json", "plot": "out.png",
+        "prompts": "data.jsonl", "tokenizer": "model", "scratch": "model",
+    }  # fmt: skip
+    assert api.calls[1] == ("compare", (one, other), options)
 
 
 def test_config_shows_values_and_sources(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
+ZERO_CENTRED = "Qwen3NextRMSNorm'"
+"""Norms whose weight is kept minus one: its noise is around zero, or every norm would double what it sees, with its rounding."""
+
+
 def _families(file: Path) -> dict[str, dict[str, Any]]:
     """FAMILIES of a file beside this one: name -> fields of the config, on top of SIZES."""
     return importlib.import_module(file.stem).FAMILIES
@@ -55,6 +59,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": dict(model_type="phi3", pad_token_id=None, bos_token_id=None, eos_token_id=None, resid_pdrop=0.0),
     "gemma": dict(model_type="gemma", pad_token_id=None, bos_token_id=None, eos_token_id=None),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+}  # fmt: skip
+
+# With fewer key heads than tensor ranks; not among FAMILIES, since they are told from theirs by that alone.
+FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
+    f"{name}_{heads}_{key_heads}": dict(num_attention_heads=heads, num_key_value_heads=key_heads) | fields
+    for name, heads, key_heads, fields in [
+        ("llama", 4, 1, dict(model_type="llama")),
+        ("llama", 4, 2, dict(model_type="llama", tie_word_embeddings=True)),
+        ("llama", 8, 2, dict(model_type="llama", attention_bias=True, mlp_bias=True)),
+        ("qwen2", 4, 1, dict(model_type="qwen2")),
+        ("qwen3", 4, 2, dict(model_type="qwen3")),
+        ("phi3", 4, 1, FAMILIES["phi3"]),
+        ("olmo2", 4, 1, FAMILIES["olmo2"]),
+        ("olmo2", 8, 2, FAMILIES["olmo2"]),
+        ("mixtral", 4, 1, FAMILIES["mixtral"]),
+    ]
 }  # fmt: skip
 
 
@@ -104,7 +124,11 @@ def make_chat(directory: Path, name: str, **changes: Any) -> Path:
 
 def fields_of(name: str, **changes: Any) -> dict[str, Any]:
     """Fields of the config of FAMILIES[name]; those set to `...` are left out, for types that do not have them."""
-    return {key: value for key, value in {**SIZES, **FAMILIES[name], **changes}.items() if value is not ...}
+    return {
+        key: value
+        for key, value in {**SIZES, **(FAMILIES | FEW_KEY_HEADS)[name], **changes}.items()
+        if value is not ...
+    }
 
 
 def make(
@@ -118,10 +142,14 @@ def make(
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
+    owners = {key: model.get_submodule(key.rpartition(".")[0]) for key, _ in model.named_parameters()}
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15))
+            centred = ZERO_CENTRED in str(type(owners[key]))
+            parameter.copy_(
+                0.2 * noise + (not centred) if "norm" in key else noise * (0.5 if parameter.dim() == 1 else 0.15)
+            )
     with torch.no_grad():
         for key, buffer in [*model.named_buffers(), *model.named_parameters()]:
             if key.endswith("e_score_correction_bias"):  # zero by default: then nothing would show that it is read

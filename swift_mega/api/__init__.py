@@ -9,12 +9,15 @@ from swift_mega import device as devices
 devices.setup()  # before Megatron is imported by anything below
 
 from swift_mega.api.answers import Answerer, infer  # noqa: E402
+from swift_mega.api.comparison import Candidate, compare  # noqa: E402
 from swift_mega.api.conversion import convert, export, plan, quantize  # noqa: E402
 from swift_mega.api.proof import Report, verify  # noqa: E402
 from swift_mega.api.training import load_recipe, train  # noqa: E402
 from swift_mega.config.schema import Parallel  # noqa: E402
+from swift_mega.train.compare import Comparison  # noqa: E402
 from swift_mega.train.loop import TrainResult  # noqa: E402
 
 __all__ = [
-    "Answerer", "Parallel", "Report", "TrainResult", "convert", "export", "infer", "load_recipe", "plan", "quantize", "train", "verify",
+    "Answerer", "Candidate", "Comparison", "Parallel", "Report", "TrainResult", "compare", "convert", "export", "infer", "load_recipe",
+    "plan", "quantize", "train", "verify",
 ]  # fmt: skip

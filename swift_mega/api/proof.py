@@ -18,7 +18,7 @@ from swift_mega.convert import stream
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
-from swift_mega.export import merged
+from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.family import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
@@ -121,11 +121,7 @@ def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | N
     """The tuner to verify; a given adapter's own rank, scale and targets."""
     if adapters is None:
         return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
-    config: dict[str, Any] = dict(merged.read_adapter(adapters).config)
-    return schema.Tuner(
-        type="lora", rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")),
-        target_modules=tuple(config["target_modules"]),
-    )  # fmt: skip
+    return tuner_of(adapters)
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from swift_mega.cli.arguments import Option, Verb
 from swift_mega.cli.talk import MAX_NEW_TOKENS, infer
-from swift_mega.cli.verbs import config, convert, export, train, verify
+from swift_mega.cli.verbs import compare, config, convert, export, train, verify
 
 TRAINING_ONLY = (
     *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
@@ -29,6 +29,25 @@ OUTPUT = Option(name="output", value="DIR", help="where to write; must be absent
 OVERWRITE = Option(
     name="overwrite", value="true|false", help="replace what is there, once the new files are complete", kind="switch"
 )
+
+
+def _side(letter: str, role: str) -> tuple[Option, ...]:
+    """One side of a comparison."""
+    return (
+        Option(name=letter, value="DIR", help=f"{role}: a Hugging Face or a Megatron directory"),
+        Option(
+            name=f"{letter}_model", value="DIR", help="config and tokenizer of a Megatron directory that others wrote"
+        ),
+        Option(name=f"{letter}_adapter", value="DIR", help="PEFT LoRA directory on top"),
+        Option(
+            name=f"{letter}_engine",
+            value="mcore|hf",
+            help="Megatron-core or transformers; default: mcore where it knows the model_type",
+            choices=("mcore", "hf"),
+        ),
+        Option(name=f"{letter}_layout", value="NAME", help="of Megatron's ranks, such as tp2-sp; default: single"),
+    )
+
 
 _ALL = (
     Verb(
@@ -151,6 +170,33 @@ _ALL = (
         ),
         takes=_only("model.path", "model.adapters", "model.dtype", "model.dequantize"),
         run=verify,
+    ),
+    Verb(
+        name="compare",
+        summary="find the layer where two checkpoints part",
+        description="Run two checkpoints on the same prompts and compare the output of every layer, of the final norm, and the "
+        "logits. Exits with 1 where a point is beyond the tolerance, and names the first one.",
+        usage=(
+            "compare --a DIR --b DIR [--a_layout tp2-sp] [--b_engine hf] [--prompts FILE] [--tolerance X] [--json FILE] "
+            "[--plot FILE.png]",
+        ),
+        options=(
+            *_side("a", "the reference"),
+            *_side("b", "the one that is measured"),
+            Option(name="prompts", value="FILE", help="text file, one prompt a line; default: a few sentences"),
+            Option(name="tokenizer", value="DIR", help="the tokenizer for both; default: their own"),
+            Option(
+                name="tolerance",
+                value="X",
+                help="largest relative difference that passes; default 1e-4, in bfloat16 0.2",
+            ),
+            Option(name="top_k", value="N", help="how many of the likeliest tokens are compared; default 5"),
+            Option(name="scratch", value="DIR", help="folder for the states of A meanwhile"),
+            Option(name="json", value="FILE", help="where the numbers go"),
+            Option(name="plot", value="FILE.png", help="the difference by layer, as a picture"),
+        ),
+        takes=_only("model.dtype", "model.dequantize"),
+        run=compare,
     ),
     Verb(
         name="config",

@@ -157,6 +157,42 @@ def verify(arguments: Arguments) -> int:
     return 0 if report.passed else 1
 
 
+def compare(arguments: Arguments) -> int:
+    refuse_joined("compare")
+    sides = [_side(arguments, letter) for letter in "ab"]
+    options: dict[str, Any] = {
+        name: value
+        for name in ("prompts", "tokenizer", "scratch", "json", "plot")
+        if (value := arguments.text(name)) is not None
+    }
+    if (tolerance := arguments.positive("tolerance")) is not None:
+        options["tolerance"] = tolerance
+    if (top_k := arguments.whole("top_k")) is not None:
+        options["top_k"] = top_k
+    model = arguments.resolved().run.model
+    if model.dtype != "auto":
+        options["dtype"] = model.dtype
+    if model.dequantize:
+        options["dequantize"] = True
+    from swift_mega import api
+
+    found = api.compare(*(api.Candidate(**side) for side in sides), **options)
+    print(found.table())
+    return 0 if found.passed else 1
+
+
+def _side(arguments: Arguments, letter: str) -> dict[str, Any]:
+    checkpoint = arguments.required(letter)
+    if not Path(checkpoint).is_dir():
+        raise UserError(
+            f"--{letter}={checkpoint}: no such directory; give a Hugging Face directory or a Megatron checkpoint"
+        )
+    if (name := arguments.text(f"{letter}_layout")) is not None and not LAYOUT.fullmatch(name):
+        raise UserError(f"--{letter}_layout={name}: expected sizes joined by dashes, such as tp2, pp2 or tp2-pp2-sp")
+    fields = ("model", "adapter", "engine", "layout")
+    return {"checkpoint": checkpoint, **{field: arguments.text(f"{letter}_{field}") for field in fields}}
+
+
 def _verify_files(directory: str) -> int:
     if not Path(directory).is_dir():
         raise UserError(f"--model={directory}: no such directory")

@@ -85,6 +85,8 @@ def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
         layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
         if layer and layers <= int(layer[1]) < layers + settings.predict_layers:
             found[name] = "a layer of multi-token prediction"
+        elif settings.predict_prefix is not None and name.startswith(settings.predict_prefix):
+            found[name] = "multi-token prediction"
         elif VALUE_HEAD.fullmatch(name):
             found[name] = "a value head"
     return found

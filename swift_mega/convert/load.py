@@ -31,7 +31,7 @@ def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
             replicas, first = _replicas(part, held, groups)
             if first:
                 pieces = slices_of(part, checkpoint, held)
-                fill(held.parameter.data, checkpoint, held.rule, pieces, part.settings.heads)
+                fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
                 problem = problem or _not_finite(held.parameter, checkpoint, pieces)
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
@@ -79,14 +79,10 @@ def fill(value: Tensor, checkpoint: Checkpoint, rule: Rule, pieces: Sequence[Sli
 
 def slices_of(part: ModelPart, checkpoint: Checkpoint, held: Held) -> list[Slice]:
     """What this rank reads for a parameter."""
-    return [
-        piece
-        for name in held.parts
-        for piece in slices(
-            held.rule, name, checkpoint.shape(name), cut=part.tensor_axis(held), heads=part.settings.heads,
-            rows=rows_of(held.parameter.shape),
-        )
-    ]  # fmt: skip
+    return slices(
+        held.rule, {name: checkpoint.shape(name) for name in held.parts}, cut=part.tensor_axis(held), heads=part.heads,
+        rows=rows_of(held.parameter.shape),
+    )  # fmt: skip
 
 
 def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:

@@ -67,6 +67,8 @@ class Share:
     slot: Slot
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
+    cut: tuple[int, int]
+    """(rank, size) of the axis that cuts it."""
     copy: bool = False
     """The embedding again, as the head of a tied model whose last stage is not its first."""
 
@@ -101,9 +103,9 @@ def draw(directory: str | Path, names: Iterable[str] = (), dequantize: bool = Fa
 
 def _kinds(settings: Settings) -> list[list[int]]:
     """Layers that have the same parameters, by kind."""
-    found: dict[bool, list[int]] = {}
-    for layer, moe in enumerate(settings.moe_layers):
-        found.setdefault(moe, []).append(layer)
+    found: dict[tuple[bool, bool], list[int]] = {}
+    for layer, kind in enumerate(settings.layer_kinds):
+        found.setdefault(kind, []).append(layer)
     return list(found.values())
 
 
@@ -119,6 +121,7 @@ def _only(settings: Settings, layers: Sequence[int]) -> Settings:
         ropes=tuple(settings.ropes[layer] for layer in layers),
         windows=tuple(settings.windows[layer] for layer in layers),
         moe_layers=tuple(settings.moe_layers[layer] for layer in layers),
+        delta_layers=tuple(settings.delta_layers[layer] for layer in layers) if settings.delta_layers else (),
     )
 
 
@@ -174,18 +177,14 @@ def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible
     elif pack.held_dim is not None:
         assert shape[pack.held_dim] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
         shape[pack.held_dim] //= size
-    pieces = [
-        piece
-        for name, whole in slot.parts.items()
-        for piece in slices(slot.rule, name, whole, cut=cut, heads=settings.heads, rows=rows_of(shape))
-    ]
-    return Share(slot, tuple(shape), tuple(pieces), copy)
+    pieces = slices(slot.rule, slot.parts, cut=cut, heads=settings.heads, rows=rows_of(shape))
+    return Share(slot, tuple(shape), tuple(pieces), cut, copy)
 
 
 def value_of(checkpoint: Checkpoint, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
     """The parameter that a share is, as the rank's own loader fills it; no rank is there."""
     made = torch.empty(share.shape, dtype=dtype)
-    fill(made, checkpoint, share.slot.rule, share.slices, settings.heads)
+    fill(made, checkpoint, share.slot.rule, share.slices, settings.heads.on(*share.cut))
     return made
 
 
@@ -228,6 +227,8 @@ def byte_ranges(checkpoint: Checkpoint, share: Share) -> list[tuple[Path, Span]]
     """Where in the files the bytes of a share lie."""
     found = []
     for piece in share.slices:
+        if piece.start == piece.stop:
+            continue
         entry = checkpoint.entries[stacked(piece.name)[0]]
         found.append((entry.file, spans(entry, piece.name, piece.axis, piece.start, piece.stop)))
     return found

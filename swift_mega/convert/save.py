@@ -79,11 +79,11 @@ def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Val
 
 
 def _rows(part: ModelPart, held: Held, mine: Tensor) -> Iterator[Piece]:
-    heads, found = part.settings.heads, iter(held.rule.pack.split(mine, part.settings.heads))
-    for name, shape in zip(held.parts, part.part_shapes(held), strict=True):
-        for piece in slices(held.rule, name, shape, cut=part.tensor_axis(held), heads=heads, rows=len(mine)):
-            assert piece.stop is not None
-            yield Piece(name, next(found)[: piece.stop - piece.start], piece.start)
+    tensors = dict(zip(held.parts, part.part_shapes(held), strict=True))
+    wanted = slices(held.rule, tensors, cut=part.tensor_axis(held), heads=part.heads, rows=len(mine))
+    for piece, value in zip(wanted, held.rule.pack.split(mine, part.heads), strict=True):
+        assert piece.stop is not None
+        yield Piece(piece.name, value[: piece.stop - piece.start], piece.start)
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor] | None:
@@ -97,6 +97,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor]
 
 def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]:
     pack = held.rule.pack
+    assert pack.rows(part.heads) is None, f"{held.name}: shards that end within a group are known by one rank each"
     split = [pack.split(shard, part.settings.heads) for shard in shards]
     whole = [
         torch.cat(tensors, dim=pack.axis or 0) if len(tensors) > 1 else tensors[0]

@@ -19,21 +19,29 @@ class Slice:
 
 
 def slices(
-    rule: Rule, name: str, shape: Sequence[int], *, cut: tuple[int, int], heads: Heads, rows: int
+    rule: Rule, tensors: Mapping[str, Sequence[int]], *, cut: tuple[int, int], heads: Heads, rows: int
 ) -> list[Slice]:
-    """What a rank holds of tensor `name` of this whole shape: its share of each part in it, in the order of the rule's pack.
+    """What a rank holds of the tensors in a parameter, in their order: its share of each part in them, which may be empty.
 
-    cut: (rank, size) of the axis that cuts the parameter; rows: the parameter's on this rank, which for a vocabulary may reach
-    beyond its end.
+    tensors: name -> whole shape; cut: (rank, size) of the axis that cuts the parameter; rows: the parameter's on this rank, which
+    for a vocabulary may reach beyond its end.
     """
-    axis, (rank, size) = rule.pack.axis, cut
+    pack, (rank, size) = rule.pack, cut
+    axis = pack.axis
     if axis is None:
-        return [Slice(name)]
-    if rule.pack.padded:
-        return [Slice(name, 0, min(rows * rank, shape[0]), min(rows * (rank + 1), shape[0]))]
+        return [Slice(name) for name in tensors]
+    if pack.padded:
+        return [
+            Slice(name, 0, min(rows * rank, shape[0]), min(rows * (rank + 1), shape[0]))
+            for name, shape in tensors.items()
+        ]
+    parts = [(name, *ends) for name, shape in tensors.items() for ends in pack.ranges(shape[axis], heads)]
+    held = pack.rows(heads.on(rank, size))
+    if held is None:
+        held = tuple(((end - start) * rank // size, (end - start) * (rank + 1) // size) for _, start, end in parts)
     return [
-        Slice(name, axis, start + (end - start) * rank // size, start + (end - start) * (rank + 1) // size)
-        for start, end in rule.pack.ranges(shape[axis], heads)
+        Slice(name, axis, start + first, start + last)
+        for (name, start, _), (first, last) in zip(parts, held, strict=True)
     ]
 
 

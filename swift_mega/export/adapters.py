@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from swift_mega.config import schema
 from swift_mega.convert.hf_files import some
 from swift_mega.convert.load import fill, slices_of
 from swift_mega.errors import UserError
@@ -45,7 +46,17 @@ def load_adapter(
     with torch.no_grad():
         for held in exported:
             pieces = slices_of(part, adapter.checkpoint, held)
-            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.settings.heads)
+            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
+
+
+def tuner_of(directory: str | Path) -> schema.Tuner:
+    """Settings of the tuner that a PEFT directory is of: its rank, scale and targets."""
+    config: dict[str, Any] = dict(read_adapter(directory).config)
+    targets = config["target_modules"]
+    return schema.Tuner(
+        type="lora", rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")),
+        target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+    )  # fmt: skip
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -28,9 +32,11 @@ from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import CoreAttention, segments
 from swift_mega.models.experts import BiasedRow, check_biases
 from swift_mega.models.family import Block, Family, NormKind, Rule, Settings
+from swift_mega.models.gated_delta import delta_net
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import check_cut, latent
 from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.packs import Heads
 from swift_mega.models.router import Router
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -147,17 +153,20 @@ class ModelPart:
             return self.coordinate.expert_tensor, self.layout.expert_tensor
         return self.coordinate.tensor, self.layout.tensor
 
+    @property
+    def heads(self) -> Heads:
+        """How this rank's attention projections are laid out."""
+        return self.settings.heads.on(self.coordinate.tensor, self.layout.tensor)
+
     def part_shapes(self, held: Held) -> list[tuple[int, ...]]:
         """Whole shapes of the Hugging Face tensors in a parameter."""
-        _, size = self.tensor_axis(held)
-        local = held.rule.pack.split(torch.empty(held.parameter.shape, device="meta"), self.settings.heads)
-        shapes = [list(part.shape) for part in local]
-        axis = held.rule.pack.axis
-        for shape in shapes:
-            if axis is not None:
-                shape[axis] = self.settings.shape.vocab if held.rule.pack.padded else shape[axis] * size
-        whole = held.rule.pack.fuse([torch.empty(shape, device="meta") for shape in shapes])
-        return [tuple(tensor.shape) for tensor in whole]
+        (_, size), pack, shape = self.tensor_axis(held), held.rule.pack, list(held.parameter.shape)
+        if pack.padded:
+            shape[0] = self.settings.shape.vocab
+        elif pack.axis is not None:
+            shape[pack.held_dim or 0] *= size
+        parts = pack.split(torch.empty(shape, device="meta"), self.settings.heads)
+        return [tuple(tensor.shape) for tensor in pack.fuse(parts)]
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -266,10 +275,22 @@ def transformer_config(
 def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    made = {
-        moe: _joined(spec(moe=moe), settings, norm_class(settings, device), moe=moe) for moe in set(settings.moe_layers)
-    }
-    return [made[moe] for moe in settings.moe_layers]
+    norm, made = norm_class(settings, device), {}
+    for moe, delta in set(settings.layer_kinds):
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
+        if delta:
+            column, row = _linears(device)
+            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
+    return [made[kind] for kind in settings.layer_kinds]
+
+
+def _linears(device: Device) -> tuple[type, type]:
+    """The linears that tensor ranks cut by columns and by rows, without a norm in them."""
+    if device.kind != "cuda":
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
 
 
 def norm_class(settings: Settings, device: Device) -> type:

@@ -118,11 +118,12 @@ def translate(
     )  # fmt: skip
     shape = ModelShape(
         layers=layers, heads=heads, kv_heads=kv_heads, experts=None, hidden=config.hidden_size,
-        ffn=ffn, expert_ffn=None, vocab=config.vocab_size,
+        ffn=ffn, expert_ffn=None, vocab=config.vocab_size, head_dim=head_dim,
+        key_heads_alone="has a norm of its own that tensor ranks cannot share" if changes.get("head_qk_norm") else None,
     )  # fmt: skip
     found: dict[str, Any] = dict(
         shape=shape,
-        heads=Heads(heads // kv_heads, head_dim),
+        heads=Heads(heads // kv_heads, head_dim, kv_heads),
         tied=bool(config.tie_word_embeddings),
         ropes=changes.pop("ropes", None) or (rope(config, head_dim),) * layers,
         windows=(None,) * layers,

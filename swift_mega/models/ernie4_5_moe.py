@@ -1,6 +1,6 @@
 """ERNIE 4.5 with experts: features rotated in pairs, experts chosen by softmax and a bias, in the layers that an interval names.
 
-The multi-token-prediction modules that checkpoints hold are not part of what this computes, nor are they written.
+The multi-token-prediction modules that checkpoints hold are not part of what this computes; they are kept as they are.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def _translate(config: Any) -> Settings:
     chosen = range(config.moe_layer_start_index, config.moe_layer_end_index + 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return moe(
-        translate(config, ropes=(rope(config, head_dim, interleaved=True),) * len(layers)),
+        translate(config, ropes=(rope(config, head_dim, interleaved=True),) * len(layers), predict_prefix="model.mtp_"),
         experts=config.moe_num_experts,
         top_k=config.moe_k,
         ffn=config.moe_intermediate_size,
@@ -59,5 +59,4 @@ FAMILY = vary(
         "moe_use_aux_free": (True,),
         "sliding_window": (None,),
     },
-    absent=(*DECODER.absent, r"model\.mtp_.*"),
 )

@@ -126,6 +126,23 @@ class Routing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Sizes of a gated delta net (models/gated_delta.py). A key head serves value_heads / key_heads value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    """Tokens that the convolution sees, the last one its own."""
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Query, key and value channels of one key head."""
+        return self.key_dim, self.key_dim, self.value_heads // self.key_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """A Hugging Face config in Megatron's terms."""
 
@@ -148,6 +165,11 @@ class Settings:
     """None: Megatron's own router does it."""
     predict_layers: int = 0
     """Layers of multi-token prediction that a checkpoint holds after the last layer; not computed, but kept."""
+    predict_prefix: str | None = None
+    """What the names of such layers' tensors start with, where they are no layers beyond the last one."""
+    delta: DeltaNet | None = None
+    delta_layers: tuple[bool, ...] = ()
+    """Per layer, whether a gated delta net is in attention's place; none is where there is no `delta`."""
     positions: int | None = None
     """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
     alibi: tuple[float, ...] | None = None
@@ -167,6 +189,11 @@ class Settings:
     """What config.json says and training does not do, a line each; a run says it once."""
     sinks: bool = False
     """Each head has a learned logit that joins its softmax (ops/sinks.py)."""
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
+        """Per layer, whether its MLP is a mixture of experts, and whether a gated delta net is in attention's place."""
+        return tuple(zip(self.moe_layers, self.delta_layers or (False,) * len(self.moe_layers), strict=True))
 
     @property
     def longest(self) -> int | None:
@@ -406,7 +433,9 @@ SIZES = MAY_BE_NONE | frozenset(
     "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
     "n_embed d_model n_heads n_layers max_seq_len "
     "num_experts num_local_experts num_experts_per_tok decoder_sparse_step "
-    "n_routed_experts n_shared_experts n_group topk_group moe_num_experts moe_k moe_layer_interval".split()
+    "n_routed_experts n_shared_experts n_group topk_group moe_num_experts moe_k moe_layer_interval "
+    "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
+    "full_attention_interval".split()
 )
 """Fields of config.json that count something; those that may be null have a default that follows from others."""
 

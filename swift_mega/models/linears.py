@@ -7,6 +7,8 @@ from swift_mega.models.mla import unused
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
+DELTA = ".linear_delta_"
+"""In the names of a gated delta net's linears (models/gated_delta.py)."""
 STACKED = re.compile(r".*\[(\d+|\{e\})\]")
 """A slice of a tensor that stacks all experts. It is no linear of its own to Hugging Face and PEFT, and gets no adapter."""
 
@@ -17,13 +19,16 @@ def modules_of(family: Family, settings: Settings) -> set[str]:
     for rule in family.rules:
         if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]) and _is_there(rule, settings):
             experts = range(settings.shape.experts or 0) if "{e}" in rule.megatron else range(1)
-            layers = [
-                i
-                for i, moe in enumerate(settings.moe_layers)
-                if ".mlp." not in rule.megatron or moe == (EXPERTS.search(rule.megatron) is not None)
-            ]
+            layers = [i for i, (moe, delta) in enumerate(settings.layer_kinds) if _in_layer(rule, moe, delta)]
             found.update(family.module(part).format(i=i, e=e) for part in rule.parts for i in layers for e in experts)
     return found
+
+
+def _in_layer(rule: Rule, moe: bool, delta: bool) -> bool:
+    """Whether a layer of this kind has the linear of a rule."""
+    if ".mlp." in rule.megatron:
+        return moe == (EXPERTS.search(rule.megatron) is not None)
+    return delta == (DELTA in rule.megatron)
 
 
 def _is_there(rule: Rule, settings: Settings) -> bool:

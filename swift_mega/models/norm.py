@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -45,7 +46,10 @@ def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
 
 
 class WholeNorm(torch.nn.Module):
-    """RMSNorm over all heads of a token together, where tensor ranks hold some heads each: the mean square is summed over them."""
+    """RMSNorm over all heads of a token together, where tensor ranks hold some heads each: the mean square is summed over them.
+
+    Where there are more ranks than heads, several see the same head, and each keeps a part of its weight.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **given: Any
@@ -54,17 +58,26 @@ class WholeNorm(torch.nn.Module):
         super().__init__()
         ranks = config.tensor_model_parallel_size
         self.whole, self.eps, self.cut = heads * hidden_size, eps, ranks > 1
+        self.size, self.copies = hidden_size, max(1, ranks // heads)
         self.weight = torch.nn.Parameter(torch.empty(self.whole // ranks, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[tokens, 1, heads / ranks, head_dim] -> the same."""
+        """[tokens, 1, heads of this rank, head_dim] -> the same."""
         flat = x.flatten(-2)
         wide = flat.float() if flat.dtype != torch.float64 else flat
         squares = wide.square().sum(-1, keepdim=True)
         if self.cut:
-            squares = _SumOverRanks.apply(squares)
+            squares = _SumOverRanks.apply(squares) / self.copies
         normed = (wide * torch.rsqrt(squares / self.whole + self.eps)).to(x.dtype)
-        return (normed * self.weight).view_as(x)
+        return (normed * self._weight()).view_as(x)
+
+    def _weight(self) -> Tensor:
+        """That of this rank's heads. The gradient of a gathered one is summed over the ranks that use it."""
+        if self.copies == 1:
+            return self.weight
+        whole = all_gather_last_dim_from_tensor_parallel_region(self.weight)
+        first = parallel_state.get_tensor_model_parallel_rank() // self.copies * self.size
+        return whole[first : first + self.size]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """What Megatron's checkpoints are told of the weight."""

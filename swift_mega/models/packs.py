@@ -4,10 +4,13 @@ A Pack sees tensors and never a rank. Tensor parallelism cuts every part along t
 are all cut at the same fraction *is* the shard of that fraction. So `join(cut parts)` makes a rank's parameter,
 `split(parameter)` gives back its pieces, and neither knows how many ranks there are. The same Pack serves weight and bias,
 and the `up` factor of an adapter on that linear.
+
+The one exception: where there are more tensor ranks than key heads, Megatron cuts the rows of a joined QKV within a group, and a rank
+has some rows of query, key or value, or none of one. `Heads.on` is told which rank it is, and `Pack.rows` says which rows those are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -20,6 +23,36 @@ class Heads:
 
     queries_per_group: int
     head_dim: int
+    groups: int = 0
+    """Key heads of the whole model, each with its query heads; 0 where ranks have whole ones in any case."""
+    share: tuple[int, int] = (0, 1)
+    """(rank, size): whose part of the tensors this is about, where ranks have parts of a group; else (0, 1)."""
+    channels: tuple[int, ...] = ()
+    """Query, key and value channels of one key head of a gated delta net."""
+
+    def on(self, rank: int, size: int) -> "Heads":
+        """The same of what tensor rank `rank` of `size` holds."""
+        return self if self.groups % size == 0 else replace(self, share=(rank, size))
+
+    @property
+    def rows(self) -> tuple[tuple[int, int], ...] | None:
+        """Where the rows of query, key and value that this share has begin and end; None where it has whole groups.
+
+        They lie one after another in the joined tensor [groups, queries_per_group + 2, head_dim], which is cut evenly; the size is a
+        multiple of the groups, so all are of one group (megatron/core/transformer/attention.py, get_query_key_value_tensors).
+        """
+        rank, size = self.share
+        if size == 1:
+            return None
+        parts = (self.queries_per_group * self.head_dim, self.head_dim, self.head_dim)
+        each = self.groups * sum(parts) // size
+        group, first = divmod(rank * each, sum(parts))
+        found, before = [], 0
+        for part in parts:
+            start, stop = (min(max(row - before, 0), part) for row in (first, first + each))
+            found.append((group * part + start, group * part + stop))
+            before += part
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -59,6 +92,10 @@ class Pack:
         """The parts that lie in one Hugging Face tensor of `length` along `axis`: where each begins and ends."""
         return ((0, length),)
 
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
+        """Where what a rank holds of each part begins and ends along `axis`; None where that is its even share of each."""
+        return None
+
     def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The Hugging Face tensors of whole parts."""
         return tuple(parts)
@@ -95,23 +132,71 @@ class Qkv(Pack):
     axis: int | None = 0
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        if heads.rows is not None:
+            return torch.cat(tuple(parts))
         rest = parts[0].shape[1:]
         groups = parts[1].shape[0] // heads.head_dim
         blocks = [part.reshape(groups, -1, heads.head_dim, *rest) for part in parts]
         return torch.cat(blocks, dim=1).reshape(-1, *rest)
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        if heads.rows is not None:
+            return self._blocks(tensor, heads)
         return tuple(block.reshape(-1, *tensor.shape[1:]) for block in self._blocks(tensor, heads))
 
     def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
         return self._blocks(tensor, heads)
 
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
+        return heads.rows
+
     def _blocks(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-        groups = tensor.reshape(-1, heads.queries_per_group + 2, heads.head_dim, *tensor.shape[1:])
+        if heads.rows is not None:
+            return tensor.split([stop - start for start, stop in heads.rows])
+        groups = tensor.reshape(-1, sum(self.shares(heads)), heads.head_dim, *tensor.shape[1:])
         return groups.split(self.shares(heads), dim=1)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
         return (heads.queries_per_group, 1, 1)
+
+
+@dataclass(frozen=True)
+class GatedQkv(Qkv):
+    """`Qkv` with a gate for every query: in turn for each head in Hugging Face's tensor, after all queries of a group in Megatron's."""
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        query = parts[0].unflatten(0, (-1, heads.queries_per_group, 2, heads.head_dim)).transpose(1, 2).flatten(0, 3)
+        return super().join((query, *parts[1:]), heads)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(place.reshape(-1, *tensor.shape[1:]) for place in self.places(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        query, key, value = self._blocks(tensor, heads)
+        return query.unflatten(1, (2, -1)).transpose(1, 2), key, value
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return (2 * heads.queries_per_group, 1, 1)
+
+
+@dataclass(frozen=True)
+class ByKeyHead(Pack):
+    """Query, key and value channels of a gated delta net, in turn for each key head."""
+
+    axis: int | None = 0
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        by_head = [part.unflatten(0, (-1, channels)) for part, channels in zip(parts, heads.channels, strict=True)]
+        return torch.cat(by_head, dim=1).flatten(0, 1)
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tuple(place.flatten(0, 1) for place in self.places(tensor, heads))
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        return tensor.unflatten(0, (-1, sum(heads.channels))).split(heads.channels, dim=1)
+
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return heads.channels
 
 
 @dataclass(frozen=True)
@@ -137,6 +222,9 @@ class Fused(Pack):
         shares = self.shares(heads)
         ends = [length * end // sum(shares) for end in accumulate(shares)]
         return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
+        return self.inner.rows(heads)
 
     def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (torch.cat(tuple(parts)),)
@@ -168,6 +256,9 @@ class Turned(Pack):
 
     def ranges(self, length: int, heads: Heads) -> tuple[tuple[int, int], ...]:
         return self.inner.ranges(length, heads)
+
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
+        return self.inner.rows(heads)
 
     def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(whole.t() for whole in self.inner.fuse([part.t() for part in parts]))
@@ -221,4 +312,6 @@ GATE_UP = GateUp()
 QKV = Qkv()
 FUSED_GATE_UP = Fused(inner=GATE_UP)
 FUSED_QKV = Fused(inner=QKV)
+GATED_QKV = GatedQkv()
+FUSED_BY_KEY_HEAD = Fused(inner=ByKeyHead())
 TURNED_COLUMN, TURNED_ROW, TURNED_FUSED_QKV = (Turned.of(pack) for pack in (COLUMN, ROW, FUSED_QKV))

@@ -9,6 +9,11 @@ from swift_mega.models.packs import REPLICATED
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."
 SHARED = HF_LAYER + "mlp.shared_expert."
+EXPERT_RULES = (
+    *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
+    *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
+    Rule(LAYER + "mlp.shared_experts.gate_weight", (HF_LAYER + "mlp.shared_expert_gate.weight",), REPLICATED),
+)
 
 
 def _translate(config: Any) -> Settings:
@@ -32,11 +37,7 @@ FAMILY = vary(
     qwen2.FAMILY,
     hf_types=("qwen2_moe",),
     translate=_translate,
-    rules=(
-        *expert_rules(HF_LAYER + "mlp.gate.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
-        *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
-        Rule(LAYER + "mlp.shared_experts.gate_weight", (HF_LAYER + "mlp.shared_expert_gate.weight",), REPLICATED),
-    ),
+    rules=EXPERT_RULES,
     reads=(
         *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"),
         *("decoder_sparse_step", "shared_expert_intermediate_size", "qkv_bias"),

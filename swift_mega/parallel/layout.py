@@ -32,6 +32,12 @@ class ModelShape:
     expert_ffn: int | None = None
     shared_ffn: int | None = None
     """Of the expert that every token passes, which tensor ranks cut like a dense MLP; None where there is none."""
+    linear_heads: int | None = None
+    """Key heads of linear attention; None where there is none."""
+    head_dim: int | None = None
+    """Features of a head; None where it does not matter."""
+    key_heads_alone: str | None = None
+    """Why tensor ranks cannot share a key head ("each of which …"); None: they can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,16 +234,36 @@ def _check_sizes(parallel: Parallel, shape: ModelShape, world: int) -> None:
 
 def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     tensor = parallel.tensor
-    cut = {"attention heads": shape.heads, "key-value heads": shape.kv_heads, "MLP columns": shape.ffn}
+    cut = {"attention heads": shape.heads, "MLP columns": shape.ffn}
     cut["columns of the shared expert"] = shape.shared_ffn
+    cut["key heads of linear attention"] = shape.linear_heads
     for what, count in cut.items():
         if count is not None and count % tensor:
-            why = "; key-value heads are not copied" if what == "key-value heads" else ""
-            raise UserError(f"parallel.tensor={tensor} does not divide the model's {count} {what}{why}")
+            raise UserError(f"parallel.tensor={tensor} does not divide the model's {count} {what}")
+    _check_key_heads(tensor, shape)
     if parallel.sequence and tensor == 1:
         raise UserError(
             "parallel.sequence=true cuts activations over the tensor ranks, and parallel.tensor=1 has none: set "
             "parallel.sequence=false"
+        )
+
+
+def _check_key_heads(tensor: int, shape: ModelShape) -> None:
+    """More tensor ranks than key-value heads share the rows of each group evenly (Megatron's attention.py), where that can be."""
+    heads = shape.kv_heads
+    if heads % tensor == 0:
+        return
+    if tensor % heads:
+        raise UserError(
+            f"parallel.tensor={tensor} is neither a divisor nor a multiple of the model's {heads} key-value heads"
+        )
+    if shape.key_heads_alone is not None:
+        raise UserError(
+            f"parallel.tensor={tensor} is more than the model's {heads} key-value heads, each of which {shape.key_heads_alone}"
+        )
+    if shape.head_dim is not None and heads * shape.head_dim % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide the {heads * shape.head_dim} rows of the model's {heads} key-value heads"
         )
 
 

@@ -9,7 +9,8 @@ from swift_mega.models.family import Settings
 def flops_per_token(settings: Settings, *, trained: bool) -> float:
     """Of the whole model. Multiply-adds count two: 2 per weight forward, 2 for the input's gradient, 2 more where weights are trained.
 
-    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these.
+    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these. So are those of a
+    delta net with its state, which do not.
     """
     return (6.0 if trained else 4.0) * weights_per_token(settings)
 
@@ -18,14 +19,24 @@ def weights_per_token(settings: Settings) -> int:
     """Numbers in the matrices that one token is multiplied with, norms and biases left out."""
     shape = settings.shape
     mlps = sum(_experts(settings) if moe else _mlp(settings, shape.ffn or 0) for moe in settings.moe_layers)
-    return shape.layers * _attention(settings) + mlps + shape.hidden * shape.vocab
+    attention = sum(_delta(settings) if delta else _attention(settings) for _, delta in settings.layer_kinds)
+    return attention + mlps + shape.hidden * shape.vocab
+
+
+def _delta(settings: Settings) -> int:
+    """A gated delta net: queries, keys, values, gates and two rates of each value head, the convolution, the output."""
+    delta, hidden = settings.delta, settings.shape.hidden
+    assert delta is not None
+    channels, values = delta.key_heads * sum(delta.channels), delta.value_heads * delta.value_dim
+    return hidden * (channels + values + 2 * delta.value_heads) + channels * delta.taps + values * hidden
 
 
 def _attention(settings: Settings) -> int:
     shape, megatron = settings.shape, settings.megatron
     hidden, heads, head_dim = shape.hidden, shape.heads, megatron["kv_channels"]
     if not megatron.get("multi_latent_attention"):
-        return hidden * head_dim * 2 * (heads + shape.kv_heads)
+        gates = heads if megatron.get("attention_output_gate") else 0
+        return hidden * head_dim * (2 * (heads + shape.kv_heads) + gates)
     query, latent, value = megatron["q_lora_rank"], megatron["kv_lora_rank"], megatron["v_head_dim"]
     queries = hidden * heads * head_dim if query is None else query * (hidden + heads * head_dim)
     down = hidden * (latent + megatron["qk_pos_emb_head_dim"])

@@ -23,7 +23,7 @@ from swift_mega.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.family import family_of, hf_config, load_settings
+from swift_mega.models.family import families, family_of, hf_config, read_config
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
@@ -73,18 +73,18 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
 def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes gradients and logits of transformers (and PEFT) for `rows` to `output`.
 
-    PEFT folds the factors of all experts into one, so their gradients can't be told apart there. With experts the adapter is merged
-    and its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW and dB = s dW A^T.
+    PEFT folds the factors of all experts into one, so their gradients can't be told apart there. For types that have experts the adapter
+    is merged and its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW and dB = s dW A^T.
     """
     output.mkdir(parents=True, exist_ok=True)
-    folded = adapter is not None and load_settings(model).shape.experts is not None
+    family = family_of(model).named_like(Checkpoint(model).entries)
+    folded = adapter is not None and any("{e}" in rule.megatron for rule in family.rules)  # by model type, it does
     if folded:
         assert adapter is not None
         merge(model, adapter, output / "merged", overwrite=True)
-    network = _network(output / "merged" if folded else model, None if folded else adapter, dtype)
+    network = network_of(output / "merged" if folded else model, None if folded else adapter, dtype)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
-        family = family_of(model).named_like(Checkpoint(model).entries)
         gradients = {family.on_disk(name): value for name, value in _model_gradients(network).items()}
     elif folded:
         gradients = _chain_rule(read_adapter(adapter), _model_gradients(network))
@@ -95,13 +95,17 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     save_file({name: value.contiguous() for name, value in gradients.items()}, folder / "model.safetensors")
 
 
-def _network(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
+def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
+    """A transformers model, with a PEFT adapter or without, ready to be asked; of any type that transformers knows."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    known = read_config(model)["model_type"] in families()
+    # Its grouped products of experts know no float64; the loop over experts does.
+    loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, config=hf_config(model), dtype=dtype, trust_remote_code=False
+        model, config=hf_config(model) if known else None, dtype=dtype, trust_remote_code=False, **loop
     )
     if adapter is not None:
         from peft import PeftModel

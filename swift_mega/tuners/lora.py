@@ -4,11 +4,16 @@ Every Hugging Face linear inside a fused Megatron linear has factors of its own,
 family's Pack, which lays out the weight, lays out the `up` factors too: parts that lie one above the other write to their own
 outputs, and interleaved ones, shifted to their own columns, are one [out, parts * rank] matrix. So a fused linear costs a
 few small products and no shuffling of activations. Only tensors of width `rank` cross ranks.
+
+Where there are more tensor ranks than key heads, a rank's rows of linear_qkv are no even share of query, key and value, and may have
+none of one. The `up` factors stay cut evenly, so that every rank owns as much of them as any other; they are gathered where they
+are used, and each rank takes the rows that it has.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -140,11 +145,18 @@ class Adapter(nn.Module):
         self.scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.dropout = settings.dropout
         self.outs = [part.shape[0] for part in self.pack.split(torch.empty(weight.shape, device="meta"), heads)]
+        self.kept = self.outs
+        """Rows of each `up` that this rank keeps; `outs` are those that it uses."""
+        self.used = self.pack.rows(heads)
+        """Which rows of the whole `up` factors those are, where ranks keep others than they use."""
+        if self.used is not None:
+            shares = self.pack.shares(heads)
+            self.kept = [share * weight.shape[0] // sum(shares) for share in shares]
         self.names = [name.split(".")[-2] for name in target.held.parts]
         self.chosen = target.parts
         self.blocks, self.apart = self._blocks()
         make: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        for name, out, chosen in zip(self.names, self.outs, self.chosen, strict=True):
+        for name, out, chosen in zip(self.names, self.kept, self.chosen, strict=True):
             if chosen:
                 # Of this module itself, not of a ParameterDict: with overlap_param_gather Megatron waits for a parameter in the
                 # forward hook of the module that owns it, and a dict is never called.
@@ -195,7 +207,7 @@ class Adapter(nn.Module):
         """x: the linear's input, [tokens, 1, in] or [tokens, in]; out: its output. Returns out + the adapter's part."""
         if self.dropout and self.training:
             x = self._drop(x)
-        down, up = tuple(self.down.values()), tuple(self.up.values())
+        down, up = tuple(self.down.values()), self._used(tuple(self.up.values()))
         if self.expert and self.size > 1:
             return out + self._expert_tensor(x, torch.cat(down), self.join_up(up) * self.scale)
         return _Up.apply(out, self._across(_Down.apply(x, *down)), self, *up)
@@ -206,6 +218,19 @@ class Adapter(nn.Module):
         if self.row:
             return _ExpertUp.apply(F.linear(x, down), up, group)
         return F.linear(_ExpertDown.apply(x, down, group), up)
+
+    def _used(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rows of the `up` factors that this rank's outputs need, from all ranks; gradients are summed over those that use them."""
+        if self.used is None:
+            return factors
+        chosen = [number for number, is_chosen in enumerate(self.chosen) if is_chosen]
+        # Its name is of another use of it: it gathers along the first dim, and sums the gradients.
+        everyone = tensor_parallel.gather_from_sequence_parallel_region(torch.cat(factors)).unflatten(
+            0, (self.size, -1)
+        )
+        parts = everyone.split([self.kept[number] for number in chosen], dim=1)
+        ends = [self.used[number] for number in chosen]
+        return tuple(part.flatten(0, 1)[start:stop] for part, (start, stop) in zip(parts, ends, strict=True))
 
     def _across(self, a: Tensor) -> Tensor:
         """The narrow activation [tokens, 1, parts * rank] where the next product needs it."""
@@ -225,17 +250,19 @@ class Adapter(nn.Module):
         Parts that lie one above the other, as gate and up, are a product each. Query, key and value of several groups
         interleave, and are one product of a matrix that is zero where one part's outputs meet another's columns.
         """
+        rank = self.lora_rank
+        if self.used is not None:
+            ends = [(end - out, end) for out, end in zip(self.outs, accumulate(self.outs), strict=True)]
+            rows = [slice(*end) for end, chosen in zip(ends, self.chosen, strict=True) if chosen]
+            return [(row, slice(n * rank, (n + 1) * rank)) for n, row in enumerate(rows)], True
         numbers = (
             self.pack.split(torch.arange(sum(self.outs)), self.heads)
             if len(self.names) > 1
             else (torch.arange(self.outs[0]),)
         )
-        ranges = [
-            (int(part[0]), int(part[-1]) + 1) for part, chosen in zip(numbers, self.chosen, strict=True) if chosen
-        ]
-        sizes = [out for out, chosen in zip(self.outs, self.chosen, strict=True) if chosen]
-        rank = self.lora_rank
-        if all(end - start == size for (start, end), size in zip(ranges, sizes, strict=True)):
+        parts = [part for part, chosen in zip(numbers, self.chosen, strict=True) if chosen]
+        ranges = [(int(part[0]), int(part[-1]) + 1) for part in parts]
+        if all(torch.equal(part, torch.arange(*rows)) for part, rows in zip(parts, ranges, strict=True)):
             return [(slice(*rows), slice(n * rank, (n + 1) * rank)) for n, rows in enumerate(ranges)], True
         return [(slice(0, sum(self.outs)), slice(0, rank * len(ranges)))], False
 
@@ -314,7 +341,7 @@ class Lora:
             adapter = Adapter(
                 target,
                 settings=self.settings,
-                heads=part.settings.heads,
+                heads=part.heads,
                 size=size,
                 rank=rank,
                 sequence=part.layout.sequence,

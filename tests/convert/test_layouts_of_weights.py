@@ -52,8 +52,8 @@ expert ranks, in tests/train/test_layouts.py; here their bytes have to come back
 
 def layouts_for(name: str) -> tuple[str, ...]:
     """Those worth the time: a family whose weights are laid out like another's is not tried in every one."""
-    if tiny.FAMILIES[name].get("multi_query") is True:  # one key head, which is not cut
-        return ("pp2-dp2",)
+    if tiny.FAMILIES[name].get("multi_query") is True:  # one key head for all tensor ranks
+        return ("pp2-dp2", "tp4")
     if tiny.FAMILIES[name]["model_type"] not in COUNTED[:6]:
         experts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
         if "gpt_oss" in name:  # Megatron cuts experts that have biases over expert ranks only
@@ -147,6 +147,17 @@ def test_every_layout_there_and_back(ranks, cpu, tmp_path, name):
     for layout in layouts:
         same_bits(tmp_path / layout, source)
         assert (tmp_path / layout / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", tiny.FEW_KEY_HEADS)
+def test_more_ranks_than_key_heads_there_and_back(ranks, cpu, tmp_path, name):
+    """Ranks hold the rows that Megatron cuts a group of, as counted out by hand, and each writes what it has."""
+    source = tiny.make(tmp_path / "hf", name)
+    layouts = ("tp4",) if name.endswith("_2") else ("tp4", "tp2-pp2-sp")
+    layouts = tuple(f"{layout}-ep2-etp1" if name.startswith("mixtral") else layout for layout in layouts)
+    assert all(count > 5 for count in ranks(4, there_and_back, layouts, source, tmp_path, cpu))
+    for layout in layouts:
+        same_bits(tmp_path / layout, source)
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "qwen2_window", "qwen3_moe_mixed"])

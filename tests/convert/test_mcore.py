@@ -41,6 +41,14 @@ CASES = [
     ("gpt_oss", "ep2-etp1", torch.bfloat16),
     ("granitemoeshared", "ep2-pp2", torch.bfloat16),
     ("ernie4_5_moe", "ep2-etp1", torch.float32),
+    ("qwen3_next", "ep2-etp1", torch.bfloat16),  # layers with other parameters, cut by key heads
+    ("qwen3_next_wide", "ep2-pp2", torch.float32),
+    # more tensor ranks than key heads, which Megatron cuts within a group
+    ("llama_4_1", "tp4", torch.bfloat16),
+    ("qwen2_4_1", "tp2-pp2-sp", torch.float32),
+    ("phi3_4_1", "tp4", torch.float32),
+    ("olmo2_8_2", "tp4", torch.float32),
+    ("gpt_bigcode", "tp4", torch.float32),
 ]
 
 
@@ -98,6 +106,17 @@ def test_from_one_layout_into_another(tmp_path):
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
     for name, parallel in (("tp4", LAYOUTS["tp4"]), ("uneven", Parallel(pipeline=2, pipeline_layout="3,1"))):
         api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / name), parallel=parallel)
+        same_bits(tmp_path / name, source)
+
+
+def test_more_ranks_than_key_heads_into_fewer_and_back(tmp_path):
+    """Saved at TP4 of 2 key heads and read at TP2; saved there and read at TP4."""
+    source, first, second = tiny.make(tmp_path / "hf", "llama_4_2"), tmp_path / "first", tmp_path / "second"
+    api.convert(source=str(source), to="mcore", output=str(first), parallel=LAYOUTS["tp4"])
+    api.convert(source=str(first), to="hf", output=str(tmp_path / "tp2"), parallel=Parallel(tensor=2))
+    api.convert(source=str(source), to="mcore", output=str(second), parallel=Parallel(tensor=2))
+    api.convert(source=str(second), to="hf", output=str(tmp_path / "tp4"), parallel=LAYOUTS["tp4"])
+    for name in ("tp2", "tp4"):
         same_bits(tmp_path / name, source)
 
 
@@ -268,6 +287,22 @@ def test_replacing_a_checkpoint(tmp_path):
     api.convert(**given, overwrite=True)
     assert not (tmp_path / "mcore" / "stale").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("qwen3_next", "mtp."), ("ernie4_5_moe", "model.mtp_")])
+def test_multi_token_prediction_beside_the_layers_is_carried(tmp_path, family, prefix):
+    """Under names of its own."""
+    source = tiny.make(tmp_path / "hf", family)
+    tensors = load_file(source / "model.safetensors")
+    more = {prefix + name: torch.randn(8, 4) for name in ("fc.weight", "layers.0.self_attn.q_proj.weight")}
+    save_file(tensors | more, source / "model.safetensors", metadata={"format": "pt"})
+    api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["ep2-pp2"])
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", source)
+    assert api.plan(source=str(source)).carried == dict.fromkeys(more, "multi-token prediction")
+    save_file(tensors | {"mtq.fc.weight": torch.ones(2)}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"nothing reads: mtq\.fc\.weight"):
+        api.plan(source=str(source))
 
 
 def test_layers_of_multi_token_prediction_are_carried(tmp_path):

@@ -32,6 +32,11 @@ LAYOUTS = {
     "gpt_oss": ("tp2-ep2-etp1", "pp2-ep2"),
     "granitemoeshared": ("tp2-ep2-etp2",),
     "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
+    "qwen3_next": ("tp2-pp2-ep2-etp1", "tp4-etp1"),
+    "qwen3_next_wide": ("tp2-ep2-etp2",),
+    "llama_8_2": ("tp4",),
+    "phi3_4_1": ("tp2-pp2", "tp4"),
+    "olmo2_4_1": ("tp4",),
 }
 
 
@@ -95,9 +100,16 @@ LARGE = {
         schema.Parallel(tensor=64, pipeline=16, expert=128, expert_tensor=1, pipeline_layout="4," * 13 + "3,3,3"), 2048,
         671_026_419_200, (0, 1, 63, 127, 1000, 2047),
     ),
+    "qwen3_next": (
+        schema.Parallel(tensor=2, pipeline=8, expert=64, expert_tensor=1), 512, 79_674_391_296, (0, 1, 255, 511)
+    ),
     "llama": (
         schema.Parallel(tensor=8, pipeline=16, first_stage_layers=7, last_stage_layers=7), 128, 405_853_388_800, (0, 9, 127)
     ),
+    "llama of 8 key heads on 16 ranks": (
+        schema.Parallel(tensor=16, pipeline=9), 144, 405_853_388_800, (0, 15, 22, 143)
+    ),
+    "llama of 8 key heads on 64 ranks": (schema.Parallel(tensor=64, pipeline=2), 128, 405_853_388_800, (0, 7, 63, 100)),
 }  # fmt: skip
 LLAMA_405B = dict(
     architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000, hidden_act="silu",
@@ -111,12 +123,13 @@ LLAMA_405B = dict(
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
-    """DeepSeek-V3 on TP64 x PP16 x EP128 and Llama-3.1-405B on TP8 x PP16: counts add up, and ranks are what Megatron makes them.
+    """Counts add up, and ranks are what Megatron makes them.
 
-    The counts are the published 671B and 405.85B.
+    DeepSeek-V3 on TP64 x PP16 x EP128, Qwen3-Next on 512 ranks, Llama-3.1-405B on TP8 x PP16, TP16 and TP64: the published counts are 671B,
+    79B without embedding and head, and 405.85B.
     """
     parallel, world, parameters, looked_at = LARGE[name]
-    config = LLAMA_405B if name == "llama" else json.loads(CONFIGS[name])
+    config = LLAMA_405B if name.startswith("llama") else json.loads(CONFIGS[name])
     (tmp_path / "config.json").write_text(json.dumps(config))
     blueprint = ranks(1, plan.draw, tmp_path)
     layout = plan_layout(parallel, blueprint.settings.shape, world, training=False)

@@ -109,6 +109,10 @@ CASES = [
     ("gpt2", ("tp2-sp", "pp2"), {}),
     ("falcon_new", ("tp2-sp",), {}),
     ("bloom_six_heads", ("pp2",), {}),
+    # more tensor ranks than key heads: ranks that have no row of a key too
+    ("llama_4_1", ("tp2-sp", "tp4", "tp2-pp2"), {}),
+    ("qwen3_4_2", ("tp4-sp",), {"target_modules": ("k_proj", "o_proj")}),
+    ("phi3_4_1", ("tp4",), {}),
 ]
 
 

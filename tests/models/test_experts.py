@@ -57,6 +57,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ernie45_21b", {"moe_k": 65}, "num_experts_per_tok=65 is more than the 64 experts"),
     ("qwen3coder", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8"),
     ("granite3_1b", {"mlp_bias": True}, "mlp_bias=True"),
+    ("qwen3_next", {"layer_types": ["sliding_attention"] * 48}, r"layer_types has \['sliding_attention'\]; supported"),
+    ("qwen3_next", {"linear_num_value_heads": 24}, "linear_num_key_heads=16 does not divide linear_num_value_heads=24"),
+    ("qwen3_next", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim=0 is not a whole number"),
+    ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval=0 is not a whole number"),
+    ("qwen3_next", {"num_experts": 0}, "num_experts=0 is not a whole number"),
+    ("qwen3_next", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5"),
     ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
 ]

@@ -6,7 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads, Pack
+from swift_mega.convert.slices import slices
+from swift_mega.models.family import Rule
+from swift_mega.models.packs import (
+    COLUMN,
+    FUSED_BY_KEY_HEAD,
+    FUSED_QKV,
+    GATE_UP,
+    GATED_QKV,
+    QKV,
+    REPLICATED,
+    ROW,
+    VOCAB,
+    Heads,
+    Pack,
+)
 from tests import by_hand
 
 NONE = Heads(1, 1)
@@ -123,6 +137,73 @@ def test_qkv_equals_the_slow_loop(tensor, multiple, queries, head_dim, columns, 
         for rank in range(tensor)
     ]
     agrees(QKV, parts, Heads(queries, head_dim), tensor, rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tensor=TENSORS, multiple=SIZES, queries=st.integers(1, 5), head_dim=st.integers(1, 5), columns=COLUMNS, dtype=KINDS
+)
+def test_gated_qkv_equals_the_slow_loop(tensor, multiple, queries, head_dim, columns, dtype):
+    groups = tensor * multiple
+    lengths = (2 * groups * queries * head_dim, groups * head_dim, groups * head_dim)
+    parts = [numbered(length, columns, 40 * n, dtype) for n, length in enumerate(lengths)]
+    rows = [
+        by_hand.gated_qkv_rows(groups=groups, queries=queries, head_dim=head_dim, tensor=tensor, rank=rank)
+        for rank in range(tensor)
+    ]
+    agrees(GATED_QKV, parts, Heads(queries, head_dim), tensor, rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(tensor=TENSORS, multiple=SIZES, widths=st.tuples(SIZES, SIZES, SIZES), columns=COLUMNS, dtype=KINDS)
+def test_channels_of_key_heads_equal_the_slow_loop(tensor, multiple, widths, columns, dtype):
+    """One Hugging Face tensor holds query, key and value channels of all heads; a rank has those of its own heads, head by head."""
+    count, heads = tensor * multiple, Heads(1, 1, channels=widths)
+    whole = numbered(count * sum(widths), columns, 0, dtype)
+    runs = FUSED_BY_KEY_HEAD.ranges(len(whole), heads)
+    assert runs == tuple((count * start, count * end) for start, end in by_hand.runs(widths))
+    parts = [whole[start:end] for start, end in runs]
+    rows = [by_hand.key_head_rows(heads=count, widths=widths, tensor=tensor, rank=rank) for rank in range(tensor)]
+    agrees(FUSED_BY_KEY_HEAD, parts, heads, tensor, rows)
+    assert torch.equal(FUSED_BY_KEY_HEAD.fuse(parts)[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("pack", "rows", "heads"),
+    [(QKV, 24, Heads(2, 3)), (GATED_QKV, 36, Heads(2, 3)), (FUSED_BY_KEY_HEAD, 18, Heads(1, 1, channels=(2, 3, 4)))],
+)
+def test_places_are_views_of_what_split_gives(pack, rows, heads):
+    """What is written into them is in the tensor, where `split` finds it in order."""
+    tensor = torch.zeros(rows, 2, dtype=torch.int64)
+    for number, place in enumerate(pack.places(tensor, heads)):
+        assert place.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        place.copy_(100 * number + torch.arange(place.numel()).reshape(place.shape))
+    for number, part in enumerate(pack.split(tensor, heads)):
+        assert part.flatten().tolist() == [100 * number + n for n in range(part.numel())]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    groups=SIZES, ranks=st.integers(2, 5), each=st.integers(1, 3), features=SIZES, columns=COLUMNS, fused=st.booleans()
+)
+def test_more_ranks_than_key_heads_equal_the_slow_loop(groups, ranks, each, features, columns, fused):
+    """`ranks` of them for a group, `each` query heads on one: what slices say, joined, is the row-by-row list; split is the way back."""
+    tensor, head_dim = groups * ranks, features * ranks
+    lengths = (tensor * each * head_dim, groups * head_dim, groups * head_dim)
+    parts = [numbered(length, columns, 40 * n, torch.int64) for n, length in enumerate(lengths)]
+    names, stored = (("qkv",), (torch.cat(parts),)) if fused else (("q", "k", "v"), parts)
+    hf, heads = dict(zip(names, stored, strict=True)), Heads(ranks * each, head_dim, groups)
+    rule = Rule("linear_qkv.weight", names, FUSED_QKV if fused else QKV)
+    for rank in range(tensor):
+        wanted = by_hand.qkv_rows(groups=groups, queries=ranks * each, head_dim=head_dim, tensor=tensor, rank=rank)
+        shapes = {name: tuple(value.shape) for name, value in hf.items()}
+        pieces = slices(rule, shapes, cut=(rank, tensor), heads=heads, rows=len(wanted))
+        read = [hf[piece.name][piece.start : piece.stop] for piece in pieces]
+        mine, expected = heads.on(rank, tensor), by_hand.gather(parts, wanted)
+        found = rule.pack.join(read, mine)
+        assert torch.equal(found, expected)
+        for back in (rule.pack.split(found, mine), rule.pack.places(found, mine)):
+            assert len(back) == 3 and all(map(torch.equal, back, read))
 
 
 @settings(max_examples=80, deadline=None)

@@ -278,6 +278,16 @@ def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
     assert (made["deepseek_v3"].shape.experts, made["deepseek_v3"].shape.expert_ffn) == (256, 2048)
 
 
+def test_three_of_four_layers_of_qwen3_next_are_delta_nets(tmp_path: Path) -> None:
+    """And each fourth has gated attention of which 64 of 256 features are rotated."""
+    settings = load_settings(write(tmp_path, "qwen3_next"))
+    assert settings.delta_layers == (True, True, True, False) * 12 and all(settings.moe_layers)
+    assert [rope is None for rope in settings.ropes] == list(settings.delta_layers)
+    assert settings.rope is not None and len(settings.rope.inverse_frequencies) == 32
+    assert settings.heads.channels == (128, 128, 256)
+    assert settings.megatron["attention_output_gate"] and settings.norm.one_plus
+
+
 def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
     """GPT-2: a table of 1024. Pythia: a quarter of 64 features is turned. BLOOM: slopes, halved from head to head where there are 16."""
     made = {}

@@ -51,6 +51,12 @@ def test_every_format_computes_what_its_weights_mean(tmp_path, cpu, format):
     check(tmp_path, cpu, *pair(tmp_path, format, num_hidden_layers=1), "tp2")
 
 
+@pytest.mark.parametrize("format", ["fp8", "gptq", "awq"])
+def test_ranks_with_a_part_of_a_key_head(tmp_path, cpu, format):
+    """12 of 48 rows of query, key and value on each rank: slices that begin and end within blocks and packed words."""
+    check(tmp_path, cpu, *pair(tmp_path, format, "llama_4_1", num_hidden_layers=1), "tp4")
+
+
 @pytest.mark.parametrize("layout", ["tp2-ep2-etp1-sp", "pp2"])
 def test_deepseek_in_fp8(tmp_path, cpu, layout):
     """Latent attention, dense layers and experts, in FP8 blocks that divide few of them."""

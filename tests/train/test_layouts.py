@@ -35,6 +35,12 @@ CASES = [
     ("gpt_oss", "tp2-ep2-etp1-dp2-sp"),  # biases of experts, sinks cut by heads
     ("granitemoeshared", "tp2-ep2-etp2-sp"),  # stacked experts, a shared one
     ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias of the choice
+    ("qwen3_next", "tp2-ep2-etp2-sp"),  # gated delta nets, cut by key heads
+    ("qwen3_next", "tp4-pp2-etp1-sp"),
+    (
+        "qwen3_next_dense",
+        "tp2",
+    ),  # the norm after the state is whole on every rank, which sees the gradient of its own heads
 ]
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.models.packs import COLUMN, GATE_UP, QKV, ROW, Heads, Pack
+from swift_mega.models.packs import COLUMN, GATE_UP, GATED_QKV, QKV, ROW, Heads, Pack
 from swift_mega.tuners.lora import Adapter
 
 HEADS = Heads(2, 4)
 NAMES = {
     QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    GATED_QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     COLUMN: ("mlp.up_proj",),
     ROW: ("mlp.down_proj",),
@@ -51,6 +52,10 @@ def _separate(adapter: Adapter, pack: Pack, x: Tensor, out: Tensor) -> Tensor:
         (QKV, 48, (True, False, True)),
         (QKV, 48, (False, True, False)),
         (QKV, 16, (True, True, True)),  # one group: they lie one above the other
+        (GATED_QKV, 48, (True, True, True)),
+        (GATED_QKV, 24, (True, True, True)),  # one group: they lie one above the other, but queries not in their order
+        (GATED_QKV, 24, (True, False, False)),
+        (GATED_QKV, 24, (False, True, True)),
         (GATE_UP, 20, (True, True)),
         (GATE_UP, 20, (False, True)),
         (COLUMN, 20, (True,)),

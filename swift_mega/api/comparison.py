@@ -1,0 +1,285 @@
+"""Two checkpoints beside each other: where their hidden states part first, and what their logits say."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from swift_mega import device as devices
+from swift_mega.api.proof import SENTENCES
+from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
+from swift_mega.data.chat import load_tokenizer
+from swift_mega.errors import UserError
+from swift_mega.export.merged import read_adapter
+from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
+from swift_mega.models.family import families, load_settings, read_config
+from swift_mega.models.quantization import FLAG, quantization_of
+from swift_mega.parallel.layout import parse_layout, plan_layout
+from swift_mega.train import compare as comparing
+from swift_mega.train import validate
+from swift_mega.train.compare import Comparison
+from swift_mega.train.states import Rows, Side
+
+DEVICE = devices.setup()
+Engine = Literal["mcore", "hf"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One of the two checkpoints, as it is given.
+
+    checkpoint: a Hugging Face directory or a Megatron one (torch_dist). model: config and tokenizer of a Megatron checkpoint that
+    something else wrote. adapter: a PEFT LoRA directory on top. engine: who runs it; default: Megatron-core, or transformers where the
+    model_type is not known here. layout: of Megatron-core, as `verify` names them.
+    """
+
+    checkpoint: str
+    model: str | None = None
+    adapter: str | None = None
+    engine: Engine | None = None
+    layout: str | None = None
+
+
+def compare(
+    a: Candidate | str, b: Candidate | str, *, prompts: str | None = None, tokenizer: str | None = None, dtype: str = "float32",
+    tolerance: float | None = None, top_k: int = 5, dequantize: bool = False, scratch: str | None = None, json: str | None = None,
+    plot: str | None = None,
+) -> Comparison:  # fmt: skip
+    """Runs `b` beside `a` on fixed sentences or the lines of `prompts`, and measures every layer's output, the final norm's and the logits.
+
+    dtype: of both, float32, float64 or bfloat16. tolerance: of the relative difference; default: by dtype (train/compare.py). top_k: how
+    many of the likeliest tokens are compared. dequantize: a quantised side is read as plain weights. scratch: an existing folder for the
+    states of `a` meanwhile; on several machines one that all of them see. json, plot: files to write.
+    Joins the ranks of torchrun where there are some; a layout that needs fewer is run by copies of it.
+    """
+    one, other = (Candidate(checkpoint=c) if isinstance(c, str) else c for c in (a, b))
+    if dtype not in comparing.TOLERANCES:
+        raise UserError(f"dtype={dtype!r} is not one that models are compared in: {', '.join(comparing.TOLERANCES)}")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance={tolerance}: expected a number of at least 0")
+    for path, ending in ((json, None), (plot, ".png")):
+        _check_file(path, ending)
+    if scratch is not None and not Path(scratch).is_dir():
+        raise UserError(f"--scratch={scratch}: no such directory; make it first")
+    notes: list[str] = []
+    sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
+    if dequantize and not any(side.dequantize for side in sides):
+        raise UserError("--dequantize: neither side states a quantization_config, both are plain; leave it out")
+    _check_shapes(*sides)
+    vocab = sides[0].vocab
+    if not 1 <= top_k <= vocab:
+        raise UserError(f"--top_k={top_k}: expected 1 to {vocab}, the number of tokens in the vocabulary")
+    reader = _tokenizer(sides, tokenizer, prompts)
+    rows = _rows(reader, prompts, vocab)
+    worlds = [_world(side) for side in sides]
+    kind, limit = getattr(torch, dtype), comparing.TOLERANCES[dtype] if tolerance is None else tolerance
+    if joined():
+        distances, agreement = run_ranks(worlds[0], _both, sides, worlds, rows, kind, top_k, scratch)
+    else:
+        distances, agreement = _both(sides, worlds, rows, kind, top_k, scratch)
+    if reader is not None:
+        agreement.first = comparing.texts(agreement, reader.decode)
+    found = Comparison(
+        sides[0].name, sides[1].name, dtype, limit, len(rows), distances, agreement, tuple(dict.fromkeys(notes))
+    )  # fmt: skip
+    if is_first_rank():
+        if json is not None:
+            found.write_json(Path(json))
+        if plot is not None:
+            found.plot(Path(plot))
+    return found
+
+
+def _both(
+    sides: Sequence[Side], worlds: Sequence[int], rows: Rows, dtype: torch.dtype, top_k: int, scratch: str | None
+) -> Any:
+    """One side after the other, each in ranks of its own, or both in those that torchrun started."""
+    with _folder(scratch) as folder:
+        run_ranks(worlds[0], comparing.record, sides[0], DEVICE, rows, dtype, folder)
+        return run_ranks(worlds[1], comparing.measure, sides[1], DEVICE, rows, dtype, folder, top_k)
+
+
+@contextmanager
+def _folder(parent: str | None) -> Iterator[Path]:
+    """A temporary folder, the same one on all ranks where this is one of several; the first rank removes it."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        with tempfile.TemporaryDirectory(prefix="swift-mega-compare-", dir=parent) as made:
+            yield Path(made)
+        return
+    with tempfile.TemporaryDirectory(prefix="swift-mega-compare-", dir=parent) as made:
+        told = [made]
+        dist.broadcast_object_list(told, src=0)
+        yield Path(told[0])
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> Side:
+    path = Path(given.checkpoint)
+    if not path.is_dir():
+        raise UserError(f"--{letter}={path}: no such directory; give a Hugging Face directory or a Megatron checkpoint")
+    files = is_mcore(path)
+    if files:
+        iteration_directory(path)
+        config = _config_of(path, given.model, letter)
+    elif given.model is not None:
+        raise UserError(
+            f"--{letter}_model={given.model} is the config of a Megatron checkpoint, and {path} is none; leave it out"
+        )
+    else:
+        config = path
+    known = read_config(config)["model_type"] in families()
+    quantised = quantization_of(config) is not None
+    engine: Engine = given.engine or ("mcore" if known or files else "hf")
+    if engine not in ("mcore", "hf"):
+        raise UserError(f"--{letter}_engine={engine}: expected mcore | hf")
+    if engine == "hf":
+        _check_transformers(given, letter, files)
+        if given.engine is None:
+            notes.append(
+                f"model_type {read_config(config)['model_type']} of {path} is not known here: transformers runs it"
+            )
+    if given.adapter is not None:
+        read_adapter(given.adapter)
+    if quantised and not dequantize:
+        raise UserError(f"{config} is quantised; pass {FLAG} to read its weights dequantised")
+    layout = None
+    if engine == "mcore":
+        shape = load_settings(config, dequantize=dequantize and quantised).shape
+        layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
+        parallel, world = parse_layout(given.layout or "single")
+        layout = plan_layout(parallel, shape, world_size() if joined() else world, training=False)
+    else:
+        layers, hidden, vocab = _sizes(config)
+    return Side(
+        checkpoint=path, config=config, model=given.model, engine=engine, mcore_files=files, layout=layout, layers=layers, hidden=hidden,
+        vocab=vocab, adapter=None if given.adapter is None else Path(given.adapter), dequantize=dequantize and quantised,
+    )  # fmt: skip
+
+
+def _config_of(path: Path, model: str | None, letter: str) -> Path:
+    try:
+        folder, _ = companions_of(path, model)
+    except UserError as error:
+        raise UserError(str(error).replace("--model DIR", f"--{letter}_model DIR")) from None
+    return folder
+
+
+def _check_transformers(given: Candidate, letter: str, files: bool) -> None:
+    if files:
+        raise UserError(
+            f"--{letter}_engine=hf: transformers cannot read the Megatron checkpoint {given.checkpoint}; leave it out, or convert it "
+            "to Hugging Face files first"
+        )
+    if given.layout not in (None, "single"):
+        raise UserError(
+            f"--{letter}_layout={given.layout} cuts a model over Megatron's ranks, and transformers runs {given.checkpoint} on one; "
+            "leave it out"
+        )
+
+
+def _sizes(config: Path) -> tuple[int, int, int]:
+    """Layers, hidden size and vocabulary, by transformers' names for them."""
+    from transformers import AutoConfig
+
+    if read_config(config)["model_type"] in families():
+        shape = load_settings(config, dequantize=True).shape
+        return shape.layers, shape.hidden, shape.vocab
+    try:
+        found = AutoConfig.from_pretrained(config, trust_remote_code=False).get_text_config()
+        return found.num_hidden_layers, found.hidden_size, found.vocab_size
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers has no decoder for {config}/config.json: {reason}") from None
+
+
+def _check_shapes(a: Side, b: Side) -> None:
+    fields = {
+        "num_hidden_layers": (a.layers, b.layers),
+        "hidden_size": (a.hidden, b.hidden),
+        "vocab_size": (a.vocab, b.vocab),
+    }
+    differ = [f"{name} {one} and {other}" for name, (one, other) in fields.items() if one != other]
+    if differ:
+        raise UserError(
+            f"{a.checkpoint} and {b.checkpoint} are models of different shape: {', '.join(differ)}; compare two of one shape"
+        )
+
+
+def _world(side: Side) -> int:
+    if joined():
+        return world_size()
+    return 1 if side.layout is None else side.layout.world
+
+
+# ------------------------------------------------------------------------------------------------ on what
+
+
+def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) -> Any:
+    """The tokenizer of both sides; None where neither has one and random tokens will do."""
+    if given is not None:
+        return load_tokenizer(given)
+    homes = [side.config for side in sides if any((side.config / name).is_file() for name in TOKENIZER_FILES)]
+    if not homes:
+        if prompts is not None:
+            raise UserError(f"neither side has a tokenizer for {prompts}; give --tokenizer DIR, or leave --prompts out")
+        return None
+    first, *rest = (load_tokenizer(home) for home in dict.fromkeys(homes))
+    for other in rest:
+        if first.get_vocab() != other.get_vocab() or any(
+            first(s)["input_ids"] != other(s)["input_ids"] for s in SENTENCES
+        ):
+            raise UserError(
+                f"the tokenizers of {homes[0]} and {homes[1]} differ; give the one to use for both with --tokenizer DIR"
+            )
+    return first
+
+
+def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
+    """Tokens of every prompt; random ones without a tokenizer."""
+    if tokenizer is None:
+        return validate.example_rows(vocab)
+    lines = list(SENTENCES) if prompts is None else _lines(prompts)
+    rows = []
+    for line in lines:
+        row = tokenizer(line)["input_ids"]
+        if beyond := [token for token in row if token >= vocab]:
+            raise UserError(
+                f"the prompt {line[:40]!r} has token {beyond[0]}, and the vocabulary of the models ends at {vocab - 1}; give "
+                "their own tokenizer with --tokenizer DIR"
+            )
+        if row:
+            rows.append(row)
+    if not rows:
+        raise UserError(f"--prompts={prompts}: no line with a token in it; give a text file with one prompt a line")
+    return rows
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts={path}: {error.strerror}; give a text file with one prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={path}: not UTF-8 text (byte {error.start})") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _check_file(path: str | None, ending: str | None) -> None:
+    """A result that cannot be written is found before the models run."""
+    if path is None:
+        return
+    if ending is not None and not path.lower().endswith(ending):
+        raise UserError(f"--plot={path}: plots are PNG files; give a name that ends in {ending}")
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: a file cannot be written there; give a file name in a directory that exists")

@@ -1,0 +1,116 @@
+"""Gated delta net (Yang et al. 2024, arXiv:2412.06464) in place of a layer's attention, as Qwen3-Next has it.
+
+Everything belongs to a key head: its query and key, the values, gates and rates of the value heads that it serves, and their
+channels of the convolution. So tensor ranks hold some key heads each, every projection is cut by rows or columns, and nothing
+crosses ranks inside. Megatron's own module refuses to be built without flash-linear-attention, and before 0.19 refuses rows of many
+examples; only its linears are used here.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor
+
+from swift_mega.models.attention import Segments
+from swift_mega.models.family import DeltaNet, Settings
+from swift_mega.ops.causal_conv import causal_conv
+from swift_mega.ops.gated_delta import gated_delta_rule
+
+CUT = {"A_log": 0, "dt_bias": 0, "conv": 0}
+"""Own parameters that tensor ranks hold parts of, and the dim that is cut."""
+
+
+class GatedDeltaNet(MegatronModule):
+    """hidden states [tokens / s, 1, hidden] -> (the same shape, no bias), like Megatron's attention."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, delta: DeltaNet, column: Any, row: Any, **given: Any
+    ) -> None:
+        """column, row: Megatron's linears; `given` is what Megatron passes to any attention."""
+        super().__init__(config)
+        self.delta, self.ranks = delta, config.tensor_model_parallel_size
+        self.key_heads, self.per_key = delta.key_heads // self.ranks, delta.value_heads // delta.key_heads
+        self.value_heads = self.key_heads * self.per_key
+        self.parts = (delta.key_dim, delta.key_dim, self.per_key * delta.value_dim)  # of one key head
+        more: dict[str, Any] = dict(
+            config=config, init_method=config.init_method, bias=False, is_expert=False, skip_bias_add=True
+        )
+        width, hidden = sum(self.parts) + self.parts[2], config.hidden_size
+        self.linear_delta_qkvz = column(hidden, delta.key_heads * width, gather_output=False, **more)
+        self.linear_delta_ba = column(hidden, 2 * delta.value_heads, gather_output=False, **more)
+        self.linear_delta_out = row(delta.value_heads * delta.value_dim, hidden, input_is_parallel=True, **more)
+        channels = self.key_heads * sum(self.parts)
+        self.conv = _parameter(config, channels, 1, delta.taps)
+        self.A_log, self.dt_bias = _parameter(config, self.value_heads), _parameter(config, self.value_heads)
+        self.gated_norm = _parameter(config, delta.value_dim)
+        modules = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
+        self.recompute = "core_attn" in modules
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Segments, **given: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states [tokens / s, 1, hidden]; the row's examples are those of packed_seq_params."""
+        qkvz, ba = self.linear_delta_qkvz(hidden_states)[0], self.linear_delta_ba(hidden_states)[0]
+
+        def core(qkvz: Tensor, ba: Tensor) -> Tensor:
+            return self._core(qkvz[:, 0], ba[:, 0], packed_seq_params)
+
+        out = checkpoint(core, False, qkvz, ba) if self.recompute and self.training else core(qkvz, ba)
+        return self.linear_delta_out(out[:, None])[0], None
+
+    def _core(self, qkvz: Tensor, ba: Tensor, row: Segments) -> Tensor:
+        """Projections [tokens, of this rank's heads] -> [tokens, value_heads * value_dim]."""
+        tokens, value_dim = len(qkvz), self.delta.value_dim
+        mixed, gate = qkvz.view(tokens, self.key_heads, -1).split((sum(self.parts), self.parts[2]), -1)
+        mixed = F.silu(causal_conv(mixed.reshape(tokens, -1), self.conv, cu_seqlens=row.starts))
+        query, key, value = mixed.view(tokens, self.key_heads, -1).split(self.parts, -1)
+        b, a = ba.view(tokens, self.key_heads, 2, self.per_key).unbind(2)
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        decay = -self.A_log.to(wide).exp() * F.softplus(a.reshape(tokens, -1).to(wide) + self.dt_bias)
+        query, key = (x.repeat_interleave(self.per_key, 1) for x in (query, key))
+        out = gated_delta_rule(
+            query, key, value.reshape(tokens, -1, value_dim), decay, b.reshape(tokens, -1).sigmoid(),
+            bounds=row.bounds, cu_seqlens=row.starts,
+        )  # fmt: skip
+        return self._gated(out, gate.reshape(tokens, -1, value_dim)).flatten(1)
+
+    def _gated(self, x: Tensor, gate: Tensor) -> Tensor:
+        """RMSNorm of every head, times silu of its gate; [tokens, value_heads, value_dim]."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # One weight for all heads, of which each rank has some: its gradient is summed.
+        weight = copy_to_tensor_model_parallel_region(self.gated_norm) if self.ranks > 1 else self.gated_norm
+        normed = F.rms_norm(x.to(wide), x.shape[-1:], None, self.config.layernorm_epsilon).to(x.dtype)
+        return (weight * normed * F.silu(gate.to(wide))).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What Megatron's checkpoints are told: a module without its own says that ranks hold the same."""
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        group = parallel_state.get_tensor_model_parallel_group()
+        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            own, prefix, CUT, sharded_offsets, tp_group=group, dp_cp_group=(metadata or {})["dp_cp_group"]
+        )
+        for name, module in self.named_children():
+            found.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return found
+
+
+def _parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+
+
+def delta_net(spec: ModuleSpec, settings: Settings, *, norm: type, column: Any, row: Any) -> None:
+    """Makes the attention of a layer's spec a gated delta net; its input norm stays apart from the linears."""
+    spec.submodules.input_layernorm = norm
+    spec.submodules.self_attention = ModuleSpec(
+        module=GatedDeltaNet, params={"delta": settings.delta, "column": column, "row": row}
+    )

@@ -1,0 +1,117 @@
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) over examples that lie one after another in a row.
+
+Each head keeps a matrix S [key_dim, value_dim], zero where an example begins. At every token S is multiplied by exp(decay), and
+then moved, by the share `beta`, so that the token's key reads the token's value from it: S += key (beta (value - key S)). The
+token's result is query S. On CUDA, in narrow dtypes, this is flash-linear-attention's kernel, where it is installed; elsewhere torch.
+
+In torch, a chunk of tokens is a few products: what each token writes, `fresh`, given the state before the chunk, solves a
+triangular system (section 3.3 of the paper). Only the state goes from chunk to chunk. Sums are kept in float32 or wider.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+EPSILON = 1e-6
+"""Added to the squared length of queries and keys, as flash-linear-attention does."""
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any] | None:
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return chunk_gated_delta_rule  # type: ignore[no-any-return]
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
+) -> Tensor:
+    """What every token reads from the state of its own example, after it has written to it itself.
+
+    query, key: [tokens, heads, key_dim], made unit vectors here, and queries divided by the root of key_dim;
+    value: [tokens, heads, value_dim]; decay: [tokens, heads] float32, at most 0, the logarithm of what the state keeps; beta:
+    [tokens, heads] between 0 and 1. bounds: first token of each example and the end of the last, on the host; cu_seqlens: the
+    same as int32 on the device. Returns [tokens, heads, value_dim].
+    """
+    # The kernel refuses float32.
+    kernel = _kernel() if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
+    if kernel is None:
+        return gated_delta_reference(query, key, value, decay, beta, bounds=bounds, cu_seqlens=cu_seqlens)
+    out, _ = kernel(
+        query[None], key[None], value[None], g=decay[None], beta=beta[None], scale=query.shape[-1] ** -0.5,
+        use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens.long(),
+    )  # fmt: skip
+    return out[0]  # type: ignore[no-any-return]
+
+
+def gated_delta_reference(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
+) -> Tensor:
+    """`gated_delta_rule` in torch; shapes as there."""
+    dtype, tokens = value.dtype, len(value)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    lengths = [end - start for start, end in pairwise(bounds)]
+    size = min(CHUNK, max(lengths))
+    chunks = [-(-length // size) for length in lengths]
+    counts = -(-cu_seqlens.long().diff() // size) * size
+    place = places(cu_seqlens, counts, tokens)
+
+    def laid(x: Tensor) -> Tensor:
+        """[tokens, heads, ...] -> [chunks, heads, size, ...]; what fills an example's last chunk is zero, and changes nothing."""
+        spread = x.new_zeros(sum(chunks) * size, *x.shape[1:], dtype=wide).index_copy(0, place, x.to(wide))
+        return spread.unflatten(0, (-1, size)).transpose(1, 2)
+
+    q, k, v = laid(_unit(query.to(wide)) * query.shape[-1] ** -0.5), laid(_unit(key.to(wide))), laid(value)
+    out = _by_chunk(q, k, v, laid(decay), laid(beta), chunks)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, place).to(dtype)
+
+
+def _by_chunk(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, chunks: Sequence[int]) -> Tensor:
+    """q, k [chunks, heads, size, key_dim], v [..., value_dim], decay, beta [chunks, heads, size] -> [..., value_dim].
+
+    chunks: how many of them each example has.
+    """
+    kept = decay.cumsum(-1)  # log of what is left at a token of the state before the chunk
+    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    between = (kept[..., :, None] - kept[..., None, :]).masked_fill(later, float("-inf")).exp()
+    left, until_end = kept.exp()[..., None], (kept[..., -1:] - kept).exp()[..., None]
+    # fresh + strictly_lower(beta k k^T between) fresh = beta v - beta left k S, for the state S before the chunk
+    system = (beta[..., None] * k) @ k.transpose(-1, -2) * between
+    known = torch.cat((v, left * k), -1) * beta[..., None]
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    fresh, reading = solved.split((v.shape[-1], k.shape[-1]), -1)
+    inside, from_before, to_state = q @ k.transpose(-1, -2) * between, q * left, (k * until_end).transpose(-1, -2)
+    out, at = [], 0
+    for count in chunks:
+        state: Tensor | None = None
+        for chunk in range(at, at + count):
+            new, read = fresh[chunk], None
+            if state is not None:
+                new, read = new - reading[chunk] @ state, from_before[chunk] @ state
+            mine = inside[chunk] @ new
+            out.append(mine if read is None else mine + read)
+            if chunk + 1 < at + count:
+                written = to_state[chunk] @ new
+                state = written if state is None else state * left[chunk, :, -1:] + written
+        at += count
+    return torch.stack(out)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
+
+
+def places(cu_seqlens: Tensor, counts: Tensor, tokens: int) -> Tensor:
+    """[tokens] int64: where each token lies once example e takes counts[e] places, its tokens the first of them."""
+    starts = cu_seqlens[:-1].long()
+    shift = counts.cumsum(0) - counts - starts
+    lengths = cu_seqlens.long().diff()
+    moved = shift.repeat_interleave(lengths, output_size=tokens)
+    return torch.arange(tokens, device=cu_seqlens.device) + moved

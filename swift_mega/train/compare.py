@@ -1,0 +1,272 @@
+"""How far two models are apart, point by point, and where they part first.
+
+The first model leaves its hidden states in a folder, a file for each point of each prompt; the second is measured against them while
+it runs, so the two are never in memory together, nor more than one state of each.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swift_mega.device import Device
+from swift_mega.train.states import Rows, Side, point_names, run_side
+
+BLOCK = 1 << 22
+"""Numbers of a state that are compared at a time, in float64."""
+TINY = 1e-30
+VALUE = "value"
+TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 0.2}
+"""Largest relative difference where nothing is given, by dtype. Measured between Megatron-core and transformers on tiny models: up to
+6.5e-6 in float32, 1.6e-6 in float64 (transformers' norms and rotary angles are float32 even then), 0.1 in bfloat16; and about 1 in
+bfloat16 with experts, since a rounded score chooses another expert: compare those in float32."""
+
+
+@dataclass
+class Distance:
+    """How far the second model is from the first (the reference) at one point, over all tokens of all prompts."""
+
+    point: str
+    max_abs: float = 0.0
+    """Largest absolute difference of two numbers."""
+    relative: float = 0.0
+    """Largest absolute difference within a token over the root mean square of the reference's token: the worst token's."""
+    cosine: float = 1.0
+    """Of the angle between a token's two states: the worst token's."""
+    prompt: int = 0
+    """Where `relative` is."""
+    token: int = 0
+
+    def add(self, prompt: int, first: int, want: Tensor, have: Tensor) -> None:
+        """want, have: [tokens, width] float64 of `prompt`, from its token `first` on."""
+        off = (have - want).abs().amax(dim=-1)
+        relative = off / want.square().mean(dim=-1).sqrt().clamp_min(TINY)
+        relative = torch.where(off == 0, torch.zeros_like(off), relative)
+        off, relative = (torch.nan_to_num(value, nan=math.inf, posinf=math.inf) for value in (off, relative))
+        worst = int(relative.argmax())
+        if float(relative[worst]) > self.relative:
+            self.relative, self.prompt, self.token = float(relative[worst]), prompt, first + worst
+        self.max_abs = max(self.max_abs, float(off.max()))
+        lengths = want.norm(dim=-1) * have.norm(dim=-1)
+        cosine = (want * have).sum(dim=-1) / lengths.clamp_min(TINY)
+        cosine = torch.where(off == 0, torch.ones_like(off), torch.nan_to_num(cosine, nan=-1.0))
+        self.cosine = min(self.cosine, float(cosine.min()))
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """The first position whose likeliest next token is another one."""
+
+    prompt: int
+    position: int
+    a: int
+    b: int
+    text_a: str | None = None
+    text_b: str | None = None
+
+    def __str__(self) -> str:
+        a, b = (
+            f"{number}" if text is None else f"{text!r}"
+            for number, text in ((self.a, self.text_a), (self.b, self.text_b))
+        )
+        return f"prompt {self.prompt}, position {self.position}: {a} in A, {b} in B"
+
+
+@dataclass
+class Agreement:
+    """What the two models say comes next, over all positions of all prompts."""
+
+    k: int
+    positions: int = 0
+    top_1: int = 0
+    """Positions with the same likeliest token."""
+    top_k: int = 0
+    """Tokens among the k likeliest of both."""
+    divergence: float = 0.0
+    """Sum over positions of KL(A, B), in nats."""
+    first: Disagreement | None = None
+
+    def add(self, prompt: int, first: int, want: Tensor, have: Tensor) -> None:
+        """want, have: [tokens, vocabulary] float64 of `prompt`, from its token `first` on. Prompts come in order."""
+        a, b = want.topk(self.k).indices, have.topk(self.k).indices
+        # In bfloat16 likeliest tokens are often tied: the first model's is right if none is likelier in the second.
+        same = have.gather(1, a[:, :1])[:, 0] >= have.gather(1, b[:, :1])[:, 0]
+        self.positions += len(want)
+        self.top_1 += int(same.sum())
+        self.top_k += int((a[:, :, None] == b[:, None, :]).sum())
+        log_a, log_b = want.log_softmax(dim=-1), have.log_softmax(dim=-1)
+        self.divergence += float((log_a.exp() * (log_a - log_b)).sum())
+        if self.first is None and not bool(same.all()):
+            place = int((~same).nonzero()[0])
+            self.first = Disagreement(prompt, first + place, int(a[place, 0]), int(b[place, 0]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured of model B against model A."""
+
+    a: str
+    b: str
+    dtype: str
+    tolerance: float
+    prompts: int
+    distances: tuple[Distance, ...]
+    agreement: Agreement
+    notes: tuple[str, ...] = ()
+
+    @property
+    def departs(self) -> Distance | None:
+        """The first point whose relative difference is beyond the tolerance."""
+        return next((found for found in self.distances if not found.relative <= self.tolerance), None)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no point departs."""
+        return self.departs is None
+
+    def table(self) -> str:
+        """A line for each point, what the two say comes next, and the verdict."""
+        agreed, departs = self.agreement, self.departs
+        lines = [*self.notes, f"A  {self.a}", f"B  {self.b}", ""]
+        lines.append(f"{'point':12} {'max abs':>9} {'relative':>9} {'cosine':>10}  {'':4} worst at")
+        for found in self.distances:
+            ok = "ok" if found.relative <= self.tolerance else "FAIL"
+            place = f"prompt {found.prompt}, token {found.token}" if found.relative else ""
+            lines.append(
+                f"{found.point:12} {found.max_abs:9.1e} {found.relative:9.1e} {found.cosine:10.7f}  {ok:4} {place}".rstrip()
+            )
+        lines += ["", f"top-1   {agreed.top_1} of {agreed.positions} positions agree"]
+        if agreed.first is not None:
+            lines.append(f"        first other token at {agreed.first}")
+        lines.append(
+            f"top-{agreed.k:<3} {100 * agreed.top_k / (agreed.k * agreed.positions):.2f}% of the tokens are in both"
+        )
+        lines.append(f"KL      {agreed.divergence / agreed.positions:.1e} nats a position")
+        of = f"({self.dtype}, {self.prompts} prompts; relative to the root mean square of A's token)"
+        if departs is None:
+            return "\n".join([*lines, f"A and B are equal within {self.tolerance:g} at every point {of}"])
+        return "\n".join(
+            [
+                *lines,
+                f"{departs.point} departs first: {departs.relative:.1e}, beyond the tolerance of {self.tolerance:g} {of}",
+            ]
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What `write_json` writes. A number that is not finite is null, since JSON has none."""
+        agreed = self.agreement
+        return {
+            "a": self.a, "b": self.b, "dtype": self.dtype, "tolerance": self.tolerance, "prompts": self.prompts,
+            "passed": self.passed, "departs": None if self.departs is None else self.departs.point,
+            "points": [{key: _finite(value) for key, value in asdict(found).items()} for found in self.distances],
+            "positions": agreed.positions, "k": agreed.k, "top_1": agreed.top_1 / agreed.positions,
+            "top_k": agreed.top_k / (agreed.k * agreed.positions), "kl": _finite(agreed.divergence / agreed.positions),
+            "first_disagreement": None if agreed.first is None else asdict(agreed.first), "notes": list(self.notes),
+        }  # fmt: skip
+
+    def write_json(self, path: Path) -> None:
+        """`record` as a JSON file, which appears whole or not at all."""
+        text = json.dumps(self.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        _write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    def plot(self, path: Path) -> None:
+        """A PNG: relative difference by point, on a logarithmic axis, with the tolerance."""
+        from matplotlib.figure import Figure
+
+        names = [found.point.removeprefix("layer ") for found in self.distances]
+        values = [found.relative if 0 < found.relative < math.inf else math.nan for found in self.distances]
+        figure = Figure(figsize=(max(8, 0.22 * len(names)), 5), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        axes.semilogy(
+            range(len(names)), values, color="tab:blue", marker="o", markersize=3, label="relative difference"
+        )
+        axes.axhline(self.tolerance, color="tab:gray", linestyle="--", label=f"tolerance {self.tolerance:g}")
+        if self.departs is not None:
+            place = self.distances.index(self.departs)
+            axes.axvline(place, color="tab:red", alpha=0.5, label=f"{self.departs.point} departs first")
+        axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 30, fontsize=8)
+        verdict = (
+            "equal within the tolerance" if self.passed else f"{self.departs and self.departs.point} departs first"
+        )
+        axes.set(
+            xlabel="point", ylabel="largest |B - A| / rms(A) of a token", title=f"A and B: {verdict} ({self.dtype})"
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        _write_whole(path, lambda scratch: figure.savefig(scratch, format="png"))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    scratch = path.with_name(path.name + ".part")
+    write(scratch)
+    scratch.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------ in ranks
+
+
+def record(side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: Path) -> None:
+    """Runs the reference and leaves its states in `folder`. Collective; the folder exists, and all ranks see it."""
+
+    def take(prompt: int, point: int, value: Tensor) -> None:
+        path = _place(folder, prompt, point)
+        path.parent.mkdir(exist_ok=True)
+        save_file({VALUE: value.detach().cpu().contiguous()}, path)
+
+    run_side(side, device, rows, dtype, take, folder)
+    dist.barrier()
+
+
+def measure(
+    side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: Path, k: int
+) -> tuple[tuple[Distance, ...], Agreement]:
+    """Runs the other side beside what `record` left. Collective; returns the same on every rank."""
+    names = point_names(side.layers)
+    distances: dict[int, Distance] = {}
+    agreement = Agreement(k)
+
+    def take(prompt: int, point: int, value: Tensor) -> None:
+        distance = distances.setdefault(point, Distance(names[point]))
+        with safe_open(_place(folder, prompt, point), framework="pt") as file:
+            kept = file.get_slice(VALUE)
+            tokens, width = kept.get_shape()
+            assert (tokens, width) == tuple(value.shape), f"{names[point]}: {[tokens, width]} and {list(value.shape)}"
+            step = max(1, BLOCK // width)
+            for first in range(0, tokens, step):
+                want, have = kept[first : first + step].double(), value[first : first + step].cpu().double()
+                distance.add(prompt, first, want, have)
+                if point == len(names) - 1:
+                    agreement.add(prompt, first, want, have)
+
+    scratch = folder / "other"
+    if dist.get_rank() == 0:
+        scratch.mkdir()
+    run_side(side, device, rows, dtype, take, scratch)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (distances, agreement))
+    merged = {point: distance for found, _ in every for point, distance in found.items()}
+    assert len(merged) == sum(len(found) for found, _ in every) == len(names), sorted(merged)
+    spoke = next(found for _, found in every if found.positions)
+    return tuple(merged[point] for point in range(len(names))), spoke
+
+
+def _place(folder: Path, prompt: int, point: int) -> Path:
+    return folder / f"prompt{prompt}" / f"{point}.safetensors"
+
+
+def texts(found: Agreement, decode: Callable[[Sequence[int]], str]) -> Disagreement | None:
+    """The first disagreement with its tokens as text."""
+    first = found.first
+    return first and Disagreement(first.prompt, first.position, first.a, first.b, decode([first.a]), decode([first.b]))

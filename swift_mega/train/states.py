@@ -1,0 +1,286 @@
+"""Hidden states of a model while it runs: the same points in Megatron-core, in any layout, and in transformers.
+
+The points are what enters the first decoder layer, what each decoder layer returns, the output of the final norm, and the logits.
+Hooks on the decoder layers catch them, so that it does not matter what an engine calls its hidden states (the last entry of transformers'
+`output_hidden_states` is after the norm), and each is handed on at once: a prompt's states are never in memory together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from swift_mega.config import schema
+from swift_mega.convert import stream
+from swift_mega.convert.mcore import companions_of, load_mcore
+from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.data.pack import Example, Microbatch, collate
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.export.adapters import load_adapter, tuner_of
+from swift_mega.export.merged import merge
+from swift_mega.models.build import ModelPart, build, transformer_config
+from swift_mega.models.family import families, family_of, load_settings, read_config
+from swift_mega.objectives.objective import Head
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.groups import Groups
+from swift_mega.parallel.layout import Layout
+from swift_mega.train import validate
+from swift_mega.train.build import build_part, dequantised_dtype
+from swift_mega.tuners.tuner import find_tuner
+
+Rows = Sequence[Sequence[int]]
+Take = Callable[[int, int, Tensor], None]
+"""Is given (prompt, point, [tokens, width]) on the one rank that speaks for the point."""
+
+
+def point_names(layers: int) -> tuple[str, ...]:
+    """The points of a model, in the order in which data walks through them."""
+    return ("embedding", *(f"layer {number}" for number in range(layers)), "final norm", "logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the models that are compared, and how it is run."""
+
+    checkpoint: Path
+    """A Hugging Face directory, or a Megatron checkpoint."""
+    config: Path
+    """Where its config.json is."""
+    model: str | None
+    """What was given as config of a Megatron checkpoint that something else wrote."""
+    engine: Literal["mcore", "hf"]
+    mcore_files: bool
+    layout: Layout | None
+    """Of Megatron-core; transformers runs on one rank."""
+    layers: int
+    hidden: int
+    vocab: int
+    adapter: Path | None
+    dequantize: bool
+
+    @property
+    def name(self) -> str:
+        """The checkpoint, with its adapter, its engine and layout."""
+        adapter = f" + {self.adapter}" if self.adapter else ""
+        return f"{self.checkpoint}{adapter} ({'transformers' if self.layout is None else f'mcore, {self.layout.name}'})"
+
+
+def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path) -> None:
+    """Runs every prompt; `take` gets each point of each. Collective; transformers runs on the first rank alone.
+
+    scratch: an existing folder for what transformers cannot read from where it is.
+    """
+    if side.engine == "mcore":
+        _run_mcore(side, device, rows, dtype, take)
+    elif dist.get_rank() == 0:
+        _run_transformers(side, device, rows, dtype, take, scratch)
+
+
+# ------------------------------------------------------------------------------------------------ Megatron-core
+
+
+def _run_mcore(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take) -> None:
+    assert side.layout is not None
+    groups = parallel_groups.init(side.layout)
+    try:
+        part = _load_part(side, device, groups, dtype)
+        catch = _Catch(part, groups, Head(part, groups), [len(row) for row in rows], take)
+        catch.attach()
+        batches = [(number, _microbatch(row, side.layout)) for number, row in enumerate(rows)]
+        # The interleaved schedule takes microbatches in groups of `pipeline`; the ones that fill the last group are not looked at.
+        batches += [(len(rows), batches[-1][1])] * (-len(rows) % side.layout.pipeline)
+        _forward_all(part, batches, partial(_step, catch, device.device))
+    finally:
+        parallel_groups.close()
+
+
+def _microbatch(row: Sequence[int], layout: Layout) -> Microbatch:
+    import numpy as np
+
+    example = Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool))
+    return collate([example], layout.tensor if layout.sequence else 1)
+
+
+def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -> ModelPart:
+    """This rank's part of a side, the way training loads it, without an optimizer."""
+    run = schema.Run(model=schema.Model(dequantize=side.dequantize))
+    if side.mcore_files:
+        settings = load_settings(side.config, dequantize=side.dequantize)
+        config = transformer_config(settings, groups.layout, device=device, dtype=dtype, train=run.train, given={})
+        _, kinds = companions_of(side.checkpoint, side.model)
+        family = family_of(side.config).named_like(kinds or ())
+        adapters = side.adapter is not None
+        part = build(
+            family, settings, groups.layout, groups.coordinate, device=device, config=config, adapters=adapters
+        )
+        load_mcore(part, groups, side.checkpoint)
+    else:
+        checkpoint = open_checkpoint(side.checkpoint, dequantised_dtype(run.model, dtype))
+        part = build_part(
+            run, device, groups, dtype=dtype, adapters=side.adapter is not None, checkpoint=checkpoint
+        )  # fmt: skip
+    if side.adapter is not None:
+        tuner = find_tuner(tuner_of(side.adapter))
+        tuner.attach(part, seed=run.train.seed)
+        load_adapter(side.adapter, list(tuner.held(part)), part, tuner.adapter_config(part, str(side.config)))
+    for chunk in part.chunks:
+        chunk.eval()
+    return part
+
+
+def _forward_all(part: ModelPart, batches: Sequence[tuple[int, Microbatch]], step: Callable[..., Any]) -> None:
+    """Every microbatch once forward through Megatron's schedule. Every data rank runs them all; the first one is heard."""
+    chunks, iterators = part.chunks, [iter(batches) for _ in part.chunks]
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(len(batch.tokens) for _, batch in batches),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def _step(
+    catch: "_Catch", device: torch.device, batches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    catch.prompt, row = next(batches)
+    hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens)
+    return hidden, partial(catch.last, model)
+
+
+@dataclass
+class _Catch:
+    """What the hooks of one rank do: glue a state over tensor ranks and hand it on."""
+
+    part: ModelPart
+    groups: Groups
+    head: Head
+    lengths: Sequence[int]
+    take: Take
+    prompt: int = 0
+
+    def attach(self) -> None:
+        for virtual, chunk in enumerate(self.part.chunks):
+            layers = self.part.layout.layers_of(self.groups.coordinate.pipeline, virtual)
+            if chunk.pre_process:
+                chunk.decoder.layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)
+            for number, layer in zip(layers, chunk.decoder.layers, strict=True):
+                layer.register_forward_hook(partial(self._leaving, 1 + number))
+
+    def _entering(self, module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._states(0, given[0] if given else named["hidden_states"])
+
+    def _leaving(self, point: int, module: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        self._states(point, _first(result))
+
+    def last(self, chunk: Any, hidden: Tensor, non_loss_data: bool) -> None:
+        """The schedule's call on the last stage, in the place of a loss."""
+        norm = self.part.settings.shape.layers + 1
+        self._states(norm, hidden)
+        logits = self.head.local_logits(chunk, hidden)
+        if self.groups.coordinate.data == 0:
+            whole = _gather(logits, self.groups, dim=-1)
+            self._hand(norm + 1, whole[:, : self.part.settings.shape.vocab])
+
+    def _states(self, point: int, local: Tensor) -> None:
+        """local: [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it."""
+        if self.groups.coordinate.data == 0:
+            whole = _gather(local, self.groups, dim=0) if self.groups.layout.sequence else local
+            self._hand(point, whole[:, 0])
+
+    def _hand(self, point: int, whole: Tensor) -> None:
+        if self.groups.coordinate.tensor == 0 and self.prompt < len(self.lengths):
+            self.take(self.prompt, point, whole[: self.lengths[self.prompt]])
+
+
+def _gather(local: Tensor, groups: Groups, *, dim: int) -> Tensor:
+    """The pieces of all tensor ranks, glued along `dim`."""
+    if groups.layout.tensor == 1:
+        return local
+    pieces = [torch.empty_like(local) for _ in range(groups.layout.tensor)]
+    dist.all_gather(pieces, local.contiguous(), group=groups.tensor)
+    return torch.cat(pieces, dim=dim)
+
+
+def _first(result: Any) -> Tensor:
+    """Layers return their hidden states alone, or before other things."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+
+def _run_transformers(
+    side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path
+) -> None:  # fmt: skip
+    plain, adapter = _readable(side, scratch)
+    network = validate.network_of(plain, adapter, dtype).to(device.device)
+    inner = network if adapter is None else network.get_base_model()
+    prompt = 0
+
+    def hand(point: int, value: Tensor) -> None:
+        take(prompt, point, value[0])
+
+    def entering(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hand(0, given[0] if given else named["hidden_states"])
+
+    def leaving(point: int, module: torch.nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        hand(point, _first(result))
+
+    def normed(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        hand(side.layers + 1, given[0])
+
+    layers = decoder_layers(inner, side.layers, where=side.config)
+    layers[0].register_forward_pre_hook(entering, with_kwargs=True)
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(partial(leaving, 1 + number))
+    head_of(inner, where=side.config).register_forward_pre_hook(normed)
+    with torch.no_grad():
+        for prompt, row in enumerate(rows):  # noqa: B007  # read by `hand`
+            tokens = torch.tensor(row, device=device.device)[None]
+            hand(side.layers + 2, network(input_ids=tokens, use_cache=False).logits[..., : side.vocab])
+
+
+def _readable(side: Side, scratch: Path) -> tuple[Path, Path | None]:
+    """The side as transformers and PEFT read it. Its own names for the factors of experts are not PEFT's: those are merged first."""
+    plain, adapter = side.checkpoint, side.adapter
+    if side.dequantize:
+        plain = scratch / "plain"
+        stream.restream(open_checkpoint(side.checkpoint, torch.float32), plain, max_shard_bytes=1 << 62)
+    known = read_config(side.config)["model_type"] in families()
+    if adapter is not None and known and load_settings(plain).shape.experts is not None:
+        merge(plain, adapter, scratch / "merged")
+        return scratch / "merged", None
+    return plain, adapter
+
+
+def decoder_layers(network: Any, count: int, *, where: Path) -> torch.nn.ModuleList:
+    """The list of a transformers model's decoder layers: its outermost list of that many modules."""
+    for _, module in network.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(
+        f"{where}: {type(network).__name__} has no list of {count} decoder layers (num_hidden_layers), so its layers cannot be "
+        "told apart; compare a decoder-only model"
+    )
+
+
+def head_of(network: Any, *, where: Path) -> torch.nn.Module:
+    """The module that makes logits of the final norm's output. Whatever scales them does so behind it."""
+    head = network.get_output_embeddings()
+    if head is None:
+        raise UserError(
+            f"{where}: {type(network).__name__} has no output layer, and so no logits; compare a language model"
+        )
+    return head
