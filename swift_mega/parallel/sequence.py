@@ -1,4 +1,4 @@
-"""Which tokens of a row a context rank holds, and what its queries see of another rank's keys; pure arithmetic, the same on every rank.
+"""Which tokens of a row a context rank holds, and what its queries see of another rank's keys; arithmetic, the same on every rank.
 
 A row of examples is cut as a row, not example by example, so an example may have any length and only the row is padded. The context axis
 is a mesh, Ulysses inside (neighbouring ranks) and ring outside:
@@ -11,34 +11,15 @@ After the Ulysses exchange a rank has all tokens of its ring position and a shar
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from swift_mega.ops.blocks import Block, block
+from swift_mega.parallel.mesh import Mesh
 
 Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """How the ranks of the context axis are used: `ulysses` neighbours exchange heads, `ring` sets of them pass keys on."""
-
-    ulysses: int = 1
-    ring: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.ulysses * self.ring
-
-    @property
-    def multiple(self) -> int:
-        """A row's tokens must be a multiple of this."""
-        return self.size * (2 if self.ring > 1 else 1)
-
-    def place(self, rank: int) -> tuple[int, int]:
-        """(Ulysses rank, ring position)."""
-        return rank % self.ulysses, rank // self.ulysses
 
 
 @dataclass(frozen=True)
@@ -155,9 +136,6 @@ def _pairs(one: Block) -> int:
     return total
 
 
-# ------------------------------------------------------------------------------------------------ how the axis is used
-
-
-def key_copies(kv_heads: int, ulysses: int) -> int:
-    """How often each key head must be there, so that Ulysses ranks can share them: the least that works."""
-    return math.lcm(kv_heads, ulysses) // kv_heads
+def held_tokens(tokens: int, mesh: Mesh, rank: int) -> torch.Tensor:
+    """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
+    return torch.cat([torch.arange(begin, end) for begin, end in pieces(tokens, mesh, rank)])

@@ -105,7 +105,7 @@ def _microbatch(row: Sequence[int], layout: Layout) -> Microbatch:
     import numpy as np
 
     example = Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool))
-    return collate([example], layout.tensor if layout.sequence else 1)
+    return collate([example], layout.row_multiple)
 
 
 def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -> ModelPart:

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.parallel.context import context_attention, make_context
-from swift_mega.parallel.sequence import Mesh, pieces
+from swift_mega.parallel.mesh import Mesh
+from swift_mega.parallel.sequence import pieces
 
 HEADS = {"8/8": (8, 8, 8, 8), "8/2": (8, 2, 8, 8), "9/3": (9, 3, 8, 8), "mqa": (8, 1, 8, 8), "mla": (8, 8, 12, 8)}
 KINDS = {
@@ -42,8 +43,8 @@ def whole(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: tuple[int, 
 
 def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shapes: list[str]) -> dict[str, float]:
     """Largest difference of out and gradients from one rank's, by case; of all ranks."""
-    mesh, rank = Mesh(ulysses, ring), dist.get_rank()
-    context, found = make_context([list(range(mesh.size))], mesh, gather=gather), {}
+    mesh, rank = Mesh(ulysses, ring, gather), dist.get_rank()
+    context, found = make_context([list(range(mesh.size))], mesh), {}
     for shape in shapes:
         heads, kv_heads, dim, value_dim = HEADS[shape]
         if heads % ulysses:

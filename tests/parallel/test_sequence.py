@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_mega.parallel.sequence import Mesh, blocks, pieces, ring_blocks, ring_pieces, runs, work
+from swift_mega.parallel.mesh import Mesh
+from swift_mega.parallel.sequence import blocks, pieces, ring_blocks, ring_pieces, runs, work
 
 MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2), Mesh(4, 2), Mesh(2, 4), Mesh(3, 2)]
 
