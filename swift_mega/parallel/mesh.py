@@ -60,9 +60,10 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
         return Mesh(1, size, gather=True), "as asked"
     if kind == "ulysses":
         if heads % size:
+            sizes = _either([n for n in range(2, heads + 1) if heads % n == 0])
             raise UserError(
                 f"parallel.cp=ulysses over {size} context ranks shares out heads, and {size} does not divide the {heads} query heads "
-                f"of a tensor rank; choose parallel.context={_either([n for n in range(2, heads + 1) if heads % n == 0])}, or parallel.cp=auto"
+                f"of a tensor rank; choose parallel.context={sizes}, or parallel.cp=auto"
             )
         return Mesh(size, 1), _copies(kv_heads, size)
     free = [n for n in range(1, size + 1) if size % n == 0 and heads % n == 0 and kv_heads % n == 0]
@@ -91,7 +92,8 @@ def _copies(kv_heads: int, ulysses: int) -> str:
     copies = key_copies(kv_heads, ulysses)
     if copies == 1:
         return "as asked"
-    return f"as asked; each of {kv_heads} key head{'s' * (kv_heads != 1)} of a tensor rank is sent {copies} times, since {ulysses} ranks share them"
+    heads = f"{kv_heads} key head{'s' * (kv_heads != 1)}"
+    return f"as asked; each of {heads} of a tensor rank is sent {copies} times, since {ulysses} ranks share them"
 
 
 def _either(sizes: list[int]) -> str:
