@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from swift_mega.errors import UserError
@@ -17,18 +18,58 @@ EXCHANGE, RELATIVE_TO_HERE = 2, -100
 """RENAME_EXCHANGE and AT_FDCWD of Linux's renameat2(2)."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 """What a kernel or a file system answers that has no such step (NFS, some FUSE)."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITING = ".writing"
 
 
 def staging_of(target: Path) -> Path:
     """Where `target` is written until it is complete."""
-    return target.with_name(f"{target.name}.writing")
+    return target.with_name(target.name + WRITING)
 
 
-def begin_staging(staging: Path) -> None:
+def open_staging(target: Path, *, overwrite: bool, needed: int = 0) -> Path:
+    """The empty directory in which `target` is to be written; UserError where it may not be, cannot be, or has no room.
+
+    needed: bytes that will be written, as far as they are known.
+    """
+    staging = staging_of(target)
+    try:
+        recover(target)
+        check_output(target, overwrite)
+        begin_staging(staging, needed)
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+    return staging
+
+
+def begin_staging(staging: Path, needed: int = 0) -> None:
     """An empty staging directory, in place of one that a killed save left: never complete, never loaded."""
     if staging.is_dir():
         shutil.rmtree(staging)
+    check_space(staging, needed)
     staging.mkdir(parents=True)
+
+
+def check_space(staging: Path, needed: int) -> None:
+    """UserError where fewer than `needed` bytes are free. An older output does not count: it is kept until the new one is complete."""
+    free, target = free_bytes(staging), _target_of(staging)
+    if needed > free:
+        older = (
+            ", where the older one is kept until the new one is complete"
+            if target.is_dir() and any(target.iterdir())
+            else ""
+        )
+        raise UserError(
+            f"cannot write {target}: it takes {needed:,} bytes, and {free:,} are free{older}; free the space or choose another --output"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """That may still be written where `path` is, or will be. Some file systems do not count them; those have any."""
+    while not path.exists():
+        path = path.parent
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
 
 
 def check_output(target: Path, overwrite: bool) -> None:
@@ -68,7 +109,17 @@ def publish(staging: Path, target: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> str:
     """What to tell the user of an OSError while `path` was written."""
-    return f"cannot write {path}: {error.strerror or error}; free the space or choose another --output"
+    if error.errno == errno.EEXIST and error.filename:  # in the way of the staging directory
+        path = Path(error.filename)
+    else:
+        path = _target_of(path)
+    counted = f" ({free_bytes(path):,} bytes are free)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    remedy = "free the space or choose another --output" if error.errno in FULL else "choose another --output"
+    return f"cannot write {path}: {error.strerror or error}{counted}; {remedy}"
+
+
+def _target_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(WRITING))
 
 
 def _old(target: Path) -> Path:

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from swift_mega import outputs
+from swift_mega.errors import UserError
 
 
 def folder(path: Path, text: str) -> Path:
@@ -58,3 +61,50 @@ def test_a_kill_between_two_renames_is_recovered(tmp_path, monkeypatch):
     assert (target / "file").read_text() == "older"
     outputs.recover(target)  # with nothing to do
     assert names(tmp_path) == {"out": "older", "out.writing": "new"}
+
+
+def test_room_is_counted_before_anything_is_made(tmp_path):
+    """At the folder that is there already; what a killed run left in the way is removed first."""
+    target = tmp_path / "a" / "b" / "out"
+    free = outputs.free_bytes(target)
+    assert 0 < free <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
+    too_much = 1 << 60
+    message = rf"cannot write {target}: it takes {too_much:,} bytes, and [\d,]+ are free; free the space or choose another --output"
+    with pytest.raises(UserError, match=message):
+        outputs.open_staging(target, overwrite=False, needed=too_much)
+    assert list(tmp_path.iterdir()) == []
+    assert outputs.open_staging(target, overwrite=False, needed=1) == tmp_path / "a" / "b" / "out.writing"
+    folder(target, "older")
+    (target.parent / "out.writing" / "left").write_text("over")
+    with pytest.raises(
+        UserError, match=r"are free, where the older one is kept until the new one is complete; free the space"
+    ):
+        outputs.open_staging(target, overwrite=True, needed=too_much)
+    assert names(target.parent) == {"out": "older"}
+
+
+def test_a_file_system_that_does_not_count():
+    assert os.statvfs("/proc").f_blocks == 0 and outputs.free_bytes(Path("/proc/none")) == sys.maxsize
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            errno.ENOSPC,
+            r"a/out: No space left on device \([\d,]+ bytes are free\); free the space or choose another --output",
+        ),
+        (
+            errno.EDQUOT,
+            r"a/out: Disk quota exceeded \([\d,]+ bytes are free\); free the space or choose another --output",
+        ),
+        (errno.EFBIG, r"a/out: File too large; free the space or choose another --output"),
+        (errno.EROFS, r"a/out: Read-only file system; choose another --output"),
+        (errno.EEXIST, r"a/out.writing: File exists; choose another --output"),
+    ],
+)
+def test_what_is_said_of_an_error(tmp_path, code, message):
+    """The target is named as the user did; what is in its way, by its own name."""
+    staging = tmp_path / "a" / "out.writing"
+    said = outputs.cannot_write(staging, OSError(code, os.strerror(code), str(staging)))
+    assert re.fullmatch(f"cannot write {tmp_path}/{message}", said), said

@@ -61,22 +61,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
-# With fewer key heads than tensor ranks; not among FAMILIES, since they are told from theirs by that alone.
-FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
-    f"{name}_{heads}_{key_heads}": dict(num_attention_heads=heads, num_key_value_heads=key_heads) | fields
-    for name, heads, key_heads, fields in [
-        ("llama", 4, 1, dict(model_type="llama")),
-        ("llama", 4, 2, dict(model_type="llama", tie_word_embeddings=True)),
-        ("llama", 8, 2, dict(model_type="llama", attention_bias=True, mlp_bias=True)),
-        ("qwen2", 4, 1, dict(model_type="qwen2")),
-        ("qwen3", 4, 2, dict(model_type="qwen3")),
-        ("phi3", 4, 1, FAMILIES["phi3"]),
-        ("olmo2", 4, 1, FAMILIES["olmo2"]),
-        ("olmo2", 8, 2, FAMILIES["olmo2"]),
-        ("mixtral", 4, 1, FAMILIES["mixtral"]),
-    ]
-}  # fmt: skip
-
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Who are you? I am an assistant, made to help you.",
@@ -96,6 +80,25 @@ FAMILIES.update(
         for name, fields in _families(file).items()
     }
 )
+
+
+FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
+    f"{name}_{heads}_{key_heads}": FAMILIES[name] | dict(num_attention_heads=heads, num_key_value_heads=key_heads)
+    for name, heads, key_heads in [
+        ("llama", 4, 1),
+        ("llama_tied", 4, 2),
+        ("llama_bias", 8, 2),
+        ("qwen2", 4, 1),
+        ("qwen3", 4, 2),
+        ("phi3", 4, 1),
+        ("olmo2", 4, 1),
+        ("olmo2", 8, 2),
+        ("hunyuan", 4, 2),
+        ("gpt_oss", 8, 2),
+        ("mixtral", 4, 1),
+    ]
+}
+"""For more tensor ranks than key heads; not among FAMILIES, since that alone tells them from theirs."""
 
 
 def tokenizer(template: str | None = None, *special: str, eos: str = "</s>") -> Any:

@@ -9,7 +9,7 @@ from swift_mega.config.check import check_model_directory
 from swift_mega.errors import UserError
 
 # One of these is in every directory that swift-mega writes; without one, --overwrite must not delete a directory.
-OURS = ("config.json", "adapter_config.json", "metadata.json", "COMMIT")
+OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt", "COMMIT")
 
 
 def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:

@@ -24,6 +24,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
+"""How files of torch.save begin, of today and of before 1.6. As the length of a header they are longer than any file."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -160,6 +162,11 @@ def read_header(file: Path) -> list[Entry]:
             raw = handle.read(length) if 8 + length <= size else b""
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}; copy it from the source again") from None
+    if (len(start) < 8 or 8 + length > size) and start.startswith(PICKLES):
+        raise UserError(
+            f"{file} is a pickle (what torch.save writes), which can run code when read and is refused; convert the model to "
+            "safetensors with transformers' save_pretrained first"
+        )
     if len(start) < 8 or 8 + length > size:
         raise UserError(
             f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again"
@@ -208,7 +215,7 @@ def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> Non
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if doubled := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-        raise UserError(f"header lists {some(doubled)} twice")
+        raise UserError(f"lists {some(doubled)} twice")
     return dict(pairs)
 
 
@@ -229,7 +236,9 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError where it is none."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(), object_pairs_hook=_once)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; copy it from the source again") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it from the source again") from None
     if not isinstance(value, dict):

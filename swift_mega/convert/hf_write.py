@@ -66,6 +66,14 @@ def plan_files(
     return planned
 
 
+def bytes_needed(planned: Mapping[str, Planned], source: Path | None = None) -> int:
+    """On the disk by a plan's files, and by the other files of `source`; JSON that goes with them is not counted."""
+    ends: dict[str, int] = {}
+    for place in planned.values():
+        ends[place.file] = max(ends.get(place.file, 0), place.offset + place.bytes)
+    return sum(ends.values()) + sum(file.stat().st_size for file in (companions(source) if source else ()))
+
+
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
     """The header of a safetensors file that holds `tensors` one after another, with its length, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -25,7 +26,7 @@ from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family, Settings
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, free_bytes, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
@@ -66,23 +67,25 @@ def save_mcore(
     """
     target = Path(directory)
     staging = staging_of(target)
-    agree(on_first_rank(lambda: _begin(target, staging, source, part.settings, overwrite)), staging)
+    needed = _bytes_in_all(part)
+    agree(on_first_rank(lambda: open_staging(target, overwrite=overwrite, needed=needed)))
+    agree(on_first_rank(lambda: _begin(target, staging, source, part.settings)), staging)
     state = {**_sharded(part, groups), "iteration": 0, "checkpoint_version": 3.0}
     problem = None
     try:
         dist_checkpointing.save(state, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
-        problem = f"cannot write {target}: {_reason(error)}; free the space or choose another --output"
+        free = (
+            f"{free_bytes(staging):,} bytes are free"  # torch says where its writer stopped, not that the disk is full
+        )
+        problem = f"cannot write {target}: {_reason(error)} ({free}); free the space or choose another --output"
     agree(problem, staging)
     agree(on_first_rank(lambda: _complete(staging, target)), staging)
 
 
-def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, overwrite: bool) -> None:
+def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings) -> None:
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     try:
-        recover(target)
-        check_output(target, overwrite)
-        begin_staging(staging)
         (staging / RELEASE).mkdir()
         beside = staging / COMPANIONS
         beside.mkdir()
@@ -92,6 +95,19 @@ def _begin(target: Path, staging: Path, source: Checkpoint, settings: Settings, 
         _keep(source, carried_of(settings, source.entries), beside)
     except OSError as error:
         raise UserError(cannot_write(target, error)) from None
+
+
+def _bytes_in_all(part: ModelPart) -> int:
+    """Of the parameters that a checkpoint of all ranks holds. Collective."""
+    where, mine = part.coordinate, 0
+    for held in part.held():
+        replica = where.expert_data if held.expert else where.data + where.context
+        whole = held.rule.pack.axis is None and part.tensor_axis(held)[0] != 0
+        if not (held.copy or replica or whole):
+            mine += held.parameter.nbytes
+    counted = [0] * dist.get_world_size()
+    dist.all_gather_object(counted, mine)
+    return sum(counted)
 
 
 def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:

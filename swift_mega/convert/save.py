@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import Planned, Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.hf_write import Planned, Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import drop_quantization
 from swift_mega.convert.report import checksums, write_report
@@ -27,7 +27,7 @@ from swift_mega.convert.stream import set_dtype
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Settings
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, open_staging, publish, staging_of
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -216,7 +216,7 @@ def _united(mine: dict[str, str]) -> dict[str, str]:
     return {name: value for one in shared for name, value in one.items()}
 
 
-def on_first_rank(action: Callable[[], None]) -> str | None:
+def on_first_rank(action: Callable[[], object]) -> str | None:
     """Rank 0 acts; returns what went wrong there."""
     if dist.get_rank() == 0:
         try:
@@ -272,10 +272,8 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
 
 
 def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrite: bool) -> None:
+    open_staging(target, overwrite=overwrite, needed=bytes_needed(planned))
     try:
-        recover(target)
-        check_output(target, overwrite)
-        begin_staging(staging)
         write_headers(staging, planned)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)

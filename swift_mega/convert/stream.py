@@ -11,12 +11,12 @@ from torch import Tensor
 
 from swift_mega.convert.check import FLOATS
 from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import Dequantised, drop_quantization
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, open_staging, publish
 
 IN_FLIGHT = 64 << 20
 """Bytes of a source tensor that are read at a time."""
@@ -39,13 +39,7 @@ def restream(
         for name, entry in source.entries.items()
     }
     planned = plan_files({name: (kinds[name], entry.shape) for name, entry in source.entries.items()}, max_shard_bytes)
-    staging = staging_of(target)
-    try:
-        recover(target)
-        check_output(target, overwrite)
-        begin_staging(staging)
-    except OSError as error:
-        raise UserError(cannot_write(target, error)) from None
+    staging = open_staging(target, overwrite=overwrite, needed=bytes_needed(planned, source.directory))
     try:
         write_headers(staging, planned)
         with (

@@ -18,12 +18,13 @@ from swift_mega.convert.finite import check_finite
 from swift_mega.convert.formats.format import ceil
 from swift_mega.convert.formats.fp8 import FP8, LARGEST
 from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, Settings
 from swift_mega.models.linears import modules_of
+from swift_mega.outputs import check_space
 
 BLOCK = (128, 128)
 """Rows and columns of the published checkpoints' blocks."""
@@ -154,6 +155,7 @@ def write_fp8(
     """Writes a checkpoint with `linears` in FP8 to the empty directory `target`, one tensor in memory at a time."""
     tensors = {tensor.name: tensor for tensor in fp8_tensors(checkpoint, linears, block)}
     planned = plan_files({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, max_shard_bytes)
+    check_space(target, bytes_needed(planned, checkpoint.directory))
     write_headers(target, planned)
     with Writer(target, planned) as writer:
         for name in planned:

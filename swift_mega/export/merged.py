@@ -14,13 +14,13 @@ from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, refuse_quantised
 from swift_mega.convert.hf_files import Checkpoint, Entry, some
-from swift_mega.convert.hf_write import Writer, copy_companions, parse_size, plan_files, write_headers
+from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family, families, family_of, read_config
 from swift_mega.models.quantization import FLAG
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, open_staging, publish
 
 PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -119,16 +119,13 @@ def merge(
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
-    recover(target)
-    check_output(target, overwrite)
     linears = _linears(base, adapter)
     kinds = written_dtypes(base)
     planned = plan_files(
         {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
-    staging = staging_of(target)
+    staging = open_staging(target, overwrite=overwrite, needed=bytes_needed(planned, Path(model)))
     try:
-        begin_staging(staging)
         write_headers(staging, planned)
         with Writer(staging, planned) as writer:
             for name, place in planned.items():

@@ -10,7 +10,7 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of, load_settings
-from swift_mega.outputs import begin_staging, cannot_write, check_output, publish, recover, staging_of
+from swift_mega.outputs import cannot_write, open_staging, publish
 
 
 def quantize(
@@ -22,15 +22,13 @@ def quantize(
     dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as
     it is. Raises UserError, with `output` untouched, where a weight is missing or not finite.
     """
-    target, staging = Path(output), staging_of(Path(output))
+    target = Path(output)
     if Path(model).resolve().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds {model}, which is read; choose another path")
     settings = load_settings(model, dequantize=dequantize)
     checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
-    recover(target)
-    check_output(target, overwrite)
+    staging = open_staging(target, overwrite=overwrite)
     try:
-        begin_staging(staging)
         linears = fp8_linears(family_of(model), settings, checkpoint)
         write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
         publish(staging, target)

@@ -223,6 +223,8 @@ class Family:
     """Fields of config.json that `translate` understands; any other one that is not neutral stops the run."""
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Fields that are understood for these values only; any other value stops the run."""
+    by_layer: frozenset[str] = frozenset()
+    """Sizes for which config.json may list a number for each layer; `translate` checks them."""
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
     prefix: str = ""
@@ -370,7 +372,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
             f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they "
             "may change what the model computes. Remove them if they don't, or add them to the family's file"
         )
-    _check_sizes(directory, raw)
+    _check_sizes(directory, {key: value for key, value in raw.items() if key not in family.by_layer})
     from huggingface_hub.errors import StrictDataclassError
 
     try:

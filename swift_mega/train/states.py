@@ -5,6 +5,7 @@ Hooks on the decoder layers catch them, so that it does not matter what an engin
 `output_hidden_states` is after the norm), and each is handed on at once: a prompt's states are never in memory together.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.mcore import companions_of, load_mcore
 from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
@@ -79,8 +81,9 @@ def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: T
     """
     if side.engine == "mcore":
         _run_mcore(side, device, rows, dtype, take)
-    elif dist.get_rank() == 0:
-        _run_transformers(side, device, rows, dtype, take, scratch)
+    else:
+        agree(on_first_rank(lambda: _run_transformers(side, device, rows, dtype, take, scratch)))
+    gc.collect()  # hooks and modules hold each other, and under torchrun the next model comes into the same process
 
 
 # ------------------------------------------------------------------------------------------------ Megatron-core

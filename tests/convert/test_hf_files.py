@@ -109,11 +109,11 @@ HEADERS = {
     "hole at the start": ({"a": at(4, 8)}, WHOLE, "tensor a begins at byte .* leaves a hole after the header"),
     "overlap": ({"a": at(0, 8), "b": at(4, 8)}, WHOLE, "tensor b begins at byte .* overlaps a"),
     "same bytes": ({"a": F32, "b": F32}, WHOLE, "tensor b begins at byte .* overlaps a"),
-    "doubled name": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), WHOLE, "header lists a twice"),
+    "doubled name": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), WHOLE, "model.safetensors: lists a twice"),
     "doubled key": (
         b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         WHOLE,
-        "header lists dtype twice",
+        "model.safetensors: lists dtype twice",
     ),
     "unknown dtype": ({"a": {**F32, "dtype": "F31"}}, WHOLE, "tensor a has dtype F31, supported: F64, F32"),
     "sub-byte dtype": ({"a": {**F32, "dtype": "F4", "shape": [16]}}, WHOLE, "tensor a has dtype F4, supported"),

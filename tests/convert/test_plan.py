@@ -34,7 +34,7 @@ LAYOUTS = {
     "ernie4_5_moe": ("tp2-pp2-ep2-etp1",),
     "qwen3_next": ("tp2-pp2-ep2-etp1", "tp4-etp1"),
     "qwen3_next_wide": ("tp2-ep2-etp2",),
-    "llama_8_2": ("tp4",),
+    "llama_bias_8_2": ("tp4",),
     "phi3_4_1": ("tp2-pp2", "tp4"),
     "olmo2_4_1": ("tp4",),
 }

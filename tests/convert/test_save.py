@@ -77,7 +77,7 @@ def small_files(ranks_limited: tuple[int, ...], limit: int, source: Path, output
 def test_a_full_disk_is_one_message_on_every_rank(ranks, cpu, large, tmp_path, limited):
     """Whichever rank cannot write: all stop with its reason, and neither a half directory nor a staging one stays."""
     said = ranks(4, small_files, limited, LIMIT, large, tmp_path / "out", cpu, timeout=60)
-    assert said.startswith(f"cannot write {tmp_path / 'out.writing'}: File too large; free the space or choose another")
+    assert said.startswith(f"cannot write {tmp_path / 'out'}: File too large; free the space or choose another")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,7 +128,7 @@ def test_a_file_where_the_directory_should_be(ranks, cpu, source, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output, message in (
         (tmp_path / "file", "output .*file is a file and is left as it is; choose another path"),
-        (tmp_path / "file" / "out", "cannot write .*out.writing: Not a directory; free the space or choose another"),
+        (tmp_path / "file" / "out", "cannot write .*file/out: Not a directory; choose another --output"),
     ):
         with pytest.raises(UserError, match=message):
             ranks(2, lambda output=output: saved("tp2", source, output, cpu, overwrite=True), timeout=60)

@@ -113,7 +113,7 @@ def test_outputs_that_may_not_be_written(tmp_path, base):
     for output, overwrite, message in (
         (tmp_path / "mine", False, "mine exists already and is left as it is; choose another path"),
         (tmp_path / "file", True, "file is a file and is left as it is; choose another path"),
-        (tmp_path / "file" / "out", True, "cannot write .*: Not a directory; free the space or choose another"),
+        (tmp_path / "file" / "out", True, "cannot write .*: Not a directory; choose another --output"),
         (tmp_path / "base", True, "output .*base holds .*base, which is read; choose another path"),
         (tmp_path / "adapter", True, "output .*adapter holds .*adapter, which is read; choose another path"),
         (tmp_path, True, "holds .*, which is read; choose another path"),
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_nothing(ranks, tmp_path, base):
             return str(error)
         return ""
 
-    assert ranks(1, body).startswith(f"cannot write {tmp_path}/out.writing: File too large; free the space")
+    assert ranks(1, body).startswith(f"cannot write {tmp_path}/out: File too large; free the space")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

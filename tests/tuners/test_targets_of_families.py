@@ -11,7 +11,9 @@ from swift_mega.models.family import family_of, load_settings
 from swift_mega.tuners.targets import check_targets, modules_of
 from tests import tiny
 
-NO_LINEAR = re.compile(r".*(embed\w*|wte|wpe|lm_head|\.gate|\.router|\.router\.layer|shared_expert_gate|\.[qk]_norm)")
+NO_LINEAR = re.compile(
+    r".*(embed\w*|wte|wpe|lm_head|\.gate|\.gate\.wg|\.router|\.router\.layer|shared_expert_gate|\.[qk]_norm)"
+)
 """Modules with a matrix that PEFT's all-linear passes by: embeddings, heads, routers, norms with a weight for each head."""
 STACKED = ("gpt_oss", "gpt_oss_tied", "granitemoe", "granitemoeshared")
 

@@ -1,0 +1,86 @@
+"""Hunyuan MoE (Hunyuan-A13B): Hunyuan's attention, and in every layer a choice of experts beside an MLP that every token passes.
+
+Its configs may list the same number for every layer; transformers has one width for all MLPs and experts, whatever they list.
+"""
+
+from typing import Any
+
+from swift_mega.errors import UserError
+from swift_mega.models import hunyuan_v1_dense
+from swift_mega.models.decoder import HF_LAYER, expert_rules, moe, shared_expert_rules, vary
+from swift_mega.models.family import Settings
+
+EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_mlp."
+
+
+def _translate(config: Any) -> Settings:
+    width = config.intermediate_size
+    for name, only in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
+        if (found := _everywhere(config, name, only)) != only:
+            raise UserError(
+                f"config.json: {name}={found!r}, but transformers has only {only} of this model; correct it"
+            )
+    top_k = _everywhere(config, "moe_topk", 1)
+    if type(top_k) is not int or not 1 <= top_k <= config.num_experts:
+        raise UserError(
+            f"config.json: moe_topk={top_k!r} of the {config.num_experts} experts cannot be chosen; correct it"
+        )
+    return moe(
+        hunyuan_v1_dense.FAMILY.translate(config),
+        experts=config.num_experts,
+        top_k=top_k,
+        ffn=width,
+        layers=(True,) * config.num_hidden_layers,
+        shared=width,
+    )
+
+
+def _everywhere(config: Any, name: str, default: int) -> Any:
+    """A number that may be listed by layer: the one that all layers have."""
+    value = getattr(config, name, None)
+    if not isinstance(value, list):
+        return default if value is None else value
+    if len(value) != config.num_hidden_layers or len(set(value)) != 1:
+        raise UserError(
+            f"config.json: {name}={value!r} is not the same number for each of {config.num_hidden_layers} layers, "
+            "and layers that differ are not supported"
+        )
+    return value[0]
+
+
+FAMILY = vary(
+    hunyuan_v1_dense.FAMILY,
+    hf_types=("hunyuan_v1_moe",),
+    translate=_translate,
+    rules=(
+        *expert_rules(HF_LAYER + "mlp.gate.wg.weight", EXPERT + "gate_proj", EXPERT + "up_proj", EXPERT + "down_proj"),
+        *shared_expert_rules(SHARED + "gate_proj", SHARED + "up_proj", SHARED + "down_proj"),
+    ),
+    reads=(
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_topk", "moe_intermediate_size"),
+        *("num_shared_expert", "image_token_id", "video_start_id", "video_end_id"),
+        # without effect while those below are as they are
+        *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "xdrope_section"),
+        # of an encoder of images, whose tensors nothing would read
+        *("anyres_pooling_size", "anyres_vit_max_image_size", "anyres_vit_two_views", "num_media_embeds"),
+        *("skip_cls_token", "vit_add_patchemb_bias", "vit_input_resolution", "vit_mapping_type", "vit_norm_type"),
+        *("vit_patch", "vit_path", "vit_remove_prenorm", "vit_token", "vit_type", "vit_used_rms_norm"),
+    ),
+    by_layer=frozenset({"moe_intermediate_size"}),
+    # What transformers does not read: it has no other one.
+    fixed={
+        "norm_type": ("rms", "hf_rms"),
+        "group_limited_greedy": (False,),
+        "mamba": (False,),
+        "moe_drop_tokens": (False,),
+        "moe_layer_num_skipped": (0,),
+        "moe_random_routing_dropped_token": (False,),
+        "n_group": (None, 1),
+        "norm_topk_prob": (True,),
+        "position_embedding_xdrope": (False,),
+        "routed_scaling_factor": (None, 1.0),
+        "topk_group": (None, 1),
+        "use_mixed_mlp_moe": (True,),
+        "use_mla": (False,),
+    },
+)

@@ -1,0 +1,335 @@
+"""Where every number of a rank's parameter comes from, for every pack at any sizes; and random cases of them for hypothesis.
+
+The reference is index arithmetic after Megatron's own description of its linears: no reshape, no concatenation, nothing of packs.py.
+Values are random bits, so NaNs of any payload and negative zeros are among them, and are compared as bits.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swift_mega.convert.slices import Slice, rows_of, slices
+from swift_mega.models import packs
+from swift_mega.models.family import Rule
+from swift_mega.models.packs import Heads, Pack
+
+Index = tuple[int, ...]
+Source = tuple[int, Index]
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
+
+
+# --- the reference
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`size` ranks; `multiple`: of groups, features or rows on each; `columns`: of a matrix, None for a vector."""
+
+    size: int
+    multiple: int
+    queries: int
+    head_dim: int
+    columns: int | None
+    missing: int
+    """Rows that a vocabulary lacks to be `size * multiple`."""
+    within: int = 1
+    """Ranks that share a group; where it is 1 ranks have `multiple` whole groups each."""
+
+    @property
+    def groups(self) -> int:
+        """Of all ranks."""
+        return self.size * self.multiple if self.within == 1 else self.size // self.within
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Query, key and value channels of a key head."""
+        return self.head_dim, self.head_dim + 1, self.queries
+
+    @property
+    def tail(self) -> Index:
+        return () if self.columns is None else (self.columns,)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Parts of whole shapes `parts`; a rank's parameter has shape `held`, and its number at an index is that of `source`."""
+
+    parts: tuple[Index, ...]
+    held: Index
+    source: Callable[[int, Index], Source | None]
+    """(rank, index in the parameter) -> (part, index in it); None: a zero that no tensor has."""
+    together: int | None = None
+    """The dim along which the parts lie one after another in a single tensor; None: each is a tensor."""
+
+    @property
+    def tensors(self) -> list[Index]:
+        """Shapes of the Hugging Face tensors."""
+        if self.together is None:
+            return list(self.parts)
+        shape = list(self.parts[0])
+        shape[self.together] = sum(part[self.together] for part in self.parts)
+        return [tuple(shape)]
+
+    def place(self, source: Source) -> Source:
+        """The Hugging Face tensor and the index in it of a number of a part."""
+        part, index = source
+        if self.together is None:
+            return part, index
+        before = sum(self.parts[number][self.together] for number in range(part))
+        return 0, tuple(i + before * (dim == self.together) for dim, i in enumerate(index))
+
+    def numbers(self, rank: int) -> Iterator[tuple[Index, Source | None]]:
+        """Every index of a rank's parameter, and the tensor and index that its number has."""
+        for index in itertools.product(*map(range, self.held)):
+            source = self.source(rank, index)
+            yield index, None if source is None else self.place(source)
+
+
+def qkv_source(s: Sizes, row: int) -> tuple[int, int]:
+    """(0 query | 1 key | 2 value, its row) of a row of all ranks' linear_qkv, of which each has an even share: [group, (queries, key,
+    value), head_dim], as transformer/attention.py get_query_key_value_tensors takes it apart."""
+    group, inside = divmod(row, (s.queries + 2) * s.head_dim)
+    head, feature = divmod(inside, s.head_dim)
+    if head < s.queries:
+        return 0, (group * s.queries + head) * s.head_dim + feature
+    return head - s.queries + 1, group * s.head_dim + feature
+
+
+def gated_source(s: Sizes, row: int) -> tuple[int, int]:
+    """As qkv_source, with a gate for every query: after all queries of the group, while the tensor has each head's query and gate."""
+    group, inside = divmod(row, (2 * s.queries + 2) * s.head_dim)
+    slot, feature = divmod(inside, s.head_dim)
+    if slot < 2 * s.queries:
+        gate, head = divmod(slot, s.queries)
+        return 0, ((group * s.queries + head) * 2 + gate) * s.head_dim + feature
+    return slot - 2 * s.queries + 1, group * s.head_dim + feature
+
+
+def channels_source(s: Sizes, row: int) -> tuple[int, int]:
+    """A key head's query channels, its key channels, its value channels; then the next head's."""
+    head, inside = divmod(row, sum(s.channels))
+    part = 0
+    while inside >= s.channels[part]:
+        inside -= s.channels[part]
+        part += 1
+    return part, head * s.channels[part] + inside
+
+
+def by_group(s: Sizes, each: Index, source_of: Callable[[Sizes, int], tuple[int, int]]) -> Reference:
+    """Groups one after another, of `each` rows of every part; ranks have even shares of all rows."""
+    held = s.groups * sum(each) // s.size
+
+    def source(rank: int, index: Index) -> Source:
+        part, row = source_of(s, rank * held + index[0])
+        return part, (row, *index[1:])
+
+    return Reference(tuple((s.groups * rows, *s.tail) for rows in each), (held, *s.tail), source)
+
+
+def qkv(s: Sizes) -> Reference:
+    return by_group(s, (s.queries * s.head_dim, s.head_dim, s.head_dim), qkv_source)
+
+
+def gated(s: Sizes) -> Reference:
+    return by_group(s, (2 * s.queries * s.head_dim, s.head_dim, s.head_dim), gated_source)
+
+
+def by_key_head(s: Sizes) -> Reference:
+    return by_group(s, s.channels, channels_source)
+
+
+def gate_up(s: Sizes) -> Reference:
+    """A rank's rows of gate, then its rows of up (transformer/mlp.py chunks what fc1 makes in two)."""
+
+    def source(rank: int, index: Index) -> Source:
+        part, row = divmod(index[0], s.multiple)
+        return part, (rank * s.multiple + row, *index[1:])
+
+    return Reference(((s.size * s.multiple, *s.tail),) * 2, (2 * s.multiple, *s.tail), source)
+
+
+def interleaved(s: Sizes) -> Reference:
+    """Column 2f of [in, 2 * ffn] is the gate of feature f and column 2f + 1 its up; a vector has them as its numbers."""
+
+    def source(rank: int, index: Index) -> Source:
+        up, row = divmod(index[0], s.multiple)
+        return 0, (*index[1:], 2 * (rank * s.multiple + row) + up)
+
+    return Reference(((*s.tail, 2 * s.size * s.multiple),), (2 * s.multiple, *s.tail), source)
+
+
+def even(s: Sizes, dim: int) -> Reference:
+    """The rank's share of one dim, and all of the other."""
+    share, other = s.multiple, s.tail
+    whole, held = (
+        ((s.size * share, *other), (share, *other)) if dim == 0 else ((*other, s.size * share), (*other, share))
+    )
+
+    def source(rank: int, index: Index) -> Source:
+        return 0, tuple(i + rank * share * (number == dim) for number, i in enumerate(index))
+
+    return Reference((whole,), held, source)
+
+
+def vocabulary(s: Sizes) -> Reference:
+    """Rows in order of rank, and zeros where they end; the last ranks may have none."""
+    rows = s.size * s.multiple - s.missing
+    share = -(-rows // s.size)
+
+    def source(rank: int, index: Index) -> Source | None:
+        row = rank * share + index[0]
+        return (0, (row, *index[1:])) if row < rows else None
+
+    return Reference(((rows, *s.tail),), (share, *s.tail), source)
+
+
+def same(s: Sizes) -> Reference:
+    shape = (s.multiple, *s.tail)
+    return Reference((shape,), shape, lambda rank, index: (0, index))
+
+
+def one_row(s: Sizes) -> Reference:
+    return Reference(((1, s.multiple),), (s.multiple,), lambda rank, index: (0, (0, *index)))
+
+
+def turned(inner: Reference) -> Reference:
+    """All tensors the other way round, [in, out]."""
+
+    def source(rank: int, index: Index) -> Source | None:
+        found = inner.source(rank, index)
+        return None if found is None else (found[0], found[1][::-1])
+
+    dim = None if inner.together is None else 1 - inner.together
+    return Reference(tuple(part[::-1] for part in inner.parts), inner.held, source, dim)
+
+
+def fused(inner: Reference) -> Reference:
+    return replace(inner, together=0)
+
+
+MATRIX, VECTOR = "matrix", "vector"
+REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
+    packs.COLUMN: (lambda s: even(s, 0), (MATRIX, VECTOR)),
+    packs.ROW: (lambda s: even(s, 1), (MATRIX,)),
+    packs.REPLICATED: (same, (MATRIX, VECTOR)),
+    packs.ONE_ROW: (one_row, (VECTOR,)),
+    packs.VOCAB: (vocabulary, (MATRIX, VECTOR)),
+    packs.GATE_UP: (gate_up, (MATRIX, VECTOR)),
+    packs.QKV: (qkv, (MATRIX, VECTOR)),
+    packs.GATED_QKV: (gated, (MATRIX, VECTOR)),
+    packs.FUSED_BY_KEY_HEAD: (lambda s: fused(by_key_head(s)), (MATRIX, VECTOR)),
+    packs.FUSED_GATE_UP: (lambda s: fused(gate_up(s)), (MATRIX, VECTOR)),
+    packs.FUSED_QKV: (lambda s: fused(qkv(s)), (MATRIX, VECTOR)),
+    packs.INTERLEAVED_GATE_UP: (interleaved, (MATRIX,)),
+    packs.INTERLEAVED_GATE_UP_BIAS: (interleaved, (VECTOR,)),
+    packs.TURNED_COLUMN: (lambda s: turned(even(s, 0)), (MATRIX,)),
+    packs.TURNED_ROW: (lambda s: turned(even(s, 1)), (MATRIX,)),
+    packs.TURNED_FUSED_QKV: (lambda s: turned(fused(qkv(s))), (MATRIX,)),
+}
+"""Every pack, its reference, and the tensors it is for."""
+WITHIN = (packs.QKV, packs.FUSED_QKV)
+"""Whose groups ranks may share."""
+
+
+# --- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pack at some sizes, with the whole Hugging Face tensors."""
+
+    pack: Pack
+    sizes: Sizes
+    reference: Reference
+    tensors: list[Tensor]
+
+    def heads(self, rank: int) -> Heads:
+        """What the rank's join and split are given."""
+        return self.model_heads.on(rank, self.sizes.size)
+
+    @property
+    def model_heads(self) -> Heads:
+        s = self.sizes
+        return Heads(s.queries, s.head_dim, groups=s.groups, channels=s.channels)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule("parameter", tuple(f"tensor{number}" for number in range(len(self.tensors))), self.pack)
+
+    def expected(self, rank: int) -> Tensor:
+        """The rank's parameter, number by number; as bits."""
+        bits = [as_bits(tensor).tolist() for tensor in self.tensors]
+        numbers = []
+        for _, place in self.reference.numbers(rank):
+            value: Any = 0
+            if place is not None:
+                value = bits[place[0]]
+                for i in place[1]:
+                    value = value[i]
+            numbers.append(value)
+        return torch.tensor(numbers, dtype=as_bits(self.tensors[0]).dtype).reshape(self.reference.held)
+
+    def slices(self, rank: int) -> list[tuple[int, Slice]]:
+        """What the rank reads of every tensor, in order."""
+        numbers = {name: number for number, name in enumerate(self.rule.parts)}
+        tensors = {name: tuple(self.tensors[number].shape) for name, number in numbers.items()}
+        cut = (rank, self.sizes.size)
+        found = slices(self.rule, tensors, cut=cut, heads=self.model_heads, rows=rows_of(self.reference.held))
+        return [(numbers[piece.name], piece) for piece in found]
+
+    def read(self, rank: int) -> list[Tensor]:
+        return [cut(self.tensors[number], piece) for number, piece in self.slices(rank)]
+
+    def held(self, rank: int) -> Tensor:
+        """The rank's parameter from the reference, with the tensors' dtype."""
+        return self.expected(rank).view(self.tensors[0].dtype)
+
+
+def cut(tensor: Tensor, piece: Slice) -> Tensor:
+    if piece.axis is None:
+        return tensor
+    assert piece.stop is not None
+    return tensor.narrow(piece.axis, piece.start, piece.stop - piece.start)
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
+
+
+def equal(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(as_bits(found), as_bits(expected))
+
+
+def random_bits(shape: Index, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    limits = torch.iinfo(BITS[dtype.itemsize])
+    return torch.randint(limits.min, limits.max + 1, shape, dtype=BITS[dtype.itemsize], generator=generator).view(dtype)
+
+
+def make(pack: Pack, sizes: Sizes, dtype: torch.dtype, seed: int) -> Case:
+    reference, generator = REFERENCES[pack][0](sizes), torch.Generator().manual_seed(seed)
+    return Case(pack, sizes, reference, [random_bits(shape, dtype, generator) for shape in reference.tensors])
+
+
+@st.composite
+def cases(draw: st.DrawFn, pack: Pack) -> Case:
+    size, multiple = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    sizes = Sizes(
+        size=size,
+        multiple=multiple,
+        queries=draw(st.integers(1, 4)),
+        head_dim=draw(st.integers(1, 4)),
+        columns=draw(st.integers(1, 5)) if draw(st.sampled_from(REFERENCES[pack][1])) == MATRIX else None,
+        missing=draw(st.integers(0, size * multiple - 1)),
+    )
+    if pack in WITHIN and draw(st.booleans()):  # more ranks than groups: rows within a group are cut
+        within = draw(st.integers(2, 4))
+        sizes = replace(
+            sizes, size=within * draw(st.integers(1, 2)), head_dim=within * draw(st.integers(1, 2)), within=within
+        )
+    return make(pack, sizes, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 1 << 30)))
