@@ -39,6 +39,12 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     check_training(run, family_of(run.model.path), settings)
+    if layout.context > 1 and is_first_rank():
+        mesh = layout.mesh
+        means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"
+        print(
+            f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); rows are padded to {layout.row_multiple} tokens"
+        )
     if run.model.dequantize:
         open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)

@@ -12,7 +12,9 @@ from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
 
-LAYOUT = re.compile(r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp)\d+|sp))*")
+LAYOUT = re.compile(
+    r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp|ulysses)\d+|sp|ring|ulysses|allgather|hybrid))*"
+)
 
 
 def train(arguments: Arguments) -> int:

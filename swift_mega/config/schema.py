@@ -59,6 +59,15 @@ class Parallel:
     )
     last_stage_layers: int | None = setting(flag="decoder_last_pipeline_num_layers", help="layers of the last stage")
     sequence: bool = setting(False, flag="sequence_parallel sp", help="cut activations by tokens over the tensor ranks")
+    context: int = setting(1, flag="context_parallel_size", help="ranks that share the tokens of each row")
+    cp: Literal["auto", "ring", "ulysses", "hybrid", "allgather"] = setting(
+        "auto",
+        flag="cp",
+        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest",
+    )
+    ulysses: int | None = setting(
+        flag="ulysses_size", help="ranks of the inner axis of cp=hybrid; default: as far as key heads allow"
+    )
     expert: int = setting(1, flag="expert_model_parallel_size ep", help="ranks that share the experts of a layer")
     expert_tensor: int | None = setting(
         flag="expert_tensor_parallel_size etp", help="ranks that share each expert's matrices; default: the tensor size"

@@ -20,6 +20,8 @@ from swift_mega.models.norm import Norm
 from swift_mega.models.settings import Rope, Settings
 from swift_mega.ops.attention import attention
 from swift_mega.ops.rope import rotate, tables
+from swift_mega.parallel.context import Context, context_attention
+from swift_mega.parallel.sequence import held_tokens
 
 
 @dataclass
@@ -35,15 +37,21 @@ class Segments(PackedSeqParams):
     """Cosine and sine, [tokens, 1, rotary_dim / 2] each, of every different rotation of the model."""
     growth: Tensor | None = None
     """[tokens, 1, 1]: factor on the queries of each token."""
+    context: Context | None = None
+    """The ranks that hold the other tokens of the row, of which `bounds` and `starts` speak; None: all are here."""
 
 
-def segments(settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Segments:
+def segments(
+    settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, context: Context | None = None
+) -> Segments:  # fmt: skip
     """What lies in a row of tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
+
+    context: the ranks that share the row; positions are then those of this rank's tokens, cu_seqlens is of the whole row.
 
     An example's frequencies follow from its own length, not from the longest of its row: those that it has alone.
     """
     turns = tuple(
-        tables(positions, _frequencies(rope, cu_seqlens).to(positions.device), rope.scale, dtype)
+        tables(positions, _frequencies(rope, cu_seqlens, context).to(positions.device), rope.scale, dtype)
         for rope in settings.distinct_ropes
     )
     growth = None
@@ -51,17 +59,20 @@ def segments(settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: t
         slope, length = settings.scales.query_growth
         growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
     return Segments(
-        bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns, growth=growth
+        bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns, growth=growth,
+        context=context,
     )  # fmt: skip
 
 
-def _frequencies(rope: Rope, cu_seqlens: Tensor) -> Tensor:
+def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None) -> Tensor:
     """[rotary_dim / 2] for all tokens, or [tokens, 1, rotary_dim / 2]."""
     usual = torch.tensor(rope.inverse_frequencies)
     if rope.long is None:
         return usual
     lengths = cu_seqlens.diff()
     in_long = (lengths > rope.long_beyond).repeat_interleave(lengths)
+    if context is not None:
+        in_long = in_long[held_tokens(len(in_long), context.mesh, context.rank)]
     return torch.where(in_long[:, None, None], torch.tensor(rope.long), usual)
 
 
@@ -109,6 +120,13 @@ class CoreAttention(MegatronModule):
             query = query * row.growth
         if self.late_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if row.context is not None:
+            assert self.alibi is None, "refused before ranks start"
+            out = context_attention(
+                query, key, value, context=row.context, cu_seqlens=row.bounds, scale=self.scale, window=self.window,
+                softcap=self.softcap, sinks=self.softmax_offset,
+            )  # fmt: skip
+            return out.reshape(out.shape[0], 1, -1)
         out = attention(
             query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
             softcap=self.softcap, alibi=self.alibi, sinks=self.softmax_offset,

@@ -27,6 +27,7 @@ from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import Heads
 from swift_mega.models.settings import Settings
 from swift_mega.models.specs import layer_specs, norm_class
+from swift_mega.parallel.context import Context
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -42,6 +43,7 @@ class Decoder(GPTModel):
         if self.pre_process and settings.positions is not None:
             self.embedding.position_embeddings.to(self.config.params_dtype)  # Megatron makes them in float32
         self.settings = settings
+        self.context: Context | None = None
         if self.post_process and settings.biases.head:
             rows, dtype = self.output_layer.output_size_per_partition, self.config.params_dtype
             self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
@@ -54,11 +56,11 @@ class Decoder(GPTModel):
             self.embedding.register_forward_hook(_normalise)
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """tokens, positions: [tokens] int64; cu_seqlens: [examples + 1] int32 on the host.
+        """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
-        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype)
+        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, self.context)
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:

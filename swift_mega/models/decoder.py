@@ -120,6 +120,7 @@ def translate(
     shape = ModelShape(
         layers=layers, heads=heads, kv_heads=kv_heads, experts=None, hidden=config.hidden_size,
         ffn=ffn, expert_ffn=None, vocab=config.vocab_size, head_dim=head_dim,
+        alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks" if changes.get("alibi") else None,
         key_heads_alone="has a norm of its own that tensor ranks cannot share" if changes.get("head_qk_norm") else None,
     )  # fmt: skip
     found: dict[str, Any] = dict(

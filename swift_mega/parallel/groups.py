@@ -4,7 +4,7 @@ Megatron numbers ranks in its own code; `init` compares its numbers with the Lay
 coordinates (byte ranges, layers, seeds) is true of the groups that communicate.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state as state
@@ -12,6 +12,7 @@ from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from torch.distributed import ProcessGroup
 
+from swift_mega.parallel.context import Context, make_context
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -33,6 +34,8 @@ class Groups:
     expert_tensor: ProcessGroup
     expert_data: ProcessGroup
     embedding: ProcessGroup | None
+    row: Context | None
+    """How this rank's tokens meet those of the other context ranks; None where it has whole rows."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -78,7 +81,16 @@ def init(layout: Layout, *, seed: int = 42) -> Groups:
         expert_tensor=state.get_expert_tensor_parallel_group(),
         expert_data=state.get_expert_data_parallel_group(),
         embedding=state.get_embedding_group(check_initialized=False),
+        row=_row(layout) if layout.context > 1 else None,
     )
+
+
+def _row(layout: Layout) -> Context:
+    together: dict[Coordinate, list[int]] = {}
+    for rank in range(layout.world):
+        where = layout.coordinate(rank)
+        together.setdefault(replace(where, context=0, expert=0, expert_tensor=0, expert_data=0), []).append(rank)
+    return make_context(list(together.values()), layout.mesh)
 
 
 def _whole_world() -> ProcessGroup:

@@ -14,6 +14,7 @@ from typing import Any
 
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
+from swift_mega.parallel.mesh import WHOLE, Mesh, choose_mesh
 from swift_mega.parallel.nearest import nearest_layouts
 from swift_mega.parallel.pipeline import chunk_layers
 
@@ -36,6 +37,8 @@ class ModelShape:
     """Key heads of linear attention; None where there is none."""
     head_dim: int | None = None
     """Features of a head; None where it does not matter."""
+    alone_in_a_row: str | None = None
+    """Why context ranks cannot share a row ("has …"); None: they can."""
     key_heads_alone: str | None = None
     """Why tensor ranks cannot share a key head ("each of which …"); None: they can."""
 
@@ -66,6 +69,10 @@ class Layout:
     pipeline: int = 1
     virtual: int = 1
     context: int = 1
+    mesh: Mesh = WHOLE
+    """How the context ranks are used."""
+    mesh_reason: str = ""
+    """Why so, in words."""
     expert: int = 1
     expert_tensor: int = 1
     sequence: bool = False
@@ -73,6 +80,7 @@ class Layout:
     def __post_init__(self) -> None:
         assert len(self.layers) == self.pipeline * self.virtual, self
         assert self.world % (self.tensor * self.pipeline * self.context) == 0, self
+        assert self.mesh.size == self.context, self
         assert self.world % (self.expert_tensor * self.expert * self.pipeline) == 0, self
 
     @property
@@ -86,10 +94,17 @@ class Layout:
         return self.world // (self.expert_tensor * self.expert * self.pipeline)
 
     @property
+    def row_multiple(self) -> int:
+        """The tokens of every row are a multiple of this: context ranks, and tensor ranks with sequence parallelism, cut them evenly."""
+        return self.mesh.multiple * (self.tensor if self.sequence else 1)
+
+    @property
     def name(self) -> str:
         """A short name like tp2-pp2-sp, or single; `parse_layout` reads it back."""
         sizes = {"tp": self.tensor, "pp": self.pipeline, "vpp": self.virtual, "cp": self.context, "ep": self.expert}
         words = [f"{word}{size}" for word, size in sizes.items() if size > 1]
+        if self.context > 1:
+            words.append(self.mesh.name)
         if self.expert_tensor != self.tensor:
             words.append(f"etp{self.expert_tensor}")
         if self.world != self.pipeline * math.lcm(self.tensor * self.context, self.expert * self.expert_tensor):
@@ -201,16 +216,40 @@ def _plan(parallel: Parallel, shape: ModelShape, world: int, training: bool) -> 
             f"parallel.tensor={parallel.tensor} with {shape.experts} experts needs parallel.sequence=true: Megatron "
             "does not train experts under tensor parallelism without it"
         )
+    mesh, reason = _mesh(parallel, shape)
     return Layout(
         world=world,
         layers=chunk_layers(parallel, shape.layers),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual=parallel.virtual_pipeline,
+        context=parallel.context,
+        mesh=mesh,
+        mesh_reason=reason,
         expert=parallel.expert,
         expert_tensor=_expert_tensor(parallel),
         sequence=parallel.sequence,
     )
+
+
+def _mesh(parallel: Parallel, shape: ModelShape) -> tuple[Mesh, str]:
+    if parallel.context == 1:
+        for name, default in (("cp", "auto"), ("ulysses", None)):
+            if (value := getattr(parallel, name)) != default:
+                raise UserError(
+                    f"parallel.{name}={value} says how context ranks work together, and parallel.context=1 has none"
+                )
+        return WHOLE, ""
+    if shape.alone_in_a_row is not None:
+        raise UserError(
+            f"parallel.context={parallel.context} cuts rows of tokens, and this model {shape.alone_in_a_row}; set it to 1"
+        )
+    if parallel.ulysses is not None and parallel.cp != "hybrid":
+        raise UserError(
+            f"parallel.ulysses={parallel.ulysses} is the inner size of parallel.cp=hybrid, and cp={parallel.cp}; remove it"
+        )
+    heads, keys = shape.heads // parallel.tensor, max(1, shape.kv_heads // parallel.tensor)
+    return choose_mesh(parallel.cp, parallel.context, heads=heads, kv_heads=keys, ulysses=parallel.ulysses)
 
 
 def _expert_tensor(parallel: Parallel) -> int:
@@ -218,17 +257,18 @@ def _expert_tensor(parallel: Parallel) -> int:
 
 
 def _check_sizes(parallel: Parallel, shape: ModelShape, world: int) -> None:
-    for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor"):
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "ulysses", "expert", "expert_tensor"):
         size = getattr(parallel, name)
         if size is not None and size < 1:
             raise UserError(f"parallel.{name}={size} is not a number of ranks: it must be at least 1")
     if world < 1:
         raise UserError(f"{world} ranks cannot hold a model: at least 1 is needed")
-    ranks = parallel.tensor * parallel.pipeline
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world % ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
             f"{world} rank{'s' * (world != 1)} cannot be cut into copies of parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} = {ranks} ranks: start {_multiples_near(world, ranks)} ranks"
+            f"parallel.pipeline={parallel.pipeline}{context} = {ranks} ranks: start {_multiples_near(world, ranks)} ranks"
         )
 
 
@@ -288,12 +328,12 @@ def _check_experts(parallel: Parallel, shape: ModelShape, world: int) -> None:
         raise UserError(
             f"{world} rank{'s' * (world != 1)} cannot be cut into copies of expert_tensor={expert_tensor} x "
             f"expert={expert} x pipeline={parallel.pipeline} = {ranks} ranks{default}: start "
-            f"{_multiples_near(world, math.lcm(ranks, parallel.tensor * parallel.pipeline))} ranks"
+            f"{_multiples_near(world, math.lcm(ranks, parallel.tensor * parallel.pipeline * parallel.context))} ranks"
         )
 
 
 def _check_overlap(parallel: Parallel, shape: ModelShape, world: int) -> None:
-    data = world // (parallel.tensor * parallel.pipeline)
+    data = world // (parallel.tensor * parallel.pipeline)  # context ranks reduce gradients like data ranks
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name) and data == 1:
             raise UserError(f"parallel.{name}=true hides data-parallel communication, and there is no data parallelism")
@@ -313,6 +353,7 @@ _TOKENS = {
     "tp": "tensor",
     "pp": "pipeline",
     "vpp": "virtual_pipeline",
+    "cp": "context",
     "ep": "expert",
     "etp": "expert_tensor",
     "dp": "data",
@@ -326,13 +367,19 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
     """
     sizes: dict[str, Any] = {}
     for token in [] if text.strip() == "single" else text.strip().lower().split("-"):
+        if token in ("ring", "ulysses", "allgather", "hybrid") and "cp" not in sizes:
+            sizes["cp"] = token
+            continue
+        if (inner := re.fullmatch(r"ulysses([1-9]\d{0,5})", token)) and "cp" not in sizes:
+            sizes |= {"cp": "hybrid", "ulysses": int(inner[1])}
+            continue
         match = re.fullmatch(r"([a-z]+)([1-9]\d{0,5})", token)
         name = "sequence" if token == "sp" else _TOKENS.get(match.group(1)) if match else None
         if name is None or name in sizes:
             why = "is repeated" if name else "is not a size"
             raise UserError(
-                f"{token!r} in the layout {text!r} {why}: write 'single', or tpN ppN vppN epN etpN dpN sp joined by "
-                "'-', for example tp2-pp2-sp"
+                f"{token!r} in the layout {text!r} {why}: write 'single', or tpN ppN vppN cpN epN etpN dpN sp (and ring, "
+                "ulysses, ulyssesN or allgather after cpN) joined by '-', for example tp2-pp2-sp"
             )
         sizes[name] = True if token == "sp" else int(match.group(2)) if match else None
     data = sizes.pop("data", None)
@@ -343,5 +390,5 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
 def ranks_needed(parallel: Parallel, data: int | None = None) -> int:
     """The number of ranks with `data` copies of the dense weights; without it, the fewest that the sizes allow."""
     if data is not None:
-        return parallel.tensor * parallel.pipeline * data
-    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * _expert_tensor(parallel))
+        return parallel.tensor * parallel.context * parallel.pipeline * data
+    return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert * _expert_tensor(parallel))

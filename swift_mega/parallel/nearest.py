@@ -33,8 +33,11 @@ def _variants(parallel: Parallel, world: int, layers: int, experts: int | None) 
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     expert_sizes = divisors if experts else [1]
     expert_tensors = {parallel.expert_tensor, None, 1} if experts else {None}
-    for tensor, pipeline, expert, expert_tensor in product(divisors, divisors, expert_sizes, expert_tensors):
-        if world % (tensor * pipeline):
+    contexts = {(parallel.context, parallel.cp), (parallel.context, "auto"), (1, "auto")}
+    for tensor, pipeline, (context, cp), expert, expert_tensor in product(
+        divisors, divisors, contexts, expert_sizes, expert_tensors
+    ):
+        if world % (tensor * pipeline * context):
             continue
         for virtual in {parallel.virtual_pipeline, 1} if pipeline > 1 else {1}:
             sized = replace(
@@ -42,6 +45,9 @@ def _variants(parallel: Parallel, world: int, layers: int, experts: int | None) 
                 tensor=tensor,
                 pipeline=pipeline,
                 virtual_pipeline=virtual,
+                context=context,
+                cp=cp,  # type: ignore[arg-type]
+                ulysses=parallel.ulysses if cp == "hybrid" else None,
                 expert=expert,
                 expert_tensor=expert_tensor,
                 sequence=tensor > 1 and (parallel.sequence or bool(experts)),

@@ -34,10 +34,12 @@ from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train import validate
 from swift_mega.train.build import build_part, dequantised_dtype
+from swift_mega.train.step import held_part
 from swift_mega.tuners.tuner import find_tuner
 
 Rows = Sequence[Sequence[int]]
@@ -111,7 +113,7 @@ def _microbatch(row: Sequence[int], layout: Layout) -> Microbatch:
     import numpy as np
 
     example = Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool))
-    return collate([example], layout.tensor if layout.sequence else 1)
+    return collate([example], layout.row_multiple)
 
 
 def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -> ModelPart:
@@ -161,13 +163,14 @@ def _step(
     catch: "_Catch", device: torch.device, batches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     catch.prompt, row = next(batches)
+    row = held_part(row, catch.groups.row)
     hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens)
     return hidden, partial(catch.last, model)
 
 
 @dataclass
 class _Catch:
-    """What the hooks of one rank do: glue a state over tensor ranks and hand it on."""
+    """What the hooks of one rank do: glue a state over tensor and context ranks and hand it on."""
 
     part: ModelPart
     groups: Groups
@@ -206,7 +209,9 @@ class _Catch:
             self._hand(point, whole[:, 0])
 
     def _hand(self, point: int, whole: Tensor) -> None:
-        if self.groups.coordinate.tensor == 0 and self.prompt < len(self.lengths):
+        whole = gather_row(whole, self.groups.row)
+        where = self.groups.coordinate
+        if where.tensor == 0 and where.context == 0 and self.prompt < len(self.lengths):
             self.take(self.prompt, point, whole[: self.lengths[self.prompt]])
 
 

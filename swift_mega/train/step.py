@@ -5,7 +5,7 @@ how examples fall into microbatches and ranks changes nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
+from swift_mega.parallel.context import Context
+from swift_mega.parallel.sequence import held_tokens
 from swift_mega.train.build import Training
 
 
@@ -77,7 +79,7 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
 
 
 def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    row = _to(next(rows), training.device.device)
+    row = _to(held_part(next(rows), training.groups.row), training.device.device)
     return model(row.tokens, row.positions, row.cu_seqlens), partial(_loss, training, model, row)
 
 
@@ -96,6 +98,14 @@ def _await_head(training: Training, model: DistributedDataParallel) -> None:
             model.param_to_bucket_group[parameter].finish_param_sync()
 
 
+def held_part(row: Microbatch, context: Context | None) -> Microbatch:
+    """What this context rank holds of a row; cu_seqlens stays that of the whole."""
+    if context is None:
+        return row
+    held = held_tokens(len(row.tokens), context.mesh, context.rank)
+    return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[held])
+
+
 def _to(row: Microbatch, device: torch.device) -> Microbatch:
     """The row on the device; cu_seqlens stays on the host, where the model wants it."""
     if device.type == "cpu":
@@ -112,7 +122,7 @@ def _reduce(training: Training, stores: list[dict[str, Tensor]], tokens: int) ->
         for store in stores:
             mine[0] += store["loss"].double()
             mine[1] += store["count"].double()
-        mine[2] += tokens
+        mine[2] += tokens if groups.coordinate.context == 0 else 0
     dist.all_reduce(mine, group=groups.world)
     loss, count, seen = mine.tolist()
     return loss / max(count, 1), int(count), int(seen)

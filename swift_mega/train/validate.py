@@ -27,6 +27,7 @@ from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
 from swift_mega.models.translate import hf_config
 from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
@@ -66,7 +67,7 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
     examples = [Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool)) for row in rows]
     pairs = [examples[start : start + 2] for start in range(0, len(examples), 2)]
     assert len(pairs) % (layout.data * layout.pipeline) == 0, f"{len(pairs)} microbatches for {layout.name}"
-    return [collate(pair, layout.tensor if layout.sequence else 1) for pair in pairs[data_rank :: layout.data]]
+    return [collate(pair, layout.row_multiple) for pair in pairs[data_rank :: layout.data]]
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face's side
@@ -135,7 +136,7 @@ def _chain_rule(adapter: PeftAdapter, gradients: dict[str, Tensor]) -> dict[str,
     factors = {}
     for module in sorted(adapter.modules):
         name, grad = f"{PREFIX}{module}.lora_", gradients[f"{module}.weight"]
-        down, up = (adapter.checkpoint.read(f"{name}{letter}.weight") for letter in "AB")
+        down, up = (adapter.checkpoint.read(f"{name}{letter}.weight").to(grad.dtype) for letter in "AB")
         factors[f"{name}A.weight"] = adapter.scale * up.t() @ grad
         factors[f"{name}B.weight"] = adapter.scale * grad @ down.t()
     return factors
@@ -234,7 +235,7 @@ class _Collect:
         local = head.local_logits(chunk, hidden)
         shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
-        whole = torch.cat(shards, dim=-1)[:, : self.vocab].cpu()
+        whole = gather_row(torch.cat(shards, dim=-1)[:, : self.vocab], head.groups.row).cpu()
         bounds = batch.cu_seqlens.tolist()
         self.into.append([whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
         return self.objective.loss(head, chunk, hidden, batch)
@@ -243,7 +244,7 @@ class _Collect:
 def _write_logits(training: Training, collected: list[list[Tensor]], loss: float, output: Path) -> None:
     """Each data rank's last stage writes its own file; `compare` numbers the examples as `microbatches` dealt them."""
     where, layout = training.groups.coordinate, training.groups.layout
-    if not (training.groups.is_last_stage and where.tensor == 0):
+    if not (training.groups.is_last_stage and where.tensor == 0 and where.context == 0):
         return
     named = {
         f"logits.{2 * (where.data + layout.data * number) + place}": value.contiguous()

@@ -23,6 +23,7 @@ from swift_mega.parallel.layout import (
     plan_layout,
     ranks_needed,
 )
+from swift_mega.parallel.mesh import Mesh
 from swift_mega.parallel.pipeline import balanced, parse_pipeline_layout
 
 SMOLLM = ModelShape(layers=30, heads=9, kv_heads=3, hidden=576, ffn=1536, vocab=49152)
@@ -46,6 +47,7 @@ def layouts(draw: st.DrawFn) -> Layout:
         pipeline=pipeline,
         virtual=virtual,
         context=context,
+        mesh=Mesh(1, context),
         expert=expert,
         expert_tensor=expert_tensor,
     )

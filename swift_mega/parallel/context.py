@@ -1,0 +1,76 @@
+"""Attention over the context axis: Ulysses, ring, both as a mesh, or all keys gathered."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swift_mega.parallel.gathered import gathered_attention
+from swift_mega.parallel.mesh import Mesh, key_copies
+from swift_mega.parallel.ring import ring_attention
+from swift_mega.parallel.sequence import held_tokens, ring_blocks
+from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
+
+
+@dataclass(frozen=True)
+class Context:
+    """The mesh of the context axis, this rank's place on the axis, and its groups in the mesh."""
+
+    mesh: Mesh
+    rank: int
+    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup
+
+
+def make_context(ranks: list[list[int]], mesh: Mesh) -> Context:
+    """The groups of the mesh for this rank. Collective over all ranks of the job.
+
+    ranks: the ranks of every context group, in the order of the axis.
+    """
+    mine, me = None, dist.get_rank()
+    for group in ranks:
+        assert len(group) == mesh.size, (group, mesh)
+        inner = [group[first : first + mesh.ulysses] for first in range(0, mesh.size, mesh.ulysses)]
+        outer = [group[place :: mesh.ulysses] for place in range(mesh.ulysses)]
+        made = [[dist.new_group(each) for each in some] for some in (inner, outer)]
+        if me in group:
+            place, position = mesh.place(group.index(me))
+            mine = Context(mesh, group.index(me), made[0][position], made[1][place])
+    assert mine is not None, "this rank is in no context group"
+    return mine
+
+
+def context_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, context: Context, cu_seqlens: tuple[int, ...], scale: float, causal: bool = True,
+    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention within the examples of a row whose tokens lie on the ranks of the context axis. Collective.
+
+    query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens, as
+    `sequence.pieces` says. cu_seqlens: where examples begin in the whole row, and its end. Returns [tokens, heads, value_dim].
+    """
+    inner, mesh = context.ulysses, context.mesh
+    copies = key_copies(key.shape[1], mesh.ulysses)
+    if copies > 1:
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+    query, key, value = (tokens_to_heads(x, inner) for x in (query, key, value))
+    if sinks is not None and mesh.ulysses > 1:
+        sinks = sinks.chunk(mesh.ulysses)[inner.rank()]
+    steps = ring_blocks(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
+    attend = gathered_attention if mesh.gather else ring_attention
+    out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
+    return heads_to_tokens(out, inner)
+
+
+def gather_row(x: Tensor, context: Context | None) -> Tensor:
+    """[tokens, ...] of this context rank -> of the whole row in its order, on every one of them. No gradient. Collective."""
+    if context is None:
+        return x
+    mesh, parts = context.mesh, x.contiguous()
+    for group in (context.ulysses, context.ring):
+        found = parts.new_empty(group.size() * len(parts), *parts.shape[1:])
+        dist.all_gather_into_tensor(found, parts, group=group)
+        parts = found
+    order = torch.cat([held_tokens(len(parts), mesh, rank) for rank in range(mesh.size)]).to(x.device)
+    return torch.empty_like(parts).index_copy_(0, order, parts)

@@ -1,0 +1,79 @@
+"""Attention with the keys and values of all context ranks gathered: one collective each way in place of a ring of messages.
+
+Forward, a rank gets (r - 1) of r parts of K and V in their own dtype; backward it gets them again and hands on as much of dK and dV in
+float32. Its memory grows with the whole row, kv_heads * (head_dim + value_dim) a token; where key heads are few that is little.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
+from swift_mega.ops.sinks import add_sinks, sink_gradient
+from swift_mega.parallel.ring import Steps
+
+
+def gathered_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, steps: Steps, group: dist.ProcessGroup, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `ring_attention`, which takes the same arguments. Collective."""
+    shown = _in_gathered(steps, group, len(key))
+    return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap)  # type: ignore[no-any-return]
+
+
+def _in_gathered(steps: Steps, group: dist.ProcessGroup, keys: int) -> list[Block]:
+    """The blocks of all steps over the keys of all ranks, one rank's after another."""
+    rank, size = group.rank(), group.size()
+    return [
+        dataclasses.replace(one, k=one.k + (rank - step) % size * keys)
+        for step, blocks in enumerate(steps)
+        for one in blocks
+    ]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, shown: Sequence[Block], group: dist.ProcessGroup,
+        scale: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        parts = Parts(query, value.shape[-1])
+        forward(parts, query, _all(key, group), _all(value, group), shown, scale=scale, softcap=softcap)
+        out, lse = parts.out, parts.lse
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
+        ctx.given = shown, group, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, lse, *sinks = ctx.saved_tensors
+        shown, group, scale, softcap = ctx.given
+        keys, values = (_all(x, group) for x in (key, value))
+        towards = Towards(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, keys, values)))
+        backward(towards, gradients[0], query, keys, values, out, lse, shown, scale=scale, softcap=softcap)
+        mine = [_summed(x, group) for x in (towards.key, towards.value)]
+        towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
+        found = (towards.query.to(query.dtype), mine[0].to(key.dtype), mine[1].to(value.dtype), towards_sinks)
+        return *found, None, None, None, None
+
+
+def _all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks * tokens, ...]"""
+    found = x.new_empty(group.size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(found, x.contiguous(), group=group)
+    return found
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of the sum over ranks."""
+    found = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(found, x, group=group)
+    return found

@@ -1,0 +1,108 @@
+"""Ring attention (arXiv:2310.01889): keys and values go round while every rank's queries stay.
+
+Each step computes with the keys that are here while the next ones arrive. Forward, a rank sends its neighbour the K and V of `steps - 1`
+positions: (steps - 1) * kv_heads * (head_dim + value_dim) numbers per key, in their own dtype. Backward recomputes each step's softmax
+from the saved log-sum-exp; K and V go round again, and behind them dK and dV in float32, `steps - 1` times and once more home.
+`steps` is the ring's size, or less where a window or short examples let no query see so far (parallel/sequence.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
+from swift_mega.ops.sinks import add_sinks, sink_gradient
+
+Steps = Sequence[Sequence[Block]]
+
+
+def ring_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, steps: Steps, group: dist.ProcessGroup, scale: float, softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of this rank's queries to the keys of all ranks of the ring. Collective.
+
+    query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens.
+    steps: what its queries see of the keys of rank (mine - step) % size, as `sequence.ring_blocks` says.
+    sinks: [heads], as in ops.attention. Returns [tokens, heads, value_dim].
+    """
+    return _Ring.apply(query, key, value, sinks, steps, group, scale, softcap)  # type: ignore[no-any-return]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, steps: Steps, group: dist.ProcessGroup, scale: float,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        key, value = key.contiguous(), value.contiguous()
+        parts = Parts(query, value.shape[-1])
+        here: tuple[Tensor, ...] = (key, value)
+        for number, shown in enumerate(steps):
+            coming = _Turn(here, group) if number + 1 < len(steps) else None
+            forward(parts, query, here[0], here[1], shown, scale=scale, softcap=softcap)
+            here = coming.arrived() if coming else here
+        out, lse = parts.out, parts.lse
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
+        ctx.given = steps, group, scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, lse, *sinks = ctx.saved_tensors
+        steps, group, scale, softcap = ctx.given
+        exact = lse.dtype
+        towards_query = torch.zeros_like(query, dtype=exact)
+        towards = tuple(torch.zeros_like(x, dtype=exact) for x in (key, value))
+        here: tuple[Tensor, ...] = (key, value)
+        following: _Turn | None = None
+        for number, shown in enumerate(steps):
+            coming = _Turn(here, group) if number + 1 < len(steps) else None
+            mine = (
+                Towards(towards_query, *(torch.zeros_like(x) for x in towards))
+                if following
+                else Towards(towards_query, *towards)
+            )
+            backward(mine, gradients[0], query, here[0], here[1], out, lse, shown, scale=scale, softcap=softcap)
+            # The sums for the keys that are here were on their way while this step was computed.
+            towards = (
+                tuple(a.add_(b) for a, b in zip(following.arrived(), (mine.key, mine.value), strict=True))
+                if following
+                else towards
+            )
+            following = _Turn(towards, group, hops=1 if coming else 1 - len(steps))
+            here = coming.arrived() if coming else here
+        assert following is not None
+        towards = following.arrived()
+        towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
+        return (
+            towards_query.to(query.dtype), towards[0].to(key.dtype), towards[1].to(value.dtype), towards_sinks, None, None, None, None,
+        )  # fmt: skip
+
+
+class _Turn:
+    """Tensors on their way to the rank `hops` further, while those of the rank `hops` before come here."""
+
+    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, hops: int = 1) -> None:
+        size, rank = group.size(), group.rank()
+        self.sent, self.works = tuple(tensors), []
+        self.coming = self.sent
+        if hops % size:
+            self.coming = tuple(torch.empty_like(x) for x in tensors)
+            ranks = dist.get_process_group_ranks(group)
+            there, back = ranks[(rank + hops) % size], ranks[(rank - hops) % size]
+            operations = [dist.P2POp(dist.isend, x, there, group) for x in self.sent]
+            operations += [dist.P2POp(dist.irecv, x, back, group) for x in self.coming]
+            self.works = dist.batch_isend_irecv(operations)
+
+    def arrived(self) -> tuple[Tensor, ...]:
+        """Waits for what comes, and until what was sent may be written to."""
+        for work in self.works:
+            work.wait()
+        return self.coming

@@ -1,0 +1,141 @@
+"""Which tokens of a row a context rank holds, and what its queries see of another rank's keys; arithmetic, the same on every rank.
+
+A row of examples is cut as a row, not example by example, so an example may have any length and only the row is padded. The context axis
+is a mesh, Ulysses inside (neighbouring ranks) and ring outside:
+
+    ring position    0                1                2                3
+    chunks of row    0, 7             1, 6             2, 5             3, 4       (zigzag: causal work is alike)
+    Ulysses rank     first, second half of those chunks, one after another
+
+After the Ulysses exchange a rank has all tokens of its ring position and a share of the heads; the ring passes keys and values on.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swift_mega.ops.blocks import Block, block
+from swift_mega.parallel.mesh import Mesh
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one example that lie together: `length` of them, from `position` of the example on; the first is `first` here."""
+
+    example: int
+    position: int
+    first: int
+    length: int
+
+
+def ring_pieces(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
+    """Ranges of a row of `tokens` that a ring position holds, in order: two chunks as far from the middle as each other."""
+    if ring == 1:
+        return ((0, tokens),)
+    assert tokens % (2 * ring) == 0, (tokens, ring)
+    chunk = tokens // (2 * ring)
+    return tuple((number * chunk, (number + 1) * chunk) for number in (position, 2 * ring - 1 - position))
+
+
+def pieces(tokens: int, mesh: Mesh, rank: int) -> tuple[Range, ...]:
+    """Ranges of a row that a context rank holds, in order."""
+    inner, position = mesh.place(rank)
+    held = ring_pieces(tokens, mesh.ring, position)
+    share = sum(end - begin for begin, end in held) // mesh.ulysses
+    first, last, passed, found = share * inner, share * (inner + 1), 0, []
+    for begin, end in held:
+        start, stop = max(first - passed, 0) + begin, min(last - passed, end - begin) + begin
+        if start < stop:
+            found.append((start, stop))
+        passed += end - begin
+    return tuple(found)
+
+
+def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
+    """What lies in ranges of a row, example by example; neighbours in both are one."""
+    found: list[Run] = []
+    first = 0
+    for begin, end in held:
+        for example, (start, stop) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+            low, high = max(begin, start), min(end, stop)
+            if low >= high:
+                continue
+            last = found[-1] if found else None
+            here = first + low - begin
+            if (
+                last
+                and last.example == example
+                and last.position + last.length == low - start
+                and last.first + last.length == here
+            ):
+                found[-1] = Run(example, last.position, last.first, last.length + high - low)
+            else:
+                found.append(Run(example, low - start, here, high - low))
+        first += end - begin
+    return found
+
+
+def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: int | None) -> tuple[Block, ...]:
+    """What the queries of `mine` see of the keys of `theirs`."""
+    by_example: dict[int, list[Run]] = {}
+    for run in theirs:
+        by_example.setdefault(run.example, []).append(run)
+    return tuple(
+        found
+        for query in mine
+        for key in by_example.get(query.example, ())
+        for found in block(
+            query.first,
+            query.length,
+            key.first,
+            key.length,
+            shift=query.position - key.position,
+            causal=causal,
+            window=window,
+        )
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def ring_blocks(
+    cu_seqlens: tuple[int, ...], ring: int, position: int, *, causal: bool = True, window: int | None = None
+) -> tuple[tuple[Block, ...], ...]:
+    """For every step of the ring, what this position sees of the keys that are there then: those of position - step.
+
+    As many steps as some position needs: with a window, or examples that are short beside the row, the last ones are left out.
+    """
+    tokens = cu_seqlens[-1]
+    held = [runs(ring_pieces(tokens, ring, each), cu_seqlens) for each in range(ring)]
+    steps = [
+        [blocks(held[each], held[(each - step) % ring], causal=causal, window=window) for each in range(ring)]
+        for step in range(ring)
+    ]
+    needed = max(step for step in range(ring) if any(steps[step])) + 1
+    return tuple(steps[step][position] for step in range(needed))
+
+
+def work(found: Sequence[Block]) -> int:
+    """Scores that blocks have: pairs of a query and a key that it sees."""
+    return sum(_pairs(one) for one in found)
+
+
+def _pairs(one: Block) -> int:
+    total = one.queries * one.keys
+    if one.causal:
+        total -= one.queries * (one.queries - 1) // 2
+    if one.left is not None:  # query i is aligned with key i + keys - queries and sees none before left of it
+        ahead = one.keys - one.queries - one.left
+        hidden = [max(0, ahead + i) for i in (0, one.queries - 1)]
+        first = max(0, -ahead)
+        count = max(0, one.queries - first)
+        total -= (hidden[0] + hidden[1]) * count // 2 if count else 0
+    return total
+
+
+def held_tokens(tokens: int, mesh: Mesh, rank: int) -> torch.Tensor:
+    """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
+    return torch.cat([torch.arange(begin, end) for begin, end in pieces(tokens, mesh, rank)])
