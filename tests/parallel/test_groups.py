@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from swift_mega.parallel import groups
 from swift_mega.parallel.layout import Layout
+from swift_mega.parallel.mesh import Mesh
 
 
 def _layouts_in_turn(layouts: list[Layout]) -> list[str]:
@@ -42,7 +43,7 @@ def test_four_ranks_take_one_layout_after_another(ranks):
         Layout(world=4, layers=(4,), tensor=2, expert_tensor=2, sequence=True),
         Layout(world=4, layers=(1, 1, 1, 1), tensor=1, pipeline=2, virtual=2),
         Layout(world=4, layers=(4,), tensor=2, expert=2, expert_tensor=1),
-        Layout(world=4, layers=(4,), tensor=2, context=2, expert_tensor=2),
+        Layout(world=4, layers=(4,), tensor=2, context=2, mesh=Mesh(1, 2), expert_tensor=2),
         Layout(world=4, layers=(4,), expert=2, expert_tensor=2),
         Layout(world=4, layers=(2, 1, 1, 2), pipeline=4),
     ]
