@@ -48,7 +48,7 @@ def test_four_ranks_take_one_layout_after_another(ranks):
         Layout(world=4, layers=(2, 1, 1, 2), pipeline=4),
     ]
     names = ranks(4, _layouts_in_turn, layouts)
-    assert names == ["tp2-dp2-sp", "pp2-vpp2-dp2", "tp2-ep2-etp1-dp2", "tp2-cp2", "ep2-etp2", "pp4"]
+    assert names == ["tp2-dp2-sp", "pp2-vpp2-dp2", "tp2-ep2-etp1-dp2", "tp2-cp2-ring", "ep2-etp2", "pp4"]
 
 
 def _wrong_world() -> None:
