@@ -102,7 +102,7 @@ def forward(
     query: [tokens, heads, head_dim]; key: [keys, kv_heads, head_dim]; value: [keys, kv_heads, value_dim]; heads a multiple of kv_heads.
     softcap: scores s become c tanh(s / c).
     """
-    kernels = _flash_kernels() if query.is_cuda else None
+    kernels = _kernels(query)
     for group in _groups(blocks):
         first, last = group[0], group[-1]
         q = query[first.q : last.q + last.queries]
@@ -139,7 +139,7 @@ def backward(
 
     grad: [tokens, heads, value_dim], of out.
     """
-    kernels = _flash_kernels() if query.is_cuda else None
+    kernels = _kernels(query)
     for group in _groups(blocks):
         first, last = group[0], group[-1]
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
@@ -262,6 +262,11 @@ def _tile_backward(
 
 
 # ------------------------------------------------------------------------------------------------ flash-attn
+
+
+def _kernels(query: Tensor) -> tuple[Any, Any] | None:
+    """flash-attn's forward and backward pass, for tensors on CUDA where it is installed."""
+    return _flash_kernels() if query.is_cuda else None
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:

@@ -1,5 +1,7 @@
 """Blocks of attention put together, beside a softmax over everything at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
+from swift_mega.parallel.sequence import ring_blocks, ring_pieces
 
 
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
@@ -93,3 +96,115 @@ def test_parts_of_the_keys_make_the_whole(heads, kv, dims, window, softcap, caus
     assert (parts.lse - lse).abs().max() < 1e-12
     for found, wanted in zip((towards.query, towards.key, towards.value), (q.grad, k.grad, v.grad), strict=True):
         assert (found - wanted).abs().max() < 1e-11
+
+
+# --- flash-attn's calls, with stand-ins for its two kernels (their parameters are compared with an installed one's in test_sinks.py)
+
+
+def flash_mask(given: dict[str, Any]) -> Tensor:
+    """[queries, keys] bool, from what flash-attn's docstring says: aligned at the bottom right, windows around the aligned key."""
+    assert given["dropout_p"] == 0 and given["alibi_slopes"] is None
+    starts_q, starts_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    assert given["max_seqlen_q"] == int(starts_q.diff().max()) and given["max_seqlen_k"] == int(starts_k.diff().max())
+    mask = torch.zeros(int(starts_q[-1]), int(starts_k[-1]), dtype=torch.bool)
+    left, right = given["window_size_left"], 0 if given["causal"] else given["window_size_right"]
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        aligned = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+        key = torch.arange(k1 - k0)[None]
+        mask[q0:q1, k0:k1] = ((left < 0) | (key >= aligned - left)) & ((right < 0) | (key <= aligned + right))
+    return mask
+
+
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
+    softcap: float = 0.0, alibi_slopes: Any = None, return_softmax: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Like _flash_attn_varlen_forward: (out, softmax_lse [heads, queries], S_dmask, rng_state)."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1], "the kernel knows one head size"
+    out, lse = whole(q, k, v, flash_mask(locals()), softmax_scale, softcap or None)
+    return out, lse, None, None
+
+
+def flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+    causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Any, deterministic: bool,
+    rng_state: Any = None,
+) -> None:  # fmt: skip
+    """Like _flash_attn_varlen_backward: only out and softmax_lse say what the softmax was."""
+    assert all(x.is_contiguous() for x in (dout, out, softmax_lse))
+    mask, groups = flash_mask(locals()), k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
+    slope = torch.ones_like(scores)
+    if softcap:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = bent * softcap, 1 - bent**2
+    weights = torch.exp(scores - softmax_lse[..., None]).masked_fill(~mask, 0)
+    mean = (dout * out).sum(-1).t()[..., None]
+    towards = weights * (torch.einsum("qhd,khd->hqk", dout, v) - mean) * softmax_scale * slope
+    dq.copy_(torch.einsum("hqk,khd->qhd", towards, k))
+    for target, found in (
+        (dk, torch.einsum("hqk,qhd->khd", towards, q)),
+        (dv, torch.einsum("hqk,qhd->khd", weights, dout)),
+    ):
+        target.copy_(found.view(len(found), groups, -1, found.shape[-1]).sum(2))
+
+
+@pytest.mark.parametrize(("heads", "kv", "dims", "window", "softcap", "causal"), CASES)
+def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, monkeypatch):
+    """Three examples over two ring positions: blocks that lie together are one call."""
+    calls = []
+
+    def counted(*args: Any, **given: Any) -> Any:
+        calls.append(len(given["cu_seqlens_q"]) - 1)
+        return flash_forward(*args, **given)
+
+    monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
+    torch.manual_seed(0)
+    cu, scale = (0, 30, 44, 80), dims[0] ** -0.5
+    q, k, v = (
+        torch.randn(80, n, d, dtype=torch.float64, requires_grad=True)
+        for n, d in ((heads, dims[0]), (kv, dims[0]), (kv, dims[1]))
+    )
+    grad = torch.randn(80, heads, dims[1], dtype=torch.float64)
+    example = torch.bucketize(torch.arange(80), torch.tensor(cu[1:-1]), right=True)
+    mask = seen(range(80), range(80), causal, window) & (example[:, None] == example[None])
+    expected, _ = whole(q, k, v, mask, scale, softcap)
+    expected.backward(grad)
+    towards = Towards(*(torch.zeros_like(x) for x in (q, k, v)))
+    with torch.no_grad():
+        for position in range(2):
+            held = [torch.cat([torch.arange(a, b) for a, b in ring_pieces(80, 2, each)]) for each in range(2)]
+            mine, parts = held[position], Parts(q[held[position]], dims[1])
+            steps = ring_blocks(cu, 2, position, causal=causal, window=window)
+            keys = [held[(position - step) % 2] for step in range(len(steps))]
+            for shown, there in zip(steps, keys, strict=True):
+                forward(parts, q[mine], k[there], v[there], shown, scale=scale, softcap=softcap)
+            assert (parts.out - expected[mine]).abs().max() < 1e-12
+            for shown, there in zip(steps, keys, strict=True):
+                some = Towards(*(torch.zeros_like(x) for x in (q[mine], k[there], v[there])))
+                backward(
+                    some,
+                    grad[mine],
+                    q[mine],
+                    k[there],
+                    v[there],
+                    parts.out,
+                    parts.lse,
+                    shown,
+                    scale=scale,
+                    softcap=softcap,
+                )
+                towards.query[mine] += some.query
+                towards.key[there] += some.key
+                towards.value[there] += some.value
+    for found, wanted in zip((towards.query, towards.key, towards.value), (q.grad, k.grad, v.grad), strict=True):
+        assert (found - wanted).abs().max() < 1e-11
+    assert (
+        len(calls)
+        < sum(len(step) for each in range(2) for step in ring_blocks(cu, 2, each, causal=causal, window=window))
+        or max(calls) == 1
+    )
