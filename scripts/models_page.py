@@ -32,13 +32,24 @@ weight for each head, one after the rotation. Attention, with all that families 
 """
 
 
+LEFT_OUT = """
+## Left out, and why
+
+| model_type | |
+|---|---|
+| `bailing_moe` (Ling 1 and 2) | transformers has no model of this type to be equal to. |
+| `bailing_hybrid` (Ling 2.5 and Ring) | Most layers are Kimi delta attention, an operation of its own that neither Megatron-core nor this project has. |
+| `falcon` with `alibi`, `mpt` with fields of its experiments | Refused by the field's name. |
+"""
+
+
 def page() -> str:
     """The whole page."""
     rows = []
     for name, family in scan(folder, "FAMILY").items():
         text = (importlib.import_module(f"{folder.__name__}.{name}").__doc__ or "").strip()
         rows += [(kind, " ".join(text.split("\n\n")[0].split())) for kind in family.hf_types]
-    return HEAD + "".join(f"| `{kind}` | {text} |\n" for kind, text in sorted(rows))
+    return HEAD + "".join(f"| `{kind}` | {text} |\n" for kind, text in sorted(rows)) + LEFT_OUT
 
 
 def main() -> int:
