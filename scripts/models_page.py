@@ -38,7 +38,7 @@ LEFT_OUT = """
 | model_type | |
 |---|---|
 | `bailing_moe` (Ling 1 and 2) | transformers has no model of this type to be equal to. |
-| `bailing_hybrid` (Ling 2.5 and Ring) | Most layers are Kimi delta attention, an operation of its own that neither Megatron-core nor this project has. |
+| `bailing_hybrid` (Ling 2.5 and Ring) | Most layers are Kimi delta attention, which neither Megatron-core nor this project has. |
 | `falcon` with `alibi`, `mpt` with fields of its experiments | Refused by the field's name. |
 """
 
