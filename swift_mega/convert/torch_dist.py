@@ -318,7 +318,12 @@ class ChunkWriter:
             self._stream = (self.folder / self._name).open("wb")
         chunk = ChunkStorageMetadata(torch.Size(offset), value.shape)
         begin = self._stream.tell()
-        torch.save(_alone(value), self._stream)
+        try:
+            torch.save(_alone(value), self._stream)
+        except RuntimeError as error:  # torch closes its record while the disk's error passes, and tells of that
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         length = self._stream.tell() - begin
         index = MetadataIndex(key, chunk.offsets, len(known.chunks))
         known.chunks.append(chunk)

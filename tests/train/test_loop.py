@@ -13,6 +13,7 @@ from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
+from swift_mega.models.translate import load_settings
 from swift_mega.train.loop import flops_per_token
 
 
@@ -166,7 +167,7 @@ def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
         source=str(model),
         to="mcore",
         output=str(tmp_path / "mcore"),
-        parallel=api.schema.Parallel(tensor=2, pipeline=2),
+        parallel=api.Parallel(tensor=2, pipeline=2),
     )
     api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "hf"))
     a, b = Checkpoint(model), Checkpoint(tmp_path / "hf")
@@ -225,7 +226,7 @@ def test_flops_count_weights(tmp_path: Path, cpu: Device, name: str) -> None:
     An MLP has three linears where it is gated, else two.
     """
     model = tiny.make(tmp_path, name)
-    settings = api.load_settings(str(model))
+    settings = load_settings(str(model))
     names = Checkpoint(model).entries
     weights = sum(
         torch.Size(entry.shape).numel()
