@@ -91,8 +91,9 @@ else
 	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(NEWEST)/bin/python $(PYTEST) $(PYTEST_FLAGS) $(NEWEST_TESTS)
 endif
 
-benchmark: venv ## tokens/s of LoRA fine-tuning here, beside transformers + peft
+benchmark: venv ## tokens/s of LoRA fine-tuning beside transformers + peft, then conversion beside a plain copy
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/train_step.py
+	@$(VENV)/bin/python benchmarks/convert.py
 
 clean: ## caches and builds; environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
