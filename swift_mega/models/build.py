@@ -43,7 +43,6 @@ class Decoder(GPTModel):
         if self.pre_process and settings.positions is not None:
             self.embedding.position_embeddings.to(self.config.params_dtype)  # Megatron makes them in float32
         self.settings = settings
-        self.context: Context | None = None
         if self.post_process and settings.biases.head:
             rows, dtype = self.output_layer.output_size_per_partition, self.config.params_dtype
             self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
@@ -55,12 +54,17 @@ class Decoder(GPTModel):
             self.embedding.norm = norm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
             self.embedding.register_forward_hook(_normalise)
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, context: Context | None = None
+    ) -> Tensor:  # fmt: skip
         """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
+        context: the ranks that share the row; None: all of it is here.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
-        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, self.context)
+        ranks = 1 if context is None else context.mesh.size
+        assert len(tokens) * ranks == int(cu_seqlens[-1]), "another row than cu_seqlens speaks of"
+        row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, context)
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift_mega.ops.attention import _flash_kernels
+from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
 
@@ -92,6 +93,10 @@ class Parts:
         weight = torch.sigmoid(lse - so_far).nan_to_num_(0.0)  # neither saw a key: -inf - -inf
         ours.lerp_(out.to(ours.dtype), weight.t()[..., None])
         so_far.copy_(torch.logaddexp(so_far, lse))
+
+    def finished(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """out and lse of the whole softmax; sinks: [heads], logits that join it and have no value (ops/sinks.py)."""
+        return (self.out, self.lse) if sinks is None else add_sinks(self.out, self.lse, sinks)
 
 
 def forward(
@@ -265,8 +270,8 @@ def _tile_backward(
 
 
 def _kernels(query: Tensor) -> tuple[Any, Any] | None:
-    """flash-attn's forward and backward pass, for tensors on CUDA where it is installed."""
-    return _flash_kernels() if query.is_cuda else None
+    """flash-attn's forward and backward pass, for tensors on CUDA of a dtype that it has, where it is installed."""
+    return _flash_kernels() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:

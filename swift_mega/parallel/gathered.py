@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
-from swift_mega.ops.sinks import add_sinks, sink_gradient
+from swift_mega.ops.sinks import sink_gradient
 from swift_mega.parallel.ring import Steps
 
 
@@ -44,9 +44,7 @@ class _Gathered(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         parts = Parts(query, value.shape[-1])
         forward(parts, query, _all(key, group), _all(value, group), shown, scale=scale, softcap=softcap)
-        out, lse = parts.out, parts.lse
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
+        out, lse = parts.finished(sinks)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
         ctx.given = shown, group, scale, softcap

@@ -33,7 +33,8 @@ def _variants(parallel: Parallel, world: int, layers: int, experts: int | None) 
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     expert_sizes = divisors if experts else [1]
     expert_tensors = {parallel.expert_tensor, None, 1} if experts else {None}
-    contexts = {(parallel.context, parallel.cp), (parallel.context, "auto"), (1, "auto")}
+    context = max(parallel.context, 1)
+    contexts = {(context, parallel.cp), (context, "auto"), (1, "auto")}
     for tensor, pipeline, (context, cp), expert, expert_tensor in product(
         divisors, divisors, contexts, expert_sizes, expert_tensors
     ):

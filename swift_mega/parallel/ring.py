@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
-from swift_mega.ops.sinks import add_sinks, sink_gradient
+from swift_mega.ops.sinks import sink_gradient
 
 Steps = Sequence[Sequence[Block]]
 
@@ -45,9 +45,7 @@ class _Ring(torch.autograd.Function):
             coming = _Turn(here, group) if number + 1 < len(steps) else None
             forward(parts, query, here[0], here[1], shown, scale=scale, softcap=softcap)
             here = coming.arrived() if coming else here
-        out, lse = parts.out, parts.lse
-        if sinks is not None:
-            out, lse = add_sinks(out, lse, sinks)
+        out, lse = parts.finished(sinks)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
         ctx.given = steps, group, scale, softcap
@@ -59,30 +57,23 @@ class _Ring(torch.autograd.Function):
         steps, group, scale, softcap = ctx.given
         exact = lse.dtype
         towards_query = torch.zeros_like(query, dtype=exact)
-        towards = tuple(torch.zeros_like(x, dtype=exact) for x in (key, value))
         here: tuple[Tensor, ...] = (key, value)
         following: _Turn | None = None
         for number, shown in enumerate(steps):
             coming = _Turn(here, group) if number + 1 < len(steps) else None
-            mine = (
-                Towards(towards_query, *(torch.zeros_like(x) for x in towards))
-                if following
-                else Towards(towards_query, *towards)
-            )
-            backward(mine, gradients[0], query, here[0], here[1], out, lse, shown, scale=scale, softcap=softcap)
-            # The sums for the keys that are here were on their way while this step was computed.
-            towards = (
-                tuple(a.add_(b) for a, b in zip(following.arrived(), (mine.key, mine.value), strict=True))
-                if following
-                else towards
-            )
-            following = _Turn(towards, group, hops=1 if coming else 1 - len(steps))
+            towards = Towards(towards_query, *(torch.zeros_like(x, dtype=exact) for x in here))
+            backward(towards, gradients[0], query, here[0], here[1], out, lse, shown, scale=scale, softcap=softcap)
+            sums: tuple[Tensor, ...] = (towards.key, towards.value)
+            if following is not None:  # what others found for the keys that are here was on its way meanwhile
+                for mine, theirs in zip(sums, following.arrived(), strict=True):
+                    mine.add_(theirs)
+            following = _Turn(sums, group, hops=1 if coming else 1 - len(steps))
             here = coming.arrived() if coming else here
         assert following is not None
-        towards = following.arrived()
+        sums = following.arrived()
         towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         return (
-            towards_query.to(query.dtype), towards[0].to(key.dtype), towards[1].to(value.dtype), towards_sinks, None, None, None, None,
+            towards_query.to(query.dtype), sums[0].to(key.dtype), sums[1].to(value.dtype), towards_sinks, None, None, None, None,
         )  # fmt: skip
 
 

@@ -118,24 +118,6 @@ def ring_blocks(
     return tuple(steps[step][position] for step in range(needed))
 
 
-def work(found: Sequence[Block]) -> int:
-    """Scores that blocks have: pairs of a query and a key that it sees."""
-    return sum(_pairs(one) for one in found)
-
-
-def _pairs(one: Block) -> int:
-    total = one.queries * one.keys
-    if one.causal:
-        total -= one.queries * (one.queries - 1) // 2
-    if one.left is not None:  # query i is aligned with key i + keys - queries and sees none before left of it
-        ahead = one.keys - one.queries - one.left
-        hidden = [max(0, ahead + i) for i in (0, one.queries - 1)]
-        first = max(0, -ahead)
-        count = max(0, one.queries - first)
-        total -= (hidden[0] + hidden[1]) * count // 2 if count else 0
-    return total
-
-
 def held_tokens(tokens: int, mesh: Mesh, rank: int) -> torch.Tensor:
     """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
     return torch.cat([torch.arange(begin, end) for begin, end in pieces(tokens, mesh, rank)])

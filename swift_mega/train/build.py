@@ -74,8 +74,6 @@ def build_part(
         family_of(directory).named_like(checkpoint.entries), settings, groups.layout, groups.coordinate, device=device, config=config,
         vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters,
     )  # fmt: skip
-    for chunk in part.chunks:
-        chunk.context = groups.row
     load(part, checkpoint, groups)
     return part
 

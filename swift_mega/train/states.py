@@ -164,7 +164,7 @@ def _step(
 ) -> tuple[Tensor, Any]:
     catch.prompt, row = next(batches)
     row = held_part(row, catch.groups.row)
-    hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens)
+    hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens, catch.groups.row)
     return hidden, partial(catch.last, model)
 
 

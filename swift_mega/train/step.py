@@ -80,7 +80,7 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
 
 def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     row = _to(held_part(next(rows), training.groups.row), training.device.device)
-    return model(row.tokens, row.positions, row.cu_seqlens), partial(_loss, training, model, row)
+    return model(row.tokens, row.positions, row.cu_seqlens, training.groups.row), partial(_loss, training, model, row)
 
 
 def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,13 +1,34 @@
 """Who holds which token of a row, and what sees what, beside the definition by positions."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swift_mega.ops.blocks import Block
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import blocks, pieces, ring_blocks, ring_pieces, runs, work
+from swift_mega.parallel.sequence import blocks, pieces, ring_blocks, ring_pieces, runs
+
+
+def work(found: Sequence[Block]) -> int:
+    """Scores that blocks have: pairs of a query and a key that it sees."""
+    return sum(_pairs(one) for one in found)
+
+
+def _pairs(one: Block) -> int:
+    total = one.queries * one.keys
+    if one.causal:
+        total -= one.queries * (one.queries - 1) // 2
+    if one.left is not None:  # query i is aligned with key i + keys - queries and sees none before left of it
+        ahead = one.keys - one.queries - one.left
+        hidden = [max(0, ahead + i) for i in (0, one.queries - 1)]
+        first = max(0, -ahead)
+        count = max(0, one.queries - first)
+        total -= (hidden[0] + hidden[1]) * count // 2 if count else 0
+    return total
+
 
 MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2), Mesh(4, 2), Mesh(2, 4), Mesh(3, 2)]
 

@@ -94,6 +94,8 @@ def test_a_perturbed_tensor_is_found_where_it_is(models, prompts, tmp_path, fami
         *((family, layout) for family in FAMILIES for layout in ("tp2-sp", "pp2")),
         ("llama", "pp2-vpp2"),
         ("llama", "tp2-dp2"),
+        ("llama", "cp2-ring"),
+        ("llama", "tp2-cp2-ulysses-sp"),
         ("qwen3_moe", "tp2"),
         ("qwen3_moe", "tp2-ep2-etp1-sp"),
         ("deepseek_v3_moe", "ep2"),
