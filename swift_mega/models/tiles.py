@@ -64,12 +64,15 @@ class TiledNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, ...] -> the same."""
-        return _tiled(self, super().forward, x)
+        return tiled(super().forward, x, _trained(self), self.tile)
 
 
 def _tiled(module: Any, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return tiled(call, x, trained, module.tile, remember=_random_numbers)
+    return tiled(call, x, _trained(module), module.tile, remember=_random_numbers)
+
+
+def _trained(module: Any) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _random_numbers() -> Again:
