@@ -16,7 +16,7 @@ from swift_mega.parallel.layout import Layout, parse_layout
 from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import train_step
-from tests.train.bench import OPTIM, bench, settings
+from tests.train.bench import OPTIM, Bench, bench, settings
 
 STEPS = 3
 FALLING = dataclasses.replace(OPTIM, schedule="linear")
@@ -63,6 +63,9 @@ def steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) 
         found["norms"].append(result.grad_norm)
         used = {group["lr"] for hybrid in hybrids for each in hybrid.sub_optimizers for group in each.param_groups}
         found["rates"].append((result.learning_rate, used))
+    for chunk in training.chunks:
+        if run.parallel.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     found["weights"] = {
         held.name: held.parameter.detach().clone()
         for held in training.tuner.held(training.part)
@@ -87,13 +90,22 @@ def test_steps_are_those_without_it(
     work: Path, cpu: Device, family: str, tuner: str, layout: str, dtype: str, cut: bool, fraction: float
 ) -> None:
     """Three steps at three rates, clipped; the optimizers on both sides were told each rate."""
-    one = bench(work, cpu, family, tuner)
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(parallel, distributed_optimizer=cut)
-    run = dataclasses.replace(settings(one.model, parallel, tuner, one.adapter, dtype=dtype), optim=FALLING)
+    compare(bench(work, cpu, family, tuner), parallel, world, dtype, fraction)
+
+
+def test_overlapped_communication(work: Path, cpu: Device) -> None:
+    """Parameters that are gathered while the next forward pass runs are those that came from the host."""
+    parallel = schema.Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
+    compare(bench(work, cpu, "llama", "full"), parallel, 2, "bfloat16", 1.0)
+
+
+def compare(one: Bench, parallel: schema.Parallel, world: int, dtype: str, fraction: float) -> None:
+    run = dataclasses.replace(settings(one.model, parallel, one.tuner, one.adapter, dtype=dtype), optim=FALLING)
     offloaded = dataclasses.replace(FALLING, cpu_offload=True, offload_fraction=fraction)
     plain, found = (
-        run_ranks(world, steps, dataclasses.replace(run, optim=optim), cpu, one.layout(parallel, world), one.rows)
+        run_ranks(world, steps, dataclasses.replace(run, optim=optim), one.cpu, one.layout(parallel, world), one.rows)
         for optim in (FALLING, offloaded)
     )
     assert plain["host"] == plain["device"] == 0, "the oracle offloads nothing"
