@@ -93,8 +93,10 @@ def expected(layout: Layout, stage: int, tokens: list[int], part: Any) -> list[i
     return sorted(each * part.settings.shape.hidden * 4 // cut for each in tokens for _ in range(inputs))
 
 
-def check(work: Path, cpu: Device, tuner: str, layout: str, megatron: dict[str, Any] | None = None) -> None:
-    one = bench(work, cpu, "llama", tuner)
+def check(
+    work: Path, cpu: Device, tuner: str, layout: str, family: str = "llama", megatron: dict[str, Any] | None = None
+) -> None:
+    one = bench(work, cpu, family, tuner)
     parallel, world = parse_layout(layout)
     run = settings(one.model, parallel, tuner, one.adapter, recompute="full")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, megatron=megatron or {}))
@@ -121,6 +123,12 @@ def test_layouts(work: Path, cpu: Device, layout: str, tuner: str) -> None:
     check(work, cpu, tuner, layout)
 
 
+@pytest.mark.parametrize("family, layout", [("mixtral", "ep2-dp2"), ("deepseek_v3_moe", "pp2"), ("bloom", "dp2")])
+def test_families(work: Path, cpu: Device, family: str, layout: str) -> None:
+    """Experts, latent attention, and an embedding with a norm, whose output is the first layer's input."""
+    check(work, cpu, "full", layout, family)
+
+
 def test_inputs_that_tensor_ranks_share(work: Path, cpu: Device) -> None:
     """Megatron's distribute_saved_activations: each rank saves its part, and fills in the rest after it is back."""
-    check(work, cpu, "full", "tp2", {"distribute_saved_activations": True})
+    check(work, cpu, "full", "tp2", megatron={"distribute_saved_activations": True})
