@@ -158,6 +158,12 @@ class Optim:
     beta2: float = setting(0.95, flag="adam_beta2")
     eps: float = setting(1e-8, flag="adam_eps")
     clip_grad: float = setting(1.0, flag="clip_grad max_grad_norm", help="largest norm of the gradient; 0: no clipping")
+    cpu_offload: bool = setting(
+        False, flag="optimizer_cpu_offload", help="keep AdamW's state, and take its step, in host memory"
+    )
+    offload_fraction: float = setting(
+        1.0, flag="optimizer_offload_fraction", help="share of the numbers whose state is in host memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +184,9 @@ class Train:
     recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
     recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")
     recompute_layers: int = setting(1, flag="recompute_num_layers", help="layers per recomputed block")
+    offload_activations: bool = setting(
+        False, flag="offload_activations", help="layer inputs wait for the backward pass in host memory"
+    )
     eval_steps: int | None = setting(
         flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"
     )
