@@ -71,6 +71,8 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
     if run.train.recompute != "full":
         keys = ("train.recompute_method", "train.recompute_layers")
         _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")
+    if not run.train.tile_mlp:
+        _refuse_changed(run, sources, ("train.mlp_tile_size",), because="train.tile_mlp=false; set it to true")
     if "wandb" not in run.monitor.report_to:
         keys = ("monitor.wandb_project", "monitor.wandb_run_name")
         _refuse_changed(run, sources, keys, because="monitor.report_to does not name wandb; add it")

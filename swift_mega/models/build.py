@@ -202,11 +202,11 @@ def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
 
 def build(
     family: Family, settings: Settings, layout: Layout, coordinate: Coordinate, *, device: Device, config: TransformerConfig,
-    vocab_divisible_by: int = 128, adapters: bool = False,
+    vocab_divisible_by: int = 128, adapters: bool = False, tile: int | None = None,
 ) -> ModelPart:  # fmt: skip
-    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one."""
-    specs = layer_specs(settings, device, adapters=adapters)
-    norm = norm_class(settings, device)
+    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/tiles.py."""
+    specs = layer_specs(settings, device, adapters=adapters, tile=tile)
+    norm = norm_class(settings, device, tile)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)

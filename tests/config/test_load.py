@@ -223,6 +223,8 @@ WORD_ERRORS = [
     ([], ["--lr_warmup_fraction", "1.5"], "--lr_warmup_fraction=1.5: expected between 0 and 1"),
     ([], ["--lora_alpha", "0"], "--lora_alpha=0.0: expected above 0"),
     ([], ["--num_train_epochs", "0"], "--num_train_epochs=0.0: expected above 0"),
+    ([], ["--loss_chunk_size", "0"], "--loss_chunk_size=0: expected a whole number of at least 1"),
+    ([], ["--tile_mlp", "true", "--mlp_tile_size", "0"], "--mlp_tile_size=0: expected a whole number of at least 1"),
     ([], ["--seed", "-1"], "--seed=-1: expected at least 0"),
     ([], ["--max_shard_size", "big"], "--max_shard_size=big: expected a size such as 500MB, 5GB or 512MiB"),
     ([], ["--output_dir", " "], "--output_dir= : expected something, not empty text"),
@@ -253,6 +255,7 @@ CONTRADICTIONS = [
     (["tuner_type=full", "merge_lora=true"], "export.merge_lora=true (override) has no effect, since tuner.type=full"),
     (["tuner_type=full", "target_modules=a,b"], "tuner.target_modules=a,b (override) has no effect, since tuner.type=full"),
     (["recompute_num_layers=2"], "train.recompute_layers=2 (override) has no effect, since train.recompute=none; set it to"),
+    (["mlp_tile_size=64"], "train.mlp_tile_size=64 (override) has no effect, since train.tile_mlp=false; set it to true"),
     (["wandb_project=mine"], "monitor.wandb_project=mine (override) has no effect, since monitor.report_to does not name"),
     (["eval_steps=5"], "train.eval_steps=5 (override) has no effect, since there is no validation data"),
 ]  # fmt: skip
