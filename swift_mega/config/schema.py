@@ -158,6 +158,12 @@ class Optim:
     beta2: float = setting(0.95, flag="adam_beta2")
     eps: float = setting(1e-8, flag="adam_eps")
     clip_grad: float = setting(1.0, flag="clip_grad max_grad_norm", help="largest norm of the gradient; 0: no clipping")
+    cpu_offload: bool = setting(
+        False, flag="optimizer_cpu_offload", help="keep AdamW's state, and take its step, in host memory"
+    )
+    offload_fraction: float = setting(
+        1.0, flag="optimizer_offload_fraction", help="share of the numbers whose state is in host memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +194,9 @@ class Train:
     )
     loss_chunk_size: int | None = setting(
         flag="loss_chunk_size", help="tokens of a rank whose logits exist at once; default: as many as fit 128 MiB"
+    )
+    offload_activations: bool = setting(
+        False, flag="offload_activations", help="layer inputs wait for the backward pass in host memory"
     )
     eval_steps: int | None = setting(
         flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swift_mega.config.schema import Run
-
-MEBI = 1 << 20
+from swift_mega.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +37,23 @@ class Choices:
     """Tokens of the longest example of a row; None: the row is one. It matters on the CPU only."""
 
 
-def choices_of(run: Run, *, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1) -> Choices:
-    """The choices of a run. recompute=selective has no formula and counts as none: the bytes are then an upper bound."""
-    wide = run.model.dtype == "float32" or (run.model.dtype == "auto" and device == "cpu")
+def choices_of(
+    run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None
+) -> Choices:  # fmt: skip
+    """The choices of a run of a model of `hidden` features. UserError for train.recompute=selective, which has no formula."""
+    train, optim, tuner = run.train, run.optim, run.tuner
+    if train.recompute == "selective":
+        raise UserError("train.recompute=selective has no memory formula; plan with none or full")
     return Choices(
-        device=device, itemsize=8 if run.model.dtype == "float64" else 4 if wide else 2,
-        rank=run.tuner.rank if run.tuner.type == "lora" else None, distributed_optimizer=run.parallel.distributed_optimizer,
-        recompute="full" if run.train.recompute == "full" else "none", recompute_method=run.train.recompute_method,
-        recompute_layers=run.train.recompute_layers, fused_activation=bool(run.model.megatron.get("bias_activation_fusion")),
-        microbatches=microbatches,
+        device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
+        distributed_optimizer=run.parallel.distributed_optimizer, recompute=train.recompute, recompute_method=train.recompute_method,
+        recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
+        loss_chunk=train.loss_chunk_size, offload_activations=train.offload_activations,
+        offload_fraction=optim.offload_fraction if optim.cpu_offload else 0.0,
+        fused_activation=bool(run.model.megatron.get("bias_activation_fusion")), microbatches=microbatches, longest=longest,
     )  # fmt: skip
+
+
+def _itemsize(run: Run, device: str) -> int:
+    dtype = run.model.dtype if run.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
