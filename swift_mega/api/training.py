@@ -15,6 +15,7 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
 from swift_mega.models.family import family_of
+from swift_mega.models.tiles import check_tiles
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.layout import plan_layout
@@ -45,6 +46,8 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
         print(
             f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); rows are padded to {layout.row_multiple} tokens"
         )
+    if (note := check_tiles(settings, run.train, run.model.megatron)) and is_first_rank():
+        print(note)
     if run.model.dequantize:
         open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)

@@ -73,6 +73,8 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
     if run.train.recompute != "full":
         keys = ("train.recompute_method", "train.recompute_layers")
         _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")
+    if not run.train.tile_mlp:
+        _refuse_changed(run, sources, ("train.mlp_tile_size",), because="train.tile_mlp=false; set it to true")
     if not run.optim.cpu_offload:
         because = "optim.cpu_offload=false; set it to true"
         _refuse_changed(run, sources, ("optim.offload_fraction",), because=because)

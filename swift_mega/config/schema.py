@@ -184,6 +184,17 @@ class Train:
     recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
     recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")
     recompute_layers: int = setting(1, flag="recompute_num_layers", help="layers per recomputed block")
+    tile_mlp: bool = setting(
+        False,
+        flag="tile_mlp",
+        help="compute MLPs and norms for a tile of tokens at a time, and again in the backward pass",
+    )
+    mlp_tile_size: int | None = setting(
+        flag="mlp_tile_size", help="tokens of a rank in a tile of tile_mlp; default: the hidden size"
+    )
+    loss_chunk_size: int | None = setting(
+        flag="loss_chunk_size", help="tokens of a rank whose logits exist at once; default: as many as fit 128 MiB"
+    )
     offload_activations: bool = setting(
         False, flag="offload_activations", help="layer inputs wait for the backward pass in host memory"
     )

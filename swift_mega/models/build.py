@@ -25,7 +25,7 @@ from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import segments
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import Heads
-from swift_mega.models.settings import Settings
+from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.specs import layer_specs, norm_class
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.layout import Coordinate, Layout
@@ -200,19 +200,13 @@ def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
     return re.sub(r"local_experts\.(\d+)\.", lambda m: f"local_experts.{int(m[1]) + first_expert}.", name)
 
 
-def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
-    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
-    unit = divisible_by * tensor
-    return -(-vocab // unit) * unit
-
-
 def build(
     family: Family, settings: Settings, layout: Layout, coordinate: Coordinate, *, device: Device, config: TransformerConfig,
-    vocab_divisible_by: int = 128, adapters: bool = False,
+    vocab_divisible_by: int = 128, adapters: bool = False, tile: int | None = None,
 ) -> ModelPart:  # fmt: skip
-    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one."""
-    specs = layer_specs(settings, device, adapters=adapters)
-    norm = norm_class(settings, device)
+    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/tiles.py."""
+    specs = layer_specs(settings, device, adapters=adapters, tile=tile)
+    norm = norm_class(settings, device, tile)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)

@@ -188,3 +188,9 @@ class Settings:
     def distinct_ropes(self) -> tuple[Rope, ...]:
         """The different rotations, in order of first use."""
         return tuple(dict.fromkeys(rope for rope in self.ropes if rope))
+
+
+def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
+    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
+    unit = divisible_by * tensor
+    return -(-vocab // unit) * unit

@@ -6,7 +6,6 @@ Everything that knows whether layers are Transformer Engine's (CUDA) or Megatron
 import functools
 from typing import Any
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -23,14 +22,17 @@ from swift_mega.models.mla import is_latent, latent
 from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.router import Router
 from swift_mega.models.settings import Block, NormKind, Settings
+from swift_mega.models.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 
 
-def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
-    """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
-    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    norm, made = norm_class(settings, device), {}
+def layer_specs(settings: Settings, device: Device, *, adapters: bool, tile: int | None = None) -> list[ModuleSpec]:
+    """One Megatron layer spec per layer of the whole model. adapters: linears must see their real input; tile: of models/tiles.py."""
+    norm, made = norm_class(settings, device, tile), {}
+    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, norm, adapters=adapters)
     for moe, delta in set(settings.layer_kinds):
         made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
+        if tile is not None:
+            _tile(made[moe, delta], tile, moe=moe)
         if delta:
             column, row = _linears(device)
             delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
@@ -46,13 +48,13 @@ def _linears(device: Device) -> tuple[type, type]:
     return TEColumnParallelLinear, TERowParallelLinear
 
 
-def norm_class(settings: Settings, device: Device) -> type:
-    """Transformer Engine's norm where it has the kind, else ours."""
+def norm_class(settings: Settings, device: Device, tile: int | None = None) -> type:
+    """Transformer Engine's norm where it has the kind, else ours, `tile` tokens at a time."""
     if device.kind == "cuda" and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return bound(Norm, kind=settings.norm)
+    return bound(Norm, kind=settings.norm) if tile is None else bound(TiledNorm, kind=settings.norm, tile=tile)
 
 
 def bound(module: Any, **fixed: Any) -> type:
@@ -64,14 +66,13 @@ def bound(module: Any, **fixed: Any) -> type:
     return type(module.__name__, (module,), {"__init__": start})
 
 
-def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
     """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
         multi_latent_attention=is_latent(settings),
     )  # fmt: skip
-    norm = bound(Norm, kind=settings.norm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if settings.megatron.get("qk_layernorm", False):
         attention = spec.submodules.self_attention.submodules
@@ -83,7 +84,7 @@ def _local_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
     return spec
 
 
-def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
+def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
     """Transformer Engine's modules. The norms stay apart from the linears that they could be fused into where an adapter needs the
     normalised input, which the fused module does not show, and where the layer is joined otherwise than Megatron's."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -93,7 +94,6 @@ def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=is_latent(settings),
     )  # fmt: skip
-    norm = norm_class(settings, Device(kind="cuda", device=torch.device("cuda"), backend="nccl", name=""))
     if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
@@ -136,6 +136,15 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> M
             spec.submodules.pre_mlp_layernorm = NoNorm
     spec.submodules.sharded_state_dict_keys_map = _names_in_checkpoints(settings, moe)
     return spec
+
+
+def _tile(spec: ModuleSpec, tile: int, *, moe: bool) -> None:
+    """The MLP `tile` tokens at a time, or the experts that every token passes. A class, where each Megatron takes what builds the MLP."""
+    if not moe:
+        spec.submodules.mlp = bound(TiledMLP, submodules=_mlp(spec), tile=tile)
+        return
+    experts = _mlp(spec)
+    experts.shared_experts = bound(TiledSharedExperts, submodules=_submodules(experts.shared_experts), tile=tile)
 
 
 def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:

@@ -30,6 +30,8 @@ class Head:
 
     part: ModelPart
     groups: Groups
+    chunk: int | None = None
+    """Tokens whose logits exist at once, as `token_log_probabilities` takes it."""
 
     def local_logits(self, chunk: Decoder, hidden: Tensor) -> Tensor:
         """hidden: what the last chunk returned -> [tokens, vocabulary / tensor] of this rank's rows, padding included."""
@@ -46,7 +48,7 @@ class Head:
         return token_log_probabilities(
             chunk.head_input(hidden), weight, targets, group=tensor, vocab_size=self.part.settings.shape.vocab,
             first_row=weight.shape[0] * self.groups.coordinate.tensor, bias=self.part.head_bias,
-            softcap=self.part.settings.scales.logit_softcap,
+            softcap=self.part.settings.scales.logit_softcap, chunk=self.chunk,
         )  # fmt: skip
 
 

@@ -3,8 +3,11 @@
 With E = exp(logits - row maximum) the gradient of a token's log-probability is g ((1 - p) W[target] - pull), where pull is
 the mean of the other columns' weights under the softmax. Rows of E need only a factor each, so pull is computed while E of
 a chunk is there, in the forward pass, and E is dropped: a frozen head costs no recomputation at any chunk size. Only a
-trained head needs E again, kept or recomputed. Taking the target's column out of E, and 1 - p from the float32
-log-probability, keeps the gradient of a confident token exact where the products are in bfloat16.
+trained head needs E again: it is kept where all of it fits one chunk, else computed anew. Taking the target's column out of E,
+and 1 - p from the float32 log-probability, keeps the gradient of a confident token exact where the products are in bfloat16.
+
+The gradient of a trained head is summed in float32, a block of the vocabulary at a time over all tokens, and rounded once:
+however many chunks there are, and however often a word is the target, no bfloat16 sum grows by steps too small for it.
 """
 
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from torch.distributed import ProcessGroup
 CHUNK_NUMBERS = 1 << 25  # logits of one chunk where nobody says: 128 MiB in float32
 # On the CPU logits are worth most while they are in its cache: 2 MiB at once, 1.15 times faster than all columns at once.
 CPU_TOKENS, CPU_COLUMNS = 256, 2048
+WIDE = 1024  # columns of a trained head's gradient for which it pays to read all hidden states
 
 
 def token_log_probabilities(
@@ -41,14 +45,17 @@ def token_log_probabilities(
     of which is row `first_row` of the whole. Rows from `vocab_size` on are padding: they take no part and get no gradient.
     targets: [tokens] int64, global, the same on every rank. group: the tensor ranks; None for one rank.
     bias: [vocabulary / tp], cut and padded like `weight`; None: none.
-    chunk: tokens whose logits exist at once. None: all of them where `weight` is trained (kept for the backward pass),
-    else as many as fit CHUNK_NUMBERS. columns: of the vocabulary whose logits exist at once where `weight` is frozen; None:
-    all of them on CUDA, as many as fit the cache on the CPU. softcap: of the logits, by `soft_cap`; None: as they are.
+    chunk: tokens whose logits exist at once; None: as many as fit CHUNK_NUMBERS. Where `weight` or `bias` is trained and one
+    chunk holds all tokens, their softmax is kept for the backward pass; that of several chunks is computed twice.
+    columns: of the vocabulary whose logits exist at once where they are not kept; None: all of them on CUDA, as many as fit
+    the cache on the CPU (and so many tokens, where `chunk` is None). softcap: of the logits, by `soft_cap`; None: as they are.
 
     Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden, weight and
     bias. The gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
     """
     cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
+    if not torch.is_grad_enabled():  # autograd asks for gradients of what is trained even then
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     kept = targets >= 0
     if bool(kept.all()):
         return _LogProbabilities.apply(hidden, weight, bias, targets, cut)
@@ -101,14 +108,34 @@ class _Cut:
         tokens = ((local >= 0) & (local < rows)).nonzero()[:, 0]
         return tokens, local[tokens]
 
-    def chunks(self, tokens: int, rows: Tensor, trained: bool) -> Iterator[slice]:
-        """Tokens that are taken at once."""
+    def keeps(self, tokens: int, rows: Tensor) -> bool:
+        """Whether the logits of all tokens may exist at once."""
+        return tokens <= self.chunk if self.chunk else tokens * len(rows) <= CHUNK_NUMBERS
+
+    def chunks(self, tokens: int, rows: Tensor) -> Iterator[slice]:
+        """Tokens that are taken at once where logits are not kept."""
         fitting = CPU_TOKENS if rows.device.type == "cpu" else max(64, CHUNK_NUMBERS // max(len(rows), 1))
-        return _slices(tokens, self.chunk or (tokens if trained else fitting))
+        return _slices(tokens, self.chunk or fitting)
 
     def blocks(self, rows: Tensor) -> Iterator[slice]:
-        """Rows of the vocabulary that are taken at once where no gradient of theirs is asked for."""
+        """Rows of the vocabulary that are taken at once where logits are not kept."""
         return _slices(len(rows), self.columns or (CPU_COLUMNS if rows.device.type == "cpu" else len(rows)))
+
+    def backward_sizes(self, tokens: int, rows: Tensor) -> tuple[int, int]:
+        """(tokens, rows) whose softmax is computed anew at once: as many numbers as in a chunk, for more tokens and fewer rows."""
+        fitting = CPU_TOKENS * CPU_COLUMNS if rows.device.type == "cpu" else CHUNK_NUMBERS
+        numbers = self.chunk * len(rows) if self.chunk else fitting
+        columns = max(1, min(len(rows), self.columns or max(numbers // max(tokens, 1), WIDE)))
+        return max(1, numbers // columns), columns
+
+    def own_by_block(self, targets: Tensor, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+        """`own` of each block of `columns` rows, the row counted from the block's first."""
+        tokens, places = self.own(targets, rows)
+        if columns >= rows:
+            return [(tokens, places)]
+        places, order = places.sort()
+        cuts = torch.searchsorted(places, torch.arange(columns, rows, columns, device=places.device)).tolist()
+        return list(zip(tokens[order].tensor_split(cuts), (places % columns).tensor_split(cuts), strict=True))
 
 
 def _slices(whole: int, size: int) -> Iterator[slice]:
@@ -119,37 +146,35 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cut: _Cut) -> Tensor:
         rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
-        trained = any(ctx.needs_input_grad[1:3])
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         local_lse = hidden.new_empty(len(targets), dtype=exact)
         target_logits = torch.zeros_like(local_lse)
         pull = hidden.new_empty(hidden.shape, dtype=exact) if ctx.needs_input_grad[0] else None
-        kept: list[Tensor] = []
-        for part in cut.chunks(len(targets), rows, trained):
-            into = (local_lse[part], target_logits[part], None if pull is None else pull[part])
-            if trained:
-                softmax = _whole_chunk(hidden[part], rows, biases, targets[part], cut, *into)
-                kept += [softmax] if cut.chunk is None else []
-            else:
+        softmax: Tensor | None = None
+        if any(ctx.needs_input_grad[1:3]) and cut.keeps(len(targets), rows):
+            softmax = _whole_chunk(hidden, rows, biases, targets, cut, local_lse, target_logits, pull)
+        else:
+            for part in cut.chunks(len(targets), rows):
+                into = (local_lse[part], target_logits[part], None if pull is None else pull[part])
                 _chunk_in_blocks(hidden[part], rows, biases, targets[part], cut, *into)
         lse, target_logits = _over_ranks(local_lse, target_logits, cut)
         result = target_logits - lse
-        ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, pull, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, pull, softmax)
         ctx.cut, ctx.slope = cut, cut.slope(target_logits)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, result, lse, local_lse, pull, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, result, lse, local_lse, pull, softmax = ctx.saved_tensors
         cut: _Cut = ctx.cut
         rows = cut.real_rows(weight)
-        tokens, columns = cut.own(targets, len(rows))
         towards = gradients[0] * -result.expm1()  # g (1 - p), exact for a confident token
         if ctx.slope is not None:
             towards = towards * ctx.slope
         away = -gradients[0] * (local_lse - lse).exp()
         hidden_gradient = weight_gradient = bias_gradient = None
         if pull is not None:
+            tokens, columns = cut.own(targets, len(rows))
             whole = pull * away[:, None]
             whole.index_add_(0, tokens, rows[columns].to(whole.dtype) * towards[tokens, None])
             if cut.ranks > 1 and len(targets):
@@ -158,19 +183,61 @@ class _LogProbabilities(torch.autograd.Function):
         if any(ctx.needs_input_grad[1:3]):
             weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             bias_gradient = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-            for number, part in enumerate(cut.chunks(len(targets), rows, trained=True)):
-                spread = kept[number] if kept else _softmax_of_others(hidden, rows, bias, targets, part, cut)
-                if weight_gradient is not None:
-                    scaled = (hidden[part] * away[part, None]).to(hidden.dtype)
-                    cut.real_rows(weight_gradient).addmm_(spread.to(rows.dtype).t(), scaled)
-                if bias_gradient is not None:
-                    cut.real_rows(bias_gradient).add_(away[part] @ spread)
-            if weight_gradient is not None:
-                own = hidden[tokens] * towards[tokens, None]
-                cut.real_rows(weight_gradient).index_add_(0, columns, own.to(weight.dtype))
-            if bias_gradient is not None:
-                cut.real_rows(bias_gradient).index_add_(0, columns, towards[tokens].to(bias.dtype))
+            _fill_head_gradients(
+                weight_gradient, bias_gradient, hidden, weight, bias, targets, local_lse, softmax, away, towards, cut
+            )
         return hidden_gradient, weight_gradient, bias_gradient, None, None
+
+
+def _fill_head_gradients(
+    of_weight: Tensor | None, of_bias: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    local_lse: Tensor, softmax: Tensor | None, away: Tensor, towards: Tensor, cut: _Cut,
+) -> None:  # fmt: skip
+    """Fills the gradients of a trained head, which are zero, a block of rows at a time. softmax: of `_whole_chunk`, or None: anew.
+
+    away, towards: [tokens], what comes from above times the softmax's share of all ranks, negative, and times 1 - p.
+    """
+    rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
+    size, columns = cut.backward_sizes(len(targets), rows) if softmax is None else (len(targets), len(rows))
+    own = cut.own_by_block(targets, len(rows), columns)
+    for number, block in enumerate(_slices(len(rows), columns)):
+        tokens, places = own[number]
+        weights, biased = _Sum.of(of_weight, block, away.dtype), _Sum.of(of_bias, block, away.dtype)
+        for part in _slices(len(targets), size):
+            spread = softmax
+            if spread is None:
+                given = (hidden[part], rows[block], None if biases is None else biases[block])
+                spread = _softmax_of_others(*given, targets[part] - cut.first_row - block.start, local_lse[part], cut)
+            if weights is not None:
+                scaled = (hidden[part] * away[part, None]).to(hidden.dtype)
+                _add_product(weights.total, spread.to(rows.dtype).t(), scaled)
+            if biased is not None:
+                biased.total.add_(away[part] @ spread)
+        if weights is not None:
+            weights.total.index_add_(0, places, hidden[tokens] * towards[tokens, None])
+            weights.write()
+        if biased is not None:
+            biased.total.index_add_(0, places, towards[tokens])
+            biased.write()
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A block of a gradient, and what is added up for it: itself, or the same in a wider dtype."""
+
+    into: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, gradient: Tensor | None, block: slice, exact: torch.dtype) -> "_Sum | None":
+        if gradient is None:
+            return None
+        into = gradient[block]
+        return cls(into, into if into.dtype == exact else into.to(exact))
+
+    def write(self) -> None:
+        if self.total is not self.into:
+            self.into.copy_(self.total)
 
 
 def _whole_chunk(
@@ -235,15 +302,18 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _softmax_of_others(
-    hidden: Tensor, rows: Tensor, bias: Tensor | None, targets: Tensor, part: slice, cut: _Cut
+    hidden: Tensor, rows: Tensor, bias: Tensor | None, local: Tensor, lse: Tensor, cut: _Cut
 ) -> Tensor:
-    """The softmax over this rank's rows of a chunk, [chunk, rows], with the target's column taken out."""
-    logits = cut.logits(hidden[part], rows, None if bias is None else cut.real_rows(bias))
+    """The softmax of tokens over some rows, [tokens, rows], with the target's column taken out.
+
+    local: the target's row, counted from the first of `rows`; it may be none of them. lse: over all rows of this rank.
+    """
+    logits = cut.logits(hidden, rows, bias)
     slope = cut.slope(logits)
-    _, total = _exponentials(logits)
-    tokens, columns = cut.own(targets[part], len(rows))
-    logits[tokens, columns] = 0
-    return _by(logits.div_(total[:, None]), slope)
+    softmax = _by(logits.sub_(lse[:, None]).exp_(), slope)
+    places = local.clamp(0, len(rows) - 1)[:, None]
+    elsewhere = places != local[:, None]
+    return softmax.scatter_(1, places, softmax.gather(1, places) * elsewhere)
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:

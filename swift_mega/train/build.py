@@ -18,6 +18,7 @@ from swift_mega.export.adapters import load_adapter
 from swift_mega.models.build import ModelPart, build
 from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.tiles import tile_size
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
 from swift_mega.parallel.groups import Groups
@@ -73,7 +74,7 @@ def build_part(
     )  # fmt: skip
     part = build(
         family_of(directory).named_like(checkpoint.entries), settings, groups.layout, groups.coordinate, device=device, config=config,
-        vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters,
+        vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters, tile=tile_size(run.train, config.hidden_size),
     )  # fmt: skip
     load(part, checkpoint, groups)
     return part
@@ -101,7 +102,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
         _fuse(optimizer)
     _connect(run, part, chunks, optimizer)
     scheduler = _scheduler(run.optim, optimizer, steps)
-    return Training(run, device, groups, part, tuner, objective, Head(part, groups), chunks, optimizer, scheduler)
+    head = Head(part, groups, run.train.loss_chunk_size)
+    return Training(run, device, groups, part, tuner, objective, head, chunks, optimizer, scheduler)
 
 
 def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:

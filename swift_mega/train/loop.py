@@ -20,6 +20,7 @@ from swift_mega.export.merged import merge
 from swift_mega.models.family import Family
 from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.settings import Settings
+from swift_mega.models.tiles import check_tiles
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, parameter_dtype
@@ -91,6 +92,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
         )
     parse_size(run.export.max_shard_size)
     check_passthrough(run.model.megatron)
+    check_tiles(settings, run.train, run.model.megatron)
 
 
 def total_steps(train: schema.Train, batches: Batches) -> int:

@@ -45,6 +45,8 @@ from swift_mega.tuners.tuner import find_tuner  # noqa: E402
 # Modules as on CUDA, tensors on the CPU.
 ON_TE = device.Device(kind="cuda", device=device.CPU, backend="gloo", name="CPU")
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
+TILED = ("llama", "gpt2", "apertus", "cohere", "deepseek_v3_moe", "qwen2_moe")
+"""Those that are also built with MLPs and norms by tiles of tokens, as "tiled LAYOUT"."""
 MARKS = ("tensor_model_parallel", "sequence_parallel", "partition_dim", "allreduce")
 """What Megatron's gradient reduction, norm and optimizer ask a parameter for."""
 
@@ -207,16 +209,19 @@ def main() -> int:
         import transformer_engine.pytorch  # noqa: F401
     models = {name: tiny.make(given.work / name, name) for name in given.families}
     found: dict[str, Any] = {}
-    for name in LAYOUTS:
+    tiled = schema.Train(tile_mlp=True)
+    cases = [(name, name, list(models), schema.Train()) for name in LAYOUTS]
+    cases += [(f"tiled {name}", name, [one for one in TILED if one in models], tiled) for name in LAYOUTS[1:]]
+    for title, name, names, train in cases:
         layouts, refused = {}, {}
-        for family, directory in models.items():
+        for family in names:
             try:
-                layouts[family] = layout_of(name, directory)
+                layouts[family] = layout_of(name, models[family])
             except UserError as error:
                 refused[family] = {"refused": str(error)}
-        run = schema.Run(parallel=parse_layout(name)[0])
+        run = schema.Run(parallel=parse_layout(name)[0], train=train)
         answers = run_ranks(parse_layout(name)[1], of_rank, models, layouts, run, device_kind="cpu") if layouts else {}
-        found[name] = answers | refused
+        found[title] = answers | refused
     (given.work / "found.json").write_text(json.dumps(found, indent=1))
     return 0
 

@@ -74,3 +74,17 @@ def test_every_family(found: dict[str, Any], family: str, layout: str) -> None:
 def test_which_modules(found: dict[str, Any], family: str, tuner: str, expected: str) -> None:
     """What is Transformer Engine's and what is not, where it differs between families and tuners."""
     assert f"decoder.layers.{expected}" in found["single"][family][tuner]["classes"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "apertus", "cohere", "deepseek_v3_moe", "qwen2_moe"])
+def test_by_tiles(found: dict[str, Any], family: str, layout: str) -> None:
+    """With train.tile_mlp parameters, numbers, marks and checkpoints are the same; the linears are Transformer Engine's."""
+    answer = found[f"tiled {layout}"][family]
+    if "refused" in answer:
+        assert re.search(REFUSED, answer["refused"]), answer["refused"]
+        return
+    for tuner, told in answer.items():
+        assert not told["wrong"], (tuner, told["wrong"][:10])
+        assert any(re.search(r"mlp\.(shared_experts\.)?linear_fc2: megatron TERow", line) for line in told["classes"])
+    assert answer.keys() == {"full", "lora"}

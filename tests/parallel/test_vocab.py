@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from swift_mega.parallel import vocab
 from swift_mega.parallel.vocab import cross_entropy, token_log_probabilities
+from tests.largest import Largest
 
 TOKENS, HIDDEN, VOCAB = 13, 8, 29
 
@@ -112,15 +115,15 @@ def _biased_cases(size: int) -> None:
             for softcap in (None, 2.0):
                 for trained, alone in ((False, False), (True, False), (True, True)):
                     _cut_equals_dense(padded, chunk, trained, softcap=softcap, biased=True, bias_alone=alone)
-                _cut_equals_dense(padded, chunk, trained=False, columns=5, softcap=softcap, biased=True)
+                    _cut_equals_dense(padded, chunk, trained, columns=5, softcap=softcap, biased=True, bias_alone=alone)
 
 
 def _capped_cases(size: int) -> None:
     for chunk in (None, 4):
         for trained in (False, True):
             _cut_equals_dense(32 * size, chunk, trained, softcap=2.0)
-        for columns in (1, 5):
-            _cut_equals_dense(32 * size, chunk, trained=False, columns=columns, softcap=2.0)
+            for columns in (1, 5):
+                _cut_equals_dense(32 * size, chunk, trained, columns=columns, softcap=2.0)
 
 
 def _all_cases(size: int) -> None:
@@ -128,8 +131,8 @@ def _all_cases(size: int) -> None:
         for chunk in (None, 1, 4, 100):
             for trained in (False, True):
                 _cut_equals_dense(padded, chunk, trained)
-            for columns in (1, 5, 100):
-                _cut_equals_dense(padded, chunk, trained=False, columns=columns)
+                for columns in (1, 5, 100):
+                    _cut_equals_dense(padded, chunk, trained, columns=columns)
 
 
 def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, **given: Any) -> Tensor:
@@ -154,6 +157,47 @@ def test_bfloat16_is_as_good_as_its_inputs(chunk):
     assert hidden_gradient[3].norm() < 1e-4
     torch.testing.assert_close(hidden.grad[3].double(), hidden_gradient[3], rtol=0.1, atol=1e-8)
     torch.testing.assert_close(weight.grad.double(), weight_gradient, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("chunk", [8, 4096])
+def test_bfloat16_gradients_of_a_frequent_word_do_not_stop_growing(chunk):
+    """4096 targets that are one word: a bfloat16 sum of their small steps stops long before all are in it."""
+    torch.manual_seed(5)
+    hidden, weight = (torch.rand(4096, HIDDEN) + 0.5).bfloat16(), torch.randn(VOCAB, HIDDEN).mul_(0.1).bfloat16()
+    targets, above = torch.full((4096,), 7), torch.full((4096,), 1 / 4096)
+    _, _, wanted = _dense(hidden, weight, targets, above)
+    weight.requires_grad_()
+    (_ours(hidden, weight, targets, chunk=chunk) * above).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), wanted, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("chunk, limit", [(None, 1 << 19), (64, 64 * 8192), (1 << 20, None)])
+def test_no_tensor_has_the_logits_of_all_tokens(trained, chunk, limit, monkeypatch):
+    """The largest tensor of forward and backward is a chunk's, and all tokens' only where a chunk may hold as many."""
+    tokens, rows, width = 2048, 8192, 16
+    monkeypatch.setattr(vocab, "CHUNK_NUMBERS", 1 << 20)
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(rows, width, requires_grad=trained)
+    with Largest() as largest:
+        _ours(hidden, weight, torch.randint(0, rows, (tokens,)), chunk=chunk).sum().backward()
+    if limit is None:
+        assert (largest.numbers == tokens * rows) == trained
+    else:
+        assert largest.numbers <= limit < tokens * rows
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_without_gradients_nothing_of_them_is_computed(chunk):
+    """An evaluation of a trained head multiplies by the weight once, to get logits."""
+    hidden, weight, targets, _ = _problem()
+    hidden.requires_grad_(), weight.requires_grad_()
+    wanted = _ours(hidden, weight, targets, chunk=chunk)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        got = _ours(hidden, weight, targets, chunk=chunk)
+    torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-13)
+    assert flops.get_total_flops() == 2 * int((targets >= 0).sum()) * VOCAB * HIDDEN
 
 
 def test_second_backward_gives_the_same_gradient():

@@ -1,0 +1,121 @@
+"""MLPs and norms of Megatron's layers, computed a tile of tokens at a time (ops/tiling.py): train.tile_mlp.
+
+Dense MLPs, the experts that every token passes, and our norms. Not routed experts: their tokens go to other ranks, and data ranks
+with rows of other lengths would have other numbers of tiles, and so of collectives. Not Transformer Engine's norms, whose
+kernel keeps its input and one number for each token as it is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import _fork_rng, _get_all_rng_states, _set_all_rng_states
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.config.schema import Train
+from swift_mega.errors import UserError
+from swift_mega.models.norm import Norm
+from swift_mega.models.settings import Settings
+from swift_mega.ops.tiling import Again, tiled
+
+
+class TiledMLP(MLP):
+    """Megatron's dense MLP, `tile` tokens at a time. The bias that it leaves to the layer to add is added here, to a tile."""
+
+    def __init__(
+        self, config: TransformerConfig, *, tile: int, pg_collection: Any = None, is_mtp_layer: bool = False, **given: Any
+    ) -> None:  # fmt: skip
+        group = parallel_state.get_tensor_model_parallel_group() if pg_collection is None else pg_collection.tp
+        super().__init__(config, tp_group=group, **given)
+        self.tile = tile
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **given: Any) -> tuple[Tensor, None]:
+        """[tokens / s, 1, hidden] -> (the same, no bias)."""
+        assert per_token_scale is None, "of routed experts"
+        return _tiled(self, self._tile, hidden_states), None
+
+    def _tile(self, x: Tensor) -> Tensor:
+        out, bias = super().forward(x)
+        return out if bias is None else out + bias
+
+
+class TiledSharedExperts(SharedExpertMLP):
+    """Megatron's experts that every token passes, `tile` tokens at a time, the gate on them too."""
+
+    def __init__(self, config: TransformerConfig, *, tile: int, **given: Any) -> None:
+        super().__init__(config, **given)
+        self.tile = tile
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[tokens / s, 1, hidden] -> the same."""
+        return _tiled(self, super().forward, hidden_states)
+
+
+class TiledNorm(Norm):
+    """Our norm, `tile` tokens at a time."""
+
+    def __init__(self, *args: Any, tile: int, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.tile = tile
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, ...] -> the same."""
+        return _tiled(self, super().forward, x)
+
+
+def _tiled(module: Any, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return tiled(call, x, trained, module.tile, remember=_random_numbers)
+
+
+def _random_numbers() -> Again:
+    """Dropout of an adapter draws, of the tensor ranks' common numbers or of its own, the same when a tile is computed again."""
+    *states, named = _get_all_rng_states()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with _fork_rng():
+            _set_all_rng_states(*states, dict(named))  # it keeps and changes what it is given
+            yield
+
+    return again
+
+
+REFUSED = {
+    "fp8": "Transformer Engine counts the calls of an FP8 module for its scales",
+    "fp4": "Transformer Engine counts the calls of an FP4 module for its scales",
+    "tp_comm_overlap": "its buffers are of a whole row",
+    "delay_wgrad_compute": "it keeps the inputs of one call of each linear",
+    "moe_shared_expert_overlap": "it computes the shared experts in pieces between the steps of the dispatcher",
+    "use_grouped_gemm_for_shared_expert": "it computes the shared experts in one kernel",
+}
+"""Fields of TransformerConfig that a tiled MLP would not obey, and why."""
+
+
+def check_tiles(settings: Settings, train: Train, given: Mapping[str, Any]) -> str | None:
+    """UserError where train.tile_mlp cannot take effect; else what it leaves out, a line for the user. given: model.megatron."""
+    if not train.tile_mlp:
+        return None
+    for name, reason in REFUSED.items():
+        if given.get(name):
+            raise UserError(
+                f"train.tile_mlp=true with model.megatron.{name}={given[name]}: {reason}; leave one of them out"
+            )
+    if not any(settings.moe_layers):
+        return None
+    what = f"{sum(settings.moe_layers)} of {len(settings.moe_layers)} layers"
+    if all(settings.moe_layers) and not settings.shape.shared_ffn:
+        raise UserError(
+            "train.tile_mlp=true: every MLP of this model is routed experts, whose tokens go to other ranks at once, so there is "
+            "nothing to tile; set train.tile_mlp=false, and train.recompute=full to save memory"
+        )
+    return f"tile_mlp            not the routed experts of {what}: their tokens go to other ranks at once; train.recompute=full covers them"
+
+
+def tile_size(train: Train, hidden: int) -> int | None:
+    """Tokens of a rank in a tile; None: nothing is tiled."""
+    return (train.mlp_tile_size or hidden) if train.tile_mlp else None
