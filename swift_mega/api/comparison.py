@@ -18,6 +18,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.config_json import read_config
+from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import families
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.models.translate import load_settings
@@ -70,7 +71,7 @@ def compare(
     if scratch is not None and not Path(scratch).is_dir():
         raise UserError(f"--scratch={scratch}: no such directory; make it first")
     notes: list[str] = []
-    sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
+    sides = _side(one, "a", dtype, dequantize, notes), _side(other, "b", dtype, dequantize, notes)
     if dequantize and not any(side.dequantize for side in sides):
         raise UserError("--dequantize: neither side states a quantization_config, both are plain; leave it out")
     _check_shapes(*sides)
@@ -126,7 +127,7 @@ def _folder(parent: str | None) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ what is compared
 
 
-def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> Side:
+def _side(given: Candidate, letter: str, dtype: str, dequantize: bool, notes: list[str]) -> Side:
     path = Path(given.checkpoint)
     if not path.is_dir():
         raise UserError(f"--{letter}={path}: no such directory; give a Hugging Face directory or a Megatron checkpoint")
@@ -161,6 +162,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
         parallel, world = parse_layout(given.layout or "single")
         layout = plan_layout(parallel, shape, world_size() if joined() else world, training=False)
+        check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     else:
         layers, hidden, vocab = _sizes(config)
     return Side(

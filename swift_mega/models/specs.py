@@ -28,9 +28,9 @@ from swift_mega.models.settings import Block, NormKind, Settings
 def layer_specs(settings: Settings, device: Device, *, adapters: bool) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model; `adapters`: linears must see their real input."""
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, adapters=adapters)
-    norm, made = norm_class(settings, device), {}
+    norm, made, engine = norm_class(settings, device), {}, context_engine(device)
     for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, engine, moe=moe)
         if delta:
             column, row = _linears(device)
             delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
@@ -44,6 +44,15 @@ def _linears(device: Device) -> tuple[type, type]:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear
+
+
+def context_engine(device: Device) -> type | None:
+    """Transformer Engine's attention, which context ranks can share a row by; None on the CPU."""
+    if device.kind != "cuda":
+        return None
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention  # type: ignore[no-any-return]
 
 
 def norm_class(settings: Settings, device: Device) -> type:
@@ -107,10 +116,10 @@ def _te_spec(settings: Settings, *, moe: bool, adapters: bool) -> ModuleSpec:
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> ModuleSpec:
+def _joined(spec: ModuleSpec, settings: Settings, norm: type, engine: type | None, *, moe: bool) -> ModuleSpec:
     """What a family varies, on either kind of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings)
+    attention.core_attention = bound(CoreAttention, settings=settings, engine=engine)
     if settings.routing is not None and moe:
         _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:

@@ -38,7 +38,8 @@ MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2)
 def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh, times: int) -> None:
     tokens = mesh.multiple * times
     held = [
-        [token for begin, end in pieces(tokens, mesh, rank) for token in range(begin, end)] for rank in range(mesh.size)
+        [token for begin, end in pieces((0, tokens), mesh, rank) for token in range(begin, end)]
+        for rank in range(mesh.size)
     ]
     assert sorted(itertools.chain.from_iterable(held)) == list(range(tokens))
     assert {len(each) for each in held} == {tokens // mesh.size}
