@@ -14,9 +14,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-MADE: list["StandIn"] = []
-"""Those of this process, in the order of their making."""
-
 
 def held(starts: list[int], ranks: int) -> list[list[int]]:
     """Places in the row of each rank's tokens, in its order, token by token."""
@@ -59,7 +56,6 @@ class StandIn(torch.nn.Module):
             place = mine.index(dist.get_rank())
             first = place - place % inner.size()
             assert dist.get_process_group_ranks(inner) == mine[first : first + inner.size()]
-        MADE.append(self)
 
     def get_extra_state(self) -> Tensor:
         """As Transformer Engine's modules have: it must not get into checkpoints."""

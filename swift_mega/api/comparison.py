@@ -71,7 +71,9 @@ def compare(
     if scratch is not None and not Path(scratch).is_dir():
         raise UserError(f"--scratch={scratch}: no such directory; make it first")
     notes: list[str] = []
-    sides = _side(one, "a", dtype, dequantize, notes), _side(other, "b", dtype, dequantize, notes)
+    sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
+    for layout in (side.layout for side in sides if side.layout is not None):
+        check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     if dequantize and not any(side.dequantize for side in sides):
         raise UserError("--dequantize: neither side states a quantization_config, both are plain; leave it out")
     _check_shapes(*sides)
@@ -127,7 +129,7 @@ def _folder(parent: str | None) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ what is compared
 
 
-def _side(given: Candidate, letter: str, dtype: str, dequantize: bool, notes: list[str]) -> Side:
+def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> Side:
     path = Path(given.checkpoint)
     if not path.is_dir():
         raise UserError(f"--{letter}={path}: no such directory; give a Hugging Face directory or a Megatron checkpoint")
@@ -162,7 +164,6 @@ def _side(given: Candidate, letter: str, dtype: str, dequantize: bool, notes: li
         layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
         parallel, world = parse_layout(given.layout or "single")
         layout = plan_layout(parallel, shape, world_size() if joined() else world, training=False)
-        check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     else:
         layers, hidden, vocab = _sizes(config)
     return Side(

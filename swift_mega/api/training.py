@@ -53,14 +53,14 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
         open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
-    prepared = _prepare(run, tokenizer)
+    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches, _ = make_batches(run, layout, 0, prepared, pad)
     warmup_steps(run.optim, total_steps(run.train, batches))
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
-def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
+def _prepare(run: schema.Run, tokenizer: Any, pad_each: int) -> Prepared:
     """Tokenised examples; the first rank shows progress and what became of the rows."""
     with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
 
@@ -68,7 +68,7 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepared = prepare(run.data, tokenizer, progress=progress)
+        prepared = prepare(run.data, tokenizer, progress=progress, pad_each=pad_each)
     if is_first_rank():
         print(prepared.report, flush=True)
     return prepared
