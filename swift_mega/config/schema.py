@@ -41,6 +41,11 @@ class Model:
     )
 
 
+ContextKind = Literal[
+    "auto", "ring", "ulysses", "hybrid", "allgather", "te:p2p", "te:a2a", "te:allgather", "te:a2a+p2p"
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How the model and the batch are cut over ranks; sizes are numbers of ranks."""
@@ -60,13 +65,15 @@ class Parallel:
     last_stage_layers: int | None = setting(flag="decoder_last_pipeline_num_layers", help="layers of the last stage")
     sequence: bool = setting(False, flag="sequence_parallel sp", help="cut activations by tokens over the tensor ranks")
     context: int = setting(1, flag="context_parallel_size", help="ranks that share the tokens of each row")
-    cp: Literal["auto", "ring", "ulysses", "hybrid", "allgather"] = setting(
+    cp: ContextKind = setting(
         "auto",
         flag="cp",
-        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest",
+        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest; "
+        "te:…: Transformer Engine's own, on CUDA",
     )
     ulysses: int | None = setting(
-        flag="ulysses_size", help="ranks of the inner axis of cp=hybrid; default: as far as key heads allow"
+        flag="ulysses_size",
+        help="ranks of the inner axis of cp=hybrid and te:a2a+p2p; default: as far as key heads allow",
     )
     expert: int = setting(1, flag="expert_model_parallel_size ep", help="ranks that share the experts of a layer")
     expert_tensor: int | None = setting(

@@ -20,7 +20,8 @@ DERIVED = frozenset(
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel num_layers hidden_size ffn_hidden_size "
     "num_attention_heads num_query_groups kv_channels params_dtype pipeline_dtype bf16 fp16 recompute_granularity "
     "recompute_method recompute_num_layers calculate_per_token_loss variable_seq_lengths num_moe_experts moe_ffn_hidden_size "
-    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage".split()
+    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage cp_comm_type "
+    "hierarchical_context_parallel_sizes".split()
 )
 """Fields of TransformerConfig that follow from the model and the layout."""
 
@@ -60,6 +61,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
     )  # fmt: skip
+    if layout.mesh.engine:
+        fields["cp_comm_type"] = layout.mesh.communication
     if settings.whole_qk_norm or settings.head_qk_norm:
         # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
         fields["qk_l2_norm"] = True

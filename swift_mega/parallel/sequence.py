@@ -8,9 +8,12 @@ is a mesh, Ulysses inside (neighbouring ranks) and ring outside:
     Ulysses rank     first, second half of those chunks, one after another
 
 After the Ulysses exchange a rank has all tokens of its ring position and a share of the heads; the ring passes keys and values on.
+
+Transformer Engine's own context parallelism cuts otherwise (`Mesh.engine`): each example as a ring would cut a row of it alone.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,10 +44,16 @@ def ring_pieces(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
     return tuple((number * chunk, (number + 1) * chunk) for number in (position, 2 * ring - 1 - position))
 
 
-def pieces(tokens: int, mesh: Mesh, rank: int) -> tuple[Range, ...]:
-    """Ranges of a row that a context rank holds, in order."""
+def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...]:
+    """Ranges of a row that a context rank holds, in order. cu_seqlens: where its examples begin, and its end."""
+    if mesh.engine:
+        return tuple(
+            (start + begin, start + end)
+            for start, stop in itertools.pairwise(cu_seqlens)
+            for begin, end in ring_pieces(stop - start, mesh.size, rank)
+        )
     inner, position = mesh.place(rank)
-    held = ring_pieces(tokens, mesh.ring, position)
+    held = ring_pieces(cu_seqlens[-1], mesh.ring, position)
     share = sum(end - begin for begin, end in held) // mesh.ulysses
     first, last, passed, found = share * inner, share * (inner + 1), 0, []
     for begin, end in held:
@@ -118,6 +127,6 @@ def ring_blocks(
     return tuple(steps[step][position] for step in range(needed))
 
 
-def held_tokens(tokens: int, mesh: Mesh, rank: int) -> torch.Tensor:
+def held_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:
     """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
-    return torch.cat([torch.arange(begin, end) for begin, end in pieces(tokens, mesh, rank)])
+    return torch.cat([torch.arange(begin, end) for begin, end in pieces(cu_seqlens, mesh, rank)])

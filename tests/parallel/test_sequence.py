@@ -4,12 +4,14 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_mega.ops.blocks import Block
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import blocks, pieces, ring_blocks, ring_pieces, runs
+from swift_mega.parallel.sequence import blocks, held_tokens, pieces, ring_blocks, ring_pieces, runs
+from tests.engine_stand_in import held
 
 
 def work(found: Sequence[Block]) -> int:
@@ -38,7 +40,8 @@ MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2)
 def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh, times: int) -> None:
     tokens = mesh.multiple * times
     held = [
-        [token for begin, end in pieces(tokens, mesh, rank) for token in range(begin, end)] for rank in range(mesh.size)
+        [token for begin, end in pieces((0, tokens), mesh, rank) for token in range(begin, end)]
+        for rank in range(mesh.size)
     ]
     assert sorted(itertools.chain.from_iterable(held)) == list(range(tokens))
     assert {len(each) for each in held} == {tokens // mesh.size}
@@ -83,6 +86,27 @@ def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
             for s in range(cu[-1])
             if example[p] == example[s] and (not causal or s <= p) and (window is None or p - s < window)
         }
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 5), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sampled_from((1, 2)))
+def test_transformer_engine_cuts_every_example_on_its_own(ranks, chunks, inner):
+    """Token by token as its words have it (tests/engine_stand_in.py), whichever ways the ranks meet."""
+    starts = list(itertools.accumulate((2 * ranks * inner * chunk for chunk in chunks), initial=0))
+    expected = held(starts, ranks * inner)
+    for rank in range(ranks * inner):
+        assert held_tokens(starts, Mesh(inner, ranks, engine=True), rank).tolist() == expected[rank]
+
+
+def test_the_example_of_transformer_engines_documentation():
+    """Of thd_sequence_order_to_cp_rank_order: positions in their example, rank after rank."""
+    starts, told = (0, 8, 16, 24, 40), [
+        [0, 7, 0, 7, 0, 7, 0, 1, 14, 15], [1, 6, 1, 6, 1, 6, 2, 3, 12, 13], [2, 5, 2, 5, 2, 5, 4, 5, 10, 11],
+        [3, 4, 3, 4, 3, 4, 6, 7, 8, 9],
+    ]  # fmt: skip
+    positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(starts)])
+    for mesh in (Mesh(1, 4, engine=True), Mesh(4, 1, engine=True), Mesh(2, 2, engine=True)):
+        assert [positions[held_tokens(starts, mesh, rank)].tolist() for rank in range(4)] == told
 
 
 def test_steps_that_nobody_needs_are_left_out() -> None:

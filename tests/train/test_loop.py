@@ -210,6 +210,11 @@ def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
         (["export.max_shard_size=big"], "500MB"),
         (["model.router_aux_loss_coefficient=0.1"], "no experts"),
         (["data.max_length=4"], "data.max_length=4"),
+        (
+            ["parallel.context=2", "parallel.cp=te:p2p"],
+            "parallel.cp=te:p2p needs CUDA and Transformer Engine, and ranks run on the CPU",
+        ),
+        (["model.megatron.cp_comm_type=a2a"], "follows from the model and the layout; set parallel.*"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
