@@ -1,4 +1,4 @@
-"""Draws which context rank holds which tokens of a row, from the code that cuts it: `python scripts/token_layout.py` writes docs/token_layout.svg."""
+"""Draws which context rank holds which tokens of a row, by the code that cuts it, to docs/token_layout.svg (`--check`: is it current?)."""
 
 import sys
 from collections.abc import Iterator

@@ -122,6 +122,31 @@ def test_layouts_train_alike(model: Path, rows: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(a.read(name), b.read(name), atol=1e-4, rtol=0)
 
 
+def test_tiles_and_chunks_train_alike(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whole training with everything overlapped over data ranks: the loss curve is the same, and the run says what it does not tile."""
+    model = tiny.make_chat(tmp_path / "model", "qwen2_moe", max_position_embeddings=512)
+    shared = ("tuner.type=full", "train.steps=4", "optim.eps=1e-4", "data.split_dataset_ratio=0.1")
+    shared += (
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+        "parallel.ddp_bucket_size=5000",
+    )
+    plain = api.train(recipe(model, rows, tmp_path / "plain", *shared), nproc=2)
+    assert "tile_mlp" not in capfd.readouterr().out
+    tiles = ("train.tile_mlp=true", "train.mlp_tile_size=7", "train.loss_chunk_size=5")
+    tiled = api.train(recipe(model, rows, tmp_path / "tiled", *shared, *tiles), nproc=2)
+    assert "tile_mlp            not the routed experts" in capfd.readouterr().out
+    assert tiled.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert tiled.evaluations[-1][1] == pytest.approx(plain.evaluations[-1][1], abs=1e-5)
+
+
+def test_routed_experts_alone_are_not_tiled(rows: Path, tmp_path: Path) -> None:
+    """One error before ranks start, not a setting without an effect."""
+    model = tiny.make_chat(tmp_path / "model", "mixtral", max_position_embeddings=512)
+    with pytest.raises(UserError, match="every MLP of this model is routed experts"):
+        api.train(recipe(model, rows, tmp_path / "out", "train.tile_mlp=true"), nproc=2)
+
+
 def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
     """bfloat16 weights with float32 masters learn, and the checkpoint is a whole bfloat16 model with its tokenizer."""
     run = recipe(
