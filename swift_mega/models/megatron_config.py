@@ -25,6 +25,25 @@ DERIVED = frozenset(
 )
 """Fields of TransformerConfig that follow from the model and the layout."""
 
+_ATTENTION = "attention here is not Megatron's (models/attention.py), and "
+UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_dropout": ((0, 0.0), _ATTENTION + "has no dropout; leave it out"),
+    "window_size": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
+    "window_attn_skip_freq": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
+    "softmax_type": ((), _ATTENTION + "takes sinks from the model's config.json; leave it out"),
+    "no_rope_freq": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
+    "rotary_interleaved": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
+    "apply_rope_fusion": ((False,), _ATTENTION + "rotates by itself; leave it out"),
+    "apply_query_key_layer_scaling": (
+        (False,),
+        _ATTENTION + "takes its scale from the model's config.json; leave it out",
+    ),
+    "attention_softmax_in_fp32": ((True,), _ATTENTION + "always has its softmax in float32; leave it out"),
+    "attention_backend": ((), _ATTENTION + "chooses its kernels by device and dtype; leave it out"),
+    "cpu_offloading": ((False,), "it excludes recomputation; set train.offload_activations"),
+}
+"""Fields that would have no effect, the values that change nothing, and why."""
+
 
 def check_passthrough(given: Mapping[str, Any]) -> None:
     """`model.megatron` names fields of TransformerConfig, and none that follow from the model or the layout."""
@@ -40,6 +59,9 @@ def check_passthrough(given: Mapping[str, Any]) -> None:
             raise UserError(
                 f"model.megatron.{key}={given[key]!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
             )
+        harmless, reason = UNREAD.get(key, ((given[key],), ""))
+        if given[key] not in harmless:
+            raise UserError(f"model.megatron.{key}={given[key]!r} would have no effect: {reason}")
 
 
 def transformer_config(

@@ -224,8 +224,12 @@ class _Step:
         if mesh.ring > 1:
             whole = mesh.ring if mesh.gather else 1
             numbers += w.query * self.exact + 2 * keys * self.exact * whole  # ops/blocks.py, Towards
-            numbers += 2 * keys * size * whole if mesh.gather else 4 * keys * size  # gathered; or here, and on the way here
-            numbers += 2 * keys * self.exact if mesh.gather else 4 * keys * self.exact  # their gradients go round behind them
+            numbers += (
+                2 * keys * size * whole if mesh.gather else 4 * keys * size
+            )  # gathered; or here, and on the way here
+            numbers += (
+                2 * keys * self.exact if mesh.gather else 4 * keys * self.exact
+            )  # their gradients go round behind them
         else:
             numbers += (w.query + 2 * keys) * size
         if self.cuda:
@@ -242,7 +246,10 @@ class _Step:
         length = min(self.t, self.choices.longest or self.t)
         if self.layout.mesh.ring > 1:
             return 3 * self.exact * self.w.heads * QUERY_TILE * min(length, KEY_TILE)
-        return 3 * self.choices.itemsize * self.w.heads * QUERY_BLOCK * length + 4 * self.choices.itemsize * length * self.w.key
+        return (
+            3 * self.choices.itemsize * self.w.heads * QUERY_BLOCK * length
+            + 4 * self.choices.itemsize * length * self.w.key
+        )
 
     # -------------------------------------------------------------------------------- MLP
 
@@ -270,7 +277,9 @@ class _Step:
             return size * between * self.t
         sums = 0 if self.frozen else self.w.hidden * (self.w.first + self.w.ffn) * (self.exact + size)
         of_tile = min(tile * (self.layout.tensor if self.layout.sequence else 1), self.t)
-        return self.layer_input() + size * of_tile * (self.inner[1] * self.w.ffn + 2 * self.w.hidden) + sums  # ops/tiling.py
+        return (
+            self.layer_input() + size * of_tile * (self.inner[1] * self.w.ffn + 2 * self.w.hidden) + sums
+        )  # ops/tiling.py
 
     # -------------------------------------------------------------------------------- the loss
 
@@ -283,7 +292,9 @@ class _Step:
         numbers += self.s * w.hidden * size * (0 if not self.layout.sequence else 1)  # what was gathered
         if not self.frozen:
             share = columns / w.vocab
-            numbers += t * w.hidden * (2 * exact * share) + kept * w.hidden * size  # products with the tokens of a block
+            numbers += (
+                t * w.hidden * (2 * exact * share) + kept * w.hidden * size
+            )  # products with the tokens of a block
             numbers += w.vocab * w.hidden * size + columns * w.hidden * (exact if size < exact else 0)
         return numbers + kept * columns * (exact + (size if size < exact else 0))
 
@@ -339,4 +350,3 @@ class _Step:
             (name, {"inputs": round(waiting), "layer": round(layer), "loss": round(loss)})
             for name, (layer, loss) in found.items()
         ]
-
