@@ -26,6 +26,7 @@ import torch.utils._device
 from torch import Tensor
 
 from swift_mega.errors import UserError
+from swift_mega.host_side import two_sides
 
 CPU = torch.device("cpu")
 
@@ -207,6 +208,11 @@ def _is(value: Any) -> Callable[[Any], Any]:
 def _only_with_te(original: bool) -> bool:
     """What Megatron says of Transformer Engine, where that can be imported."""
     return original and importlib.util.find_spec("transformer_engine") is not None
+
+
+def _no_without_te(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Whether Transformer Engine is at least of some version: not where it is absent."""
+    return lambda *args, **options: _only_with_te(True) and original(*args, **options)
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -432,6 +438,20 @@ PATCHES = (
             _MOE + "moe_utils:maybe_move_tensor_to_cpu": _is(_host_copy),
             _MOE + "token_dispatcher:maybe_move_tensor_to_cpu": _is(_host_copy),
         },
+    ),
+    Patch(
+        name="optimizer offload",
+        reason="parameters are sorted by is_cuda, cpu_offloading/hybrid_optimizer.py:273; those that are not on CUDA have no host copy, "
+        "and their gradients are looked for by host copy, :101 (KeyError)",
+        targets={
+            "megatron.core.optimizer.cpu_offloading.hybrid_optimizer:"
+            "HybridDeviceOptimizer._get_sub_optimizer_param_groups": two_sides
+        },
+    ),
+    Patch(
+        name="optimizer precision",
+        reason="asks whether no version of Transformer Engine is at least 2.1 (TypeError), optimizer/optimizer_config.py:383",
+        targets={"megatron.core.optimizer.optimizer_config:is_te_min_version": _no_without_te},
     ),
     Patch(
         name="checkpoint queue",

@@ -5,14 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_models_page_is_current() -> None:
-    made = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "models_page.py", "--check"], capture_output=True, text=True
-    )
-    assert made.returncode == 0, f"run `python scripts/models_page.py`\n{made.stderr}"
+@pytest.mark.parametrize("script", ["models_page.py", "token_layout.py"])
+def test_what_code_draws_is_current(script: str) -> None:
+    made = subprocess.run([sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, f"run `python scripts/{script}`\n{made.stderr}"
 
 
 def test_links_lead_somewhere() -> None:

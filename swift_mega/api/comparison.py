@@ -18,6 +18,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.config_json import read_config
+from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import families
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.models.translate import load_settings
@@ -71,6 +72,8 @@ def compare(
         raise UserError(f"--scratch={scratch}: no such directory; make it first")
     notes: list[str] = []
     sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
+    for layout in (side.layout for side in sides if side.layout is not None):
+        check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     if dequantize and not any(side.dequantize for side in sides):
         raise UserError("--dequantize: neither side states a quantization_config, both are plain; leave it out")
     _check_shapes(*sides)

@@ -20,6 +20,7 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
+from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate
@@ -88,7 +89,7 @@ def verify(
     dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
     """
     settings = load_settings(model, dequantize=dequantize)
-    chosen = [_parsed(name, settings.shape) for name in layouts] if layouts else _fitting(settings.shape)
+    chosen = [_parsed(name, settings.shape, dtype) for name in layouts] if layouts else _fitting(settings.shape, dtype)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
     run = schema.Run(
@@ -133,16 +134,18 @@ def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] =
     )
 
 
-def _parsed(name: str, shape: Any) -> tuple[schema.Parallel, Layout]:
+def _parsed(name: str, shape: Any, dtype: str) -> tuple[schema.Parallel, Layout]:
     parallel, world = parse_layout(name)
-    return parallel, plan_layout(parallel, shape, world)
+    layout = plan_layout(parallel, shape, world)
+    check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
+    return parallel, layout
 
 
-def _fitting(shape: Any) -> list[tuple[schema.Parallel, Layout]]:
+def _fitting(shape: Any, dtype: str) -> list[tuple[schema.Parallel, Layout]]:
     fitting, tensors = [], set()
     for name in LAYOUTS:
         try:
-            parallel, layout = _parsed(name, shape)
+            parallel, layout = _parsed(name, shape, dtype)
         except UserError:
             continue
         if layout.tensor == 3 and 2 in tensors:

@@ -14,12 +14,13 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
+from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
 from swift_mega.models.tiles import check_tiles
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.train.build import warmup_steps
+from swift_mega.train.build import parameter_dtype, warmup_steps
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
 
 DEVICE = devices.setup()
@@ -39,27 +40,30 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     assert run.model.path is not None
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
+    check_engine_runs(layout.mesh, DEVICE, parameter_dtype(run.model, DEVICE))
     check_training(run, family_of(run.model.path), settings)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"
-        print(
-            f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); rows are padded to {layout.row_multiple} tokens"
-        )
+        padded = f"rows are padded to {layout.row_multiple} tokens"
+        if mesh.engine:
+            means = f"Transformer Engine's {mesh.communication}"
+            padded = f"every example is padded to a multiple of {mesh.example_multiple} tokens, and {padded}"
+        print(f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); {padded}")
     if (note := check_tiles(settings, run.train, run.model.megatron)) and is_first_rank():
         print(note)
     if run.model.dequantize:
         open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
-    prepared = _prepare(run, tokenizer)
+    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches, _ = make_batches(run, layout, 0, prepared, pad)
     warmup_steps(run.optim, total_steps(run.train, batches))
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
-def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
+def _prepare(run: schema.Run, tokenizer: Any, pad_each: int) -> Prepared:
     """Tokenised examples; the first rank shows progress and what became of the rows."""
     with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
 
@@ -67,7 +71,7 @@ def _prepare(run: schema.Run, tokenizer: Any) -> Prepared:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepared = prepare(run.data, tokenizer, progress=progress)
+        prepared = prepare(run.data, tokenizer, progress=progress, pad_each=pad_each)
     if is_first_rank():
         print(prepared.report, flush=True)
     return prepared

@@ -13,7 +13,8 @@ from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
 
 LAYOUT = re.compile(
-    r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp|ulysses)\d+|sp|ring|ulysses|allgather|hybrid))*"
+    r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp|ulysses)\d+|sp|ring|ulysses|allgather|hybrid"
+    r"|te:(p2p|a2a|allgather|a2a\d*\+p2p)))*"
 )
 
 

@@ -20,6 +20,7 @@ NOT_NEGATIVE: Limit = ("at least 0", lambda v: v >= 0)
 ABOVE_0: Limit = ("above 0", lambda v: v > 0)
 PROBABILITY: Limit = ("at least 0 and below 1", lambda v: 0 <= v < 1)
 SHARE: Limit = ("between 0 and 1", lambda v: 0 <= v <= 1)
+ABOVE_0_TO_1: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
 SIZE: Limit = ("a size such as 500MB, 5GB or 512MiB", lambda v: size_in_bytes(v) is not None)
 NOT_EMPTY: Limit = ("something, not empty text", lambda v: v.strip() != "")
 
@@ -35,6 +36,7 @@ LIMITS: dict[str, Limit] = {
     "optim.beta1": PROBABILITY,
     "optim.beta2": PROBABILITY,
     "optim.eps": ABOVE_0,
+    "optim.offload_fraction": ABOVE_0_TO_1,
     "objective.name": NOT_EMPTY,
     "train.output_dir": NOT_EMPTY,
     "train.epochs": ABOVE_0,
@@ -73,6 +75,9 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
         _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")
     if not run.train.tile_mlp:
         _refuse_changed(run, sources, ("train.mlp_tile_size",), because="train.tile_mlp=false; set it to true")
+    if not run.optim.cpu_offload:
+        because = "optim.cpu_offload=false; set it to true"
+        _refuse_changed(run, sources, ("optim.offload_fraction",), because=because)
     if "wandb" not in run.monitor.report_to:
         keys = ("monitor.wandb_project", "monitor.wandb_run_name")
         _refuse_changed(run, sources, keys, because="monitor.report_to does not name wandb; add it")
@@ -111,6 +116,26 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
             optim.schedule == "constant" and optim.min_lr > 0,
             f"optim.min_lr={optim.min_lr} has no effect with optim.schedule=constant: "
             "leave it out, or use cosine or linear",
+        ),
+        (
+            optim.cpu_offload and run.model.dtype == "float64",
+            "optim.cpu_offload=true steps in float32, but model.dtype=float64: leave one out",
+        ),
+        (
+            optim.cpu_offload and run.model.dtype != "float32" and not parallel.distributed_optimizer,
+            f"optim.cpu_offload=true with parallel.distributed_optimizer=false and model.dtype={run.model.dtype}: Megatron keeps the "
+            "float32 copies of bfloat16 weights on the device then; set parallel.distributed_optimizer=true, or "
+            "model.dtype=float32",
+        ),
+        (
+            train.offload_activations and train.recompute != "full",
+            f"train.offload_activations=true with train.recompute={train.recompute}: everything that a layer saves would cross the bus, "
+            "which costs more time than it takes to compute it again; set train.recompute=full, which saves a layer's input only",
+        ),
+        (
+            train.offload_activations and train.recompute_method == "block",
+            "train.offload_activations=true with train.recompute_method=block, which computes some layers of a stage again and lets "
+            "the others save everything; set train.recompute_method=uniform",
         ),
         (
             train.steps is not None and train.epochs is not None,

@@ -41,6 +41,11 @@ class Model:
     )
 
 
+ContextKind = Literal[
+    "auto", "ring", "ulysses", "hybrid", "allgather", "te:p2p", "te:a2a", "te:allgather", "te:a2a+p2p"
+]  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """How the model and the batch are cut over ranks; sizes are numbers of ranks."""
@@ -60,13 +65,15 @@ class Parallel:
     last_stage_layers: int | None = setting(flag="decoder_last_pipeline_num_layers", help="layers of the last stage")
     sequence: bool = setting(False, flag="sequence_parallel sp", help="cut activations by tokens over the tensor ranks")
     context: int = setting(1, flag="context_parallel_size", help="ranks that share the tokens of each row")
-    cp: Literal["auto", "ring", "ulysses", "hybrid", "allgather"] = setting(
+    cp: ContextKind = setting(
         "auto",
         flag="cp",
-        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest",
+        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest; "
+        "te:…: Transformer Engine's own, on CUDA",
     )
     ulysses: int | None = setting(
-        flag="ulysses_size", help="ranks of the inner axis of cp=hybrid; default: as far as key heads allow"
+        flag="ulysses_size",
+        help="ranks of the inner axis of cp=hybrid and te:a2a+p2p; default: as far as key heads allow",
     )
     expert: int = setting(1, flag="expert_model_parallel_size ep", help="ranks that share the experts of a layer")
     expert_tensor: int | None = setting(
@@ -158,6 +165,12 @@ class Optim:
     beta2: float = setting(0.95, flag="adam_beta2")
     eps: float = setting(1e-8, flag="adam_eps")
     clip_grad: float = setting(1.0, flag="clip_grad max_grad_norm", help="largest norm of the gradient; 0: no clipping")
+    cpu_offload: bool = setting(
+        False, flag="optimizer_cpu_offload", help="keep AdamW's state, and take its step, in host memory"
+    )
+    offload_fraction: float = setting(
+        1.0, flag="optimizer_offload_fraction", help="share of the numbers whose state is in host memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +201,9 @@ class Train:
     )
     loss_chunk_size: int | None = setting(
         flag="loss_chunk_size", help="tokens of a rank whose logits exist at once; default: as many as fit 128 MiB"
+    )
+    offload_activations: bool = setting(
+        False, flag="offload_activations", help="layer inputs wait for the backward pass in host memory"
     )
     eval_steps: int | None = setting(
         flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"

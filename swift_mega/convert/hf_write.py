@@ -114,6 +114,7 @@ class Writer:
 
     def __init__(self, directory: Path, planned: Mapping[str, Planned], *, sharers: int = 1) -> None:
         self.directory, self.planned = directory, planned
+        self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
         self._handles: dict[str, int] = {}
         self._written: dict[str, int] = {}
         self._digests: dict[str, Future[str]] = {}
@@ -148,8 +149,11 @@ class Writer:
         handle = self._handle(place.file)
         numbers = flat(value.detach().contiguous())
         same = numbers.dtype == place.dtype and numbers.device.type == "cpu"
-        for part in (numbers,) if same else numbers.split(BUFFER // place.dtype.itemsize):
-            begin += _write_all(handle, part.to("cpu", place.dtype), begin)
+        if same:
+            _write_all(handle, numbers, begin)
+        for part in () if same else numbers.split(BUFFER // place.dtype.itemsize):
+            converted = self._buffer[: part.numel() * place.dtype.itemsize].view(place.dtype)
+            begin += _write_all(handle, converted.copy_(part), begin)
         self._note(whole, numbers.numel() * place.dtype.itemsize)
 
     def _note(self, name: str, size: int) -> None:

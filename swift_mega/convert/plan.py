@@ -21,10 +21,10 @@ from swift_mega.convert.places import Place, layer_of, object_of_layer, places_o
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.convert.spans import Span, spans, stacked
 from swift_mega.device import Device
-from swift_mega.models.build import build, padded_vocabulary
+from swift_mega.models.build import build
 from swift_mega.models.family import Family, Rule, family_of
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.settings import Settings
+from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Coordinate, Layout, plan_layout

@@ -46,8 +46,10 @@ def restream(
             Writer(staging, planned) as writer,
             bytes_bar(sum(place.bytes for place in planned.values()), "writing") as bar,
         ):
+            # One buffer for all: freed ones of many sizes stay in the allocator's heap, which then grows with the checkpoint.
+            buffer = torch.empty(IN_FLIGHT, dtype=torch.uint8)
             for name, place in planned.items():
-                for row, value in rows_of(source, name):
+                for row, value in rows_of(source, name, buffer):
                     writer.write(name, value, row)
                     bar.update(value.numel() * place.dtype.itemsize)
             found = writer.finish()
@@ -65,16 +67,22 @@ def restream(
         raise
 
 
-def rows_of(source: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """A tensor as (first row, rows), a piece of at most IN_FLIGHT bytes (or one row) at a time."""
+def rows_of(source: Checkpoint, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A tensor as (first row, rows), as many at a time as `buffer` (uint8) holds, and one at least; in it, until the next are taken."""
     entry = source.entries[name]
     if not entry.shape or not math.prod(entry.shape):
         yield 0, source.read(name)
         return
     row_bytes = entry.dtype.itemsize * math.prod(entry.shape[1:])
-    together = max(1, IN_FLIGHT // row_bytes)
+    together = max(1, len(buffer) // row_bytes)
     for start in range(0, entry.shape[0], together):
-        yield start, source.read(name, 0, start, min(start + together, entry.shape[0]))
+        stop = min(start + together, entry.shape[0])
+        if row_bytes > len(buffer):
+            yield start, source.read(name, 0, start, stop)
+            continue
+        rows = buffer[: (stop - start) * row_bytes].view(entry.dtype).view(stop - start, *entry.shape[1:])
+        source.read_into(rows, name, 0, start, stop)
+        yield start, rows
 
 
 def set_dtype(path: Path, dtype: torch.dtype | None) -> None:

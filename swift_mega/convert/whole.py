@@ -34,9 +34,8 @@ from swift_mega.convert.save import Piece, agree, carried_tensors, companions_fr
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist
 from swift_mega.errors import UserError
-from swift_mega.models.build import padded_vocabulary
 from swift_mega.models.packs import Fused, GateUp, Pack, Qkv
-from swift_mega.models.settings import Settings
+from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.outputs import cannot_write, staging_of
 from swift_mega.parallel.layout import Layout
 

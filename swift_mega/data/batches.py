@@ -28,7 +28,8 @@ class Batches:
     units come in order, each exactly once in `steps_per_epoch` steps, and the last batch is filled up with units that
     have no loss.
 
-    micro_batch_size, global_batch_size: units. pad_to: tokens, what each microbatch is padded to a multiple of.
+    micro_batch_size, global_batch_size: units. pad_to, pad_each: tokens, what each microbatch, and each example in it, is padded to
+    a multiple of; a packed row then has up to data.max_length tokens rounded up so.
     Raises UserError where the global batch cannot be dealt out evenly.
     """
 
@@ -42,6 +43,7 @@ class Batches:
         data_rank: int = 0,
         data_size: int = 1,
         pad_to: int = 1,
+        pad_each: int = 1,
         pad_token: int = 0,
         once: bool = False,
     ) -> None:
@@ -49,12 +51,12 @@ class Batches:
             raise UserError("no examples to make batches of: data.dataset gave none")
         _check_sizes(micro_batch_size, global_batch_size, data_size)
         self._examples = examples
-        self._units = _units(examples, settings)
+        self._units = _units(examples, settings, pad_each)
         self._settings = settings
         self._micro = micro_batch_size
         self._global = global_batch_size
         self._rank, self._size = data_rank, data_size
-        self._pad_to, self._pad_token = pad_to, pad_token
+        self._pad_to, self._pad_each, self._pad_token = pad_to, pad_each, pad_token
         self._once = once
         self._orders: dict[int, NDArray[np.int64]] = {}
 
@@ -88,7 +90,7 @@ class Batches:
         rows = []
         for number in range(self._rank, len(chosen) // self._micro, self._size):
             examples = [e for unit in chosen[number * self._micro : (number + 1) * self._micro] for e in self._of(unit)]
-            rows.append(collate(examples, self._pad_to, pad_token=self._pad_token))
+            rows.append(collate(examples, self._pad_to, pad_each=self._pad_each, pad_token=self._pad_token))
         return rows
 
     def _chosen(self, step: int) -> list[int]:
@@ -116,9 +118,9 @@ class Batches:
         return self._orders[epoch]
 
 
-def _units(examples: Sequence[Example], settings: Data) -> list[list[int]]:
+def _units(examples: Sequence[Example], settings: Data, pad_each: int) -> list[list[int]]:
     if settings.packing:
-        return pack_examples([len(example) for example in examples], settings.max_length)
+        return pack_examples([len(example) for example in examples], settings.max_length, pad_each)
     return [[index] for index in range(len(examples))]
 
 

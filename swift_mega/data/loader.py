@@ -32,11 +32,13 @@ class Prepared:
     report: Report
 
 
-def prepare(settings: Data, tokenizer: Any, *, progress: Progress | None = None) -> Prepared:
+def prepare(
+    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1
+) -> Prepared:  # fmt: skip
     """All examples of a run, the same ones on every rank; the order is that of the files.
 
-    tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). Raises UserError where rows, template and settings
-    do not fit together, or nothing is left to train on.
+    tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: what examples are padded to in packed rows.
+    Raises UserError where rows, template and settings do not fit together, or nothing is left to train on.
     """
     if settings.max_length < 2:
         raise UserError(
@@ -45,8 +47,10 @@ def prepare(settings: Data, tokenizer: Any, *, progress: Progress | None = None)
     rows = load(settings)
     encoder = Encoder(tokenizer, chat_template=settings.chat_template, loss_on=settings.loss_on)
     total = len(rows.train) + len(rows.validation)
-    train, train_report = _encode(rows.train, settings, encoder, progress, 0, total)
-    validation, validation_report = _encode(rows.validation, settings, encoder, progress, len(rows.train), total)
+    train, train_report = _encode(rows.train, settings, encoder, progress, 0, total, pad_each)
+    validation, validation_report = _encode(
+        rows.validation, settings, encoder, progress, len(rows.train), total, pad_each
+    )
     report = Report(train=train_report, validation=validation_report, ignored=rows.ignored)
     for name, given, kept in (("train", rows.train, train), ("validate", rows.validation, validation)):
         if not kept and (given or name == "train"):
@@ -60,7 +64,13 @@ def prepare(settings: Data, tokenizer: Any, *, progress: Progress | None = None)
 
 
 def _encode(
-    rows: Sequence[Row], settings: Data, encoder: Encoder, progress: Progress | None, done: int, total: int
+    rows: Sequence[Row],
+    settings: Data,
+    encoder: Encoder,
+    progress: Progress | None,
+    done: int,
+    total: int,
+    pad_each: int,
 ) -> tuple[list[Example], SplitReport]:
     documents = sum(row.text is not None for row in rows)
     report = SplitReport(conversations=len(rows) - documents, documents=documents, max_length=settings.max_length)
@@ -78,7 +88,7 @@ def _encode(
     report.targets = sum(example.targets for example in examples)
     report.longest = max((len(example) for example in examples), default=0)
     if settings.packing and examples:
-        report.packed_rows = len(pack_examples([len(example) for example in examples], settings.max_length))
+        report.packed_rows = len(pack_examples([len(example) for example in examples], settings.max_length, pad_each))
     return examples, report
 
 

@@ -1,12 +1,15 @@
 """Examples, and how they lie in one row of tokens.
 
 A microbatch is a single row: examples stand one after another, positions restart and `cu_seqlens` says where each begins,
-so attention never crosses from one to the next and no padding stands between them. Packing is then only the choice of
+so attention never crosses from one to the next and no padding stands between them, but where Transformer Engine's context
+parallelism wants examples of some multiple. That padding counts as the end of its example: attention is causal, so no real token
+sees it. Packing is then only the choice of
 which examples share a row: best-fit decreasing, which fills typical mixes to more than 99 per cent.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,16 +44,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
-    """One row of t tokens: n examples after each other, the padding at the end (if any) being one more of them.
+    """One row of t tokens: n examples after each other, the padding at the end (if any) being one more of them, without a token.
 
     tokens: [t] int64. labels: [t] int64, the token that follows, -100 where it has no loss; the last token of an example
-    has none. positions: [t] int64, from 0 in each example. cu_seqlens: [n + 1] int32, where examples begin, and t.
+    has none. positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, where examples begin, and t.
+    lengths: [n] int32, tokens of each example without the padding behind it.
     """
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     cu_seqlens: Tensor
+    lengths: Tensor
 
     @property
     def targets(self) -> int:
@@ -60,13 +65,16 @@ class Microbatch:
     @property
     def max_length(self) -> int:
         """Tokens of the longest example."""
-        return int(self.cu_seqlens.diff().max())
+        return int(self.lengths.max())
 
 
-def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int) -> list[list[int]]:
+def pack_examples(
+    lengths: Sequence[int] | NDArray[np.int64], max_length: int, pad_each: int = 1
+) -> list[list[int]]:  # fmt: skip
     """Rows of example indices, each of at most `max_length` tokens, by best-fit decreasing; equal input, equal rows.
 
-    lengths: tokens of each example. Each example goes, longest first, into the fullest row that still has room for it.
+    lengths: tokens of each example. Each example goes, longest first, into the fullest row that still has room for it. With pad_each,
+    all numbers of tokens count as rounded up to a multiple of it.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and int(sizes.max()) > max_length:
@@ -75,6 +83,7 @@ def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int) -
             f"example {longest} has {int(sizes[longest])} tokens and does not fit into a row of {max_length}; raise "
             "data.max_length or choose data.truncation"
         )
+    sizes, max_length = rounded_up(sizes, pad_each), int(rounded_up(max_length, pad_each))
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(max_length + 1)]
     # Bit r of `open_rooms` says that some row has room for exactly r tokens: the fullest row that fits is then the
@@ -100,27 +109,35 @@ def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int) -
     return rows
 
 
-def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
-    """One row of all `examples` in order, padded at its end to a multiple of `pad_to` tokens.
+def rounded_up(tokens: Any, multiple: int) -> Any:
+    """The next multiple, of a number or of each in an array."""
+    return -(-tokens // multiple) * multiple
 
-    The padding is a segment of its own, of `pad_token` and without loss, so it changes no other token's result.
+
+def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, pad_token: int = 0) -> Microbatch:
+    """One row of all `examples` in order, each padded to a multiple of `pad_each` tokens and the row at its end to one of `pad_to`.
+
+    The padding is `pad_token` and without loss; at the row's end it is a segment of its own. So it changes no other token's result.
     """
     assert examples, "a microbatch holds at least one example"
-    lengths = [len(example) for example in examples]
-    padding = -sum(lengths) % pad_to
-    tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
-    labels = np.full(len(tokens), IGNORED, dtype=np.int64)
-    trained = np.concatenate([example.trained for example in examples])
-    ends = np.cumsum(lengths)
-    trained[np.concatenate(([0], ends[:-1]))] = False  # The first token of an example follows no token of it.
-    labels[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
-    if padding:
-        lengths.append(padding)
-        tokens = np.concatenate([tokens, np.full(padding, pad_token, dtype=np.int64)])
-        labels = np.concatenate([labels, np.full(padding, IGNORED, dtype=np.int64)])
+    assert pad_to % pad_each == 0, (pad_to, pad_each)
+    lengths = np.array([len(example) for example in examples])
+    room = rounded_up(lengths, pad_each)
+    if padding := -int(room.sum()) % pad_to:
+        lengths, room = np.append(lengths, 0), np.append(room, padding)
+    bounds = np.concatenate(([0], room.cumsum()))
+    tokens = np.full(bounds[-1], pad_token, dtype=np.int64)
+    labels, positions = np.full(len(tokens), IGNORED, dtype=np.int64), np.zeros(len(tokens), dtype=np.int64)
+    for example, start in zip(examples, bounds.tolist(), strict=False):
+        end = start + len(example)
+        tokens[start:end] = example.tokens
+        # The first token of an example follows no token of it, and after the last one nothing is known.
+        labels[start : end - 1] = np.where(example.trained[1:], example.tokens[1:], IGNORED)
+        positions[start:end] = np.arange(len(example))
     return Microbatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        positions=torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])),
-        cu_seqlens=torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        lengths=torch.from_numpy(lengths.astype(np.int32)),
     )

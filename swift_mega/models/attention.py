@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from swift_mega.models.engine import attend, engine_attention
 from swift_mega.models.norm import Norm
 from swift_mega.models.settings import Rope, Settings
 from swift_mega.ops.attention import attention
@@ -72,7 +73,7 @@ def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None) -> Ten
     lengths = cu_seqlens.diff()
     in_long = (lengths > rope.long_beyond).repeat_interleave(lengths)
     if context is not None:
-        in_long = in_long[held_tokens(len(in_long), context.mesh, context.rank)]
+        in_long = in_long[held_tokens(cu_seqlens.tolist(), context.mesh, context.rank)]
     return torch.where(in_long[:, None, None], torch.tensor(rope.long), usual)
 
 
@@ -80,9 +81,13 @@ class CoreAttention(MegatronModule):
     """Attention within each example of a row, after rotating queries and keys by their positions."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, settings: Settings, softmax_scale: float | None = None, **given: Any
+        self, config: TransformerConfig, layer_number: int, *, settings: Settings, softmax_scale: float | None = None,
+        cp_comm_type: str | None = None, engine: Any = None, **given: Any,
     ) -> None:  # fmt: skip
-        """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention."""
+        """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
+
+        cp_comm_type: how context ranks meet where Transformer Engine does it; engine: then its attention, TEDotProductAttention.
+        """
         super().__init__(config=config)
         rope = settings.ropes[layer_number - 1]
         self.turn = None if rope is None else settings.distinct_ropes.index(rope)
@@ -103,6 +108,12 @@ class CoreAttention(MegatronModule):
         if settings.sinks:
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        self.engine = None
+        if cp_comm_type is not None:
+            assert engine is not None, "refused before ranks start"
+            self.engine = engine_attention(
+                engine, config, layer_number, communication=cp_comm_type, scale=self.scale, window=self.window
+            )
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -120,6 +131,9 @@ class CoreAttention(MegatronModule):
             query = query * row.growth
         if self.late_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.engine is not None:
+            out = attend(self.engine, query, key, value, bounds=row.bounds, cu_seqlens=row.starts)
+            return out.reshape(out.shape[0], 1, -1)
         if row.context is not None:
             assert self.alibi is None, "refused before ranks start"
             out = context_attention(
@@ -137,7 +151,7 @@ class CoreAttention(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The sinks as one tensor of all heads; a Megatron module without its own says that ranks hold the same."""
-        own = self.state_dict(prefix="", keep_vars=True)
+        own = {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith("engine.")}
         return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)  # type: ignore[no-any-return]
 
 

@@ -25,7 +25,7 @@ from swift_mega.models.activation import replace_activations
 from swift_mega.models.attention import segments
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import Heads
-from swift_mega.models.settings import Settings
+from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.specs import layer_specs, norm_class
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.layout import Coordinate, Layout
@@ -198,12 +198,6 @@ def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
         name = pattern.sub(plain, name)
     name = re.sub(r"^decoder\.layers\.(\d+)\.", lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
     return re.sub(r"local_experts\.(\d+)\.", lambda m: f"local_experts.{int(m[1]) + first_expert}.", name)
-
-
-def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
-    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
-    unit = divisible_by * tensor
-    return -(-vocab // unit) * unit
 
 
 def build(

@@ -20,9 +20,29 @@ DERIVED = frozenset(
     "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel num_layers hidden_size ffn_hidden_size "
     "num_attention_heads num_query_groups kv_channels params_dtype pipeline_dtype bf16 fp16 recompute_granularity "
     "recompute_method recompute_num_layers calculate_per_token_loss variable_seq_lengths num_moe_experts moe_ffn_hidden_size "
-    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage".split()
+    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage cp_comm_type "
+    "hierarchical_context_parallel_sizes".split()
 )
 """Fields of TransformerConfig that follow from the model and the layout."""
+
+_ATTENTION = "attention here is not Megatron's (models/attention.py), and "
+UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_dropout": ((0, 0.0), _ATTENTION + "has no dropout; leave it out"),
+    "window_size": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
+    "window_attn_skip_freq": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
+    "softmax_type": ((), _ATTENTION + "takes sinks from the model's config.json; leave it out"),
+    "no_rope_freq": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
+    "rotary_interleaved": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
+    "apply_rope_fusion": ((False,), _ATTENTION + "rotates by itself; leave it out"),
+    "apply_query_key_layer_scaling": (
+        (False,),
+        _ATTENTION + "takes its scale from the model's config.json; leave it out",
+    ),
+    "attention_softmax_in_fp32": ((True,), _ATTENTION + "always has its softmax in float32; leave it out"),
+    "attention_backend": ((), _ATTENTION + "chooses its kernels by device and dtype; leave it out"),
+    "cpu_offloading": ((False,), "it excludes recomputation; set train.offload_activations"),
+}
+"""Fields that would have no effect, the values that change nothing, and why."""
 
 
 def check_passthrough(given: Mapping[str, Any]) -> None:
@@ -39,6 +59,9 @@ def check_passthrough(given: Mapping[str, Any]) -> None:
             raise UserError(
                 f"model.megatron.{key}={given[key]!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
             )
+        harmless, reason = UNREAD.get(key, ((given[key],), ""))
+        if given[key] not in harmless:
+            raise UserError(f"model.megatron.{key}={given[key]!r} would have no effect: {reason}")
 
 
 def transformer_config(
@@ -60,6 +83,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
     )  # fmt: skip
+    if layout.mesh.engine:
+        fields["cp_comm_type"] = layout.mesh.communication
     if settings.whole_qk_norm or settings.head_qk_norm:
         # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
         fields["qk_l2_norm"] = True

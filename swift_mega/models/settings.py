@@ -180,6 +180,21 @@ class Settings:
         return min([*bounds, *([self.positions] if self.positions else [])], default=None)
 
     @property
+    def not_engine(self) -> str | None:
+        """Why Transformer Engine's attention over context ranks cannot be this model's ("has …"); None: it can (models/engine.py)."""
+        reasons = {
+            "has attention sinks, which it takes in some of its kernels only": self.sinks,
+            "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,
+            "has latent attention, whose values are not as wide as its keys": self.megatron.get(
+                "multi_latent_attention"
+            ),
+            "turns tokens by the length of their example, to which it would add padding": any(
+                rope is not None and rope.long is not None for rope in self.ropes
+            ),
+        }
+        return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+    @property
     def rope(self) -> Rope | None:
         """The rotation of the first layer that has one."""
         return next((rope for rope in self.ropes if rope), None)
@@ -188,3 +203,9 @@ class Settings:
     def distinct_ropes(self) -> tuple[Rope, ...]:
         """The different rotations, in order of first use."""
         return tuple(dict.fromkeys(rope for rope in self.ropes if rope))
+
+
+def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
+    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
+    unit = divisible_by * tensor
+    return -(-vocab // unit) * unit

@@ -27,10 +27,10 @@ from swift_mega.models.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 
 def layer_specs(settings: Settings, device: Device, *, adapters: bool, tile: int | None = None) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model. adapters: linears must see their real input; tile: of models/tiles.py."""
-    norm, made = norm_class(settings, device, tile), {}
+    norm, made, engine = norm_class(settings, device, tile), {}, context_engine(device)
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, norm, adapters=adapters)
     for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, moe=moe)
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, engine, moe=moe)
         if tile is not None:
             _tile(made[moe, delta], tile, moe=moe)
         if delta:
@@ -46,6 +46,15 @@ def _linears(device: Device) -> tuple[type, type]:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear
+
+
+def context_engine(device: Device) -> type | None:
+    """Transformer Engine's attention, which context ranks can share a row by; None on the CPU."""
+    if device.kind != "cuda":
+        return None
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention  # type: ignore[no-any-return]
 
 
 def norm_class(settings: Settings, device: Device, tile: int | None = None) -> type:
@@ -107,10 +116,10 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> Mo
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, *, moe: bool) -> ModuleSpec:
+def _joined(spec: ModuleSpec, settings: Settings, norm: type, engine: type | None, *, moe: bool) -> ModuleSpec:
     """What a family varies, on either kind of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings)
+    attention.core_attention = bound(CoreAttention, settings=settings, engine=engine)
     if settings.routing is not None and moe:
         _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:

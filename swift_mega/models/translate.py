@@ -50,7 +50,9 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
         ) from None
     settings = family.translate(config)
     _check_fit(directory, settings)
-    return dataclasses.replace(settings, notes=_notes(raw, fixed))
+    windows = any(window is not None for window in settings.windows)
+    shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
+    return dataclasses.replace(settings, notes=_notes(raw, fixed), shape=shape)
 
 
 def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:

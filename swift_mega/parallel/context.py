@@ -1,5 +1,6 @@
 """Attention over the context axis: Ulysses, ring, both as a mesh, or all keys gathered."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,11 @@ def context_attention(
     return heads_to_tokens(out, inner)
 
 
-def gather_row(x: Tensor, context: Context | None) -> Tensor:
-    """[tokens, ...] of this context rank -> of the whole row in its order, on every one of them. No gradient. Collective."""
+def gather_row(x: Tensor, context: Context | None, cu_seqlens: Sequence[int]) -> Tensor:
+    """[tokens, ...] of this context rank -> of the whole row in its order, on every one of them. No gradient. Collective.
+
+    cu_seqlens: where examples begin in the whole row, and its end.
+    """
     if context is None:
         return x
     mesh, parts = context.mesh, x.contiguous()
@@ -72,5 +76,5 @@ def gather_row(x: Tensor, context: Context | None) -> Tensor:
         found = parts.new_empty(group.size() * len(parts), *parts.shape[1:])
         dist.all_gather_into_tensor(found, parts, group=group)
         parts = found
-    order = torch.cat([held_tokens(len(parts), mesh, rank) for rank in range(mesh.size)]).to(x.device)
+    order = torch.cat([held_tokens(cu_seqlens, mesh, rank) for rank in range(mesh.size)]).to(x.device)
     return torch.empty_like(parts).index_copy_(0, order, parts)

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from swift_mega.parallel.context import Context, make_context
 from swift_mega.parallel.layout import Coordinate, Layout
+from swift_mega.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def init(layout: Layout, *, seed: int = 42) -> Groups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        hierarchical_context_parallel_sizes=_of_engine(layout.mesh),
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
     )
@@ -83,6 +85,11 @@ def init(layout: Layout, *, seed: int = 42) -> Groups:
         embedding=state.get_embedding_group(check_initialized=False),
         row=_row(layout) if layout.context > 1 else None,
     )
+
+
+def _of_engine(mesh: Mesh) -> list[int] | None:
+    """Sizes of the groups that Megatron makes for Transformer Engine: ranks that exchange heads, and rings of these."""
+    return [mesh.ulysses, mesh.ring] if mesh.engine and mesh.communication == "a2a+p2p" else None
 
 
 def _row(layout: Layout) -> Context:

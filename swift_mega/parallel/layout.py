@@ -14,7 +14,7 @@ from typing import Any
 
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
-from swift_mega.parallel.mesh import WHOLE, Mesh, choose_mesh
+from swift_mega.parallel.mesh import ENGINE_KINDS, WHOLE, WITH_INNER, Mesh, check_engine, choose_mesh
 from swift_mega.parallel.nearest import nearest_layouts
 from swift_mega.parallel.pipeline import chunk_layers
 
@@ -41,6 +41,10 @@ class ModelShape:
     """Why context ranks cannot share a row ("has …"); None: they can."""
     key_heads_alone: str | None = None
     """Why tensor ranks cannot share a key head ("each of which …"); None: they can."""
+    not_engine: str | None = None
+    """Why Transformer Engine cannot do its attention over context ranks ("has …"); None: it can."""
+    windows: bool = False
+    """Whether there are tokens that see only those near them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,10 +248,11 @@ def _mesh(parallel: Parallel, shape: ModelShape) -> tuple[Mesh, str]:
         raise UserError(
             f"parallel.context={parallel.context} cuts rows of tokens, and this model {shape.alone_in_a_row}; set it to 1"
         )
-    if parallel.ulysses is not None and parallel.cp != "hybrid":
+    if parallel.ulysses is not None and parallel.cp not in WITH_INNER:
         raise UserError(
             f"parallel.ulysses={parallel.ulysses} is the inner size of parallel.cp=hybrid, and cp={parallel.cp}; remove it"
         )
+    check_engine(parallel.cp, not_engine=shape.not_engine, windows=shape.windows)
     heads, keys = shape.heads // parallel.tensor, max(1, shape.kv_heads // parallel.tensor)
     return choose_mesh(parallel.cp, parallel.context, heads=heads, kv_heads=keys, ulysses=parallel.ulysses)
 
@@ -367,11 +372,12 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
     """
     sizes: dict[str, Any] = {}
     for token in [] if text.strip() == "single" else text.strip().lower().split("-"):
-        if token in ("ring", "ulysses", "allgather", "hybrid") and "cp" not in sizes:
+        if token in ("ring", "ulysses", "allgather", "hybrid", *ENGINE_KINDS) and "cp" not in sizes:
             sizes["cp"] = token
             continue
-        if (inner := re.fullmatch(r"ulysses([1-9]\d{0,5})", token)) and "cp" not in sizes:
-            sizes |= {"cp": "hybrid", "ulysses": int(inner[1])}
+        inner = re.fullmatch(r"ulysses([1-9]\d{0,5})|te:a2a([1-9]\d{0,5})\+p2p", token)
+        if inner and "cp" not in sizes:
+            sizes |= {"cp": "hybrid" if inner[1] else "te:a2a+p2p", "ulysses": int(inner[1] or inner[2])}
             continue
         match = re.fullmatch(r"([a-z]+)([1-9]\d{0,5})", token)
         name = "sequence" if token == "sp" else _TOKENS.get(match.group(1)) if match else None
@@ -379,7 +385,7 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
             why = "is repeated" if name else "is not a size"
             raise UserError(
                 f"{token!r} in the layout {text!r} {why}: write 'single', or tpN ppN vppN cpN epN etpN dpN sp (and ring, "
-                "ulysses, ulyssesN or allgather after cpN) joined by '-', for example tp2-pp2-sp"
+                "ulysses, ulyssesN, allgather or te:p2p and the like after cpN) joined by '-', for example tp2-pp2-sp"
             )
         sizes[name] = True if token == "sp" else int(match.group(2)) if match else None
     data = sizes.pop("data", None)

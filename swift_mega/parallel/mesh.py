@@ -2,20 +2,28 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
+from swift_mega.config.schema import ContextKind as Kind
 from swift_mega.errors import UserError
 
-Kind = Literal["auto", "ring", "ulysses", "hybrid", "allgather"]
+ENGINE_KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind.startswith("te:"))
+"""The kinds that Transformer Engine does, on CUDA."""
+WITH_INNER = ("hybrid", "te:a2a+p2p")
+"""The kinds whose inner size can be chosen."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`ulysses` neighbours exchange heads, `ring` sets of them pass keys on, or gather them all (`gather`)."""
+    """`ulysses` neighbours exchange heads, `ring` sets of them pass keys on, or gather them all (`gather`).
+
+    engine: Transformer Engine does so, not we. It cuts every example on its own, in 2 * size chunks of which a rank has two.
+    """
 
     ulysses: int = 1
     ring: int = 1
     gather: bool = False
+    engine: bool = False
 
     @property
     def size(self) -> int:
@@ -24,10 +32,27 @@ class Mesh:
     @property
     def multiple(self) -> int:
         """A row's tokens must be a multiple of this."""
-        return self.size * (2 if self.ring > 1 else 1)
+        return self.size * (2 if self.ring > 1 or self.engine else 1)
+
+    @property
+    def example_multiple(self) -> int:
+        """The tokens of each of its examples, with the padding that follows them, must be a multiple of this."""
+        return self.multiple if self.engine else 1
+
+    @property
+    def communication(self) -> str:
+        """Transformer Engine's word for how ranks meet (cp_comm_type)."""
+        if self.gather:
+            return "all_gather"
+        if self.ring > 1 and self.ulysses > 1:
+            return "a2a+p2p"
+        return "p2p" if self.ring > 1 else "a2a"
 
     @property
     def name(self) -> str:
+        if self.engine:
+            inner = f"te:a2a{self.ulysses}+p2p" if self.communication == "a2a+p2p" else None
+            return inner or f"te:{self.communication.replace('_', '')}"
         if self.gather:
             return "allgather"
         if self.ring > 1 and self.ulysses > 1:
@@ -51,9 +76,13 @@ def key_copies(kv_heads: int, ulysses: int) -> int:
 def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: int | None = None) -> tuple[Mesh, str]:
     """The mesh of `size` context ranks, and why, in words.
 
-    heads, kv_heads: of one tensor rank. ulysses: the inner size of `hybrid`; None: as large as can be without a copy of a key head.
+    heads, kv_heads: of one tensor rank. ulysses: the inner size of `WITH_INNER`; None: as large as can be without a copy of a key head.
     UserError, with sizes that work, where the heads cannot be shared so.
     """
+    if kind in ("te:p2p", "te:allgather"):
+        return Mesh(1, size, gather=kind == "te:allgather", engine=True), "as asked"
+    if kind in ("te:a2a", "te:a2a+p2p"):
+        return _of_engine(kind, size, heads, kv_heads, ulysses), "as asked"
     if kind == "ring":
         return Mesh(1, size), "as asked"
     if kind == "allgather":
@@ -86,6 +115,50 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
             f"{_either(fits)}"
         )
     return Mesh(inner, size // inner), _copies(kv_heads, inner)
+
+
+def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
+    """UserError where Transformer Engine is asked for and has no kernels for the model; rules of its attn_forward_func_with_cp.
+
+    not_engine: why not, as `ModelShape` says.
+    """
+    if kind not in ENGINE_KINDS:
+        return
+    if not_engine is not None:
+        raise UserError(
+            f"parallel.cp={kind} is Transformer Engine's attention, and this model {not_engine}; set parallel.cp=auto"
+        )
+    if windows and kind in ("te:p2p", "te:a2a+p2p"):
+        raise UserError(
+            f"parallel.cp={kind}: this model has sliding windows, which Transformer Engine knows over context ranks with te:a2a and "
+            "te:allgather only; choose one of these, or parallel.cp=auto"
+        )
+
+
+def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | None) -> Mesh:
+    """Transformer Engine shares out query and key heads evenly: it makes no copies of a key head."""
+    shared = math.gcd(heads, kv_heads)
+    has = f"the {heads} query and {kv_heads} key heads of a tensor rank, which Transformer Engine shares out without copies"
+    if kind == "te:a2a":
+        if shared % size:
+            sizes = _either([n for n in range(2, shared + 1) if shared % n == 0])
+            raise UserError(
+                f"parallel.cp=te:a2a: {size} context ranks do not divide {has}; choose parallel.context={sizes}, or parallel.cp=auto"
+            )
+        return Mesh(size, 1, engine=True)
+    fits = [n for n in range(2, size) if size % n == 0 and shared % n == 0]
+    if not fits:
+        raise UserError(
+            f"parallel.cp=te:a2a+p2p needs an inner size between 2 and {size - 1} that divides {size} context ranks and {has}, and there "
+            "is none; choose parallel.cp=te:p2p or auto"
+        )
+    if ulysses is not None and ulysses not in fits:
+        raise UserError(
+            f"parallel.ulysses={ulysses} with parallel.cp=te:a2a+p2p does not divide {size} context ranks and {has} into a mesh; choose "
+            f"{_either(fits)}"
+        )
+    inner = ulysses or fits[-1]
+    return Mesh(inner, size // inner, engine=True)
 
 
 def _copies(kv_heads: int, ulysses: int) -> str:

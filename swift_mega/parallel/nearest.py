@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from itertools import product
 
 from swift_mega.config.schema import Parallel
+from swift_mega.parallel.mesh import WITH_INNER
 from swift_mega.parallel.pipeline import balanced
 
 
@@ -48,7 +49,7 @@ def _variants(parallel: Parallel, world: int, layers: int, experts: int | None) 
                 virtual_pipeline=virtual,
                 context=context,
                 cp=cp,  # type: ignore[arg-type]
-                ulysses=parallel.ulysses if cp == "hybrid" else None,
+                ulysses=parallel.ulysses if cp in WITH_INNER else None,
                 expert=expert,
                 expert_tensor=expert_tensor,
                 sequence=tensor > 1 and (parallel.sequence or bool(experts)),

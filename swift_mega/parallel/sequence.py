@@ -8,9 +8,13 @@ is a mesh, Ulysses inside (neighbouring ranks) and ring outside:
     Ulysses rank     first, second half of those chunks, one after another
 
 After the Ulysses exchange a rank has all tokens of its ring position and a share of the heads; the ring passes keys and values on.
+
+Transformer Engine's own context parallelism cuts otherwise (`Mesh.engine`): each example as a ring would cut a row of it alone.
 """
 
 import functools
+import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,10 +45,16 @@ def ring_pieces(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
     return tuple((number * chunk, (number + 1) * chunk) for number in (position, 2 * ring - 1 - position))
 
 
-def pieces(tokens: int, mesh: Mesh, rank: int) -> tuple[Range, ...]:
-    """Ranges of a row that a context rank holds, in order."""
+def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...]:
+    """Ranges of a row that a context rank holds, in order. cu_seqlens: where its examples begin, and its end."""
+    if mesh.engine:
+        return tuple(
+            (start + begin, start + end)
+            for start, stop in itertools.pairwise(cu_seqlens)
+            for begin, end in ring_pieces(stop - start, mesh.size, rank)
+        )
     inner, position = mesh.place(rank)
-    held = ring_pieces(tokens, mesh.ring, position)
+    held = ring_pieces(cu_seqlens[-1], mesh.ring, position)
     share = sum(end - begin for begin, end in held) // mesh.ulysses
     first, last, passed, found = share * inner, share * (inner + 1), 0, []
     for begin, end in held:
@@ -55,17 +65,18 @@ def pieces(tokens: int, mesh: Mesh, rank: int) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
-    """What lies in ranges of a row, example by example; neighbours in both are one."""
+def runs(held: Sequence[Range], cu_seqlens: Sequence[int], only: Sequence[int] | None = None) -> list[Run]:
+    """What lies in ranges of a row, example by example (just those of `only`); neighbours in both are one."""
     found: list[Run] = []
     first = 0
     for begin, end in held:
-        for example, (start, stop) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        inside = range(bisect_right(cu_seqlens, begin) - 1, bisect_left(cu_seqlens, end)) if only is None else only
+        for example in inside:
+            start, stop = cu_seqlens[example], cu_seqlens[example + 1]
             low, high = max(begin, start), min(end, stop)
             if low >= high:
                 continue
-            last = found[-1] if found else None
-            here = first + low - begin
+            last, here = found[-1] if found else None, first + low - begin
             if (
                 last
                 and last.example == example
@@ -109,15 +120,39 @@ def ring_blocks(
     As many steps as some position needs: with a window, or examples that are short beside the row, the last ones are left out.
     """
     tokens = cu_seqlens[-1]
-    held = [runs(ring_pieces(tokens, ring, each), cu_seqlens) for each in range(ring)]
-    steps = [
-        [blocks(held[each], held[(each - step) % ring], causal=causal, window=window) for each in range(ring)]
-        for step in range(ring)
-    ]
-    needed = max(step for step in range(ring) if any(steps[step])) + 1
-    return tuple(steps[step][position] for step in range(needed))
+    mine = runs(ring_pieces(tokens, ring, position), cu_seqlens)
+    steps = [blocks(mine, mine, causal=causal, window=window)]
+    spread = _spread(cu_seqlens, ring) if ring > 1 else set()
+    shared = [run for run in mine if run.example in spread]  # few: others hold nothing of the rest
+    examples = sorted({run.example for run in shared})
+    for step in range(1, _needed(cu_seqlens, ring, spread, causal=causal, window=window)):
+        theirs = runs(ring_pieces(tokens, ring, (position - step) % ring), cu_seqlens, examples)
+        steps.append(blocks(shared, theirs, causal=causal, window=window))
+    return tuple(steps)
 
 
-def held_tokens(tokens: int, mesh: Mesh, rank: int) -> torch.Tensor:
+def _spread(cu_seqlens: Sequence[int], ring: int) -> set[int]:
+    """Examples that lie in more than one chunk of the row: less than there are chunks."""
+    chunk = cu_seqlens[-1] // (2 * ring)
+    at = {cut: bisect_right(cu_seqlens, cut) - 1 for cut in range(chunk, 2 * ring * chunk, chunk)}
+    return {example for cut, example in at.items() if cu_seqlens[example] < cut}
+
+
+def _needed(cu_seqlens: Sequence[int], ring: int, spread: set[int], *, causal: bool, window: int | None) -> int:
+    """Steps until every query has seen its keys, on all positions. A query sees the chunk before its own, and further ones in a window."""
+    chunk, most = cu_seqlens[-1] // (2 * ring), 1
+    reach = 2 * ring if window is None else (window - 2) // chunk + 1 if window > 1 else 0
+    for example in spread:
+        first, last = cu_seqlens[example] // chunk, (cu_seqlens[example + 1] - 1) // chunk
+        for query in range(first, last + 1):
+            for key in range(max(first, query - reach), (query if causal else last) + 1):
+                mine, theirs = (min(number, 2 * ring - 1 - number) for number in (query, key))
+                most = max(most, (mine - theirs) % ring + 1)
+            if most == ring:
+                return most
+    return most
+
+
+def held_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:
     """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
-    return torch.cat([torch.arange(begin, end) for begin, end in pieces(tokens, mesh, rank)])
+    return torch.cat([torch.arange(begin, end) for begin, end in pieces(cu_seqlens, mesh, rank)])

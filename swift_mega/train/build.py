@@ -23,6 +23,7 @@ from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout, plan_layout
+from swift_mega.train.offload import offload_layer_inputs
 from swift_mega.tuners.tuner import Tuner, find_tuner
 
 
@@ -91,7 +92,12 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     for directory in run.model.adapters:
         load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))
     chunks = _wrap(run, part)
-    optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks)
+    if run.train.offload_activations:
+        offload_layer_inputs(part.chunks, device.device)
+    with (
+        torch.no_grad()
+    ):  # float32 shards are views of weights, and offloading makes a torch optimizer of them, which wants leaves
+        optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks)
     if device.kind == "cpu":
         _fuse(optimizer)
     _connect(run, part, chunks, optimizer)
@@ -121,8 +127,18 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
         optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
         adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad, bf16=part.config.bf16,
         params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap_param_gather,
+        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(optim, part.config),
     )  # fmt: skip
+
+
+def _offload(optim: schema.Optim, config: Any) -> dict[str, Any]:
+    if not optim.cpu_offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True, "optimizer_offload_fraction": optim.offload_fraction, "overlap_cpu_optimizer_d2h_h2d": True,
+        # Float32 copies of bfloat16 weights go along with the rest of the state; otherwise they stay on the device.
+        "use_precision_aware_optimizer": config.bf16,
+    }  # fmt: skip
 
 
 def _fuse(optimizer: Any) -> None:

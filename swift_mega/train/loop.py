@@ -54,7 +54,8 @@ def make_batches(
     def make(examples: list, once: bool) -> Batches:
         return Batches(
             examples, settings=run.data, micro_batch_size=run.train.micro_batch_size, global_batch_size=run.train.global_batch_size,
-            data_rank=data_rank, data_size=layout.data, pad_to=layout.row_multiple, pad_token=pad_token, once=once,
+            data_rank=data_rank, data_size=layout.data, pad_to=layout.row_multiple,
+            pad_each=layout.mesh.example_multiple, pad_token=pad_token, once=once,
         )  # fmt: skip
 
     train = make(prepared.train, False)

@@ -113,7 +113,7 @@ def _microbatch(row: Sequence[int], layout: Layout) -> Microbatch:
     import numpy as np
 
     example = Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool))
-    return collate([example], layout.row_multiple)
+    return collate([example], layout.row_multiple, pad_each=layout.mesh.example_multiple)
 
 
 def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -> ModelPart:
@@ -163,6 +163,7 @@ def _step(
     catch: "_Catch", device: torch.device, batches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     catch.prompt, row = next(batches)
+    catch.bounds = row.cu_seqlens.tolist()
     row = held_part(row, catch.groups.row)
     hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens, catch.groups.row)
     return hidden, partial(catch.last, model)
@@ -178,6 +179,8 @@ class _Catch:
     lengths: Sequence[int]
     take: Take
     prompt: int = 0
+    bounds: Sequence[int] = ()
+    """Where the examples of the row begin, and its end."""
 
     def attach(self) -> None:
         for virtual, chunk in enumerate(self.part.chunks):
@@ -209,7 +212,7 @@ class _Catch:
             self._hand(point, whole[:, 0])
 
     def _hand(self, point: int, whole: Tensor) -> None:
-        whole = gather_row(whole, self.groups.row)
+        whole = gather_row(whole, self.groups.row, self.bounds)
         where = self.groups.coordinate
         if where.tensor == 0 and where.context == 0 and self.prompt < len(self.lengths):
             self.take(self.prompt, point, whole[: self.lengths[self.prompt]])

@@ -75,7 +75,7 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return _reduce(training, stores, sum(int(row.cu_seqlens[-1]) for row in batch))
+    return _reduce(training, stores, sum(int(row.lengths.sum()) for row in batch))
 
 
 def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -99,10 +99,10 @@ def _await_head(training: Training, model: DistributedDataParallel) -> None:
 
 
 def held_part(row: Microbatch, context: Context | None) -> Microbatch:
-    """What this context rank holds of a row; cu_seqlens stays that of the whole."""
+    """What this context rank holds of a row; cu_seqlens and lengths stay those of the whole."""
     if context is None:
         return row
-    held = held_tokens(len(row.tokens), context.mesh, context.rank)
+    held = held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
     return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[held])
 
 
@@ -111,7 +111,7 @@ def _to(row: Microbatch, device: torch.device) -> Microbatch:
     if device.type == "cpu":
         return row
     moved = {name: getattr(row, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions")}
-    return Microbatch(**moved, cu_seqlens=row.cu_seqlens)
+    return replace(row, **moved)
 
 
 def _reduce(training: Training, stores: list[dict[str, Tensor]], tokens: int) -> tuple[float, int, int]:

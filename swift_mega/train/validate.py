@@ -67,7 +67,8 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
     examples = [Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool)) for row in rows]
     pairs = [examples[start : start + 2] for start in range(0, len(examples), 2)]
     assert len(pairs) % (layout.data * layout.pipeline) == 0, f"{len(pairs)} microbatches for {layout.name}"
-    return [collate(pair, layout.row_multiple) for pair in pairs[data_rank :: layout.data]]
+    each = layout.mesh.example_multiple
+    return [collate(pair, layout.row_multiple, pad_each=each) for pair in pairs[data_rank :: layout.data]]
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face's side
@@ -225,7 +226,7 @@ def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[
 
 @dataclass
 class _Collect:
-    """An objective that also keeps whole logits, cut by example; padding at the end is dropped with the examples it makes."""
+    """An objective that also keeps whole logits, cut by example and without the padding behind each."""
 
     into: list[list[Tensor]]
     vocab: int
@@ -235,9 +236,9 @@ class _Collect:
         local = head.local_logits(chunk, hidden)
         shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
         dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
-        whole = gather_row(torch.cat(shards, dim=-1)[:, : self.vocab], head.groups.row).cpu()
-        bounds = batch.cu_seqlens.tolist()
-        self.into.append([whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)])
+        bounds, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
+        whole = gather_row(torch.cat(shards, dim=-1)[:, : self.vocab], head.groups.row, bounds).cpu()
+        self.into.append([whole[start : start + length] for start, length in zip(bounds, lengths, strict=False)])
         return self.objective.loss(head, chunk, hidden, batch)
 
 

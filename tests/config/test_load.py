@@ -257,6 +257,14 @@ CONTRADICTIONS = [
     (["recompute_num_layers=2"], "train.recompute_layers=2 (override) has no effect, since train.recompute=none; set it to"),
     (["mlp_tile_size=64"], "train.mlp_tile_size=64 (override) has no effect, since train.tile_mlp=false; set it to true"),
     (["wandb_project=mine"], "monitor.wandb_project=mine (override) has no effect, since monitor.report_to does not name"),
+    (["optimizer_offload_fraction=0.5"], "optim.offload_fraction=0.5 (override) has no effect, since optim.cpu_offload=false"),
+    (["optimizer_cpu_offload=true", "optimizer_offload_fraction=0"], "optimizer_offload_fraction=0.0: expected above 0"),
+    (["optimizer_cpu_offload=true", "torch_dtype=float64"], "optim.cpu_offload=true steps in float32, but model.dtype=float64"),
+    (["optimizer_cpu_offload=true", "use_distributed_optimizer=false"],
+     "optim.cpu_offload=true with parallel.distributed_optimizer=false and model.dtype=auto: Megatron keeps"),
+    (["offload_activations=true"], "train.offload_activations=true with train.recompute=none: everything that a layer saves"),
+    (["offload_activations=true", "recompute_granularity=full", "recompute_method=block"],
+     "train.offload_activations=true with train.recompute_method=block"),
     (["eval_steps=5"], "train.eval_steps=5 (override) has no effect, since there is no validation data"),
 ]  # fmt: skip
 

@@ -107,6 +107,22 @@ def test_padding_and_packing():
     assert sorted(index for row in rows for index in held(row)[:-1]) == [0, 1, 2, 3, 4, 5]
 
 
+def test_examples_that_are_padded_one_by_one():
+    """Rows of at most 12 tokens after examples of 2 to 7 were padded to 4 or 8: no example is lost, and its tokens are all there."""
+    batches = Batches(
+        examples(6), settings=Data(packing=True, max_length=10), micro_batch_size=1, global_batch_size=1, pad_to=8, pad_each=4,
+        pad_token=99, once=True,
+    )  # fmt: skip
+    rows = [row for step in range(batches.steps_per_epoch) for row in batches.batch(step)]
+    assert all(
+        len(row.tokens) % 8 == 0 and max(row.cu_seqlens[len(row.lengths[row.lengths > 0])], 0) <= 12 for row in rows
+    )
+    assert all((row.cu_seqlens % 4 == 0).all() for row in rows)
+    seen = Counter(token for row in rows for token in row.tokens.tolist() if token != 99)
+    assert seen == {number: number + 2 for number in range(6)}
+    assert sum(row.targets for row in rows) == sum(number + 1 for number in range(6))
+
+
 def test_sizes_that_do_not_divide():
     """One error with the nearest sizes."""
     with pytest.raises(

@@ -5,6 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from swift_mega.data.pack import Example, collate, pack_examples
 from swift_mega.data.shuffle import shuffled
@@ -79,6 +81,49 @@ def test_collate_without_padding_adds_no_segment():
     assert one.trained.tolist() == [True, True]
     assert one.targets == 1
     assert one.untrained().targets == 0
+
+
+def test_every_example_is_padded_by_hand():
+    """Padding stands behind each example and counts as more of it, without loss; what fills the row is a segment of its own."""
+    row = collate(
+        [example([5, 6, 7], [0, 1, 1]), example([8, 9, 1, 3], [1, 0, 1, 1]), example([4], [1])],
+        8,
+        pad_each=4,
+        pad_token=2,
+    )
+    assert row.tokens.tolist() == [5, 6, 7, 2, 8, 9, 1, 3, 4, 2, 2, 2, 2, 2, 2, 2]
+    assert row.labels.tolist() == [6, 7, -100, -100, -100, 1, 3, -100, *[-100] * 8]
+    assert row.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, *[0] * 8]
+    assert row.cu_seqlens.tolist() == [0, 4, 8, 12, 16] and row.lengths.tolist() == [3, 4, 1, 0]
+    assert (row.targets, row.max_length) == (4, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 8), st.integers(1, 3), st.integers(0, 9))
+def test_padding_drops_no_token_and_is_in_no_loss(lengths, each, more, seed):
+    """Padded or not, the same (token, position, label) lie in the same order, and only padding is beyond them."""
+    draw = np.random.default_rng(seed)
+    rows = [example(draw.integers(3, 99, n).tolist(), draw.integers(0, 2, n).tolist()) for n in lengths]
+    plain, padded = collate(rows), collate(rows, each * more, pad_each=each, pad_token=1)
+    starts, real = padded.cu_seqlens.tolist(), torch.zeros(len(padded.tokens), dtype=torch.bool)
+    for start, stop, length in zip(starts, starts[1:], padded.lengths.tolist(), strict=False):
+        assert start % each == 0 and 0 <= stop - start - length < each * more
+        real[start : start + length] = True
+    for name in ("tokens", "labels", "positions"):
+        assert getattr(padded, name)[real].tolist() == getattr(plain, name).tolist()
+    assert set(padded.labels[~real].tolist()) <= {-100} and set(padded.tokens[~real].tolist()) <= {1}
+    assert len(padded.tokens) % (each * more) == 0 and int(padded.lengths.sum()) == sum(lengths)
+
+
+def test_packing_leaves_room_for_padding():
+    """Of examples that are padded to 8 tokens, a row of 20 (so 24) holds three; the same rows as of examples that have that length."""
+    assert pack_examples([7, 8, 1, 8, 20], 20, 8) == [[4], [0, 1, 2], [3]]
+    lengths = np.random.default_rng(0).integers(1, 65, 300)
+    rows = pack_examples(lengths, 100, 16)
+    assert rows == pack_examples(-(-lengths // 16) * 16, 112)
+    assert max(sum(-(-int(lengths[i]) // 16) * 16 for i in row) for row in rows) <= 112
+    with pytest.raises(UserError, match="example 0 has 21 tokens and does not fit into a row of 20"):
+        pack_examples([21], 20, 8)
 
 
 def test_shuffles_are_pinned():

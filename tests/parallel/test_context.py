@@ -64,7 +64,7 @@ def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shap
                 wanted = [expected, *torch.autograd.grad(expected, given, grad)]
 
                 mine = [x.detach().to(dtype).requires_grad_() for x in given]
-                held = [torch.cat([x[begin:end] for begin, end in pieces(cu[-1], mesh, rank)]) for x in mine[:3]]
+                held = [torch.cat([x[begin:end] for begin, end in pieces(cu, mesh, rank)]) for x in mine[:3]]
                 options = {key: value for key, value in kind.items() if key != "sinks"}
                 out = context_attention(
                     *held,
@@ -75,11 +75,11 @@ def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shap
                     **options,
                 )
                 gradients = torch.autograd.grad(
-                    out, mine, torch.cat([grad[begin:end] for begin, end in pieces(cu[-1], mesh, rank)]).to(dtype)
+                    out, mine, torch.cat([grad[begin:end] for begin, end in pieces(cu, mesh, rank)]).to(dtype)
                 )
                 together = [torch.zeros_like(expected, dtype=dtype)]
                 at = 0
-                for begin, end in pieces(cu[-1], mesh, rank):
+                for begin, end in pieces(cu, mesh, rank):
                     together[0][begin:end] = out.detach()[at : at + end - begin]
                     at += end - begin
                 together += [x.clone() for x in gradients]

@@ -1,11 +1,13 @@
 """How context ranks are shared out between Ulysses and ring, and what is said where that cannot be."""
 
+import dataclasses
+
 import pytest
 
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
 from swift_mega.parallel.layout import ModelShape, parse_layout, plan_layout
-from swift_mega.parallel.mesh import Mesh, choose_mesh, key_copies
+from swift_mega.parallel.mesh import ENGINE_KINDS, Mesh, choose_mesh, key_copies
 
 SHAPE = ModelShape(layers=4, heads=8, kv_heads=2, hidden=64, ffn=96, vocab=100)
 
@@ -22,6 +24,11 @@ SHAPE = ModelShape(layers=4, heads=8, kv_heads=2, hidden=64, ffn=96, vocab=100)
         ("auto", 4, 8, 8, None, Mesh(4, 1), "4 is as far as 8 key heads of a tensor rank {among 4}"),
         ("auto", 4, 9, 3, None, Mesh(1, 4), "1 is as far as 3 key heads of a tensor rank {among 4}; the ring does the other 4"),
         ("hybrid", 8, 8, 2, None, Mesh(2, 4), "as asked"),
+        ("te:p2p", 4, 9, 3, None, Mesh(1, 4, engine=True), "as asked"),
+        ("te:allgather", 4, 9, 3, None, Mesh(1, 4, gather=True, engine=True), "as asked"),
+        ("te:a2a", 3, 9, 3, None, Mesh(3, 1, engine=True), "as asked"),
+        ("te:a2a+p2p", 8, 8, 4, None, Mesh(4, 2, engine=True), "as asked"),
+        ("te:a2a+p2p", 8, 8, 4, 2, Mesh(2, 4, engine=True), "as asked"),
         ("hybrid", 8, 8, 2, 4, Mesh(4, 2), "each of 2 key heads of a tensor rank is sent 2 times, since 4 ranks share them"),
     ],
 )  # fmt: skip
@@ -48,12 +55,44 @@ def test_copies_are_the_fewest_that_ranks_can_share():
         (dict(context=4, cp="ring", ulysses=2), r"parallel.ulysses=2 is the inner size of parallel.cp=hybrid, and cp=ring; remove it"),
         (dict(cp="ring"), r"parallel.cp=ring says how context ranks work together, and parallel.context=1 has none"),
         (dict(ulysses=2), r"parallel.ulysses=2 says how context ranks work together, and parallel.context=1 has none"),
+        (dict(context=4, cp="te:p2p", ulysses=2), r"parallel.ulysses=2 is the inner size .*, and cp=te:p2p; remove it"),
+        (dict(cp="te:p2p"), r"parallel.cp=te:p2p says how context ranks work together, and parallel.context=1 has none"),
+        (dict(context=4, cp="te:a2a"), r"a2a: 4 context ranks do not divide the 8 query and 2 key heads.*; choose parallel.context=2, or"),
+        (dict(context=4, tensor=2, cp="te:a2a"), r"divide the 4 query and 1 key heads.*; choose parallel.context=1, or parallel.cp=auto"),
+        (dict(context=2, cp="te:a2a+p2p"), r"te:a2a\+p2p needs an inner size between 2 and 1 that divides 2 context ranks and the 8 query"),
+        (dict(context=9, cp="te:a2a+p2p"), r"and there is none; choose parallel.cp=te:p2p or auto"),
+        (dict(context=8, cp="te:a2a+p2p", ulysses=4), r"ulysses=4 with parallel.cp=te:a2a\+p2p does not divide 8 context .*; choose 2"),
         (dict(context=0), r"parallel.context=0 is not a number of ranks"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(parallel, message):
     with pytest.raises(UserError, match=message):
-        plan_layout(Parallel(**parallel), SHAPE, parallel.get("context") or 1)
+        plan_layout(Parallel(**parallel), SHAPE, parallel.get("context", 1) * parallel.get("tensor", 1) or 1)
+
+
+@pytest.mark.parametrize("kind", ENGINE_KINDS)
+def test_what_transformer_engine_cannot_do(kind):
+    """A model that it cannot do at all, and windows, which it knows in two ways only; what is proposed instead works."""
+    parallel = Parallel(context=4, cp=kind)
+    shape = dataclasses.replace(SHAPE, kv_heads=8)
+    with pytest.raises(UserError) as refused:
+        plan_layout(parallel, dataclasses.replace(shape, not_engine="has wheels"), 4)
+    told = str(refused.value)
+    assert (
+        f"parallel.cp={kind} is Transformer Engine's attention, and this model has wheels; set parallel.cp=auto" in told
+    )
+    assert (
+        told.endswith("these would work: parallel.cp=auto | parallel.context=1 parallel.cp=auto")
+        or "parallel.cp=auto |" in told
+    )
+    windowed = dataclasses.replace(shape, windows=True)
+    if kind in ("te:a2a", "te:allgather"):
+        assert plan_layout(parallel, windowed, 4).mesh.engine
+        return
+    with pytest.raises(
+        UserError, match=r"sliding windows, .* te:a2a and te:allgather only; choose one of these, or parallel.cp=auto"
+    ):
+        plan_layout(parallel, windowed, 4)
 
 
 def test_ranks_that_are_no_multiple_and_the_remedy():
@@ -66,8 +105,9 @@ def test_ranks_that_are_no_multiple_and_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "name", ["cp2-ring", "cp2-ulysses", "cp4-ulysses2", "cp4-allgather", "tp2-cp2-ring-sp", "pp2-cp2-ulysses-dp2"]
-)
+    "name", ["cp2-ring", "cp2-ulysses", "cp4-ulysses2", "cp4-allgather", "tp2-cp2-ring-sp", "pp2-cp2-ulysses-dp2", "cp4-te:p2p",
+     "tp2-cp2-te:allgather-sp", "cp2-te:a2a", "cp8-te:a2a2+p2p"],
+)  # fmt: skip
 def test_a_name_is_read_back(name):
     parallel, world = parse_layout(name)
     assert plan_layout(parallel, SHAPE, world).name == name
@@ -81,6 +121,21 @@ def test_rows_are_multiples_of_what_cuts_them():
 
     found = {
         name: multiple(name)
-        for name in ("single", "tp2-sp", "cp2-ulysses", "cp2-ring", "cp4-ulysses2", "tp2-cp2-ring-sp")
+        for name in (
+            "single",
+            "tp2-sp",
+            "cp2-ulysses",
+            "cp2-ring",
+            "cp4-ulysses2",
+            "tp2-cp2-ring-sp",
+            "tp2-cp2-te:p2p-sp",
+            "cp2-te:a2a",
+        )
     }
-    assert found == {"single": 1, "tp2-sp": 2, "cp2-ulysses": 2, "cp2-ring": 4, "cp4-ulysses2": 8, "tp2-cp2-ring-sp": 8}
+    ours = {"single": 1, "tp2-sp": 2, "cp2-ulysses": 2, "cp2-ring": 4, "cp4-ulysses2": 8, "tp2-cp2-ring-sp": 8}
+    assert found == ours | {"tp2-cp2-te:p2p-sp": 8, "cp2-te:a2a": 4}
+
+
+def test_only_transformer_engine_wants_examples_of_some_multiple():
+    assert {Mesh(2, 1).example_multiple, Mesh(1, 4).example_multiple, Mesh(2, 2).example_multiple} == {1}
+    assert Mesh(2, 1, engine=True).example_multiple == 4 and Mesh(2, 2, engine=True).example_multiple == 8

@@ -4,12 +4,14 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_mega.ops.blocks import Block
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import blocks, pieces, ring_blocks, ring_pieces, runs
+from swift_mega.parallel.sequence import Run, blocks, held_tokens, pieces, ring_blocks, ring_pieces, runs
+from tests.engine_stand_in import held
 
 
 def work(found: Sequence[Block]) -> int:
@@ -38,7 +40,8 @@ MESHES = [Mesh(1, 1), Mesh(2, 1), Mesh(1, 2), Mesh(4, 1), Mesh(1, 4), Mesh(2, 2)
 def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh, times: int) -> None:
     tokens = mesh.multiple * times
     held = [
-        [token for begin, end in pieces(tokens, mesh, rank) for token in range(begin, end)] for rank in range(mesh.size)
+        [token for begin, end in pieces((0, tokens), mesh, rank) for token in range(begin, end)]
+        for rank in range(mesh.size)
     ]
     assert sorted(itertools.chain.from_iterable(held)) == list(range(tokens))
     assert {len(each) for each in held} == {tokens // mesh.size}
@@ -48,9 +51,9 @@ def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
+def rows(draw: st.DrawFn, most: int = 4) -> tuple[int, tuple[int, ...]]:
     """A ring and a row whose tokens it can cut, of examples of any length."""
-    ring = draw(st.sampled_from((2, 3, 4)))
+    ring = draw(st.integers(2, most))
     tokens = 2 * ring * draw(st.integers(1, 6))
     cuts = sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=5))) if tokens > 1 else []
     return ring, (0, *cuts, tokens)
@@ -83,6 +86,67 @@ def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
             for s in range(cu[-1])
             if example[p] == example[s] and (not causal or s <= p) and (window is None or p - s < window)
         }
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 5), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sampled_from((1, 2)))
+def test_transformer_engine_cuts_every_example_on_its_own(ranks, chunks, inner):
+    """Token by token as its words have it (tests/engine_stand_in.py), whichever ways the ranks meet."""
+    starts = list(itertools.accumulate((2 * ranks * inner * chunk for chunk in chunks), initial=0))
+    expected = held(starts, ranks * inner)
+    for rank in range(ranks * inner):
+        assert held_tokens(starts, Mesh(inner, ranks, engine=True), rank).tolist() == expected[rank]
+
+
+def test_the_example_of_transformer_engines_documentation():
+    """Of thd_sequence_order_to_cp_rank_order: positions in their example, rank after rank."""
+    starts, told = (0, 8, 16, 24, 40), [
+        [0, 7, 0, 7, 0, 7, 0, 1, 14, 15], [1, 6, 1, 6, 1, 6, 2, 3, 12, 13], [2, 5, 2, 5, 2, 5, 4, 5, 10, 11],
+        [3, 4, 3, 4, 3, 4, 6, 7, 8, 9],
+    ]  # fmt: skip
+    positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(starts)])
+    for mesh in (Mesh(1, 4, engine=True), Mesh(4, 1, engine=True), Mesh(2, 2, engine=True)):
+        assert [positions[held_tokens(starts, mesh, rank)].tolist() for rank in range(4)] == told
+
+
+def planned_slowly(
+    cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None
+) -> list[list[tuple[Block, ...]]]:
+    """[position][step] by looking at every example for every range and at every position for every step: the definition."""
+    held = []
+    for position in range(ring):
+        found, first = [], 0
+        for begin, end in ring_pieces(cu[-1], ring, position):
+            for example, (start, stop) in enumerate(itertools.pairwise(cu)):
+                low, high = max(begin, start), min(end, stop)
+                last, here = found[-1] if found else None, first + low - begin
+                if low < high and last and last.example == example and last.position + last.length == low - start:
+                    found[-1] = Run(example, last.position, last.first, last.length + high - low)
+                elif low < high:
+                    found.append(Run(example, low - start, here, high - low))
+            first += end - begin
+        held.append(found)
+    steps = [
+        [blocks(held[each], held[(each - step) % ring], causal=causal, window=window) for each in range(ring)]
+        for step in range(ring)
+    ]
+    needed = max(step for step in range(ring) if any(steps[step])) + 1
+    return [[steps[step][position] for step in range(needed)] for position in range(ring)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows(most=12), st.booleans(), st.none() | st.integers(1, 60))
+def test_the_plan_of_one_position_is_that_of_all(row, causal, window):
+    (ring, cu), window = row, window if causal else None
+    expected = planned_slowly(cu, ring, causal=causal, window=window)
+    found = [list(ring_blocks(cu, ring, position, causal=causal, window=window)) for position in range(ring)]
+    assert found == expected
+
+
+def test_a_row_of_ten_thousand_examples() -> None:
+    """The last position of the ring holds the middle of the row, where no cut falls within an example."""
+    steps = ring_blocks(tuple(range(0, 1_024_001, 100)), 64, 63)
+    assert sum(work(step) for step in steps) == 160 * 100 * 101 // 2
 
 
 def test_steps_that_nobody_needs_are_left_out() -> None:

@@ -166,6 +166,20 @@ def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
     assert logits(done.checkpoint, None).isfinite().all()
 
 
+def test_offloaded_run(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Inputs of layers and the optimizer's state on the host, evaluations and checkpoints between steps: the same run."""
+    changes = (
+        "tuner.type=full", "model.dtype=bfloat16", "train.recompute=full", "train.steps=3", "data.split_dataset_ratio=0.1",
+        "train.eval_steps=1", "train.save_steps=1",
+    )  # fmt: skip
+    flags = ("offload_activations=true", "optimizer_cpu_offload=true", "optimizer_offload_fraction=0.7")
+    plain = api.train(recipe(model, rows, tmp_path / "plain", *changes), nproc=2)
+    done = api.train(recipe(model, rows, tmp_path / "moved", *changes, *flags), nproc=2)
+    assert done.losses == plain.losses and done.evaluations == plain.evaluations and len(done.evaluations) == 3
+    found, want = Checkpoint(done.checkpoint), Checkpoint(plain.checkpoint)
+    assert all(torch.equal(found.read(name), want.read(name)) for name in want.entries)
+
+
 def test_pretraining_trains_every_token(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(
@@ -221,6 +235,11 @@ def test_conversion_there_and_back(model: Path, tmp_path: Path) -> None:
         (["export.max_shard_size=big"], "500MB"),
         (["model.router_aux_loss_coefficient=0.1"], "no experts"),
         (["data.max_length=4"], "data.max_length=4"),
+        (
+            ["parallel.context=2", "parallel.cp=te:p2p"],
+            "parallel.cp=te:p2p needs CUDA and Transformer Engine, and ranks run on the CPU",
+        ),
+        (["model.megatron.cp_comm_type=a2a"], "follows from the model and the layout; set parallel.*"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

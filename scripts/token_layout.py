@@ -1,0 +1,68 @@
+"""Draws which context rank holds which tokens of a row, by the code that cuts it, to docs/token_layout.svg (`--check`: is it current?)."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from swift_mega.parallel.mesh import Mesh
+from swift_mega.parallel.sequence import pieces
+
+TARGET = Path(__file__).parent.parent / "docs" / "token_layout.svg"
+EXAMPLES = (0, 22, 28, 45, 64)
+"""Where the examples of the row begin, and its end."""
+MESHES = (
+    ("--cp ulysses", Mesh(4, 1)),
+    ("--cp ring, allgather", Mesh(1, 4)),
+    ("--cp hybrid, Ulysses 2 x ring 2", Mesh(2, 2)),
+    ("--cp te:p2p", Mesh(1, 4, engine=True)),
+)
+COLOURS = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677")
+LEFT, WIDTH, HEIGHT, GAP = 230, 640, 26, 14
+
+
+def draw() -> str:
+    """The picture, as SVG."""
+    tokens = EXAMPLES[-1]
+    lines = list(
+        _row(
+            0,
+            "row of 4 examples",
+            [(a, b, "#dddddd", "") for a, b in zip(EXAMPLES, EXAMPLES[1:], strict=False)],
+            tokens,
+        )
+    )
+    for number, (name, mesh) in enumerate(MESHES, 1):
+        bounds = _padded(mesh.example_multiple)
+        held = [
+            (start, stop, COLOURS[rank], str(rank))
+            for rank in range(mesh.size)
+            for start, stop in pieces(bounds, mesh, rank)
+        ]
+        lines += _row(number, name, sorted(held), bounds[-1])
+    height = (len(MESHES) + 1) * (HEIGHT + GAP) + GAP
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 10} {height}" font-family="sans-serif" font-size="13">'
+    return "\n".join((head, *lines, "</svg>", ""))
+
+
+def _padded(multiple: int) -> tuple[int, ...]:
+    """Where examples begin if each is padded to a multiple of this many tokens."""
+    bounds = [0]
+    for start, stop in zip(EXAMPLES, EXAMPLES[1:], strict=False):
+        bounds.append(bounds[-1] - (start - stop) // multiple * multiple)
+    return tuple(bounds)
+
+
+def _row(number: int, name: str, held: list[tuple[int, int, str, str]], tokens: int) -> Iterator[str]:
+    top, scale = GAP + number * (HEIGHT + GAP), WIDTH / tokens
+    yield f'<text x="4" y="{top + 18}">{name}</text>'
+    for start, stop, colour, text in held:
+        x, width = LEFT + start * scale, (stop - start) * scale
+        yield f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{HEIGHT}" fill="{colour}" stroke="white"/>'
+        if text:
+            yield f'<text x="{x + width / 2:.1f}" y="{top + 18}" text-anchor="middle">{text}</text>'
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(TARGET.read_text() != draw())
+    TARGET.write_text(draw())

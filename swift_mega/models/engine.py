@@ -1,0 +1,78 @@
+"""Transformer Engine's own attention over context ranks, in place of ours (parallel/context.py): `parallel.cp=te:...`, on CUDA.
+
+It cuts every example on its own, which therefore is padded (data/pack.py). It is told of no padding: what stands behind an example's last
+token counts as more of it, which no real token sees, since attention is causal. With padding it would have fewer kernels to choose from.
+"""
+
+import copy
+from importlib import metadata
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.parallel.mesh import Mesh
+
+SINCE = {"p2p": (2, 0), "a2a": (2, 11), "all_gather": (2, 18), "a2a+p2p": (2, 19)}
+"""The first Transformer Engine whose way of that name takes rows of many examples, and windows where it knows windows at all."""
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
+    """UserError where this machine cannot do what `mesh` asks of Transformer Engine. dtype: of the model."""
+    if not mesh.engine:
+        return
+    asked, ours = f"parallel.cp={mesh.name}", "parallel.cp=auto does the same on any device"
+    if device.kind != "cuda":
+        raise UserError(
+            f"{asked} needs CUDA and Transformer Engine, and ranks run on the {device.kind.upper()} here; {ours}"
+        )
+    try:
+        version = metadata.version("transformer-engine")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{asked} needs Transformer Engine, which is not installed here; {ours}") from None
+    since = SINCE[mesh.communication]
+    if tuple(int(number) for number in version.split(".")[:2]) < since:
+        raise UserError(
+            f"{asked} needs Transformer Engine {since[0]}.{since[1]} for rows of many examples, and {version} is installed; upgrade it, or "
+            f"choose another way: {ours}"
+        )
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{asked} computes in bfloat16 or float16, and the model is in {name}; set model.dtype=bfloat16, or choose another way: {ours}"
+        )
+
+
+def engine_attention(
+    attention: Any, config: TransformerConfig, layer_number: int, *, communication: str, scale: float, window: int | None
+) -> torch.nn.Module:  # fmt: skip
+    """A layer's attention. attention: TEDotProductAttention; window: tokens that a token sees, itself included."""
+    mine = copy.copy(config)  # what Megatron says of windows is of the whole model, and by layers in a pattern
+    mine.window_size, mine.window_attn_skip_freq = None if window is None else (window - 1, 0), None
+    return attention(  # type: ignore[no-any-return]
+        config=mine, layer_number=layer_number, attn_mask_type=AttnMaskType.causal, attention_type="self", attention_dropout=0.0,
+        softmax_scale=scale, cp_comm_type=communication,
+    )  # fmt: skip
+
+
+def attend(
+    engine: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], cu_seqlens: Tensor
+) -> Tensor:  # fmt: skip
+    """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of this rank -> [tokens, heads * head_dim]. Collective.
+
+    bounds: where examples begin in the whole row and its end, on the host; cu_seqlens: the same as int32 on the device.
+    """
+    longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+    # The very same tensor four times: that is how newer versions know that there is no padding, without looking at its numbers.
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest,
+    )  # fmt: skip
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    return engine(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)  # type: ignore[no-any-return]

@@ -1,0 +1,59 @@
+"""What a run chooses that decides its memory, apart from model and layout."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from swift_mega.config.schema import Run
+from swift_mega.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The settings of a run that memory depends on; defaults are those of the run's own settings."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    itemsize: int = 2
+    """Bytes of a number of weights and activations: 2 for bfloat16, 4 for float32."""
+    rank: int | None = None
+    """Of LoRA on all linears; None: every parameter is trained."""
+    distributed_optimizer: bool = True
+    recompute: Literal["none", "full"] = "none"
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_layers: int = 1
+    tile: int | None = None
+    """Tokens of a tile of MLPs and norms; None: they take all at once."""
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None: as many as fit 128 MiB."""
+    whole_loss: bool = False
+    """All logits exist at once, whatever loss_chunk: what frameworks do that hand logits to a loss."""
+    offload_activations: bool = False
+    offload_fraction: float = 0.0
+    """Share of the optimizer's state in host memory."""
+    fused_activation: bool = False
+    """model.megatron.bias_activation_fusion: gate and up are multiplied in one kernel, which keeps neither."""
+    microbatches: int = 1
+    """Rows of one data-parallel rank in a step; pipeline stages hold several at once."""
+    longest: int | None = None
+    """Tokens of the longest example of a row; None: the row is one. It matters on the CPU only."""
+
+
+def choices_of(
+    run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None
+) -> Choices:  # fmt: skip
+    """The choices of a run of a model of `hidden` features. UserError for train.recompute=selective, which has no formula."""
+    train, optim, tuner = run.train, run.optim, run.tuner
+    if train.recompute == "selective":
+        raise UserError("train.recompute=selective has no memory formula; plan with none or full")
+    return Choices(
+        device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
+        distributed_optimizer=run.parallel.distributed_optimizer, recompute=train.recompute, recompute_method=train.recompute_method,
+        recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
+        loss_chunk=train.loss_chunk_size, offload_activations=train.offload_activations,
+        offload_fraction=optim.offload_fraction if optim.cpu_offload else 0.0,
+        fused_activation=bool(run.model.megatron.get("bias_activation_fusion")), microbatches=microbatches, longest=longest,
+    )  # fmt: skip
+
+
+def _itemsize(run: Run, device: str) -> int:
+    dtype = run.model.dtype if run.model.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]

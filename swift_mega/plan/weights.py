@@ -1,0 +1,98 @@
+"""Numbers in the weights of one rank, by the shapes that models/decoder.py's rules name and the axes that cut them."""
+
+from dataclasses import dataclass
+
+from swift_mega.errors import UserError
+from swift_mega.models.settings import Block, Settings, padded_vocabulary
+from swift_mega.parallel.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Features of one token on one tensor rank."""
+
+    hidden: int
+    query: int
+    key: int
+    """Of the keys, and as many of the values."""
+    heads: int
+    ffn: int
+    gated: bool
+    vocab: int
+    rope: int
+    """Of the cosines, and as many of the sines, of all rotations of the model."""
+    query_norm: bool
+    """Queries and keys are normalised."""
+
+    @property
+    def first(self) -> int:
+        """Outputs of the MLP's first linear: gate and up, or up alone."""
+        return 2 * self.ffn if self.gated else self.ffn
+
+
+def widths(settings: Settings, layout: Layout, vocab_divisible_by: int = 128) -> Widths:
+    """UserError for a model whose layers have no formula yet."""
+    shape, megatron = settings.shape, settings.megatron
+    _check(settings)
+    head_dim, tensor = megatron["kv_channels"], layout.tensor
+    return Widths(
+        hidden=shape.hidden, query=shape.heads // tensor * head_dim, key=max(1, shape.kv_heads // tensor) * head_dim,
+        heads=shape.heads // tensor, ffn=(shape.ffn or 0) // tensor, gated=megatron["gated_linear_unit"],
+        vocab=padded_vocabulary(shape.vocab, vocab_divisible_by, tensor) // tensor,
+        rope=sum(len(rope.inverse_frequencies) for rope in settings.distinct_ropes),
+        query_norm=bool(megatron.get("qk_layernorm") or settings.whole_qk_norm or settings.head_qk_norm or settings.late_qk_norm),
+    )  # fmt: skip
+
+
+def _check(settings: Settings) -> None:
+    found = {
+        "a mixture of experts": bool(settings.shape.experts),
+        "latent attention": bool(settings.megatron.get("multi_latent_attention")),
+        "a gated delta net": settings.delta is not None,
+        "branches or norms joined otherwise than Llama's": settings.block != Block(),
+        "a soft-cap, sinks or ALiBi in attention": bool(
+            settings.scales.attention_softcap or settings.sinks or settings.alibi
+        ),
+    }
+    for what, there in found.items():
+        if there:
+            raise UserError(
+                f"the memory formula knows layers like Llama's and Qwen3's, and this model has {what}; measure a small run instead: "
+                "logging.jsonl names its memory"
+            )
+
+
+def layer_numbers(settings: Settings, layout: Layout) -> int:
+    """Of one decoder layer on one tensor rank."""
+    w, tensor = widths(settings, layout), layout.tensor
+    kept_keys = (
+        settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor
+    )  # shared heads are cut too, and gathered
+    inputs = round(w.query + 2 * kept_keys)
+    norms = 2 * w.hidden * bool(settings.norm.weight) * (2 if settings.norm.bias else 1)
+    norms += 2 * settings.megatron["kv_channels"] if w.query_norm else 0
+    biases = inputs * bool(settings.megatron.get("add_qkv_bias")) + w.hidden * settings.biases.attention_output
+    biases += (w.first + w.hidden) * settings.biases.mlp
+    return w.hidden * (inputs + w.query + w.first + w.ffn) + norms + biases
+
+
+def adapter_numbers(settings: Settings, layout: Layout, rank: int) -> int:
+    """Of LoRA on the four linears of a layer, on one tensor rank (tuners/lora.py): q, k, v, gate and up have a pair each."""
+    w = widths(settings, layout)
+    shared = (3 + (2 if w.gated else 1)) * rank * w.hidden  # `down` of a column linear is whole on every rank
+    up = rank * (w.query + 2 * w.key + w.first)
+    of_rows = rank * (w.query + w.ffn) + 2 * rank * w.hidden
+    return shared + up + of_rows
+
+
+def stage_numbers(settings: Settings, layout: Layout, stage: int) -> tuple[int, int]:
+    """(numbers in the base weights, layers) of a stage's ranks, over all its model chunks."""
+    w = widths(settings, layout)
+    layers = sum(len(layout.layers_of(stage, virtual)) for virtual in range(layout.virtual))
+    total = layers * layer_numbers(settings, layout)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    table = w.vocab * w.hidden
+    total += table * first + (w.hidden * bool(settings.norm.weight)) * last
+    total += table * (last and not (settings.tied and layout.pipeline == 1))
+    total += (settings.positions or 0) * w.hidden * first
+    return total, layers

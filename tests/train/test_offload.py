@@ -1,0 +1,134 @@
+"""Layer inputs on the host: nothing changes by a bit, they are what moves, and nothing of them is left when a step is over."""
+
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swift_mega.config import schema
+from swift_mega.device import Device
+from swift_mega.launch.torchrun import run_ranks
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout, parse_layout
+from swift_mega.train import offload, validate
+from swift_mega.train.build import build_training
+from swift_mega.train.step import evaluate, run_schedule
+from tests.train.bench import bench, settings
+
+LAYOUTS = ["dp1", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2-ring", "tp2-pp2-sp"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("offload")
+
+
+class Counted(offload.Bus):
+    """Remembers what left for the host."""
+
+    made: ClassVar["list[Counted]"] = []
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.bytes: list[int] = []
+        self.alive: list[weakref.ref[Tensor]] = []
+        self.made.append(self)
+
+    def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        host, copied = super().to_host(tensor)
+        self.bytes.append(tensor.numel() * tensor.element_size())
+        self.alive += [weakref.ref(tensor), weakref.ref(host)]
+        return host, copied
+
+    def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
+        target, copied = super().to_device(host)
+        self.alive.append(weakref.ref(target))
+        return target, copied
+
+
+def one_step(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) -> list[dict[str, Any]]:
+    """What every rank computed, and moved: loss, gradients, bytes of each tensor that left, what of it is still there."""
+    offload.Bus = Counted  # type: ignore[misc]  # of this rank's process alone
+    groups = parallel_groups.init(layout, seed=run.train.seed)
+    training = build_training(run, device, groups, steps=1)
+    batches = validate.microbatches(rows, layout, groups.coordinate.data)
+    evaluated = evaluate(training, [batches])
+    moved_by_evaluation = sum(len(bus.bytes) for bus in Counted.made)
+    for chunk in training.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    loss, _, _ = run_schedule(training, batches, forward_only=False)
+    gc.collect()
+    trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
+    found = {
+        "loss": (loss, evaluated),
+        "gradients": {held.name: held.parameter.main_grad.clone() for held in trained},
+        "bytes": [size for bus in Counted.made for size in bus.bytes],
+        "alive": sum(each() is not None for bus in Counted.made for each in bus.alive),
+        "leaving": sum(bus.leaving is not None for bus in Counted.made),
+        "moved_by_evaluation": moved_by_evaluation,
+        "expected": expected(
+            layout, groups.coordinate.pipeline, [len(batch.tokens) for batch in batches], training.part
+        ),
+    }
+    everyone: list[dict[str, Any]] = [{} for _ in range(layout.world)]
+    dist.all_gather_object(everyone, found)
+    parallel_groups.close()
+    return everyone
+
+
+def expected(layout: Layout, stage: int, tokens: list[int], part: Any) -> list[int]:
+    """Bytes of every layer's input but the first one's of a later stage, which the schedule holds."""
+    inputs = sum(
+        len(layout.layers_of(stage, virtual)) - (0 if stage == virtual == 0 else 1) for virtual in range(layout.virtual)
+    )
+    saved_by_rank = part.config.distribute_saved_activations
+    cut = layout.context * (layout.tensor if layout.sequence or saved_by_rank else 1)
+    return sorted(each * part.settings.shape.hidden * 4 // cut for each in tokens for _ in range(inputs))
+
+
+def check(
+    work: Path, cpu: Device, tuner: str, layout: str, family: str = "llama", megatron: dict[str, Any] | None = None
+) -> None:
+    one = bench(work, cpu, family, tuner)
+    parallel, world = parse_layout(layout)
+    run = settings(one.model, parallel, tuner, one.adapter, recompute="full")
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, megatron=megatron or {}))
+    moved = dataclasses.replace(run, train=dataclasses.replace(run.train, offload_activations=True))
+    plain, found = (
+        run_ranks(world, one_step, each, cpu, one.layout(parallel, world), one.rows) for each in (run, moved)
+    )
+    for rank in range(world):
+        want, have = plain[rank], found[rank]
+        assert not want["bytes"], "the oracle offloads nothing"
+        assert have["loss"] == want["loss"]
+        assert have["gradients"].keys() == want["gradients"].keys() and have["gradients"]
+        for name, gradient in want["gradients"].items():
+            assert torch.equal(have["gradients"][name], gradient), f"rank {rank}: {name}"
+        assert sorted(have["bytes"]) == have["expected"]
+        assert have["alive"] == have["leaving"] == have["moved_by_evaluation"] == 0
+    assert any(each["bytes"] for each in found)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(work: Path, cpu: Device, layout: str, tuner: str) -> None:
+    """Loss and gradients are the same bits; what left are the layers' inputs; an evaluation moves nothing."""
+    check(work, cpu, tuner, layout)
+
+
+@pytest.mark.parametrize("family, layout", [("mixtral", "ep2-dp2"), ("deepseek_v3_moe", "pp2"), ("bloom", "dp2")])
+def test_families(work: Path, cpu: Device, family: str, layout: str) -> None:
+    """Experts, latent attention, and an embedding with a norm, whose output is the first layer's input."""
+    check(work, cpu, "full", layout, family)
+
+
+def test_inputs_that_tensor_ranks_share(work: Path, cpu: Device) -> None:
+    """Megatron's distribute_saved_activations: each rank saves its part, and fills in the rest after it is back."""
+    check(work, cpu, "full", "tp2", megatron={"distribute_saved_activations": True})

@@ -1,0 +1,118 @@
+"""AdamW's state and step on the host: by Megatron's own offloading, weights become, to the last bit, what they become without it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+from swift_mega.config import schema
+from swift_mega.device import Device
+from swift_mega.launch.torchrun import run_ranks
+from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.layout import Layout, parse_layout
+from swift_mega.train import validate
+from swift_mega.train.build import build_training
+from swift_mega.train.step import train_step
+from tests.train.bench import OPTIM, Bench, bench, settings
+
+STEPS = 3
+FALLING = dataclasses.replace(OPTIM, schedule="linear")
+
+CASES = [
+    *(
+        ("llama", tuner, layout, "float32", False, 1.0)
+        for tuner in ("full", "lora")
+        for layout in ("dp1", "dp2", "tp2")
+    ),
+    *(("llama", tuner, layout, "float32", True, 1.0) for tuner in ("full", "lora") for layout in ("dp1", "dp2", "tp2")),
+    *(
+        ("llama", tuner, layout, "bfloat16", True, 1.0)
+        for tuner in ("full", "lora")
+        for layout in ("dp1", "dp2", "tp2")
+    ),
+    ("llama", "full", "dp1", "float32", False, 0.5),
+    ("llama", "lora", "dp2", "float32", True, 0.5),
+    ("llama", "full", "dp2", "bfloat16", True, 0.5),
+    ("llama", "full", "pp2-dp2", "bfloat16", True, 0.3),
+    ("mixtral", "full", "ep2-dp2", "float32", True, 1.0),  # experts have an optimizer of their own
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("optimizer_offload")
+
+
+def steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) -> dict[str, Any]:
+    """The first rank's losses, gradient norms and trained weights, and who stepped how many numbers at which rate."""
+    groups = parallel_groups.init(layout, seed=run.train.seed)
+    training = build_training(run, device, groups, steps=STEPS)
+    found: dict[str, Any] = {"losses": [], "norms": [], "rates": []}
+    hybrids = [
+        one.optimizer
+        for one in training.optimizer.chained_optimizers
+        if isinstance(one.optimizer, HybridDeviceOptimizer)
+    ]
+    for step in range(STEPS):
+        turned = [*rows[4 * step :], *rows[: 4 * step]]
+        result = train_step(training, validate.microbatches(turned, layout, groups.coordinate.data))
+        found["losses"].append(result.loss)
+        found["norms"].append(result.grad_norm)
+        used = {group["lr"] for hybrid in hybrids for each in hybrid.sub_optimizers for group in each.param_groups}
+        found["rates"].append((result.learning_rate, used))
+    for chunk in training.chunks:
+        if run.parallel.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    found["weights"] = {
+        held.name: held.parameter.detach().clone()
+        for held in training.tuner.held(training.part)
+        if held.parameter.requires_grad
+    }
+    found["host"] = sum(numbers(each) for hybrid in hybrids for each in hybrid.cpu_optimizers)
+    found["device"] = sum(numbers(hybrid.gpu_optimizer) for hybrid in hybrids if hybrid.gpu_optimizer)
+    for hybrid in hybrids:
+        for copy, parameter in hybrid.cpu_copys_map_gpu_param.items():
+            assert type(copy) is torch.Tensor and copy.dtype == torch.float32
+            assert copy.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr(), "no copy"
+    parallel_groups.close()
+    return found
+
+
+def numbers(optimizer: torch.optim.Optimizer) -> int:
+    return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("family, tuner, layout, dtype, cut, fraction", CASES)
+def test_steps_are_those_without_it(
+    work: Path, cpu: Device, family: str, tuner: str, layout: str, dtype: str, cut: bool, fraction: float
+) -> None:
+    """Three steps at three rates, clipped; the optimizers on both sides were told each rate."""
+    parallel, world = parse_layout(layout)
+    parallel = dataclasses.replace(parallel, distributed_optimizer=cut)
+    compare(bench(work, cpu, family, tuner), parallel, world, dtype, fraction)
+
+
+def test_overlapped_communication(work: Path, cpu: Device) -> None:
+    """Parameters that are gathered while the next forward pass runs are those that came from the host."""
+    parallel = schema.Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
+    compare(bench(work, cpu, "llama", "full"), parallel, 2, "bfloat16", 1.0)
+
+
+def compare(one: Bench, parallel: schema.Parallel, world: int, dtype: str, fraction: float) -> None:
+    run = dataclasses.replace(settings(one.model, parallel, one.tuner, one.adapter, dtype=dtype), optim=FALLING)
+    offloaded = dataclasses.replace(FALLING, cpu_offload=True, offload_fraction=fraction)
+    plain, found = (
+        run_ranks(world, steps, dataclasses.replace(run, optim=optim), one.cpu, one.layout(parallel, world), one.rows)
+        for optim in (FALLING, offloaded)
+    )
+    assert plain["host"] == plain["device"] == 0, "the oracle offloads nothing"
+    total = found["host"] + found["device"]
+    assert total > 0 and found["host"] >= fraction * total and (fraction == 1.0 or found["device"] > 0)
+    assert found["losses"] == plain["losses"] and found["norms"] == plain["norms"]
+    for name, weight in plain["weights"].items():
+        assert torch.equal(weight, found["weights"][name]), name
+    assert len({rate for rate, _ in found["rates"]}) == STEPS, "the rate falls"
+    assert all(used == {rate} for rate, used in found["rates"]), found["rates"]
