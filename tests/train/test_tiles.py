@@ -101,6 +101,11 @@ def test_with_recomputed_layers(work: Path, cpu: Device, layout: str) -> None:
     check(work, cpu, "llama", "full", layout, name="-full", recompute="full")
 
 
+def test_with_inputs_of_layers_on_the_host(work: Path, cpu: Device) -> None:
+    """Tiles of a recomputed layer whose input was moved away and back."""
+    check(work, cpu, "llama", "full", "tp2-sp", name="-offload", recompute="full", offload_activations=True)
+
+
 @pytest.mark.parametrize("family, module", [("llama", "mlp"), ("qwen2_moe", "shared_experts")])
 def test_with_recomputed_modules(work: Path, cpu: Device, family: str, module: str) -> None:
     """Megatron's own recomputation of an MLP around its tiles."""
