@@ -86,7 +86,9 @@ def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
         }
 
 
-def planned_slowly(cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None) -> list[list[tuple[Block, ...]]]:
+def planned_slowly(
+    cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None
+) -> list[list[tuple[Block, ...]]]:
     """[position][step] by looking at every example for every range and at every position for every step: the definition."""
     held = []
     for position in range(ring):
@@ -122,7 +124,9 @@ def test_a_row_of_ten_thousand_examples_is_planned_in_little_time() -> None:
     cu = tuple(range(0, 1_024_001, 100))  # 10240 examples
     begin = time.process_time()
     steps = ring_blocks(cu, 64, 63)
-    assert time.process_time() - begin < 0.1  # 0.6 ms; 0.48 s when every position's steps were planned over all examples
+    assert (
+        time.process_time() - begin < 0.1
+    )  # 0.6 ms; 0.48 s when every position's steps were planned over all examples
     assert sum(work(step) for step in steps) == 160 * 100 * 101 // 2
 
 
