@@ -136,7 +136,7 @@ def _by_blocks(
     """One example whose scores are more than a product, a block of queries at a time; they are computed again for the gradient."""
     keys, values = (x.transpose(0, 1) for x in (key, value))
     blocks = []
-    for first, start, end in _blocks(len(query), window):
+    for first, _, start, end in _blocks(len(query), len(query), window):
         given = (_grouped(query[start:end], len(keys)), keys[:, first:end], values[:, first:end])
         out = checkpoint(
             _block, *given, scale, window, softcap, sinks, end - start, use_reentrant=False, preserve_rng_state=False
@@ -193,13 +193,28 @@ class _CpuAttention(torch.autograd.Function):
         query, key, value, out, lse, *sinks = ctx.saved_tensors
         towards = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         for start, end in _examples(ctx.bounds):
-            backward = _kernel_backward if end - start <= SHORT else _blocked_backward
-            backward(
+            gradients_of_keys(
                 gradients[0][start:end], query[start:end], key[start:end], value[start:end], out[start:end], lse[:, start:end],
                 into=tuple(x[start:end] for x in towards), scale=ctx.scale, window=ctx.window,
             )  # fmt: skip
         towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         return *towards, None, None, None, towards_sinks
+
+
+def gradients_of_keys(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool = True,
+) -> None:  # fmt: skip
+    """The gradients of query, key and value that come of these keys, in float32 or float64 on CPU.
+
+    The last query stands at the last key; there may be fewer queries than keys, and without `causal` more. out [queries, heads,
+    value_dim] and lse [heads, queries] are the whole softmax's, which may have further keys. grad: of out. into: written to.
+    """
+    short = causal and len(query) == len(key) <= SHORT and query.shape[-1] == value.shape[-1]
+    if short:
+        _kernel_backward(grad, query, key, value, out, lse, into=into, scale=scale, window=window)
+    else:
+        _blocked_backward(grad, query, key, value, out, lse, into=into, scale=scale, window=window, causal=causal)
 
 
 def _kernel_backward(
@@ -217,25 +232,25 @@ def _kernel_backward(
 
 def _blocked_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool,
 ) -> None:  # fmt: skip
-    """Gradients of one example, from its softmax computed again by blocks of queries."""
+    """Gradients from the softmax computed again by blocks of queries."""
     keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
     towards_keys, towards_values = torch.zeros_like(keys), torch.zeros_like(values)
     lse2 = lse * LOG2_E  # powers of two take half the time of exp
-    for first, start, end in _blocks(len(query), window):
+    for first, end, start, stop in _blocks(len(query), len(key), window, causal):
         # [kv_heads, queries_per_group * block, head_dim]: the queries that share keys are rows of one product.
-        q, g, o = (_grouped(x[start:end], len(keys)) for x in (query, grad, out))
+        q, g, o = (_grouped(x[start:stop], len(keys)) for x in (query, grad, out))
         q = q * (scale * LOG2_E)
         k, v = keys[:, first:end], values[:, first:end]
-        weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse2[:, start:end].reshape(len(keys), -1, 1)).exp2_()
-        _hide(weights.view(-1, end - start, end - first), window)
+        weights = torch.bmm(q, k.transpose(1, 2)).sub_(lse2[:, start:stop].reshape(len(keys), -1, 1)).exp2_()
+        _hide(weights.view(-1, stop - start, end - first), len(key) - len(query) + start - first, window, causal)
         towards_values[:, first:end].baddbmm_(weights.transpose(1, 2), g)
         mean = (g * o).sum(-1, keepdim=True)
         scores = torch.bmm(g, v.transpose(1, 2)).sub_(mean).mul_(weights)
         towards_keys[:, first:end].baddbmm_(scores.transpose(1, 2), q)
-        rows = torch.bmm(scores, k).view(query.shape[1], end - start, -1)
-        torch.mul(rows.transpose(0, 1), scale, out=into[0][start:end])
+        rows = torch.bmm(scores, k).view(query.shape[1], stop - start, -1)
+        torch.mul(rows.transpose(0, 1), scale, out=into[0][start:stop])
     torch.div(towards_keys.transpose(0, 1), LOG2_E, out=into[1])  # q carried it
     into[2].copy_(towards_values.transpose(0, 1))
 
@@ -244,10 +259,13 @@ def _examples(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
     return zip(bounds, bounds[1:], strict=False)
 
 
-def _blocks(length: int, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """(first key seen, first query, end of queries) of each block; the last query sees the last key."""
-    for start in range(0, length, QUERY_BLOCK):
-        yield 0 if window is None else max(0, start - window + 1), start, min(start + QUERY_BLOCK, length)
+def _blocks(queries: int, keys: int, window: int | None, causal: bool = True) -> Iterator[tuple[int, int, int, int]]:
+    """(first key seen, end of keys, first query, end of queries) of each block; the last query stands at the last key."""
+    ahead = keys - queries
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        first = 0 if window is None else max(0, start + ahead - window + 1)
+        yield first, stop + ahead if causal else keys, start, stop
 
 
 def _heads_first(x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
@@ -269,12 +287,13 @@ def _kernel_mask(query: Tensor, window: int | None) -> dict[str, Any]:
     return {"is_causal": False, "attn_mask": query.new_zeros(length, length).masked_fill_(~seen, -torch.inf)}
 
 
-def _hide(weights: Tensor, window: int | None) -> None:
-    """Zero for keys that the query does not see. weights: [heads, queries, keys], the last query at the last key."""
-    _, queries, keys = weights.shape
-    weights[..., keys - queries :].tril_()  # no other key lies after a query
+def _hide(weights: Tensor, ahead: int, window: int | None, causal: bool) -> None:
+    """Zero for keys that the query does not see. weights: [heads, queries, keys], the first query at key `ahead`."""
+    if causal:
+        near = max(ahead, 0)
+        weights[..., near:].tril_(ahead - near)  # no other key lies after a query
     if window is not None:
-        weights.triu_(keys - queries - window + 1)
+        weights.triu_(ahead - window + 1)
 
 
 @functools.lru_cache(maxsize=8)

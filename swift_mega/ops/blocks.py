@@ -8,8 +8,8 @@ their values and the log of the sum of exp(score). Two such results over differe
 in float32 (float64 for float64), whatever the dtype of the tensors. The gradient of a block follows from the whole row's out and lse
 alone (algorithm 2 of arXiv:2307.08691), so blocks come in any order there too.
 
-On CUDA these are flash-attn's varlen kernels, one call for blocks that lie one after another; elsewhere tiles in torch. Neither makes
-a [tokens, tokens] matrix.
+On CUDA these are flash-attn's varlen kernels, one call for blocks that lie one after another; on CPU torch's flash kernel forward and
+the products of ops/attention.py backward; elsewhere tiles in torch. None makes a [tokens, tokens] matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swift_mega.ops.attention import _flash_kernels
+from swift_mega.ops.attention import _flash_kernels, gradients_of_keys
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
@@ -108,23 +108,26 @@ def forward(
     softcap: scores s become c tanh(s / c).
     """
     kernels = _kernels(query)
-    for group in _groups(blocks):
+    for group in call_groups(blocks):
         first, last = group[0], group[-1]
         q = query[first.q : last.q + last.queries]
         k, v = (x[first.k : last.k + last.keys] for x in (key, value))
         if kernels is not None:
             parts.add(first.q, *_flash_forward(kernels[0], group, q, k, v, scale, softcap))
             continue
+        if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+            found = [_cpu_forward(one, query, key, value, scale) for one in group]
+            out, lse = (
+                found[0] if len(found) == 1 else (torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], 1))
+            )
+            parts.add(first.q, out, lse)
+            continue
         for one in group:
             q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
-            if softcap is None and q.shape[-1] == v.shape[-1] and q.device.type == "cpu":
-                for start, out, lse in _cpu_forward(one, q, k, v, scale):
-                    parts.add(one.q + start, out, lse)
-            else:
-                for start, first_key, last_key, hidden in _tiles(one, q.device):
-                    rows = q[start : start + QUERY_TILE]
-                    out, lse = _tile_forward(rows, k[first_key:last_key], v[first_key:last_key], hidden, scale, softcap)
-                    parts.add(one.q + start, out, lse)
+            for start, first_key, last_key, hidden in _tiles(one, q.device):
+                rows = q[start : start + QUERY_TILE]
+                out, lse = _tile_forward(rows, k[first_key:last_key], v[first_key:last_key], hidden, scale, softcap)
+                parts.add(one.q + start, out, lse)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def backward(
     grad: [tokens, heads, value_dim], of out.
     """
     kernels = _kernels(query)
-    for group in _groups(blocks):
+    for group in call_groups(blocks):
         first, last = group[0], group[-1]
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
         if kernels is not None:
@@ -156,6 +159,9 @@ def backward(
                 (towards.query, towards.key, towards.value), (rows, columns, columns), found, strict=True
             ):
                 target[where] += part
+            continue
+        if softcap is None and query.device.type == "cpu":
+            _cpu_backward(towards, grad, query, key, value, out, lse, group, rows, columns, scale)
             continue
         for one in group:
             for start, first_key, last_key, hidden in _tiles(one, query.device):
@@ -190,12 +196,12 @@ def _tiles(one: Block, device: torch.device) -> Iterator[tuple[int, int, int, Te
             yield start, first, last, hidden
 
 
-def _cpu_forward(one: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _cpu_forward(one: Block, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """torch's flash kernel: the whole block where it needs no mask of its own, else a tile of queries over the keys they see."""
+    q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
     if one.left is None and (not one.causal or one.queries == one.keys):
-        yield 0, *_kernel(q, k, v, scale, one.causal, None)
-        return
-    ahead = one.keys - one.queries
+        return _kernel(q, k, v, scale, one.causal, None)
+    ahead, found = one.keys - one.queries, []
     for start in range(0, one.queries, QUERY_TILE):
         stop = min(start + QUERY_TILE, one.queries)
         first = 0 if one.left is None else max(0, start + ahead - one.left)
@@ -205,7 +211,33 @@ def _cpu_forward(one: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> I
         if one.left is not None:
             hidden |= distance > one.left
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-        yield start, *_kernel(q[start:stop], k[first:last], v[first:last], scale, False, mask)
+        found.append(_kernel(q[start:stop], k[first:last], v[first:last], scale, False, mask))
+    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found], 1)
+
+
+def _cpu_backward(
+    towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: Sequence[Block],
+    rows: slice, columns: slice, scale: float,
+) -> None:  # fmt: skip
+    """By the products that attention without context parallelism has. rows, columns: queries and keys of the group."""
+    exact = towards.query.dtype
+    of_queries = [x[rows].to(exact) for x in (grad, query, out)]
+    of_keys = [x[columns].to(exact) for x in (key, value)]
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (of_queries[1], *of_keys)]
+    lse = lse[:, rows]
+    for one in group:
+        mine, theirs = (
+            slice(first, first + size)
+            for first, size in ((one.q - rows.start, one.queries), (one.k - columns.start, one.keys))
+        )
+        g, q, o = (x[mine] for x in of_queries)
+        k, v = (x[theirs] for x in of_keys)
+        into, window = (found[0][mine], found[1][theirs], found[2][theirs]), None if one.left is None else one.left + 1
+        gradients_of_keys(g, q, k, v, o, lse[:, mine], into=into, scale=scale, window=window, causal=one.causal)
+    for target, where, part in zip(
+        (towards.query, towards.key, towards.value), (rows, columns, columns), found, strict=True
+    ):
+        target[where] += part
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -274,19 +306,28 @@ def _kernels(query: Tensor) -> tuple[Any, Any] | None:
     return _flash_kernels() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
     """Blocks that one varlen call can take: alike in what they hide, their queries and their keys each without a gap between."""
     begun: list[Block] = []
+    left, unbounded = (
+        None,
+        0,
+    )  # of what is begun: its `left`, and most keys of a block without one, which may be too few to need it
     for one in blocks:
         last = begun[-1] if begun else None
+        own = one.keys if one.left is None else 0
+        common, most = (left if one.left is None else one.left), max(unbounded, own)
         if last and not (
             last.q + last.queries == one.q
             and last.k + last.keys == one.k
-            and (last.causal, last.left) == (one.causal, one.left)
+            and last.causal == one.causal
+            and left in (None, common)
+            and (common is None or most <= common + 1)
         ):
             yield begun
-            begun = []
+            begun, common, most = [], one.left, own
         begun.append(one)
+        left, unbounded = common, most
     if begun:
         yield begun
 
@@ -298,10 +339,11 @@ def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: f
         return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
 
     queries, keys = [one.queries for one in group], [one.keys for one in group]
+    left = next((one.left for one in group if one.left is not None), -1)
     return {
         "cu_seqlens_q": starts(queries), "cu_seqlens_k": starts(keys), "max_seqlen_q": max(queries), "max_seqlen_k": max(keys),
         "dropout_p": 0.0, "softmax_scale": scale, "causal": group[0].causal,
-        "window_size_left": -1 if group[0].left is None else group[0].left, "window_size_right": 0 if group[0].causal else -1,
+        "window_size_left": left, "window_size_right": 0 if group[0].causal else -1,
         "softcap": softcap or 0.0, "alibi_slopes": None,
     }  # fmt: skip
 

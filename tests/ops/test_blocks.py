@@ -211,3 +211,24 @@ def test_examples_that_lie_together_are_one_call(monkeypatch):
     q = torch.randn(40, 2, 4)
     forward(Parts(q, 4), q, q, q, shown, scale=0.5)
     assert calls == [list(range(0, 41, 5))]
+
+
+def test_examples_shorter_than_a_window_join_the_call_of_longer_ones(monkeypatch):
+    calls = []
+
+    def counted(*args: Any, **given: Any) -> Any:
+        calls.append((given["cu_seqlens_q"].tolist(), given["window_size_left"]))
+        return flash_forward(*args, **given)
+
+    monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
+    (shown,) = ring_blocks((0, 5, 25, 36, 40), 1, 0, window=11)
+    q = torch.randn(40, 2, 4, dtype=torch.float64)
+    parts = Parts(q, 4)
+    forward(parts, q, q, q, shown, scale=0.5)
+    assert calls == [([0, 5, 25, 36, 40], 10)]
+    example = torch.bucketize(torch.arange(40), torch.tensor([5, 25, 36]), right=True)
+    mask = seen(range(40), range(40), True, 11) & (example[:, None] == example[None])
+    assert (parts.out - whole(q, q, q, mask, 0.5, None)[0]).abs().max() < 1e-12
+    calls.clear()
+    forward(Parts(q, 4), q, q, q, [Block(0, 12, 0, 12, True), Block(12, 20, 12, 20, True, 10)], scale=0.5)
+    assert [left for _, left in calls] == [-1, 10]  # 12 keys are more than those that the second shows

@@ -1,0 +1,399 @@
+"""Context-parallel attention without a network, one process playing every rank: `python benchmarks/context_parts.py [--help]`.
+
+  b  balance   pairs of query and key, and seconds of processor time, that each rank's blocks take: the zigzag cut against a contiguous one
+  c  overhead  blocks and merging of all ranks together against attention on the whole row at once: the same work
+  d  padding   tokens of padding in packed rows, padded as rows against example by example
+
+One thread, and processor time rather than the clock, so that other processes change little; jobs that are compared take turns.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swift_mega.data.pack import pack_examples
+from swift_mega.ops.attention import attention
+from swift_mega.ops.blocks import Block, Parts, Towards, backward, call_groups, forward
+from swift_mega.parallel.layout import Layout
+from swift_mega.parallel.mesh import Mesh
+from swift_mega.parallel.sequence import Range, blocks, ring_blocks, ring_pieces, runs
+
+HEAD_DIM = 64
+AIM = 1.15
+"""Merging and the ring may make attention this much slower, not more."""
+Steps = Sequence[Sequence[Block]]
+
+
+def lengths(mean: float, spread: float, count: int, most: int) -> list[int]:
+    """Lognormal lengths of examples, in tokens. spread: the standard deviation of their logarithm."""
+    drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, count)
+    return np.clip(drawn, 2, most).astype(int).tolist()
+
+
+def packed_row(mean: float, tokens: int) -> tuple[int, ...]:
+    """cu_seqlens of the fullest row that the packer makes of many examples, the rest one more example."""
+    sizes = lengths(mean, 1.0, 40 * tokens // int(mean), tokens)
+    row = max(pack_examples(sizes, tokens), key=lambda indices: (sum(sizes[i] for i in indices), len(indices)))
+    ends = list(accumulate((sizes[i] for i in np.random.default_rng(1).permutation(row)), initial=0))
+    return (*ends, tokens) if ends[-1] < tokens else tuple(ends)
+
+
+# ------------------------------------------------------------------------------------------------ the ranks of a ring
+
+
+def contiguous_steps(cu_seqlens: tuple[int, ...], ring: int, position: int) -> Steps:
+    """What `ring_blocks` would be, were a row cut into as many pieces as ranks."""
+    held = [runs(piece, cu_seqlens) for piece in contiguous_pieces(cu_seqlens[-1], ring)]
+    return [blocks(held[position], held[(position - step) % ring], causal=True, window=None) for step in range(ring)]
+
+
+def contiguous_pieces(tokens: int, ring: int) -> list[tuple[Range, ...]]:
+    share = tokens // ring
+    return [((share * each, share * (each + 1)),) for each in range(ring)]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """All ranks of a ring over one row: who holds which tokens, and what each sees in every step."""
+
+    held: list[Tensor]
+    steps: list[Steps]
+
+    @classmethod
+    def of(cls, cu_seqlens: tuple[int, ...], size: int, *, zigzag: bool = True) -> "Ring":
+        tokens = cu_seqlens[-1]
+        cut = [ring_pieces(tokens, size, each) for each in range(size)] if zigzag else contiguous_pieces(tokens, size)
+        held = [torch.cat([torch.arange(begin, end) for begin, end in pieces]) for pieces in cut]
+        plan = ring_blocks if zigzag else contiguous_steps
+        return cls(held, [plan(cu_seqlens, size, each) for each in range(size)])
+
+    def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
+        """Processor seconds of each rank, and [tokens, ...] out (and dQ, dK, dV) of the row, as parallel/ring.py has it but for the network.
+
+        row: query, key, value and the gradient of out.
+        """
+        cut = [tuple(x[mine] for x in row) for mine in self.held]
+        sums = [tuple(torch.zeros_like(x) for x in mine[:3]) for mine in cut]  # dQ, dK, dV of each rank's tokens
+        seconds, outs = [], []
+        for rank, steps in enumerate(self.steps):
+            query, _, _, grad = cut[rank]
+            there = [(rank - step) % len(self.held) for step in range(len(steps))]
+            begin = time.process_time()
+            parts = Parts(query, row[2].shape[-1])
+            for shown, owner in zip(steps, there, strict=True):
+                forward(parts, query, *cut[owner][1:3], shown, scale=HEAD_DIM**-0.5)
+            out, lse = parts.finished(None)
+            for shown, owner in zip(steps, there, strict=True) if gradients else ():
+                key, value = cut[owner][1:3]
+                towards = Towards(sums[rank][0], torch.zeros_like(key), torch.zeros_like(value))
+                backward(towards, grad, query, key, value, out, lse, shown, scale=HEAD_DIM**-0.5)
+                sums[owner][1].add_(towards.key)  # as those that come from the rank before
+                sums[owner][2].add_(towards.value)
+            seconds.append(time.process_time() - begin)
+            outs.append(out)
+        results = [torch.empty_like(x) for x in (row[3], *row[:3])]
+        for mine, found in zip(self.held, zip(outs, *zip(*sums, strict=True), strict=True), strict=True):
+            for whole, part in zip(results, found, strict=True):
+                whole[mine] = part
+        return seconds, results
+
+
+def make_row(tokens: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """Query, key, value and a gradient of the result: [tokens, heads, HEAD_DIM] float32."""
+    torch.manual_seed(0)
+    return tuple(torch.randn(tokens, count, HEAD_DIM) for count in (heads, kv_heads, kv_heads, heads))
+
+
+# ------------------------------------------------------------------------------------------------ b: balance
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly one way to cut a row shares out attention. Ratios are of the slowest rank to the mean of all."""
+
+    row: str
+    context: int
+    cut: str
+    pairs_ratio: float
+    """Of pairs of a query and a key that it sees."""
+    seconds_ratio: float
+    seconds: list[float]
+    """Of processor time of each rank, forward and backward, medians of rounds."""
+    calls: int
+    """Of a varlen kernel on CUDA, forward, by the rank that makes most."""
+    blocks: int
+    """Of that rank."""
+
+
+def pairs(steps: Steps) -> int:
+    """How many keys all queries of a rank see together."""
+    return sum(_pairs(one) for shown in steps for one in shown)
+
+
+def _pairs(one: Block) -> int:
+    assert one.left is None
+    return one.queries * one.keys - (one.queries * (one.queries - 1) // 2 if one.causal else 0)
+
+
+def balance(tokens: int, contexts: Sequence[int], rounds: int) -> list[Balance]:
+    """Part b."""
+    row, found = make_row(tokens, 9, 3), []
+    packed = {f"packed, mean {mean}": packed_row(mean, tokens) for mean in (100, 1000)}
+    for name, cu_seqlens in ({"one example": (0, tokens)} | packed).items():
+        for size in contexts:
+            rings = {"zigzag": Ring.of(cu_seqlens, size), "contiguous": Ring.of(cu_seqlens, size, zigzag=False)}
+            taken: dict[str, list[list[float]]] = {cut: [] for cut in rings}
+            for _ in range(rounds):
+                for cut, ring in rings.items():
+                    taken[cut].append(ring.run(row, gradients=True)[0])
+            for cut, ring in rings.items():
+                seconds = [statistics.median(each) for each in zip(*taken[cut], strict=True)]
+                counts = [pairs(steps) for steps in ring.steps]
+                calls = [sum(1 for shown in steps for _ in call_groups(shown)) for steps in ring.steps]
+                most = calls.index(max(calls))
+                made = sum(len(shown) for shown in ring.steps[most])
+                label = f"{name} ({len(cu_seqlens) - 1})"
+                found.append(Balance(label, size, cut, _ratio(counts), _ratio(seconds), seconds, calls[most], made))
+    return found
+
+
+def _ratio(values: Sequence[float]) -> float:
+    return max(values) / statistics.mean(values)
+
+
+def balance_table(found: Sequence[Balance]) -> str:
+    """What is printed of part b."""
+    lines = [
+        f"{'row (examples)':26} {'CP':>3} {'cut':11} {'pairs, slowest/mean':>20} {'seconds, slowest/mean':>22} {'calls':>6} {'blocks':>7}"
+    ]
+    lines += [
+        f"{one.row:26} {one.context:3} {one.cut:11} {one.pairs_ratio:20.3f} {one.seconds_ratio:22.3f} {one.calls:6} {one.blocks:7}"
+        for one in found
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ c: overhead
+
+
+@dataclass
+class Overhead:
+    """One way to attend to one row, on one thread."""
+
+    row: str
+    heads: str
+    way: str
+    passes: str
+    seconds: list[float] = field(default_factory=list)
+    """Of processor time, one a round; all ranks together."""
+    difference: float = 0.0
+    """Largest difference of the result or a gradient from torch's kernel, in parts of its largest number."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    """Median over rounds of this one's seconds to the peer's, and to plain attention's, of the same round."""
+
+
+PEER, PLAIN = "torch's kernel", "plain"
+
+
+def torch_kernel(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients: bool) -> list[Tensor]:
+    """torch's flash kernel for CPU, and its own gradient: out (dQ, dK, dV)."""
+    found = []
+    for begin, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        query, key, value, grad = (x[begin:end].transpose(0, 1)[None] for x in row)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, True, scale=HEAD_DIM**-0.5
+        )
+        results = (out,)
+        if gradients:
+            results += torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, query, key, value, out, lse, 0.0, True, scale=HEAD_DIM**-0.5
+            )
+        found.append([x[0].transpose(0, 1) for x in results])
+    return [torch.cat(each) for each in zip(*found, strict=True)]
+
+
+def plain_attention(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients: bool) -> list[Tensor]:
+    """ops/attention.py: out (dQ, dK, dV)."""
+    given = [x.detach().requires_grad_(gradients) for x in row[:3]]
+    out = attention(
+        *given, bounds=cu_seqlens, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32), scale=HEAD_DIM**-0.5, window=None
+    )  # fmt: skip
+    return [out.detach(), *(torch.autograd.grad(out, given, row[3]) if gradients else ())]
+
+
+def overhead(tokens: int, contexts: Sequence[int], rounds: int) -> list[Overhead]:
+    """Part c. The row of short examples has grouped key heads only."""
+    found = []
+    for heads, kv_heads, name, cu_seqlens in (
+        (9, 3, "one example", (0, tokens)), (8, 8, "one example", (0, tokens)), (9, 3, "packed, mean 100", packed_row(100, tokens)),
+    ):  # fmt: skip
+        row = make_row(tokens, heads, kv_heads)
+        for gradients in (False, True):
+            found += _overhead(row, cu_seqlens, contexts, rounds, gradients, (name, f"{heads}/{kv_heads}"))
+    return found
+
+
+def _overhead(
+    row: Sequence[Tensor], cu_seqlens: tuple[int, ...], contexts: Sequence[int], rounds: int, gradients: bool, said: tuple[str, str]
+) -> list[Overhead]:  # fmt: skip
+    def timed(way: Callable[..., list[Tensor]]) -> tuple[float, list[Tensor]]:
+        begin = time.process_time()
+        results = way(row, cu_seqlens, gradients)
+        return time.process_time() - begin, results
+
+    def ring(ranks: Ring) -> tuple[float, list[Tensor]]:
+        seconds, results = ranks.run(row, gradients=gradients)
+        return sum(seconds), results
+
+    ways: dict[str, Callable[[], tuple[float, list[Tensor]]]] = {
+        PEER: lambda: timed(torch_kernel), PLAIN: lambda: timed(plain_attention),
+    }  # fmt: skip
+    for size in contexts:
+        ways[f"CP {size}"] = lambda ranks=Ring.of(cu_seqlens, size): ring(ranks)
+    passes = "forward + backward" if gradients else "forward"
+    found = {way: Overhead(*said, way, passes) for way in ways}
+    first = [job()[1] for job in ways.values()]  # a process's first call of each takes longer
+    expected = first[0]
+    for _ in range(rounds):
+        for way, job in ways.items():
+            seconds, results = job()
+            found[way].seconds.append(seconds)
+            found[way].difference = max(
+                float((ours - theirs).abs().max() / theirs.abs().max())
+                for ours, theirs in zip(results, expected, strict=False)
+            )
+            assert found[way].difference < 1e-4, f"{way} computes something else: {found[way].difference}"
+    for one in found.values():
+        for base in (PEER, PLAIN):
+            rates = [mine / theirs for mine, theirs in zip(one.seconds, found[base].seconds, strict=True)]
+            one.ratios[base] = statistics.median(rates)
+    return list(found.values())
+
+
+def overhead_table(found: Sequence[Overhead]) -> str:
+    """What is printed of part c."""
+    lines = [
+        f"{'row':18} {'heads':>5} {'passes':18} {'way':14} {'seconds':>8} {'x torch':>8} {'x plain':>8} {'difference':>11}"
+    ]
+    for one in found:
+        beyond = f"  above {AIM}" if one.way.startswith("CP") and one.ratios[PLAIN] > AIM else ""
+        lines.append(
+            f"{one.row:18} {one.heads:>5} {one.passes:18} {one.way:14} {statistics.median(one.seconds):8.3f} {one.ratios[PEER]:8.2f} "
+            f"{one.ratios[PLAIN]:8.2f} {one.difference:11.1e}{beyond}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ d: padding
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Tokens of padding in per cent of the tokens of rows, for one layout and one set of examples."""
+
+    layout: str
+    mean: int
+    """Tokens of an example."""
+    by_row: float
+    """Ours."""
+    by_example: float
+    """Every example padded to a multiple of 2 CP, and the row as ours, as kernels need that cut example by example."""
+
+
+def layouts() -> Iterator[Layout]:
+    """A ring of 2 to 64, alone and with sequence parallelism over 2 to 8 tensor ranks."""
+    for size in (2, 4, 8, 16, 32, 64):
+        for tensor in (1, 2, 4, 8):
+            yield Layout(
+                world=size * tensor,
+                layers=(1,),
+                tensor=tensor,
+                expert_tensor=tensor,
+                context=size,
+                mesh=Mesh(1, size),
+                sequence=tensor > 1,
+            )
+
+
+def padding(max_length: int, means: Sequence[int], count: int) -> list[Padding]:
+    """Part d: the packer's rows of `count` lognormal lengths."""
+    found = []
+    for mean in means:
+        sizes = lengths(mean, 1.0, count, max_length)
+        rows = [sum(sizes[i] for i in row) for row in pack_examples(sizes, max_length)]
+        for layout in layouts():
+            ours = [-row % layout.row_multiple for row in rows]
+            padded = [size + -size % (2 * layout.context) for size in sizes]
+            theirs = [sum(padded[i] for i in row) for row in pack_examples(padded, max_length)]
+            total = sum(row + -row % layout.row_multiple for row in theirs)
+            found.append(
+                Padding(
+                    layout.name, mean, 100 * sum(ours) / (sum(rows) + sum(ours)), 100 * (total - sum(sizes)) / total
+                )
+            )
+    return found
+
+
+def padding_table(found: Sequence[Padding]) -> str:
+    """What is printed of part d."""
+    means = list(dict.fromkeys(one.mean for one in found))
+    lines = [f"{'layout':18}" + "".join(f" {f'mean {mean}: by row':>20} {'by example':>11}" for mean in means)]
+    for name in dict.fromkeys(one.layout for one in found):
+        cells = [f" {one.by_row:18.3f} % {one.by_example:9.2f} %" for one in found if one.layout == name]
+        lines.append(f"{name:18}" + "".join(cells))
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def part(name: str, tokens: int, rounds: int) -> tuple[list[Balance] | list[Overhead] | list[Padding], str]:
+    """One part's results, and its table."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if name == "b":
+            balanced = balance(tokens, (2, 4, 8), rounds)
+            return balanced, balance_table(balanced)
+        if name == "c":
+            measured = overhead(tokens, (1, 2, 4, 8), rounds)
+            return measured, overhead_table(measured)
+        padded = padding(8192, (100, 1000), 20000)
+        return padded, padding_table(padded)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("b", "c", "d"), default=["b", "c", "d"])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the rows of b and c (default 8192)")
+    parser.add_argument("--rounds", type=int, default=5, help="of b and c, of which medians are printed (default 5)")
+    parser.add_argument("--json", type=Path, help="writes everything measured to this file")
+    arguments = parser.parse_args(given)
+    if arguments.tokens <= 0 or arguments.tokens % 16:
+        parser.error(f"--tokens {arguments.tokens} is cut into 16 chunks at CP 8; choose a multiple of 16")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} leaves nothing to measure; choose 1 or more")
+    everything = {}
+    for name in arguments.parts:
+        found, table = part(name, arguments.tokens, arguments.rounds)
+        everything[name] = [asdict(one) for one in found]
+        print(f"{name}\n{table}\n", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main()
