@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class Ring:
         return cls(held, [plan(cu_seqlens, size, each) for each in range(size)])
 
     def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
-        """Processor seconds of each rank, and [tokens, ...] out (and dQ, dK, dV) of the row, as parallel/ring.py has it but for the network.
+        """Processor seconds of each rank, and [tokens, ...] out (and dQ, dK, dV) of the row, as parallel/ring.py has it
+        but for the network.
 
         row: query, key, value and the gradient of out.
         """
@@ -91,7 +93,7 @@ class Ring:
             begin = time.process_time()
             parts = Parts(query, row[2].shape[-1])
             for shown, owner in zip(steps, there, strict=True):
-                forward(parts, query, *cut[owner][1:3], shown, scale=HEAD_DIM**-0.5)
+                forward(parts, query, cut[owner][1], cut[owner][2], shown, scale=HEAD_DIM**-0.5)
             out, lse = parts.finished(None)
             for shown, owner in zip(steps, there, strict=True) if gradients else ():
                 key, value = cut[owner][1:3]
@@ -141,7 +143,6 @@ def pairs(steps: Steps) -> int:
 
 
 def _pairs(one: Block) -> int:
-    assert one.left is None
     return one.queries * one.keys - (one.queries * (one.queries - 1) // 2 if one.causal else 0)
 
 
@@ -259,11 +260,10 @@ def _overhead(
         PEER: lambda: timed(torch_kernel), PLAIN: lambda: timed(plain_attention),
     }  # fmt: skip
     for size in contexts:
-        ways[f"CP {size}"] = lambda ranks=Ring.of(cu_seqlens, size): ring(ranks)
+        ways[f"CP {size}"] = partial(ring, Ring.of(cu_seqlens, size))
     passes = "forward + backward" if gradients else "forward"
     found = {way: Overhead(*said, way, passes) for way in ways}
-    first = [job()[1] for job in ways.values()]  # a process's first call of each takes longer
-    expected = first[0]
+    expected, *_ = [job()[1] for job in ways.values()]  # a process's first call of each takes longer
     for _ in range(rounds):
         for way, job in ways.items():
             seconds, results = job()
