@@ -65,7 +65,9 @@ def _check(settings: Settings) -> None:
 def layer_numbers(settings: Settings, layout: Layout) -> int:
     """Of one decoder layer on one tensor rank."""
     w, tensor = widths(settings, layout), layout.tensor
-    kept_keys = settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor  # shared heads are cut too, and gathered
+    kept_keys = (
+        settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor
+    )  # shared heads are cut too, and gathered
     inputs = round(w.query + 2 * kept_keys)
     norms = 2 * w.hidden * bool(settings.norm.weight) * (2 if settings.norm.bias else 1)
     norms += 2 * settings.megatron["kv_channels"] if w.query_norm else 0
