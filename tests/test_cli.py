@@ -100,7 +100,7 @@ VERIFY = ["verify", "--model", "model"]
 COMPARE = ["compare", "--a", "model", "--b", "mcore"]
 
 MISTAKES = [
-    ([], "no verb; one of sft, pt, convert, export, infer, verify, compare, config"),
+    ([], "no verb; one of sft, pt, convert, export, infer, verify, compare, plan, config"),
     (["trian"], "unknown verb 'trian'"),
     (["convrt"], "unknown verb 'convrt' (did you mean convert?)"),
     (["--verbose"], "unknown verb '--verbose'"),

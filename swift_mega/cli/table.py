@@ -4,11 +4,18 @@ from collections.abc import Callable
 
 from swift_mega.cli.arguments import Option, Verb
 from swift_mega.cli.talk import MAX_NEW_TOKENS, infer
-from swift_mega.cli.verbs import compare, config, convert, export, train, verify
+from swift_mega.cli.verbs import compare, config, convert, export, plan, train, verify
 
 TRAINING_ONLY = (
     *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
     "parallel.ddp_bucket_size",
+)
+
+
+PLANNED = (
+    *("model.path", "model.dtype", "model.dequantize", "model.megatron", "data.max_length", "tuner.type", "tuner.rank"),
+    *("train.recompute", "train.recompute_method", "train.recompute_layers", "train.tile_mlp", "train.mlp_tile_size"),
+    *("train.loss_chunk_size", "train.offload_activations", "optim.cpu_offload", "optim.offload_fraction"),
 )
 
 
@@ -197,6 +204,20 @@ _ALL = (
         ),
         takes=_only("model.dtype", "model.dequantize"),
         run=compare,
+    ),
+    Verb(
+        name="plan",
+        summary="what a run would need of its GPUs, and the longest row that fits",
+        description="The memory of the fullest rank, part by part, and the longest row of tokens that fits, by arithmetic: no "
+        "GPU, no weights, only the model's config.json. Exits with 1 where rows of max_length tokens do not fit.",
+        usage=("plan --model DIR [--ranks N] [--gpu_memory 80GB] [--max_length N] [--flag value …]",),
+        options=(
+            Option(name="ranks", value="N", help="GPUs; default: as many as tensor, pipeline and context sizes need"),
+            Option(name="gpu_memory", value="SIZE", help="of one GPU; default 80GB"),
+            Option(name="host_memory", value="SIZE", help="of the host for one rank; default: without end"),
+        ),
+        takes=lambda key: key.startswith("parallel.") or key in PLANNED,
+        run=plan,
     ),
     Verb(
         name="config",

@@ -7,6 +7,7 @@ from typing import Any
 from swift_mega.cli.arguments import Arguments
 from swift_mega.cli.files import check_output, model_of
 from swift_mega.config.check import check_inputs, check_model_directory
+from swift_mega.config.parse import size_in_bytes
 from swift_mega.config.schema import Run
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
@@ -206,6 +207,31 @@ def _verify_files(directory: str) -> int:
         print(f"FAIL {line}")
     print(f"{len(found)} differences from report.json" if found else f"all {tensors} tensors are as report.json says")
     return 1 if found else 0
+
+
+def plan(arguments: Arguments) -> int:
+    refuse_joined("plan")
+    run = arguments.resolved().run
+    if run.model.path is None:
+        raise UserError("plan: no model; give --model DIR, of which only config.json is read")
+    check_model_directory(run.model.path, what="--model")
+    parallel = run.parallel
+    ranks = arguments.whole("ranks") or parallel.tensor * parallel.pipeline * parallel.context
+    gpu = _size(arguments, "gpu_memory") or 80 * 10**9
+    from swift_mega import api
+
+    found = api.plan_memory(run, ranks=ranks, gpu_bytes=gpu, host_bytes=_size(arguments, "host_memory"))
+    print(found.table())
+    return 0 if found.fits else 1
+
+
+def _size(arguments: Arguments, name: str) -> int | None:
+    word = arguments.text(name)
+    if word is None:
+        return None
+    if (size := size_in_bytes(word)) is None:
+        raise UserError(f"--{name}={word}: expected a size such as 80GB or 79.6GiB")
+    return size
 
 
 def config(arguments: Arguments) -> int:

@@ -176,8 +176,11 @@ class _Step:
     def waiting(self) -> float:
         """Everything that is saved, but by the layer (or block) that is differentiated now."""
         inputs = self.in_flight * self.saved_inputs()
-        if self.choices.offload_activations:  # train/offload.py: the one that is used, and the next, on its way
-            inputs = min(inputs, 2 * self.layer_input())
+        if (
+            self.choices.offload_activations
+        ):  # train/offload.py: the one that is used, the next on its way, and what a stage received
+            received = self.in_flight * self.layer_input() if self.stage else 0
+            inputs = min(inputs, 2 * self.layer_input() + received)
         whole = self.layers - self.recomputed
         others = self.in_flight * whole - (1 if whole else 0) + (self.block - 1 if self.recomputed else 0)
         return inputs + others * (self.layer_input() + self.kept())
@@ -197,59 +200,70 @@ class _Step:
 
     def normed(self) -> float:
         """A norm's output and one float32 per token (ops/rmsnorm.py; TE's LayerNormLinear keeps ln_out and rsigma)."""
-        needed = 0 if self.frozen and not self.w.hidden else self.w.hidden
-        return self.s * (self.choices.itemsize * needed + self.exact)
+        return self.s * (self.choices.itemsize * self.w.hidden + self.exact)
 
     def attention_kept(self) -> float:
-        """Norm, [q, k, v] of linear_qkv, rotated q and k, result, log-sum-exp; what context ranks exchange."""
+        """The norm, q, k and v in their forms, the result and its log-sum-exp."""
         w, size, mesh = self.w, self.choices.itemsize, self.layout.mesh
-        numbers = w.query + 2 * w.key  # as linear_qkv made it: v is a view of it
-        numbers += w.query + w.key + w.query  # rotated (models/attention.py), and the result, which linear_proj reads
-        if w.query_norm:
-            numbers += w.query + 2 / size * 4 * w.heads  # the norm's input: q was copied out of [q, k, v]
-        if mesh.ulysses > 1:  # heads of all tokens: copies, in place of what they were made of, and the result twice
-            copies = key_copies(max(1, w.key * w.heads // w.query), mesh.ulysses)
-            numbers += w.query - w.query - 2 * w.key - w.query - w.key + w.query + 2 * copies * w.key
-        elif mesh.ring > 1:  # v is copied, to be sent, and what it lay in is free
-            numbers += w.key - w.query - 2 * w.key
+        if (
+            mesh.ulysses > 1
+        ):  # q, k and v of all tokens of its heads (the others are free), the result so and as linear_proj reads it
+            numbers = 3 * w.query + 2 * self.keys_sent
+        elif mesh.ring > 1 and not mesh.gather:  # v is copied, to be sent, and what linear_qkv made is free
+            numbers = 2 * w.query + 2 * w.key
+        else:  # all that linear_qkv made, of which v is a view; rotated q and k (models/attention.py); the result
+            numbers = (w.query + 2 * w.key) + (w.query + w.key) + w.query
+        if w.query_norm:  # its input: q was copied out of [q, k, v]
+            numbers += w.query
         return self.normed() + self.t * (size * numbers + self.exact * w.heads)
+
+    @property
+    def keys_sent(self) -> int:
+        """Features of the keys that this rank has after Ulysses, of its own tokens."""
+        w = self.w
+        return w.key * key_copies(max(1, w.key * w.heads // w.query), self.layout.mesh.ulysses)
 
     def attention_backward(self) -> float:
         """Gradients of the result, of q, k and v, and what their sums take; on top of `attention_kept`."""
-        w, size, mesh = self.w, self.choices.itemsize, self.layout.mesh
-        keys = w.key * (key_copies(max(1, w.key * w.heads // w.query), mesh.ulysses) if mesh.ulysses > 1 else 1)
-        numbers = w.query * size  # of the result
-        if mesh.ulysses > 1:
-            numbers += w.query * size  # as it is sent
-        if mesh.ring > 1:
-            whole = mesh.ring if mesh.gather else 1
-            numbers += w.query * self.exact + 2 * keys * self.exact * whole  # ops/blocks.py, Towards
-            numbers += (
-                2 * keys * size * whole if mesh.gather else 4 * keys * size
-            )  # gathered; or here, and on the way here
-            numbers += (
-                2 * keys * self.exact if mesh.gather else 4 * keys * self.exact
-            )  # their gradients go round behind them
-        else:
-            numbers += (w.query + 2 * keys) * size
-        if self.cuda:
-            # flash_attn_varlen's backward: dq in float32, dk and dv for every query head where these share keys, and delta.
+        w, size, exact, mesh = self.w, self.choices.itemsize, self.exact, self.layout.mesh
+        keys, features = self.keys_sent, w.query + 2 * self.keys_sent
+        numbers = w.query * size * (2 if mesh.ulysses > 1 else 1)  # of the result; as it came, and as it was sent
+        if self.layout.context == 1:
+            numbers += features * size
+        elif mesh.gather:  # keys of all ranks, and the sums of their gradients (parallel/gathered.py)
+            numbers += 2 * keys * mesh.ring * (size + exact) + (w.query + 2 * keys) * exact
+        else:  # sums (ops/blocks.py, Towards); around a ring keys here and coming, and the gradients behind them, sent and coming
+            numbers += features * exact
+            numbers += (2 * keys * size * min(2, mesh.ring - 1) + 4 * keys * exact) if mesh.ring > 1 else 0
+        if (
+            self.cuda
+        ):  # flash_attn_varlen's: dq in float32, dk and dv for every query head where these share keys; delta
             numbers += w.query * 4 + (2 * w.query * size if keys < w.query else 0) + 4 * w.heads
-            if mesh.ring > 1:
-                numbers += (w.query + 2 * keys) * size
+            numbers += features * size if self.layout.context > 1 else 0  # its results, before they are added
         return self.t * numbers + self.attention_block()
 
+    def around_attention(self) -> tuple[float, float]:
+        """attention_backward, and linear_proj's before it: one gradient of its weight, and its output's gradient of all tensor ranks."""
+        w, size = self.w, self.choices.itemsize
+        gathered = w.hidden * self.t if self.layout.sequence else 0
+        projection = size * (w.query * self.t + gathered + (0 if self.frozen else w.hidden * w.query))
+        return self.attention_backward(), projection
+
     def attention_block(self) -> float:
-        """Scores of a block of queries, which the CPU's backward pass holds (ops/attention.py); CUDA's are in registers."""
+        """Scores of a block of queries, which the CPU's backward pass holds (ops/attention.py, ops/blocks.py); CUDA's are in registers."""
         if self.cuda:
             return 0
-        length = min(self.t, self.choices.longest or self.t)
-        if self.layout.mesh.ring > 1:
-            return 3 * self.exact * self.w.heads * QUERY_TILE * min(length, KEY_TILE)
-        return (
-            3 * self.choices.itemsize * self.w.heads * QUERY_BLOCK * length
-            + 4 * self.choices.itemsize * length * self.w.key
-        )
+        size, mesh = self.choices.itemsize, self.layout.mesh
+        length = min(self.t * mesh.size, self.choices.longest or self.t * mesh.size)
+        if self.layout.context > 1:
+            piece = (
+                self.t * mesh.ulysses / (2 if mesh.ring > 1 else 1)
+            )  # around a ring a rank's keys come in two pieces
+            numbers = (
+                2 * self.exact * self.w.heads / mesh.ulysses + 9
+            )  # scores and their gradients; int64 distances, and which are hidden
+            return numbers * QUERY_TILE * min(length, piece, KEY_TILE)
+        return size * length * (3 * self.w.heads * QUERY_BLOCK + 4 * self.w.key)
 
     # -------------------------------------------------------------------------------- MLP
 
@@ -287,7 +301,7 @@ class _Step:
         """parallel/vocab.py: hidden states, their mean pull and gradient in float32, products with tokens, logits, the head's gradient."""
         w, size, exact, t = self.w, self.choices.itemsize, self.exact, self.t
         columns, kept = self.logits()
-        numbers = t * w.hidden * (size + exact)  # what the head reads, and pull
+        numbers: float = t * w.hidden * (size + exact)  # what the head reads, and pull
         numbers += t * w.hidden * (exact + (size if size < exact else 0))  # their gradient, and it in their dtype
         numbers += self.s * w.hidden * size * (0 if not self.layout.sequence else 1)  # what was gathered
         if not self.frozen:
@@ -339,10 +353,7 @@ class _Step:
                 + gathered,
                 0,
             ),
-            "attention": (
-                max(attended + stream + self.attention_backward(), attended + stream + weight * self.w.query),
-                0,
-            ),
+            "attention": (attended + stream + max(self.around_attention()), 0),
         }
         if self.last:
             found["loss"] = (self.kept() if whole else 0, stream + self.loss())

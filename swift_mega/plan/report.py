@@ -1,0 +1,60 @@
+"""What `swift-mega plan` prints: the parts of the fullest rank's memory, and the longest row that fits."""
+
+from dataclasses import dataclass
+
+from swift_mega.config.schema import Run
+from swift_mega.models.settings import Settings
+from swift_mega.parallel.layout import Layout
+from swift_mega.plan.choices import choices_of
+from swift_mega.plan.memory import Memory, longest, memory
+
+RESERVE = 4 << 30
+"""Bytes of a GPU for CUDA's context, NCCL's buffers, workspaces of libraries and fragments: a guess, not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The memory of a run's fullest rank."""
+
+    layout: Layout
+    tokens: int
+    memory: Memory
+    gpu_bytes: int
+    longest: int
+    """Most tokens of a row that fit; 0: not even the weights and their optimizer do."""
+
+    @property
+    def fits(self) -> bool:
+        return self.tokens <= self.longest
+
+    def table(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        needed = {name: value for name, value in self.memory.parts.items() if name != "host"}
+        rows = [
+            *((name, value, "") for name, value in needed.items()),
+            ("reserve", RESERVE, "CUDA, NCCL, libraries, fragments: a guess"),
+            ("together", self.memory.total + RESERVE, f"of {self.gpu_bytes / 2**30:.2f}: {verdict}"),
+            ("host", self.memory.host, "of each rank"),
+        ]
+        lines = [f"{name:10} {value / 2**30:8.2f} GiB  {note}".rstrip() for name, value, note in rows]
+        lines += [
+            f"rows of {self.tokens} tokens in layout {self.layout.name}; the peak is {PEAKS[self.memory.moment]}",
+            f"longest row that fits: {self.longest} tokens",
+            "by a formula that was measured on the CPU and not on a GPU (docs/long_context.md)",
+        ]
+        return "\n".join(lines)
+
+
+PEAKS = {"loss": "at the loss", "mlp": "in the MLP's backward pass", "attention": "in attention's backward pass"}
+
+
+def plan_run(run: Run, settings: Settings, layout: Layout, *, gpu_bytes: int, host_bytes: int | None) -> Plan:
+    """Of rows of data.max_length tokens on CUDA. host_bytes: of one rank; None: without end."""
+    tokens = -(-run.data.max_length // layout.row_multiple) * layout.row_multiple
+    choices = choices_of(run, hidden=settings.shape.hidden, microbatches=layout.pipeline)
+    most = longest(
+        settings, layout, choices, device_bytes=max(0, gpu_bytes - RESERVE), host_bytes=host_bytes
+    )  # fmt: skip
+    return Plan(
+        layout=layout, tokens=tokens, memory=memory(settings, layout, choices, tokens), gpu_bytes=gpu_bytes, longest=most
+    )  # fmt: skip
