@@ -215,6 +215,7 @@ MISTAKES = [
         [*VERIFY, "--layouts", "tp2,pq2"],
         "--layouts=pq2: expected sizes joined by dashes, such as tp2, pp2 or tp2-pp2-sp",
     ),
+    ([*VERIFY, "--layouts", "cp2-te:ring"], "--layouts=cp2-te:ring: expected sizes joined by dashes"),
     ([*VERIFY, "--tolerance", "small"], "--tolerance=small: expected a number above 0"),
     ([*VERIFY, "--tolerance", "-1"], "--tolerance=-1: expected a number above 0"),
     ([*VERIFY, "--prompts", "no.txt"], "--prompts=no.txt: no such file"),
@@ -476,6 +477,13 @@ def test_verify(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool)
     assert capsys.readouterr().out == "the table\n"
     assert main(VERIFY) == (0 if passed else 1)
     assert api.calls[1:] == [("verify", ("model",), {})]
+
+
+@pytest.mark.parametrize("kind", ["te:p2p", "te:a2a", "te:allgather", "te:a2a+p2p", "te:a2a2+p2p", "ulysses2", "ring"])
+def test_verify_takes_the_names_of_context_layouts(api: Recorder, kind: str) -> None:
+    api.passed = True
+    assert main([*VERIFY, "--layouts", f"tp2-cp4-{kind}-sp"]) == 0
+    assert api.calls == [("verify", ("model",), {"layouts": (f"tp2-cp4-{kind}-sp",)})]
 
 
 @pytest.mark.parametrize("passed", [True, False])
