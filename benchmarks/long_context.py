@@ -1,7 +1,7 @@
 """Long context in numbers: `python benchmarks/long_context.py [--parts a e] [--json FILE] [--plot FILE.png]`.
 
 a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of plan/memory.py;
-   the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (4 minutes on one core)
+   the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (ten minutes on one core that others use too)
 e  the formula applied to Llama 3.1 8B on H100 GPUs of 80 GB: the longest row, technique by technique, beside the best published
 """
 

@@ -44,6 +44,10 @@ def choices_of(
     train, optim, tuner = run.train, run.optim, run.tuner
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")
+    if run.parallel.cp.startswith("te:"):
+        raise UserError(
+            f"parallel.cp={run.parallel.cp} has no memory formula: Transformer Engine's attention was not read for it; plan with auto"
+        )
     return Choices(
         device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
         distributed_optimizer=run.parallel.distributed_optimizer, recompute=train.recompute, recompute_method=train.recompute_method,
