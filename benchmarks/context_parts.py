@@ -1,4 +1,4 @@
-"""Context-parallel attention without a network, one process playing every rank: `python benchmarks/context_parts.py [--help]`.
+"""Context-parallel attention without a network, one process playing every rank: parts of `python benchmarks/long_context.py`.
 
   b  balance   pairs of query and key, and seconds of processor time, that each rank's blocks take: the zigzag cut against a contiguous one
   c  overhead  blocks and merging of all ranks together against attention on the whole row at once: the same work
@@ -7,16 +7,13 @@
 One thread, and processor time rather than the clock, so that other processes change little; jobs that are compared take turns.
 """
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -372,28 +369,3 @@ def part(name: str, tokens: int, rounds: int) -> tuple[list[Balance] | list[Over
         return padded, padding_table(padded)
     finally:
         torch.set_num_threads(threads)
-
-
-def main(given: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("b", "c", "d"), default=["b", "c", "d"])
-    parser.add_argument("--tokens", type=int, default=8192, help="of the rows of b and c (default 8192)")
-    parser.add_argument("--rounds", type=int, default=5, help="of b and c, of which medians are printed (default 5)")
-    parser.add_argument("--json", type=Path, help="writes everything measured to this file")
-    arguments = parser.parse_args(given)
-    if arguments.tokens <= 0 or arguments.tokens % 16:
-        parser.error(f"--tokens {arguments.tokens} is cut into 16 chunks at CP 8; choose a multiple of 16")
-    if arguments.rounds < 1:
-        parser.error(f"--rounds {arguments.rounds} leaves nothing to measure; choose 1 or more")
-    everything = {}
-    for name in arguments.parts:
-        found, table = part(name, arguments.tokens, arguments.rounds)
-        everything[name] = [asdict(one) for one in found]
-        print(f"{name}\n{table}\n", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(everything, indent=1))
-
-
-if __name__ == "__main__":
-    main()

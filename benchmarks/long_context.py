@@ -1,43 +1,60 @@
-"""Long context in numbers: `python benchmarks/long_context.py [--parts a e] [--json FILE] [--plot FILE.png]`.
+"""Long context in numbers: `python benchmarks/long_context.py [--parts a b c d e] [--json FILE] [--plot FILE.png]`.
 
 a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of plan/memory.py;
-   the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (ten minutes on one core that others use too)
+   the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (twenty minutes on one core that others use too)
+b  work of the ranks of a ring, the slowest over the mean: zigzag as ours, and contiguous
+c  seconds of blocks and merging over plain attention on the same row, one process playing every rank
+d  padding of a packed set: by the row as ours, and by the example
 e  the formula applied to Llama 3.1 8B on H100 GPUs of 80 GB: the longest row, technique by technique, beside the best published
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import context_parts
 import memory_parts
 
-Part = tuple[Callable[[Callable[[str], None]], dict[str, Any]], Callable[[dict[str, Any]], str]]
-PARTS: dict[str, Part] = {
-    "a": (memory_parts.measure, memory_parts.table),
-    "e": (lambda say: memory_parts.plan(), memory_parts.plan_table),
-}
-"""What measures a part, and what makes a table of what it found."""
+PARTS = ("a", "b", "c", "d", "e")
+
+
+def measure(part: str, tokens: int, rounds: int) -> tuple[Any, str]:
+    """What was found, for JSON, and its table."""
+    if part == "a":
+        found = memory_parts.measure(_say)
+        return found, memory_parts.table(found)
+    if part == "e":
+        found = memory_parts.plan()
+        return found, memory_parts.plan_table(found)
+    results, table = context_parts.part(part, tokens, rounds)
+    return [asdict(one) for one in results], table
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=sorted(PARTS), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument(
         "--json", type=Path, help="writes what was found to this file; parts that it has and that are not run stay"
     )
     parser.add_argument("--plot", type=Path, help="draws memory over tokens, and the longest rows, to this file")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of the rows of b and c, a multiple of 16 (default 8192)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of b and c, of which medians are printed (default 5)")
     arguments = parser.parse_args(given)
+    if arguments.tokens <= 0 or arguments.tokens % 16 or arguments.rounds < 1:
+        parser.error("--tokens is cut into 16 chunks at CP 8, and --rounds is at least 1")
     found: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
         found = json.loads(arguments.json.read_text())
     for part in sorted(set(arguments.parts)):
-        measure, table = PARTS[part]
-        found[part] = measure(_say)
-        print(f"({part})\n\n{table(found[part])}\n", flush=True)
+        found[part], table = measure(part, arguments.tokens, arguments.rounds)
+        print(f"({part})\n\n{table}\n", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1))
     if arguments.plot:
