@@ -88,6 +88,11 @@ class Parallel:
     overlap_param_gather: bool = setting(
         False, flag="overlap_param_gather", help="gather parameters during the forward pass (distributed optimizer)"
     )
+    gradients_in_float32: bool = setting(
+        True,
+        flag="accumulate_allreduce_grads_in_fp32",
+        help="sum gradients over microbatches and ranks in float32; false: in bfloat16 where weights are, in half the memory",
+    )
     ddp_bucket_size: int | None = setting(
         flag="ddp_bucket_size", help="numbers per bucket of overlapped communication; default: Megatron's"
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swift_mega.ops.alibi import bias, with_positions
-from swift_mega.ops.sinks import add_sinks, flash_with_sinks, sink_gradient
+from swift_mega.ops.flash import flash, key_heads_at_once, suits
+from swift_mega.ops.sinks import add_sinks, sink_gradient
 
 LOG2_E = 1 / math.log(2)
 SHORT = 144  # tokens of the examples whose gradient is left to torch's kernel: fewer calls count for more there
@@ -85,22 +86,32 @@ def attention(
     if query.device.type == "cpu" and not narrow and query.shape[-1] == value.shape[-1] and softcap is None:
         return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window, sinks)
     longest = max(end - start for start, end in _examples(bounds))
-    if sinks is not None and softcap is None and query.is_cuda and (kernels := _flash_kernels()) is not None:
+    kernels = _flash_kernels() if suits(query) and alibi is None and _one_by_one(query, key, sinks) else None
+    if kernels is not None:
         forward, backward = kernels
-        return flash_with_sinks(
-            query, key, value, sinks, cu_seqlens=cu_seqlens, longest=longest, scale=scale, window=window, forward=forward,
-            backward=backward,
+        return flash(
+            query, key, value, sinks, cu_seqlens=cu_seqlens, longest=longest, scale=scale, window=window, softcap=softcap,
+            forward=forward, backward=backward,
         )  # fmt: skip
-    flash = _flash_varlen() if query.is_cuda and sinks is None else None
-    if flash is None:
+    varlen = _flash_varlen() if suits(query) and sinks is None else None
+    if varlen is None:
         return attention_reference(
             query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap, alibi=alibi, sinks=sinks
         )
-    return flash(
+    return varlen(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest,
         softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
         **({} if softcap is None else {"softcap": softcap}), **({} if alibi is None else {"alibi_slopes": alibi}),
     )  # fmt: skip
+
+
+def _one_by_one(query: Tensor, key: Tensor, sinks: Tensor | None) -> bool:
+    """Whether flash-attn's kernels are called by us: with sinks, and where the gradient is better taken a few heads at a time."""
+    if sinks is not None:
+        return True
+    tokens, heads, head_dim = query.shape
+    few = key_heads_at_once(tokens, tokens, heads, key.shape[1], head_dim, query.element_size())
+    return torch.is_grad_enabled() and head_dim % 8 == 0 and few < key.shape[1]  # the public function pads other sizes
 
 
 def attention_reference(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift_mega.ops.attention import _flash_kernels, gradients_of_keys
+from swift_mega.ops.flash import backward_by_heads, suits
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
@@ -152,13 +153,9 @@ def backward(
         first, last = group[0], group[-1]
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
         if kernels is not None:
-            found = _flash_backward(
-                kernels[1], group, grad[rows], query[rows], key[columns], value[columns], out[rows], lse[:, rows], scale, softcap
+            _flash_backward(
+                kernels[1], group, towards, grad, query, key, value, out, lse, rows, columns, scale, softcap
             )  # fmt: skip
-            for target, where, part in zip(
-                (towards.query, towards.key, towards.value), (rows, columns, columns), found, strict=True
-            ):
-                target[where] += part
             continue
         if softcap is None and query.device.type == "cpu":
             _cpu_backward(towards, grad, query, key, value, out, lse, group, rows, columns, scale)
@@ -303,7 +300,7 @@ def _tile_backward(
 
 def _kernels(query: Tensor) -> tuple[Any, Any] | None:
     """flash-attn's forward and backward pass, for tensors on CUDA of a dtype that it has, where it is installed."""
-    return _flash_kernels() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    return _flash_kernels() if suits(query) else None
 
 
 def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
@@ -358,13 +355,15 @@ def _flash_forward(
 
 
 def _flash_backward(
-    kernel: Any, group: Sequence[Block], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel: Any, group: Sequence[Block], towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    lse: Tensor, rows: slice, columns: slice, scale: float, softcap: float | None,
+) -> None:  # fmt: skip
+    q, k, v, g, o = query[rows], key[columns], value[columns], grad[rows].to(query.dtype), out[rows].to(query.dtype)
     missing = q.shape[-1] - v.shape[-1]
     if missing:
-        grad, v, out = (F.pad(x, (0, missing)) for x in (grad, v, out))
-    grad, out, lse = (x.contiguous() for x in (grad.to(q.dtype), out.to(q.dtype), lse))
-    towards = [torch.empty_like(x) for x in (q, k, v)]
-    kernel(grad, q, k, v, out, lse, *towards, **_call(group, q.device, scale, softcap), deterministic=False)
-    return towards[0], towards[1], towards[2][..., : v.shape[-1] - missing]
+        g, v, o = (F.pad(x, (0, missing)) for x in (g, v, o))
+    settings, of_rows = _call(group, q.device, scale, softcap), lse[:, rows].contiguous()
+    for mine, theirs, found in backward_by_heads(kernel, g, q, k, v, o, of_rows, settings):
+        towards.query[rows, mine] += found[0]
+        towards.key[columns, theirs] += found[1]
+        towards.value[columns, theirs] += found[2][..., : v.shape[-1] - missing]

@@ -109,7 +109,7 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
 def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
     parallel = run.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=part.config.params_dtype != torch.float64, overlap_grad_reduce=parallel.overlap_grad_reduce,
+        grad_reduce_in_fp32=parallel.gradients_in_float32 and part.config.params_dtype != torch.float64, overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
     )  # fmt: skip
@@ -127,11 +127,22 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
         optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
         adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad, bf16=part.config.bf16,
         params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(optim, part.config),
+        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(run, part.config),
     )  # fmt: skip
 
 
-def _offload(optim: schema.Optim, config: Any) -> dict[str, Any]:
+def check_gradients(run: schema.Run, dtype: torch.dtype) -> None:
+    """UserError where the sum of gradients is float32 anyway. dtype: of the weights."""
+    if not run.parallel.gradients_in_float32 and dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"parallel.gradients_in_float32=false sums gradients in the dtype of the weights, and that is {name}; set "
+            "model.dtype=bfloat16, or leave it out"
+        )
+
+
+def _offload(run: schema.Run, config: Any) -> dict[str, Any]:
+    optim = run.optim
     if not optim.cpu_offload:
         return {}
     return {

@@ -212,6 +212,7 @@ class _OnCuda(Tensor):
 def test_the_call_of_flash_attn(monkeypatch, window, softcap, alibi):
     """By its documented meaning the call computes what the reference does: argument order, dtypes, inclusive window."""
     monkeypatch.setattr(module, "_flash_varlen", lambda: flash_attn_varlen_func)
+    monkeypatch.setattr(module, "suits", lambda query: query.is_cuda)
     bounds = (0, 3, 4, 11, 20)
     query, key, value, _ = _problem(20, (6, 2), torch.float64)
     starts = torch.tensor(bounds, dtype=torch.int32)

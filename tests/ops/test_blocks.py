@@ -134,7 +134,7 @@ def flash_backward(
     rng_state: Any = None,
 ) -> None:  # fmt: skip
     """Like _flash_attn_varlen_backward: only out and softmax_lse say what the softmax was."""
-    assert all(x.is_contiguous() for x in (dout, out, softmax_lse))
+    assert all(x.stride(-1) == 1 for x in (dout, q, k, v, out, dq, dk, dv)) and softmax_lse.is_contiguous()
     mask, groups = flash_mask(locals()), k.shape[1]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
@@ -153,9 +153,11 @@ def flash_backward(
         target.copy_(found.view(len(found), groups, -1, found.shape[-1]).sum(2))
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 40])
 @pytest.mark.parametrize(("heads", "kv", "dims", "window", "softcap", "causal"), CASES)
-def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, monkeypatch):
-    """Three examples over two ring positions."""
+def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_once, monkeypatch):
+    """Three examples over two ring positions; the gradient of one key head after another, or of all in one call."""
+    monkeypatch.setattr("swift_mega.ops.flash.AT_ONCE", at_once)
     monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (flash_forward, flash_backward))
     torch.manual_seed(0)
     cu, scale = (0, 30, 44, 80), dims[0] ** -0.5

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from swift_mega.ops import attention as module
+from swift_mega.ops import flash as flash_module
 from swift_mega.ops.attention import attention, attention_reference
-from swift_mega.ops.sinks import flash_with_sinks
+from swift_mega.ops.flash import flash
 
 BOUNDS = [(0, 1), (0, 3, 4, 11, 20), (0, module.SHORT), (0, 7, 7 + module.SHORT + 1, 180), (0, 1, 2 + 2 * module.QUERY_BLOCK)]  # fmt: skip
 HEADS, KV_HEADS = 6, 2
@@ -153,8 +154,8 @@ def test_the_rule_for_flash_attn(window: int | None) -> None:
     def by_kernels(
         query: Tensor, key: Tensor, value: Tensor, *, sinks: Tensor, bounds: tuple[int, ...], **settings: Any
     ) -> Tensor:
-        return flash_with_sinks(
-            query, key, value, sinks, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), longest=9, forward=kernel_forward,
+        return flash(
+            query, key, value, sinks, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), longest=9, softcap=None, forward=kernel_forward,
             backward=kernel_backward, **settings,
         )  # fmt: skip
 
@@ -168,14 +169,36 @@ class _OnCuda(Tensor):
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
 
-def test_on_cuda_the_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_flash_kernels", lambda: (kernel_forward, kernel_backward))
-    query, key, value, sinks, _ = problem(20)
+@pytest.mark.parametrize("at_once", [None, 10000])
+@pytest.mark.parametrize("with_sinks", [True, False])
+def test_on_cuda_the_kernels_are_called(with_sinks: bool, at_once: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads in one call, or those that `at_once` bytes are enough for: 9600 for each key head here."""
+    called: list[int] = []
+
+    def counted(dout: Tensor, *given: Any, **settings: Any) -> None:
+        called.append(dout.shape[1])
+        kernel_backward(dout, *given, **settings)
+
+    monkeypatch.setattr(module, "_flash_kernels", lambda: (kernel_forward, counted))
+    monkeypatch.setattr(module, "suits", lambda query: query.is_cuda)
+    if at_once is not None:
+        monkeypatch.setattr(flash_module, "AT_ONCE", at_once)
+    elif not with_sinks:
+        monkeypatch.setattr(module, "_one_by_one", lambda *given: True)
+    query, key, value, sinks, above = problem(20)
     settings: dict[str, Any] = dict(bounds=(0, 3, 4, 11, 20), scale=0.4, window=4)
     starts = torch.tensor(settings["bounds"], dtype=torch.int32)
-    got = attention(query.as_subclass(_OnCuda), key, value, cu_seqlens=starts, sinks=sinks, **settings)
-    want = dense(query, key, value, sinks, **settings)
+    inputs = [x.detach().clone().requires_grad_() for x in (query, key, value, *([sinks] if with_sinks else []))]
+    given = [x.as_subclass(_OnCuda) for x in inputs[:3]]
+    got = attention(*given, cu_seqlens=starts, sinks=inputs[3] if with_sinks else None, **settings)
+    never = torch.full_like(sinks, -1e9)
+    want = dense(*inputs[:3], inputs[3] if with_sinks else never, **settings)
     torch.testing.assert_close(got.as_subclass(Tensor), want, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(got, inputs, above.as_subclass(_OnCuda))
+    for ours, theirs in zip(found, torch.autograd.grad(want, inputs, above), strict=True):
+        torch.testing.assert_close(ours.as_subclass(Tensor), theirs, rtol=0, atol=1e-11)
+    assert sum(called) == query.shape[1]
+    assert len(called) == (1 if at_once is None else KV_HEADS)
 
 
 def test_the_stand_ins_have_the_parameters_of_an_installed_flash_attn() -> None:
