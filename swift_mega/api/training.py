@@ -20,7 +20,7 @@ from swift_mega.models.tiles import check_tiles
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.train.build import parameter_dtype, warmup_steps
+from swift_mega.train.build import check_gradients, parameter_dtype, warmup_steps
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
 
 DEVICE = devices.setup()
@@ -40,7 +40,9 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     assert run.model.path is not None
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
-    check_engine_runs(layout.mesh, DEVICE, parameter_dtype(run.model, DEVICE))
+    dtype = parameter_dtype(run.model, DEVICE)
+    check_engine_runs(layout.mesh, DEVICE, dtype)
+    check_gradients(run, dtype)
     check_training(run, family_of(run.model.path), settings)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh

@@ -127,6 +127,9 @@ class CoreAttention(MegatronModule):
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
+            value = value.clone(
+                memory_format=torch.contiguous_format
+            )  # or it, kept for the gradient, holds on to all of linear_qkv's output
         if row.growth is not None:
             query = query * row.growth
         if self.late_norm:
@@ -137,8 +140,8 @@ class CoreAttention(MegatronModule):
         if row.context is not None:
             assert self.alibi is None, "refused before ranks start"
             out = context_attention(
-                query, key, value, context=row.context, cu_seqlens=row.bounds, scale=self.scale, window=self.window,
-                softcap=self.softcap, sinks=self.softmax_offset,
+                query, key, value, context=row.context, cu_seqlens=row.bounds, starts=row.starts, scale=self.scale,
+                window=self.window, softcap=self.softcap, sinks=self.softmax_offset,
             )  # fmt: skip
             return out.reshape(out.shape[0], 1, -1)
         out = attention(

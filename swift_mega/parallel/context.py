@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from swift_mega.ops.attention import attention
 from swift_mega.parallel.gathered import gathered_attention
 from swift_mega.parallel.mesh import Mesh, key_copies
 from swift_mega.parallel.ring import ring_attention
@@ -43,13 +44,14 @@ def make_context(ranks: list[list[int]], mesh: Mesh) -> Context:
 
 
 def context_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, context: Context, cu_seqlens: tuple[int, ...], scale: float, causal: bool = True,
-    window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, context: Context, cu_seqlens: tuple[int, ...], starts: Tensor, scale: float,
+    causal: bool = True, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention within the examples of a row whose tokens lie on the ranks of the context axis. Collective.
 
     query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens, as
-    `sequence.pieces` says. cu_seqlens: where examples begin in the whole row, and its end. Returns [tokens, heads, value_dim].
+    `sequence.pieces` says. cu_seqlens: where examples begin in the whole row, and its end, on the host; starts: the same as
+    int32 on the device. Returns [tokens, heads, value_dim].
     """
     inner, mesh = context.ulysses, context.mesh
     copies = key_copies(key.shape[1], mesh.ulysses)
@@ -58,6 +60,11 @@ def context_attention(
     query, key, value = (tokens_to_heads(x, inner) for x in (query, key, value))
     if sinks is not None and mesh.ulysses > 1:
         sinks = sinks.chunk(mesh.ulysses)[inner.rank()]
+    if mesh.ring == 1 and causal:  # all keys are here
+        out = attention(
+            query, key, value, bounds=cu_seqlens, cu_seqlens=starts, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )  # fmt: skip
+        return heads_to_tokens(out, inner)
     steps = ring_blocks(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
     attend = gathered_attention if mesh.gather else ring_attention
     out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)

@@ -17,6 +17,8 @@ class Choices:
     rank: int | None = None
     """Of LoRA on all linears; None: every parameter is trained."""
     distributed_optimizer: bool = True
+    gradients_in_float32: bool = True
+    """Where they are summed; false: in the dtype of the weights."""
     recompute: Literal["none", "full"] = "none"
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_layers: int = 1
@@ -50,7 +52,8 @@ def choices_of(
         )
     return Choices(
         device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
-        distributed_optimizer=run.parallel.distributed_optimizer, recompute=train.recompute, recompute_method=train.recompute_method,
+        distributed_optimizer=run.parallel.distributed_optimizer, gradients_in_float32=run.parallel.gradients_in_float32,
+        recompute=train.recompute, recompute_method=train.recompute_method,
         recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
         loss_chunk=train.loss_chunk_size, offload_activations=train.offload_activations,
         offload_fraction=optim.offload_fraction if optim.cpu_offload else 0.0,

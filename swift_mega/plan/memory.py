@@ -20,6 +20,7 @@ from swift_mega.plan.weights import Widths, adapter_numbers, stage_numbers, widt
 
 CHUNK_NUMBERS, CPU_TOKENS, CPU_COLUMNS, WIDE = 1 << 25, 256, 2048, 1024  # of parallel/vocab.py
 QUERY_BLOCK, QUERY_TILE, KEY_TILE = 96, 128, 2048  # of ops/attention.py and ops/blocks.py
+AT_ONCE = 2 << 30  # of ops/flash.py
 LONGEST = 1 << 34
 
 
@@ -99,8 +100,9 @@ def _stage(settings: Settings, layout: Layout, choices: Choices, tokens: int, st
     # the copy of the gradient that is stepped with (optimizer/cpu_offloading/hybrid_optimizer.py, _set_sub_optimizer_grads).
     state = 2 * max(4, choices.itemsize) + (4 if choices.itemsize < 4 else 0)
     offloaded = choices.offload_fraction
+    summed = max(4, choices.itemsize) if choices.gradients_in_float32 else choices.itemsize
     static = Memory(
-        weights=weights, gradients=max(4, choices.itemsize) * trained, optimizer=round(share * state * (1 - offloaded)),
+        weights=weights, gradients=summed * trained, optimizer=round(share * state * (1 - offloaded)),
         row=step.row(), host=round(share * (state + 4) * offloaded) + step.on_host(),
     )  # fmt: skip
     moments = [replace(static, **parts, moment=name) for name, parts in step.moments()]
@@ -211,8 +213,8 @@ class _Step:
             numbers = 3 * w.query + 2 * self.keys_sent
         elif mesh.ring > 1 and not mesh.gather:  # v is copied, to be sent, and what linear_qkv made is free
             numbers = 2 * w.query + 2 * w.key
-        else:  # all that linear_qkv made, of which v is a view; rotated q and k (models/attention.py); the result
-            numbers = (w.query + 2 * w.key) + (w.query + w.key) + w.query
+        else:  # rotated q and k, a copy of v (models/attention.py); the result
+            numbers = 2 * w.query + 2 * w.key
         if w.query_norm:  # its input: q was copied out of [q, k, v]
             numbers += w.query
         return self.normed() + self.t * (size * numbers + self.exact * w.heads)
@@ -228,19 +230,28 @@ class _Step:
         w, size, exact, mesh = self.w, self.choices.itemsize, self.exact, self.layout.mesh
         keys, features = self.keys_sent, w.query + 2 * self.keys_sent
         numbers = w.query * size * (2 if mesh.ulysses > 1 else 1)  # of the result; as it came, and as it was sent
-        if self.layout.context == 1:
+        if mesh.ring == 1:  # by ops/attention.py, of all heads or of those that Ulysses leaves
             numbers += features * size
+            # The gradient as it came is free by now, and the result as linear_proj read it too.
+            numbers -= 2 * w.query * size if mesh.ulysses > 1 else 0
         elif mesh.gather:  # keys of all ranks, and the sums of their gradients (parallel/gathered.py)
             numbers += 2 * keys * mesh.ring * (size + exact) + (w.query + 2 * keys) * exact
         else:  # sums (ops/blocks.py, Towards); around a ring keys here and coming, and the gradients behind them, sent and coming
             numbers += features * exact
             numbers += (2 * keys * size * min(2, mesh.ring - 1) + 4 * keys * exact) if mesh.ring > 1 else 0
-        if (
-            self.cuda
-        ):  # flash_attn_varlen's: dq in float32, dk and dv for every query head where these share keys; delta
-            numbers += w.query * 4 + (2 * w.query * size if keys < w.query else 0) + 4 * w.heads
-            numbers += features * size if self.layout.context > 1 else 0  # its results, before they are added
-        return self.t * numbers + self.attention_block()
+        return self.t * numbers + (self.flash_sums(features * size) if self.cuda else self.attention_block())
+
+    def flash_sums(self, results: int) -> float:
+        """What flash-attn's backward kernel makes beside its results, of as many key heads as fit AT_ONCE (ops/flash.py).
+
+        That is dq in float32, and dk and dv for every query head where these share keys. results: bytes a token, of as many; delta of all.
+        """
+        w, size = self.w, self.choices.itemsize
+        own = self.t * (w.query * 4 + (2 * w.query * size if self.keys_sent < w.query else 0))
+        key_heads = max(1, self.keys_sent * w.heads // w.query // self.layout.mesh.ulysses)
+        share = min(own, max(AT_ONCE, own / key_heads)) / own
+        whole = share == 1 and self.layout.mesh.ring == 1  # then its results are the gradients
+        return share * own + (0 if whole else share * results * self.t) + 4 * w.heads * self.t
 
     def around_attention(self) -> tuple[float, float]:
         """attention_backward, and linear_proj's before it: one gradient of its weight, and its output's gradient of all tensor ranks."""
@@ -255,15 +266,13 @@ class _Step:
             return 0
         size, mesh = self.choices.itemsize, self.layout.mesh
         length = min(self.t * mesh.size, self.choices.longest or self.t * mesh.size)
-        if self.layout.context > 1:
-            piece = (
-                self.t * mesh.ulysses / (2 if mesh.ring > 1 else 1)
-            )  # around a ring a rank's keys come in two pieces
+        if mesh.ring > 1:
+            piece = self.t * mesh.ulysses / 2  # a rank's keys come in two pieces
             numbers = (
                 2 * self.exact * self.w.heads / mesh.ulysses + 9
             )  # scores and their gradients; int64 distances, and which are hidden
             return numbers * QUERY_TILE * min(length, piece, KEY_TILE)
-        return size * length * (3 * self.w.heads * QUERY_BLOCK + 4 * self.w.key)
+        return size * length * (3 * self.w.heads * QUERY_BLOCK + 4 * self.keys_sent) / mesh.ulysses
 
     # -------------------------------------------------------------------------------- MLP
 

@@ -109,7 +109,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
 def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
     parallel = run.parallel
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=parallel.gradients_in_float32 and part.config.params_dtype != torch.float64, overlap_grad_reduce=parallel.overlap_grad_reduce,
+        grad_reduce_in_fp32=parallel.gradients_in_float32 and part.config.params_dtype != torch.float64,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
         optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
         adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad, bf16=part.config.bf16,
         params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(run, part.config),
+        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(run, part),
     )  # fmt: skip
 
 
@@ -141,15 +142,24 @@ def check_gradients(run: schema.Run, dtype: torch.dtype) -> None:
         )
 
 
-def _offload(run: schema.Run, config: Any) -> dict[str, Any]:
+def _offload(run: schema.Run, part: ModelPart) -> dict[str, Any]:
+    """Fields that move the optimizer's state to the host. One optimizer for all parameters there, not one for each that steps while
+    others' gradients arrive (overlap_cpu_optimizer_d2h_h2d): that was no faster and took more memory (NVIDIA-NeMo/RL #3628).
+    """
     optim = run.optim
     if not optim.cpu_offload:
         return {}
+    trained = {p.dtype for chunk in part.chunks for p in chunk.parameters() if p.requires_grad}
+    # A float32 parameter among others that stays on the device would never be trained: its gradient is put where nobody looks for it
+    # (hybrid_optimizer.py:85).
+    assert trained <= {part.config.params_dtype}, trained
     return {
-        "optimizer_cpu_offload": True, "optimizer_offload_fraction": optim.offload_fraction, "overlap_cpu_optimizer_d2h_h2d": True,
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": optim.offload_fraction,
+        "main_grads_dtype": torch.float32 if run.parallel.gradients_in_float32 else part.config.params_dtype,
         # Float32 copies of bfloat16 weights go along with the rest of the state; otherwise they stay on the device.
-        "use_precision_aware_optimizer": config.bf16,
-    }  # fmt: skip
+        "use_precision_aware_optimizer": part.config.bf16,
+    }
 
 
 def _fuse(optimizer: Any) -> None:

@@ -70,6 +70,7 @@ def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shap
                     *held,
                     context=context,
                     cu_seqlens=cu,
+                    starts=torch.tensor(cu, dtype=torch.int32),
                     scale=dim**-0.5,
                     sinks=mine[3] if sinks is not None else None,
                     **options,

@@ -52,7 +52,9 @@ def _measured(mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
         for n, d in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
     ]
     with Sent() as forward:
-        out: Tensor = context_attention(*given, context=context, cu_seqlens=(0, TOKENS * mesh.size), scale=0.4)
+        row = (0, TOKENS * mesh.size)
+        starts = torch.tensor(row, dtype=torch.int32)
+        out: Tensor = context_attention(*given, context=context, cu_seqlens=row, starts=starts, scale=0.4)
     with Sent() as backward:
         out.backward(torch.ones_like(out))
     return dict(forward.bytes), dict(backward.bytes)

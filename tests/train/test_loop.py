@@ -180,6 +180,14 @@ def test_offloaded_run(model: Path, rows: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found.read(name), want.read(name)) for name in want.entries)
 
 
+def test_a_float32_model_has_no_narrower_sum(model: Path, rows: Path, tmp_path: Path) -> None:
+    changes = ("model.dtype=float32", "parallel.gradients_in_float32=false")
+    with pytest.raises(
+        UserError, match="gradients_in_float32=false sums gradients in the dtype of the weights, and that is float32"
+    ):
+        api.train(recipe(model, rows, tmp_path / "out", *changes), nproc=1)
+
+
 def test_pretraining_trains_every_token(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(

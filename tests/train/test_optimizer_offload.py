@@ -51,6 +51,7 @@ def steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) 
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
     found: dict[str, Any] = {"losses": [], "norms": [], "rates": []}
+    found["buffers"] = {buffer.grad_data.dtype for chunk in training.chunks for buffer in chunk.buffers}
     hybrids = [
         one.optimizer
         for one in training.optimizer.chained_optimizers
@@ -99,6 +100,29 @@ def test_overlapped_communication(work: Path, cpu: Device) -> None:
     """Parameters that are gathered while the next forward pass runs are those that came from the host."""
     parallel = schema.Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
     compare(bench(work, cpu, "llama", "full"), parallel, 2, "bfloat16", 1.0)
+
+
+@pytest.mark.parametrize("layout", ["dp1", "dp2", "tp2"])
+def test_gradients_summed_in_bfloat16(work: Path, cpu: Device, layout: str) -> None:
+    """Half the bytes, and steps near those of a float32 sum. On the host too, where bfloat16 gradients are clipped before they widen."""
+    parallel, world = parse_layout(layout)
+    one, narrow = bench(work, cpu, "llama", "full"), dataclasses.replace(parallel, gradients_in_float32=False)
+    moved = dataclasses.replace(FALLING, cpu_offload=True)
+    wide, *found = (
+        run_ranks(
+            world, steps,
+            dataclasses.replace(settings(one.model, each, one.tuner, one.adapter, dtype="bfloat16"), optim=optim),
+            one.cpu, one.layout(each, world), one.rows,
+        )
+        for each, optim in ((parallel, FALLING), (narrow, FALLING), (narrow, moved))
+    )  # fmt: skip
+    assert wide["buffers"] == {torch.float32}
+    for each in found:
+        assert each["buffers"] == {torch.bfloat16}
+        assert each["losses"] == pytest.approx(wide["losses"], rel=1e-3)
+        assert each["norms"] == pytest.approx(wide["norms"], rel=1e-2)
+        assert each["norms"] != wide["norms"]
+    assert found[1]["host"] > 0
 
 
 def compare(one: Bench, parallel: schema.Parallel, world: int, dtype: str, fraction: float) -> None:
