@@ -21,7 +21,7 @@ def train(model: Path, ranks: int, steps: int, length: int, output: Path) -> lis
         "model": model, "dataset": ROOT / "examples" / "data" / "self_cognition.jsonl", "model_name": "Mega",
         "model_author": "the swift_mega team", "packing": "true", "max_length": length, "global_batch_size": 1,
         "train_iters": steps, "lr": 1e-5, "tuner_type": "full", "nproc": ranks, "context_parallel_size": ranks,
-        "output_dir": output, "add_version": "false", "report_to": "[]",
+        "output_dir": output, "add_version": "false",
     }  # fmt: skip
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, "-m", "swift_mega", "sft", *arguments], stdout=sys.stderr, check=False)

@@ -30,7 +30,7 @@ class Memory:
 
     weights: int = 0
     gradients: int = 0
-    """The buffer in which DistributedDataParallel sums them, in float32."""
+    """The buffer in which DistributedDataParallel sums them."""
     optimizer: int = 0
     """AdamW's two moments, and the float32 copy of bfloat16 weights."""
     row: int = 0
