@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -24,12 +23,13 @@ from swift_mega.ops.attention import attention
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, call_groups, forward
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import Range, blocks, ring_blocks, ring_pieces, runs
+from swift_mega.parallel.sequence import Range, Step, blocks, ring_pieces, ring_steps, runs
 
 HEAD_DIM = 64
 AIM = 1.15
 """Merging and the ring may make attention this much slower, not more."""
-Steps = Sequence[Sequence[Block]]
+CUTS = ("zigzag", "contiguous")
+Steps = Sequence[Step]
 
 
 def lengths(mean: float, spread: float, count: int, most: int) -> list[int]:
@@ -38,21 +38,29 @@ def lengths(mean: float, spread: float, count: int, most: int) -> list[int]:
     return np.clip(drawn, 2, most).astype(int).tolist()
 
 
-def packed_row(mean: float, tokens: int) -> tuple[int, ...]:
-    """cu_seqlens of the fullest row that the packer makes of many examples, the rest one more example."""
-    sizes = lengths(mean, 1.0, 40 * tokens // int(mean), tokens)
-    row = max(pack_examples(sizes, tokens), key=lambda indices: (sum(sizes[i] for i in indices), len(indices)))
-    ends = list(accumulate((sizes[i] for i in np.random.default_rng(1).permutation(row)), initial=0))
-    return (*ends, tokens) if ends[-1] < tokens else tuple(ends)
+def packed_rows(mean: float, tokens: int, count: int) -> list[tuple[int, ...]]:
+    """cu_seqlens of rows that examples fill in the order in which they are drawn; what is left of a row is one more example."""
+    rows, ends = [], [0]
+    for size in lengths(mean, 1.0, 4 * count * tokens // int(mean), tokens):
+        if ends[-1] + size <= tokens:
+            ends.append(ends[-1] + size)
+            continue
+        rows.append((*ends, tokens) if ends[-1] < tokens else tuple(ends))
+        ends = [0, size]
+    assert len(rows) >= count, (len(rows), count)
+    return rows[:count]
 
 
 # ------------------------------------------------------------------------------------------------ the ranks of a ring
 
 
 def contiguous_steps(cu_seqlens: tuple[int, ...], ring: int, position: int) -> Steps:
-    """What `ring_blocks` would be, were a row cut into as many pieces as ranks."""
+    """What `ring_steps` would be, were a row cut into as many pieces as ranks."""
     held = [runs(piece, cu_seqlens) for piece in contiguous_pieces(cu_seqlens[-1], ring)]
-    return [blocks(held[position], held[(position - step) % ring], causal=True, window=None) for step in range(ring)]
+    return [
+        Step(behind, blocks(held[position], held[(position - behind) % ring], causal=True, window=None))
+        for behind in range(ring)
+    ]
 
 
 def contiguous_pieces(tokens: int, ring: int) -> list[tuple[Range, ...]]:
@@ -72,7 +80,7 @@ class Ring:
         tokens = cu_seqlens[-1]
         cut = [ring_pieces(tokens, size, each) for each in range(size)] if zigzag else contiguous_pieces(tokens, size)
         held = [torch.cat([torch.arange(begin, end) for begin, end in pieces]) for pieces in cut]
-        plan = ring_blocks if zigzag else contiguous_steps
+        plan = ring_steps if zigzag else contiguous_steps
         return cls(held, [plan(cu_seqlens, size, each) for each in range(size)])
 
     def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
@@ -82,28 +90,37 @@ class Ring:
         row: query, key, value and the gradient of out.
         """
         cut = [tuple(x[mine] for x in row) for mine in self.held]
-        sums = [tuple(torch.zeros_like(x) for x in mine[:3]) for mine in cut]  # dQ, dK, dV of each rank's tokens
-        seconds, outs = [], []
+        of_keys: list[tuple[Tensor, ...]] = [()] * len(cut)  # dK and dV of each rank's tokens
+        seconds, outs, of_queries = [], [], []
         for rank, steps in enumerate(self.steps):
             query, _, _, grad = cut[rank]
-            there = [(rank - step) % len(self.held) for step in range(len(steps))]
+            there = [(rank - step.behind) % len(self.held) for step in steps]
             begin = time.process_time()
             parts = Parts(query, row[2].shape[-1])
-            for shown, owner in zip(steps, there, strict=True):
-                forward(parts, query, cut[owner][1], cut[owner][2], shown, scale=HEAD_DIM**-0.5)
+            for step, owner in zip(steps, there, strict=True):
+                forward(parts, query, cut[owner][1], cut[owner][2], step.blocks, scale=HEAD_DIM**-0.5)
             out, lse = parts.finished(None)
-            for shown, owner in zip(steps, there, strict=True) if gradients else ():
+            towards_query = torch.zeros_like(query) if gradients else query
+            for step, owner in zip(steps, there, strict=True) if gradients else ():
+                if step.behind and not step.blocks:
+                    continue
                 key, value = cut[owner][1:3]
-                towards = Towards(sums[rank][0], torch.zeros_like(key), torch.zeros_like(value))
-                backward(towards, grad, query, key, value, out, lse, shown, scale=HEAD_DIM**-0.5)
-                sums[owner][1].add_(towards.key)  # as those that come from the rank before
-                sums[owner][2].add_(towards.value)
+                towards = Towards(towards_query, torch.zeros_like(key), torch.zeros_like(value))
+                backward(towards, grad, query, key, value, out, lse, step.blocks, scale=HEAD_DIM**-0.5)
+                sums = (towards.key, towards.value)
+                for mine, others in zip(sums, of_keys[owner], strict=False):
+                    mine.add_(others)  # as those that come from the rank before
+                of_keys[owner] = sums
             seconds.append(time.process_time() - begin)
             outs.append(out)
-        results = [torch.empty_like(x) for x in (row[3], *row[:3])]
-        for mine, found in zip(self.held, zip(outs, *zip(*sums, strict=True), strict=True), strict=True):
-            for whole, part in zip(results, found, strict=True):
-                whole[mine] = part
+            of_queries.append(towards_query)
+        held: list[Sequence[Tensor]] = [outs]
+        if gradients:
+            held += [of_queries, *zip(*of_keys, strict=True)]
+        results = [torch.empty(len(row[0]), *part[0].shape[1:]) for part in held]
+        for whole, part in zip(results, held, strict=True):
+            for mine, found in zip(self.held, part, strict=True):
+                whole[mine] = found
         return seconds, results
 
 
@@ -124,19 +141,19 @@ class Balance:
     context: int
     cut: str
     pairs_ratio: float
-    """Of pairs of a query and a key that it sees."""
+    """Of pairs of a query and a key that it sees; the mean over rows."""
     seconds_ratio: float
     seconds: list[float]
-    """Of processor time of each rank, forward and backward, medians of rounds."""
+    """Of processor time of each rank, forward and backward, medians of rounds, over the first row."""
     calls: int
-    """Of a varlen kernel on CUDA, forward, by the rank that makes most."""
+    """Of a varlen kernel on CUDA, forward, by the rank that makes most, over the first row."""
     blocks: int
     """Of that rank."""
 
 
 def pairs(steps: Steps) -> int:
     """How many keys all queries of a rank see together."""
-    return sum(_pairs(one) for shown in steps for one in shown)
+    return sum(_pairs(one) for step in steps for one in step.blocks)
 
 
 def _pairs(one: Block) -> int:
@@ -146,22 +163,23 @@ def _pairs(one: Block) -> int:
 def balance(tokens: int, contexts: Sequence[int], rounds: int) -> list[Balance]:
     """Part b."""
     row, found = make_row(tokens, 9, 3), []
-    packed = {f"packed, mean {mean}": packed_row(mean, tokens) for mean in (100, 1000)}
-    for name, cu_seqlens in ({"one example": (0, tokens)} | packed).items():
+    packed = {f"packed, mean {mean}": packed_rows(mean, tokens, 100) for mean in (100, 1000)}
+    for name, rows in ({"one example": [(0, tokens)]} | packed).items():
         for size in contexts:
-            rings = {"zigzag": Ring.of(cu_seqlens, size), "contiguous": Ring.of(cu_seqlens, size, zigzag=False)}
-            taken: dict[str, list[list[float]]] = {cut: [] for cut in rings}
+            rings = {cut: [Ring.of(each, size, zigzag=cut == "zigzag") for each in rows] for cut in CUTS}
+            taken: dict[str, list[list[float]]] = {cut: [] for cut in CUTS}
             for _ in range(rounds):
-                for cut, ring in rings.items():
-                    taken[cut].append(ring.run(row, gradients=True)[0])
-            for cut, ring in rings.items():
+                for cut in CUTS:
+                    taken[cut].append(rings[cut][0].run(row, gradients=True)[0])
+            for cut in CUTS:
                 seconds = [statistics.median(each) for each in zip(*taken[cut], strict=True)]
-                counts = [pairs(steps) for steps in ring.steps]
-                calls = [sum(1 for shown in steps for _ in call_groups(shown)) for steps in ring.steps]
+                uneven = statistics.mean(_ratio([pairs(steps) for steps in ring.steps]) for ring in rings[cut])
+                first = rings[cut][0].steps
+                calls = [sum(1 for step in steps for _ in call_groups(step.blocks)) for steps in first]
                 most = calls.index(max(calls))
-                made = sum(len(shown) for shown in ring.steps[most])
-                label = f"{name} ({len(cu_seqlens) - 1})"
-                found.append(Balance(label, size, cut, _ratio(counts), _ratio(seconds), seconds, calls[most], made))
+                made = sum(len(step.blocks) for step in first[most])
+                label = f"{name} ({len(rows[0]) - 1})"
+                found.append(Balance(label, size, cut, uneven, _ratio(seconds), seconds, calls[most], made))
     return found
 
 
@@ -231,10 +249,12 @@ def plain_attention(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients:
 
 def overhead(tokens: int, contexts: Sequence[int], rounds: int) -> list[Overhead]:
     """Part c. The row of short examples has grouped key heads only."""
-    found = []
+    found, packed = [], {mean: packed_rows(mean, tokens, 1)[0] for mean in (1000, 100)}
     for heads, kv_heads, name, cu_seqlens in (
-        (9, 3, "one example", (0, tokens)), (8, 8, "one example", (0, tokens)), (9, 3, "packed, mean 100", packed_row(100, tokens)),
-    ):  # fmt: skip
+        (9, 3, "one example", (0, tokens)),
+        (8, 8, "one example", (0, tokens)),
+        *((9, 3, f"packed, mean {mean}", row) for mean, row in packed.items()),
+    ):
         row = make_row(tokens, heads, kv_heads)
         for gradients in (False, True):
             found += _overhead(row, cu_seqlens, contexts, rounds, gradients, (name, f"{heads}/{kv_heads}"))

@@ -214,36 +214,36 @@ class _CpuAttention(torch.autograd.Function):
 
 def gradients_of_keys(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool = True,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool = True, add: bool = False,
 ) -> None:  # fmt: skip
     """The gradients of query, key and value that come of these keys, in float32 or float64 on CPU.
 
     The last query stands at the last key; there may be fewer queries than keys, and without `causal` more. out [queries, heads,
-    value_dim] and lse [heads, queries] are the whole softmax's, which may have further keys. grad: of out. into: written to.
+    value_dim] and lse [heads, queries] are the whole softmax's, which may have further keys. grad: of out. into: written to, or
+    with `add` added to.
     """
-    short = causal and len(query) == len(key) <= SHORT and query.shape[-1] == value.shape[-1]
-    if short:
-        _kernel_backward(grad, query, key, value, out, lse, into=into, scale=scale, window=window)
-    else:
-        _blocked_backward(grad, query, key, value, out, lse, into=into, scale=scale, window=window, causal=causal)
+    alike = len(query) == len(key) if causal else window is None
+    short = max(len(query), len(key)) <= SHORT and alike and query.shape[-1] == value.shape[-1]
+    backward, write = _kernel_backward if short else _blocked_backward, Tensor.add_ if add else Tensor.copy_
+    backward(grad, query, key, value, out, lse, into=into, scale=scale, window=window, causal=causal, write=write)
 
 
 def _kernel_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool, write: Callable[[Tensor, Tensor], Tensor],
 ) -> None:  # fmt: skip
-    """Gradients of one example by torch's kernel."""
+    """Gradients by torch's kernel; causal only for one example's queries and keys, as is a window."""
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, o, lse[None], 0.0, **_kernel_mask(q, window), scale=scale
+        g, q, k, v, o, lse[None], 0.0, **_kernel_mask(q, window, causal), scale=scale
     )
     for target, part in zip(into, found, strict=True):
-        target.copy_(part[0].transpose(0, 1))
+        write(target, part[0].transpose(0, 1))
 
 
 def _blocked_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool,
+    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool, write: Callable[[Tensor, Tensor], Tensor],
 ) -> None:  # fmt: skip
     """Gradients from the softmax computed again by blocks of queries."""
     keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
@@ -261,9 +261,9 @@ def _blocked_backward(
         scores = torch.bmm(g, v.transpose(1, 2)).sub_(mean).mul_(weights)
         towards_keys[:, first:end].baddbmm_(scores.transpose(1, 2), q)
         rows = torch.bmm(scores, k).view(query.shape[1], stop - start, -1)
-        torch.mul(rows.transpose(0, 1), scale, out=into[0][start:stop])
-    torch.div(towards_keys.transpose(0, 1), LOG2_E, out=into[1])  # q carried it
-    into[2].copy_(towards_values.transpose(0, 1))
+        write(into[0][start:stop], rows.mul_(scale).transpose(0, 1))
+    write(into[1], towards_keys.div_(LOG2_E).transpose(0, 1))  # q carried it
+    write(into[2], towards_values.transpose(0, 1))
 
 
 def _examples(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -289,11 +289,11 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.transpose(0, 1).reshape(kv_heads, -1, x.shape[-1])
 
 
-def _kernel_mask(query: Tensor, window: int | None) -> dict[str, Any]:
+def _kernel_mask(query: Tensor, window: int | None, causal: bool = True) -> dict[str, Any]:
     """What torch's kernels are told of causality and window; a mask is added to scores. query: [1, heads, length, head_dim]."""
     length = query.shape[2]
     if window is None or length <= window:
-        return {"is_causal": True, "attn_mask": None}
+        return {"is_causal": causal, "attn_mask": None}
     seen = _seen(length, window, query.device)
     return {"is_causal": False, "attn_mask": query.new_zeros(length, length).masked_fill_(~seen, -torch.inf)}
 

@@ -85,18 +85,35 @@ class Parts:
         """query: [tokens, heads, head_dim]."""
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
         tokens, heads, _ = query.shape
-        self.out = query.new_zeros(tokens, heads, value_dim, dtype=exact)
-        self.lse = query.new_full((heads, tokens), -torch.inf, dtype=exact)
+        self.out = query.new_empty(tokens, heads, value_dim, dtype=exact)
+        self.lse = query.new_empty(heads, tokens, dtype=exact)
+        self.begun = 0  # tokens from here on have seen no key yet, and nothing is written there
 
     def add(self, first: int, out: Tensor, lse: Tensor) -> None:
         """The result over further keys, of the tokens from `first` on: out [n, heads, value_dim], lse [heads, n]."""
-        ours, so_far = self.out[first : first + len(out)], self.lse[:, first : first + len(out)]
+        last = first + len(out)
+        fresh = first >= self.begun
+        self._begin(first if fresh else last)
+        ours, so_far = self.out[first:last], self.lse[:, first:last]
+        if fresh:
+            ours.copy_(out)
+            so_far.copy_(lse)
+            self.begun = last
+            return
         weight = torch.sigmoid(lse - so_far).nan_to_num_(0.0)  # neither saw a key: -inf - -inf
         ours.lerp_(out.to(ours.dtype), weight.t()[..., None])
         so_far.copy_(torch.logaddexp(so_far, lse))
 
+    def _begin(self, end: int) -> None:
+        """Tokens before `end` that have seen no key so far are the softmax over nothing."""
+        if end > self.begun:
+            self.out[self.begun : end] = 0.0
+            self.lse[:, self.begun : end] = -torch.inf
+            self.begun = end
+
     def finished(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """out and lse of the whole softmax; sinks: [heads], logits that join it and have no value (ops/sinks.py)."""
+        self._begin(len(self.out))
         return (self.out, self.lse) if sinks is None else add_sinks(self.out, self.lse, sinks)
 
 
@@ -116,14 +133,10 @@ def forward(
         if kernels is not None:
             parts.add(first.q, *_flash_forward(kernels[0], group, q, k, v, scale, softcap))
             continue
-        if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
-            found = [_cpu_forward(one, query, key, value, scale) for one in group]
-            out, lse = (
-                found[0] if len(found) == 1 else (torch.cat([x for x, _ in found]), torch.cat([x for _, x in found], 1))
-            )
-            parts.add(first.q, out, lse)
-            continue
         for one in group:
+            if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+                parts.add(one.q, *_cpu_forward(one, query, key, value, scale))
+                continue
             q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
             for start, first_key, last_key, hidden in _tiles(one, q.device):
                 rows = q[start : start + QUERY_TILE]
@@ -220,8 +233,7 @@ def _cpu_backward(
     exact = towards.query.dtype
     of_queries = [x[rows].to(exact) for x in (grad, query, out)]
     of_keys = [x[columns].to(exact) for x in (key, value)]
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (of_queries[1], *of_keys)]
-    lse = lse[:, rows]
+    into, lse = (towards.query[rows], towards.key[columns], towards.value[columns]), lse[:, rows]
     for one in group:
         mine, theirs = (
             slice(first, first + size)
@@ -229,12 +241,10 @@ def _cpu_backward(
         )
         g, q, o = (x[mine] for x in of_queries)
         k, v = (x[theirs] for x in of_keys)
-        into, window = (found[0][mine], found[1][theirs], found[2][theirs]), None if one.left is None else one.left + 1
-        gradients_of_keys(g, q, k, v, o, lse[:, mine], into=into, scale=scale, window=window, causal=one.causal)
-    for target, where, part in zip(
-        (towards.query, towards.key, towards.value), (rows, columns, columns), found, strict=True
-    ):
-        target[where] += part
+        gradients_of_keys(
+            g, q, k, v, o, lse[:, mine], into=(into[0][mine], into[1][theirs], into[2][theirs]), scale=scale,
+            window=None if one.left is None else one.left + 1, causal=one.causal, add=True,
+        )  # fmt: skip
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:

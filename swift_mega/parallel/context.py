@@ -11,7 +11,7 @@ from swift_mega.ops.attention import attention
 from swift_mega.parallel.gathered import gathered_attention
 from swift_mega.parallel.mesh import Mesh, key_copies
 from swift_mega.parallel.ring import ring_attention
-from swift_mega.parallel.sequence import held_tokens, ring_blocks
+from swift_mega.parallel.sequence import held_tokens, ring_steps
 from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
 
 
@@ -65,7 +65,7 @@ def context_attention(
             query, key, value, bounds=cu_seqlens, cu_seqlens=starts, scale=scale, window=window, softcap=softcap, sinks=sinks
         )  # fmt: skip
         return heads_to_tokens(out, inner)
-    steps = ring_blocks(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
+    steps = ring_steps(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
     attend = gathered_attention if mesh.gather else ring_attention
     out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
     return heads_to_tokens(out, inner)

@@ -14,25 +14,23 @@ from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
 from swift_mega.ops.sinks import sink_gradient
-from swift_mega.parallel.ring import Steps
+from swift_mega.parallel.sequence import Step
 
 
 def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, steps: Steps, group: dist.ProcessGroup, scale: float, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, steps: Sequence[Step], group: dist.ProcessGroup, scale: float,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `ring_attention`, which takes the same arguments. Collective."""
     shown = _in_gathered(steps, group, len(key))
     return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap)  # type: ignore[no-any-return]
 
 
-def _in_gathered(steps: Steps, group: dist.ProcessGroup, keys: int) -> list[Block]:
+def _in_gathered(steps: Sequence[Step], group: dist.ProcessGroup, keys: int) -> list[Block]:
     """The blocks of all steps over the keys of all ranks, one rank's after another."""
     rank, size = group.rank(), group.size()
     return [
-        dataclasses.replace(one, k=one.k + (rank - step) % size * keys)
-        for step, blocks in enumerate(steps)
-        for one in blocks
+        dataclasses.replace(one, k=one.k + (rank - step.behind) % size * keys) for step in steps for one in step.blocks
     ]
 
 

@@ -1,11 +1,13 @@
 """Ring attention (arXiv:2310.01889): keys and values go round while every rank's queries stay.
 
-Each step computes with the keys that are here while the next ones arrive. Forward, a rank sends its neighbour the K and V of `steps - 1`
+Each step computes with the keys that are here while the next ones arrive. Forward, a rank sends the K and V of `steps - 1`
 positions: (steps - 1) * kv_heads * (head_dim + value_dim) numbers per key, in their own dtype. Backward recomputes each step's softmax
 from the saved log-sum-exp; K and V go round again, and behind them dK and dV in float32, `steps - 1` times and once more home.
-`steps` is the ring's size, or less where a window or short examples let no query see so far (parallel/sequence.py).
+`steps` is the ring's size, or less where a window or short examples let no query see the keys of some positions (parallel/sequence.py):
+they are jumped over, to any rank of the ring in one message.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
+from swift_mega.ops.blocks import Parts, Towards, backward, forward
 from swift_mega.ops.sinks import sink_gradient
-
-Steps = Sequence[Sequence[Block]]
+from swift_mega.parallel.sequence import Step
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, steps: Steps, group: dist.ProcessGroup, scale: float, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, steps: Sequence[Step], group: dist.ProcessGroup, scale: float,
+    softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of this rank's queries to the keys of all ranks of the ring. Collective.
 
     query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens.
-    steps: what its queries see of the keys of rank (mine - step) % size, as `sequence.ring_blocks` says.
+    steps: what its queries see of whose keys, as `sequence.ring_steps` says; its own come first.
     sinks: [heads], as in ops.attention. Returns [tokens, heads, value_dim].
     """
     return _Ring.apply(query, key, value, sinks, steps, group, scale, softcap)  # type: ignore[no-any-return]
@@ -35,15 +36,15 @@ def ring_attention(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, steps: Steps, group: dist.ProcessGroup, scale: float,
-        softcap: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, steps: Sequence[Step], group: dist.ProcessGroup,
+        scale: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         key, value = key.contiguous(), value.contiguous()
         parts = Parts(query, value.shape[-1])
         here: tuple[Tensor, ...] = (key, value)
-        for number, shown in enumerate(steps):
-            coming = _Turn(here, group) if number + 1 < len(steps) else None
-            forward(parts, query, here[0], here[1], shown, scale=scale, softcap=softcap)
+        for step, hops in zip(steps, _hops(steps), strict=True):
+            coming = _Turn(here, group, hops) if hops else None
+            forward(parts, query, here[0], here[1], step.blocks, scale=scale, softcap=softcap)
             here = coming.arrived() if coming else here
         out, lse = parts.finished(sinks)
         out = out.to(query.dtype)
@@ -59,15 +60,21 @@ class _Ring(torch.autograd.Function):
         towards_query = torch.zeros_like(query, dtype=exact)
         here: tuple[Tensor, ...] = (key, value)
         following: _Turn | None = None
-        for number, shown in enumerate(steps):
-            coming = _Turn(here, group) if number + 1 < len(steps) else None
-            towards = Towards(towards_query, *(torch.zeros_like(x, dtype=exact) for x in here))
-            backward(towards, gradients[0], query, here[0], here[1], out, lse, shown, scale=scale, softcap=softcap)
-            sums: tuple[Tensor, ...] = (towards.key, towards.value)
+        for step, hops in zip(steps, _hops(steps), strict=True):
+            coming = _Turn(here, group, hops) if hops else None
+            sums: tuple[Tensor, ...] = ()
+            if step.blocks or following is None:
+                towards = Towards(towards_query, *(torch.zeros_like(x, dtype=exact) for x in here))
+                backward(
+                    towards, gradients[0], query, here[0], here[1], out, lse, step.blocks, scale=scale, softcap=softcap
+                )
+                sums = (towards.key, towards.value)
             if following is not None:  # what others found for the keys that are here was on its way meanwhile
-                for mine, theirs in zip(sums, following.arrived(), strict=True):
-                    mine.add_(theirs)
-            following = _Turn(sums, group, hops=1 if coming else 1 - len(steps))
+                theirs = following.arrived()
+                for mine, others in zip(sums, theirs, strict=False):
+                    mine.add_(others)
+                sums = sums or theirs
+            following = _Turn(sums, group, hops or -step.behind)
             here = coming.arrived() if coming else here
         assert following is not None
         sums = following.arrived()
@@ -77,10 +84,15 @@ class _Ring(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _hops(steps: Sequence[Step]) -> list[int]:
+    """How far keys go on after each step; 0 after the last."""
+    return [after.behind - step.behind for step, after in itertools.pairwise(steps)] + [0]
+
+
 class _Turn:
     """Tensors on their way to the rank `hops` further, while those of the rank `hops` before come here."""
 
-    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, hops: int = 1) -> None:
+    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, hops: int) -> None:
         size, rank = group.size(), group.rank()
         self.sent, self.works = tuple(tensors), []
         self.coming = self.sent

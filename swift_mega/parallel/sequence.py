@@ -27,6 +27,14 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a ring position's queries see of the keys of the position `behind` before it."""
+
+    behind: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """Tokens of one example that lie together: `length` of them, from `position` of the example on; the first is `first` here."""
 
@@ -112,22 +120,21 @@ def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: 
 
 
 @functools.lru_cache(maxsize=64)
-def ring_blocks(
+def ring_steps(
     cu_seqlens: tuple[int, ...], ring: int, position: int, *, causal: bool = True, window: int | None = None
-) -> tuple[tuple[Block, ...], ...]:
-    """For every step of the ring, what this position sees of the keys that are there then: those of position - step.
+) -> tuple[Step, ...]:
+    """What this position sees of its own keys, then of those that come round the ring; `behind` is the same on every position.
 
-    As many steps as some position needs: with a window, or examples that are short beside the row, the last ones are left out.
+    Positions from which nobody sees a key are passed over: with a window, or examples that are short beside the row, most of them.
     """
-    tokens = cu_seqlens[-1]
-    mine = runs(ring_pieces(tokens, ring, position), cu_seqlens)
-    steps = [blocks(mine, mine, causal=causal, window=window)]
+    mine = runs(ring_pieces(cu_seqlens[-1], ring, position), cu_seqlens)
+    steps = [Step(0, blocks(mine, mine, causal=causal, window=window))]
     spread = _spread(cu_seqlens, ring) if ring > 1 else set()
     shared = [run for run in mine if run.example in spread]  # few: others hold nothing of the rest
     examples = sorted({run.example for run in shared})
-    for step in range(1, _needed(cu_seqlens, ring, spread, causal=causal, window=window)):
-        theirs = runs(ring_pieces(tokens, ring, (position - step) % ring), cu_seqlens, examples)
-        steps.append(blocks(shared, theirs, causal=causal, window=window))
+    for behind in _needed(cu_seqlens, ring, spread, causal=causal, window=window):
+        theirs = runs(ring_pieces(cu_seqlens[-1], ring, (position - behind) % ring), cu_seqlens, examples)
+        steps.append(Step(behind, blocks(shared, theirs, causal=causal, window=window)))
     return tuple(steps)
 
 
@@ -138,19 +145,20 @@ def _spread(cu_seqlens: Sequence[int], ring: int) -> set[int]:
     return {example for cut, example in at.items() if cu_seqlens[example] < cut}
 
 
-def _needed(cu_seqlens: Sequence[int], ring: int, spread: set[int], *, causal: bool, window: int | None) -> int:
-    """Steps until every query has seen its keys, on all positions. A query sees the chunk before its own, and further ones in a window."""
-    chunk, most = cu_seqlens[-1] // (2 * ring), 1
+def _needed(cu_seqlens: Sequence[int], ring: int, spread: set[int], *, causal: bool, window: int | None) -> list[int]:
+    """How far behind keys lie that some position needs, but for its own. A query sees the chunk before its own, and further ones in a
+    window."""
+    chunk, found = cu_seqlens[-1] // (2 * ring), {0}
     reach = 2 * ring if window is None else (window - 2) // chunk + 1 if window > 1 else 0
     for example in spread:
         first, last = cu_seqlens[example] // chunk, (cu_seqlens[example + 1] - 1) // chunk
         for query in range(first, last + 1):
             for key in range(max(first, query - reach), (query if causal else last) + 1):
                 mine, theirs = (min(number, 2 * ring - 1 - number) for number in (query, key))
-                most = max(most, (mine - theirs) % ring + 1)
-            if most == ring:
-                return most
-    return most
+                found.add((mine - theirs) % ring)
+            if len(found) == ring:
+                break
+    return sorted(found)[1:]
 
 
 def held_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:

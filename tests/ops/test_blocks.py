@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
-from swift_mega.parallel.sequence import ring_blocks, ring_pieces
+from swift_mega.parallel.sequence import ring_pieces, ring_steps
 
 
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
@@ -175,12 +175,12 @@ def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_on
         for position in range(2):
             held = [torch.cat([torch.arange(a, b) for a, b in ring_pieces(80, 2, each)]) for each in range(2)]
             mine, parts = held[position], Parts(q[held[position]], dims[1])
-            steps = ring_blocks(cu, 2, position, causal=causal, window=window)
-            keys = [held[(position - step) % 2] for step in range(len(steps))]
-            for shown, there in zip(steps, keys, strict=True):
-                forward(parts, q[mine], k[there], v[there], shown, scale=scale, softcap=softcap)
+            steps = ring_steps(cu, 2, position, causal=causal, window=window)
+            keys = [held[(position - step.behind) % 2] for step in steps]
+            for step, there in zip(steps, keys, strict=True):
+                forward(parts, q[mine], k[there], v[there], step.blocks, scale=scale, softcap=softcap)
             assert (parts.out - expected[mine]).abs().max() < 1e-12
-            for shown, there in zip(steps, keys, strict=True):
+            for step, there in zip(steps, keys, strict=True):
                 some = Towards(*(torch.zeros_like(x) for x in (q[mine], k[there], v[there])))
                 backward(
                     some,
@@ -190,7 +190,7 @@ def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_on
                     v[there],
                     parts.out,
                     parts.lse,
-                    shown,
+                    step.blocks,
                     scale=scale,
                     softcap=softcap,
                 )
@@ -209,9 +209,9 @@ def test_examples_that_lie_together_are_one_call(monkeypatch):
         return flash_forward(*args, **given)
 
     monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
-    (shown,) = ring_blocks(tuple(range(0, 81, 5)), 2, 1)  # chunks of 20: four whole examples in each
+    (step,) = ring_steps(tuple(range(0, 81, 5)), 2, 1)  # chunks of 20: four whole examples in each
     q = torch.randn(40, 2, 4)
-    forward(Parts(q, 4), q, q, q, shown, scale=0.5)
+    forward(Parts(q, 4), q, q, q, step.blocks, scale=0.5)
     assert calls == [list(range(0, 41, 5))]
 
 
@@ -223,10 +223,10 @@ def test_examples_shorter_than_a_window_join_the_call_of_longer_ones(monkeypatch
         return flash_forward(*args, **given)
 
     monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
-    (shown,) = ring_blocks((0, 5, 25, 36, 40), 1, 0, window=11)
+    (step,) = ring_steps((0, 5, 25, 36, 40), 1, 0, window=11)
     q = torch.randn(40, 2, 4, dtype=torch.float64)
     parts = Parts(q, 4)
-    forward(parts, q, q, q, shown, scale=0.5)
+    forward(parts, q, q, q, step.blocks, scale=0.5)
     assert calls == [([0, 5, 25, 36, 40], 10)]
     example = torch.bucketize(torch.arange(40), torch.tensor([5, 25, 36]), right=True)
     mask = seen(range(40), range(40), True, 11) & (example[:, None] == example[None])

@@ -44,7 +44,7 @@ class Sent(TorchDispatchMode):
         return int(result.nbytes * (ranks - 1))
 
 
-def _measured(mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+def _measured(mesh: Mesh, dtype: torch.dtype, window: int | None = None) -> tuple[dict[str, int], dict[str, int]]:
     context = make_context([list(range(mesh.size))], mesh)
     torch.manual_seed(dist.get_rank())
     given = [
@@ -54,14 +54,19 @@ def _measured(mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
     with Sent() as forward:
         row = (0, TOKENS * mesh.size)
         starts = torch.tensor(row, dtype=torch.int32)
-        out: Tensor = context_attention(*given, context=context, cu_seqlens=row, starts=starts, scale=0.4)
+        out: Tensor = context_attention(
+            *given, context=context, cu_seqlens=row, starts=starts, scale=0.4, window=window
+        )
     with Sent() as backward:
         out.backward(torch.ones_like(out))
     return dict(forward.bytes), dict(backward.bytes)
 
 
-def expected(mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
-    """Per rank. After the Ulysses exchange a rank has u times the tokens and 1 / u of the heads, so the same numbers."""
+def expected(mesh: Mesh, dtype: torch.dtype, steps: int | None = None) -> tuple[dict[str, int], dict[str, int]]:
+    """Per rank; steps: of the ring, where they are not its size.
+
+    After the Ulysses exchange a rank has u times the tokens and 1 / u of the heads, so the same numbers.
+    """
     size = dtype.itemsize
     keys, ring, inner = TOKENS * KV_HEADS * (DIM + VALUE_DIM), mesh.ring, mesh.ulysses
     exchanged = TOKENS * HEADS * (DIM + VALUE_DIM) + keys
@@ -72,15 +77,25 @@ def expected(mesh: Mesh, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, 
         forward["_allgather_base_"] = backward["_allgather_base_"] = (ring - 1) * keys * size
         backward["_reduce_scatter_base_"] = (ring - 1) * keys * 4
     elif ring > 1:
-        forward["send"] = (ring - 1) * keys * size
-        backward["send"] = (ring - 1) * keys * size + ring * keys * 4  # dK and dV in float32, and once more home
+        steps = steps or ring
+        forward["send"] = (steps - 1) * keys * size
+        backward["send"] = (steps - 1) * keys * size + steps * keys * 4  # dK and dV in float32, and once more home
     return dict(forward), dict(backward)
+
+
+def sent(ranks: Any, mesh: Mesh, dtype: torch.dtype, window: int | None = None) -> tuple[dict[str, int], ...]:
+    """By operator, forward and backward, of one rank."""
+    found = ranks(mesh.size, _measured, mesh, dtype, window)
+    return tuple({name: size for name, size in measured.items() if size} for measured in found)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("mesh", (Mesh(2, 1), Mesh(1, 2), Mesh(1, 4), Mesh(2, 2), Mesh(1, 4, gather=True)), ids=str)
 def test_no_byte_is_sent_that_the_formula_does_not_have(ranks, mesh, dtype):
-    found = ranks(mesh.size, _measured, mesh, dtype)
-    wanted = expected(mesh, dtype)
-    for measured, formula in zip(found, wanted, strict=True):
-        assert {name: size for name, size in measured.items() if size} == formula
+    assert sent(ranks, mesh, dtype) == expected(mesh, dtype)
+
+
+def test_a_window_passes_over_the_keys_that_nobody_sees(ranks):
+    """Of a ring of 4 the chunk before one's own is 1 or 3 positions back: nobody sees the keys 2 back."""
+    found = sent(ranks, Mesh(1, 4), torch.float32, window=TOKENS // 2)
+    assert found == expected(Mesh(1, 4), torch.float32, steps=3)

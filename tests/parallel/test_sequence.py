@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from swift_mega.ops.blocks import Block
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import Run, blocks, held_tokens, pieces, ring_blocks, ring_pieces, runs
+from swift_mega.parallel.sequence import Run, Step, blocks, held_tokens, pieces, ring_pieces, ring_steps, runs
 from tests.engine_stand_in import held
 
 
@@ -66,9 +66,9 @@ def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
     example = [number for number, length in enumerate(b - a for a, b in itertools.pairwise(cu)) for _ in range(length)]
     held = [[t for begin, end in ring_pieces(cu[-1], ring, each) for t in range(begin, end)] for each in range(ring)]
     for position in range(ring):
-        steps, found = ring_blocks(cu, ring, position, causal=causal, window=window), set()
-        for step, shown in enumerate(steps):
-            queries, keys = held[position], held[(position - step) % ring]
+        steps, found = ring_steps(cu, ring, position, causal=causal, window=window), set()
+        for step in steps:
+            queries, keys, shown = held[position], held[(position - step.behind) % ring], step.blocks
             pairs = [
                 (queries[one.q + i], keys[one.k + j])
                 for one in shown
@@ -109,9 +109,7 @@ def test_the_example_of_transformer_engines_documentation():
         assert [positions[held_tokens(starts, mesh, rank)].tolist() for rank in range(4)] == told
 
 
-def planned_slowly(
-    cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None
-) -> list[list[tuple[Block, ...]]]:
+def planned_slowly(cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None) -> list[list[Step]]:
     """[position][step] by looking at every example for every range and at every position for every step: the definition."""
     held = []
     for position in range(ring):
@@ -127,11 +125,14 @@ def planned_slowly(
             first += end - begin
         held.append(found)
     steps = [
-        [blocks(held[each], held[(each - step) % ring], causal=causal, window=window) for each in range(ring)]
+        [
+            Step(step, blocks(held[each], held[(each - step) % ring], causal=causal, window=window))
+            for each in range(ring)
+        ]
         for step in range(ring)
     ]
-    needed = max(step for step in range(ring) if any(steps[step])) + 1
-    return [[steps[step][position] for step in range(needed)] for position in range(ring)]
+    needed = [some for some in steps if any(step.blocks for step in some)]
+    return [[some[position] for some in needed] for position in range(ring)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -139,28 +140,31 @@ def planned_slowly(
 def test_the_plan_of_one_position_is_that_of_all(row, causal, window):
     (ring, cu), window = row, window if causal else None
     expected = planned_slowly(cu, ring, causal=causal, window=window)
-    found = [list(ring_blocks(cu, ring, position, causal=causal, window=window)) for position in range(ring)]
+    found = [list(ring_steps(cu, ring, position, causal=causal, window=window)) for position in range(ring)]
     assert found == expected
 
 
 def test_a_row_of_ten_thousand_examples() -> None:
     """The last position of the ring holds the middle of the row, where no cut falls within an example."""
-    steps = ring_blocks(tuple(range(0, 1_024_001, 100)), 64, 63)
-    assert sum(work(step) for step in steps) == 160 * 100 * 101 // 2
+    steps = ring_steps(tuple(range(0, 1_024_001, 100)), 64, 63)
+    assert sum(work(step.blocks) for step in steps) == 160 * 100 * 101 // 2
 
 
 def test_steps_that_nobody_needs_are_left_out() -> None:
     alone = tuple(range(0, 65, 8))  # examples of 8 tokens, chunks of 8: no rank sees another's keys
-    assert [len(ring_blocks(alone, 4, position)) for position in range(4)] == [1, 1, 1, 1]
-    assert len(ring_blocks((0, 64), 4, 0)) == 4
-    assert (
-        len(ring_blocks((0, 6400), 4, 0, window=100)) == 4
-    )  # the neighbour of a chunk lies on either side of the ring
-    assert all(work(step) <= 2 * 100 * 100 for step in ring_blocks((0, 6400), 4, 1, window=100)[1:])
+    assert [len(ring_steps(alone, 4, position)) for position in range(4)] == [1, 1, 1, 1]
+    assert [step.behind for step in ring_steps((0, 64), 4, 0)] == [0, 1, 2, 3]
+    # The neighbour of a chunk lies on either side of the ring.
+    for window, expected in ((100, [0, 1, 7]), (400, [0, 1, 7]), (402, [0, 1, 2, 6, 7])):
+        steps = ring_steps((0, 6400), 8, 1, window=window)
+        assert [step.behind for step in steps] == expected
+        assert all(work(step.blocks) <= 2 * window * window for step in steps[1:])
+    examples = tuple(range(0, 6401, 128))
+    assert [step.behind for step in ring_steps(examples, 8, 0)] == [0, 1, 7]
 
 
 def test_zigzag_gives_every_position_the_same_work() -> None:
-    done = [sum(work(step) for step in ring_blocks((0, 4096), 4, position)) for position in range(4)]
+    done = [sum(work(step.blocks) for step in ring_steps((0, 4096), 4, position)) for position in range(4)]
     assert len(set(done)) == 1 and sum(done) == 4096 * 4097 // 2
 
 
