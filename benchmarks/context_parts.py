@@ -21,14 +21,15 @@ from torch import Tensor
 from swift_mega.data.pack import pack_examples
 from swift_mega.ops.attention import attention
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, call_groups, forward
+from swift_mega.parallel.cut import Range, cut_row, zigzag
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import Range, Step, blocks, ring_pieces, ring_steps, runs
+from swift_mega.parallel.sequence import Step, blocks, ring_steps, runs
 
 HEAD_DIM = 64
 AIM = 1.15
 """Merging and the ring may make attention this much slower, not more."""
-CUTS = ("zigzag", "contiguous")
+CUTS = ("ours", "zigzag", "contiguous")
 Steps = Sequence[Step]
 
 
@@ -54,18 +55,28 @@ def packed_rows(mean: float, tokens: int, count: int) -> list[tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------ the ranks of a ring
 
 
-def contiguous_steps(cu_seqlens: tuple[int, ...], ring: int, position: int) -> Steps:
-    """What `ring_steps` would be, were a row cut into as many pieces as ranks."""
-    held = [runs(piece, cu_seqlens) for piece in contiguous_pieces(cu_seqlens[-1], ring)]
-    return [
-        Step(behind, blocks(held[position], held[(position - behind) % ring], causal=True, window=None))
-        for behind in range(ring)
-    ]
-
-
-def contiguous_pieces(tokens: int, ring: int) -> list[tuple[Range, ...]]:
-    share = tokens // ring
+def cut_by(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[tuple[Range, ...]]:
+    """Ranges of a row that each position holds: as ours (parallel/cut.py), or the whole row cut without regard to its examples."""
+    tokens, share = cu_seqlens[-1], cu_seqlens[-1] // ring
+    if cut == "ours":
+        return list(cut_row(cu_seqlens, ring).held)
+    if cut == "zigzag":
+        return [zigzag(tokens, ring, position) for position in range(ring)]
     return [((share * each, share * (each + 1)),) for each in range(ring)]
+
+
+def plan(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
+    """The steps of each position."""
+    if cut == "ours":
+        return [ring_steps(cu_seqlens, ring, position) for position in range(ring)]
+    held = [runs(pieces, cu_seqlens) for pieces in cut_by(cut, cu_seqlens, ring)]
+    return [
+        [
+            Step(behind, blocks(held[position], held[(position - behind) % ring], causal=True, window=None))
+            for behind in range(ring)
+        ]
+        for position in range(ring)
+    ]
 
 
 @dataclass(frozen=True)
@@ -76,12 +87,10 @@ class Ring:
     steps: list[Steps]
 
     @classmethod
-    def of(cls, cu_seqlens: tuple[int, ...], size: int, *, zigzag: bool = True) -> "Ring":
-        tokens = cu_seqlens[-1]
-        cut = [ring_pieces(tokens, size, each) for each in range(size)] if zigzag else contiguous_pieces(tokens, size)
-        held = [torch.cat([torch.arange(begin, end) for begin, end in pieces]) for pieces in cut]
-        plan = ring_steps if zigzag else contiguous_steps
-        return cls(held, [plan(cu_seqlens, size, each) for each in range(size)])
+    def of(cls, cu_seqlens: tuple[int, ...], size: int, cut: str = "ours") -> "Ring":
+        pieces = cut_by(cut, cu_seqlens, size)
+        held = [torch.cat([torch.arange(begin, end) for begin, end in mine]) for mine in pieces]
+        return cls(held, plan(cut, cu_seqlens, size))
 
     def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
         """Processor seconds of each rank, and [tokens, ...] out (and dQ, dK, dV) of the row, as parallel/ring.py has it
@@ -166,7 +175,7 @@ def balance(tokens: int, contexts: Sequence[int], rounds: int) -> list[Balance]:
     packed = {f"packed, mean {mean}": packed_rows(mean, tokens, 100) for mean in (100, 1000)}
     for name, rows in ({"one example": [(0, tokens)]} | packed).items():
         for size in contexts:
-            rings = {cut: [Ring.of(each, size, zigzag=cut == "zigzag") for each in rows] for cut in CUTS}
+            rings = {cut: [Ring.of(each, size, cut) for each in rows] for cut in CUTS}
             taken: dict[str, list[list[float]]] = {cut: [] for cut in CUTS}
             for _ in range(rounds):
                 for cut in CUTS:

@@ -2,7 +2,7 @@
 
 a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of plan/memory.py;
    the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (twenty minutes on one core that others use too)
-b  work of the ranks of a ring, the slowest over the mean: zigzag as ours, and contiguous
+b  work of the ranks of a ring, the slowest over the mean: as ours, and with the row cut zigzag or contiguous whatever its examples
 c  seconds of blocks and merging over plain attention on the same row, one process playing every rank
 d  padding of a packed set: by the row as ours, and by the example
 e  the formula applied to Llama 3.1 8B on H100 GPUs of 80 GB: the longest row, technique by technique, beside the best published

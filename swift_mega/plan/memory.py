@@ -19,7 +19,7 @@ from swift_mega.plan.choices import Choices
 from swift_mega.plan.weights import Widths, adapter_numbers, stage_numbers, widths
 
 CHUNK_NUMBERS, CPU_TOKENS, CPU_COLUMNS, WIDE = 1 << 25, 256, 2048, 1024  # of parallel/vocab.py
-QUERY_BLOCK, QUERY_TILE, KEY_TILE = 96, 128, 2048  # of ops/attention.py and ops/blocks.py
+QUERY_BLOCK = 96  # of ops/attention.py
 AT_ONCE = 2 << 30  # of ops/flash.py
 LONGEST = 1 << 34
 
@@ -265,14 +265,9 @@ class _Step:
         if self.cuda:
             return 0
         size, mesh = self.choices.itemsize, self.layout.mesh
-        length = min(self.t * mesh.size, self.choices.longest or self.t * mesh.size)
-        if mesh.ring > 1:
-            piece = self.t * mesh.ulysses / 2  # a rank's keys come in two pieces
-            numbers = (
-                2 * self.exact * self.w.heads / mesh.ulysses + 9
-            )  # scores and their gradients; int64 distances, and which are hidden
-            return numbers * QUERY_TILE * min(length, piece, KEY_TILE)
-        return size * length * (3 * self.w.heads * QUERY_BLOCK + 4 * self.keys_sent) / mesh.ulysses
+        row = self.t * mesh.size
+        keys = min(row, self.choices.longest or row, self.t * mesh.ulysses if mesh.ring > 1 else row)
+        return size * keys * (3 * self.w.heads * QUERY_BLOCK + 4 * self.keys_sent) / mesh.ulysses
 
     # -------------------------------------------------------------------------------- MLP
 

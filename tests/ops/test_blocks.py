@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
-from swift_mega.parallel.sequence import ring_pieces, ring_steps
+from swift_mega.parallel.cut import cut_row
+from swift_mega.parallel.sequence import ring_steps
 
 
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
@@ -173,7 +174,7 @@ def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_on
     towards = Towards(*(torch.zeros_like(x) for x in (q, k, v)))
     with torch.no_grad():
         for position in range(2):
-            held = [torch.cat([torch.arange(a, b) for a, b in ring_pieces(80, 2, each)]) for each in range(2)]
+            held = [torch.cat([torch.arange(a, b) for a, b in each]) for each in cut_row(cu, 2).held]
             mine, parts = held[position], Parts(q[held[position]], dims[1])
             steps = ring_steps(cu, 2, position, causal=causal, window=window)
             keys = [held[(position - step.behind) % 2] for step in steps]

@@ -1,6 +1,8 @@
 """Who holds which token of a row, and what sees what, beside the definition by positions."""
 
 import itertools
+import math
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_mega.ops.blocks import Block
+from swift_mega.parallel.cut import SMALLEST, TOKEN, cut_row
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import Run, Step, blocks, held_tokens, pieces, ring_pieces, ring_steps, runs
+from swift_mega.parallel.sequence import Run, Step, blocks, held_tokens, pieces, ring_steps, runs
 from tests.engine_stand_in import held
 
 
@@ -45,9 +48,9 @@ def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh
     ]
     assert sorted(itertools.chain.from_iterable(held)) == list(range(tokens))
     assert {len(each) for each in held} == {tokens // mesh.size}
-    for position in range(mesh.ring):
+    for position, whole in enumerate(cut_row((0, tokens), mesh.ring).held):
         together = list(itertools.chain.from_iterable(held[position * mesh.ulysses : (position + 1) * mesh.ulysses]))
-        assert together == [t for begin, end in ring_pieces(tokens, mesh.ring, position) for t in range(begin, end)]
+        assert together == [t for begin, end in whole for t in range(begin, end)]
 
 
 @st.composite
@@ -59,12 +62,67 @@ def rows(draw: st.DrawFn, most: int = 4) -> tuple[int, tuple[int, ...]]:
     return ring, (0, *cuts, tokens)
 
 
+@settings(max_examples=300, deadline=None)
+@given(rows(most=12))
+def test_positions_of_a_ring_hold_as_many_tokens_each_once(row) -> None:
+    ring, cu = row
+    cut = cut_row(cu, ring)
+    held = [[t for begin, end in mine for t in range(begin, end)] for mine in cut.held]
+    assert sorted(itertools.chain.from_iterable(held)) == list(range(cu[-1]))
+    assert {len(mine) for mine in held} == {cu[-1] // ring}
+    owners = [
+        {position for position, mine in enumerate(held) if set(mine) & set(range(a, b))}
+        for a, b in itertools.pairwise(cu)
+    ]
+    spread = {example for example, some in enumerate(owners) if len(some) > 1}
+    assert [set(shared) for shared in cut.shared] == [
+        {e for e in spread if position in owners[e]} for position in range(ring)
+    ]
+
+
+def unevenness(cu: tuple[int, ...], ring: int) -> float:
+    """Of pairs and of what else a layer does with a token."""
+    done = [
+        sum(work(step.blocks) for step in ring_steps(cu, ring, position)) + TOKEN * cu[-1] // ring
+        for position in range(ring)
+    ]
+    return max(done) * ring / sum(done)
+
+
+@pytest.mark.parametrize("ring", (2, 4, 8, 16))
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("mean", (0.002, 0.02, 0.2))
+def test_work_is_even_whatever_the_lengths(ring: int, seed: int, mean: float) -> None:
+    """Lognormal examples of a mean that is this share of the row."""
+    tokens, draw = 32768, random.Random(seed)
+    cu = [0]
+    while cu[-1] < tokens:
+        cu.append(min(tokens, cu[-1] + 1 + int(draw.lognormvariate(math.log(mean * tokens) - 0.5, 1))))
+    assert unevenness(tuple(cu), ring) < 1.06
+
+
+def test_examples_that_are_short_beside_a_share_stay_whole() -> None:
+    """Nothing is sent but for the one example at each border of two shares."""
+    cu = tuple(itertools.accumulate((100 + 7 * (number % 13) for number in range(64)), initial=0))
+    cu = (*cu, cu[-1] + -cu[-1] % 8)
+    cut = cut_row(cu, 4)
+    assert len(set(itertools.chain.from_iterable(cut.shared))) <= 3
+    assert [step.behind for step in ring_steps(cu, 4, 2)] == [0, 1]
+
+
+def test_a_long_example_among_short_ones_is_shared_by_all() -> None:
+    cu = (0, 40, 40 + 2 * 8 * SMALLEST * 4 + 3, 4096)
+    cut = cut_row(cu, 8)
+    sizes = [sum(run.length for run in shared[1]) for shared in cut.shared]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == cu[2] - cu[1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(rows(), st.booleans(), st.none() | st.integers(1, 20))
 def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
     (ring, cu), window = row, window if causal else None
     example = [number for number, length in enumerate(b - a for a, b in itertools.pairwise(cu)) for _ in range(length)]
-    held = [[t for begin, end in ring_pieces(cu[-1], ring, each) for t in range(begin, end)] for each in range(ring)]
+    held = [[t for begin, end in mine for t in range(begin, end)] for mine in cut_row(cu, ring).held]
     for position in range(ring):
         steps, found = ring_steps(cu, ring, position, causal=causal, window=window), set()
         for step in steps:
@@ -112,9 +170,9 @@ def test_the_example_of_transformer_engines_documentation():
 def planned_slowly(cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None) -> list[list[Step]]:
     """[position][step] by looking at every example for every range and at every position for every step: the definition."""
     held = []
-    for position in range(ring):
+    for mine in cut_row(cu, ring).held:
         found, first = [], 0
-        for begin, end in ring_pieces(cu[-1], ring, position):
+        for begin, end in mine:
             for example, (start, stop) in enumerate(itertools.pairwise(cu)):
                 low, high = max(begin, start), min(end, stop)
                 last, here = found[-1] if found else None, first + low - begin
@@ -145,9 +203,8 @@ def test_the_plan_of_one_position_is_that_of_all(row, causal, window):
 
 
 def test_a_row_of_ten_thousand_examples() -> None:
-    """The last position of the ring holds the middle of the row, where no cut falls within an example."""
     steps = ring_steps(tuple(range(0, 1_024_001, 100)), 64, 63)
-    assert sum(work(step.blocks) for step in steps) == 160 * 100 * 101 // 2
+    assert sum(work(step.blocks) for step in steps) == 160 * 100 * 101 // 2 and len(steps) == 1
 
 
 def test_steps_that_nobody_needs_are_left_out() -> None:
@@ -159,8 +216,6 @@ def test_steps_that_nobody_needs_are_left_out() -> None:
         steps = ring_steps((0, 6400), 8, 1, window=window)
         assert [step.behind for step in steps] == expected
         assert all(work(step.blocks) <= 2 * window * window for step in steps[1:])
-    examples = tuple(range(0, 6401, 128))
-    assert [step.behind for step in ring_steps(examples, 8, 0)] == [0, 1, 7]
 
 
 def test_zigzag_gives_every_position_the_same_work() -> None:
