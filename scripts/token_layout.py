@@ -8,7 +8,7 @@ from swift_mega.parallel.mesh import Mesh
 from swift_mega.parallel.sequence import pieces
 
 TARGET = Path(__file__).parent.parent / "docs" / "token_layout.svg"
-EXAMPLES = (0, 22, 28, 45, 64)
+EXAMPLES = (0, 6, 36, 40, 45, 52, 55, 64)
 """Where the examples of the row begin, and its end."""
 MESHES = (
     ("--cp ulysses", Mesh(4, 1)),
@@ -26,7 +26,7 @@ def draw() -> str:
     lines = list(
         _row(
             0,
-            "row of 4 examples",
+            f"row of {len(EXAMPLES) - 1} examples",
             [(a, b, "#dddddd", "") for a, b in zip(EXAMPLES, EXAMPLES[1:], strict=False)],
             tokens,
         )

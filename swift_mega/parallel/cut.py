@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Range = tuple[int, int]
+Piece = tuple[int, int, int]  # an example and a range of the row within it
 
 EVEN = 1.05  # work of the slowest position over the mean: good enough
 TOKEN = (
@@ -70,9 +71,6 @@ def cut_row(cu_seqlens: tuple[int, ...], ring: int) -> Cut:
         if best <= EVEN:
             break
     return Cut(tuple(tuple((start, stop) for _, start, stop in mine) for mine in held), _shared(cu_seqlens, held))
-
-
-Piece = tuple[int, int, int]  # an example and a range of the row within it
 
 
 def _limits(examples: Sequence[Range], ring: int) -> Iterator[int]:
