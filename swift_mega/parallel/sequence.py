@@ -106,14 +106,11 @@ def ring_steps(
 def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
     """How far behind keys lie that some position needs, but for its own."""
     ring, found = len(cut.shared), {0}
-    pieces: dict[
-        int, list[tuple[int, int, int]]
-    ] = {}  # of each example: where a run begins and ends in it, and who holds it
+    # Of an example: where runs of it begin and end, and who holds them.
+    pieces: dict[int, list[tuple[int, int, int]]] = {}
     for position, shared in enumerate(cut.shared):
-        for example, runs_of_it in shared.items():
-            pieces.setdefault(example, []).extend(
-                (one.position, one.position + one.length, position) for one in runs_of_it
-            )
+        for example, held in shared.items():
+            pieces.setdefault(example, []).extend((one.position, one.position + one.length, position) for one in held)
     for some in pieces.values():
         in_order = sorted(some)
         for number, (first, _, mine) in enumerate(in_order):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_mega.ops.blocks import Block
+from swift_mega.ops.blocks import Block, call_groups
 from swift_mega.parallel.cut import SMALLEST, TOKEN, cut_row
 from swift_mega.parallel.mesh import Mesh
 from swift_mega.parallel.sequence import Run, Step, blocks, held_tokens, pieces, ring_steps, runs
@@ -108,6 +108,13 @@ def test_examples_that_are_short_beside_a_share_stay_whole() -> None:
     cut = cut_row(cu, 4)
     assert len(set(itertools.chain.from_iterable(cut.shared))) <= 3
     assert [step.behind for step in ring_steps(cu, 4, 2)] == [0, 1]
+
+
+def test_pieces_of_several_examples_are_one_call() -> None:
+    """What first pieces and second ones see, whatever the number of examples: on CUDA two varlen calls a step."""
+    for position in range(4):
+        for step in ring_steps((0, 256, 512, 768), 4, position):
+            assert len(step.blocks) >= 6 and len(list(call_groups(step.blocks))) == 2
 
 
 def test_a_long_example_among_short_ones_is_shared_by_all() -> None:
