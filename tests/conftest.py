@@ -19,6 +19,24 @@ import megatron.core.pipeline_parallel  # noqa: E402, F401
 Ranks = Callable[..., Any]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also cases marked `full`, which products make and a cover of pairs does without",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --full, cases marked `full` are deselected: the claim of each is kept by a case that stays."""
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
 @pytest.fixture(scope="session")
 def cpu() -> device.Device:
     """The device of this process, with the facade installed."""
