@@ -121,14 +121,21 @@ def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[in
 def save(
     part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path,
     dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False,
+    edit: Callable[[Path], None] = lambda staging: None,
 ) -> None:  # fmt: skip
     """Writes a complete Hugging Face directory. Collective; `source` gives config, tokenizer and chat template.
 
-    dtypes: of the tensors by Hugging Face name, or one for all.
+    dtypes: of the tensors by Hugging Face name, or one for all. edit: changes the files that came from `source`, on rank 0.
     """
+    copy = companions_from(source, dtypes)
+
+    def companions(staging: Path) -> None:
+        copy(staging)
+        edit(staging)
+
     write_directory(
         part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-        companions=companions_from(source, dtypes), carried=carried_tensors(part.settings, Path(source)),
+        companions=companions, carried=carried_tensors(part.settings, Path(source)),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from swift_mega.data.pack import Example, pack_examples
 from swift_mega.data.report import Report, SplitReport
 from swift_mega.data.sources import load
 from swift_mega.errors import UserError
+from swift_mega.export.companions import UNCHANGED, Trained
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all) while rows are tokenised."""
@@ -30,6 +31,8 @@ class Prepared:
     train: list[Example]
     validation: list[Example]
     report: Report
+    trained: Trained = UNCHANGED
+    """What checkpoints say beside the weights, because of how these examples were made."""
 
 
 def prepare(

@@ -7,6 +7,7 @@ import torch
 
 from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.save import save, write_directory
+from swift_mega.export.companions import UNCHANGED, Trained
 from swift_mega.models.build import ModelPart
 from swift_mega.parallel.groups import Groups
 from swift_mega.tuners.tuner import Tuner
@@ -14,11 +15,12 @@ from swift_mega.tuners.tuner import Tuner
 
 def save_checkpoint(
     tuner: Tuner, part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, max_shard_size: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype, trained: Trained = UNCHANGED,
 ) -> None:  # fmt: skip
     """Writes what `tuner` trained to `directory`, which appears whole or not at all. Collective.
 
-    source: the Hugging Face directory that training started from; an adapter names it as its base.
+    source: the Hugging Face directory that training started from; an adapter names it as its base. trained: what goes with
+    the weights besides that directory's own files.
     """
     config = tuner.adapter_config(part, str(Path(source).resolve()))
     if config is None:
@@ -30,11 +32,13 @@ def save_checkpoint(
             dtypes=dtype,
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=True,
+            edit=trained.write,
         )
         return
 
     def companions(staging: Path) -> None:
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        trained.write_beside_adapter(staging, source)
 
     # PEFT reads one file; an adapter is small
     write_directory(

@@ -18,6 +18,7 @@ from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, p
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
+from swift_mega.export.companions import of_adapter
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family, families, family_of
 from swift_mega.models.quantization import FLAG
@@ -120,7 +121,7 @@ def merge(
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
-    linears = _linears(base, adapter)
+    linears, trained = _linears(base, adapter), of_adapter(adapters)
     kinds = written_dtypes(base)
     planned = plan_files(
         {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
@@ -137,6 +138,7 @@ def merge(
                 writer.write(name, value)
             found = writer.finish()
         copy_companions(Path(model), staging)
+        trained.write(staging)
         if dequantize:
             drop_quantization(staging)
         write_report(staging, planned, found)

@@ -16,6 +16,7 @@ from swift_mega.data.loader import Prepared
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
+from swift_mega.export.companions import Trained
 from swift_mega.export.merged import merge
 from swift_mega.models.family import Family
 from swift_mega.models.megatron_config import check_passthrough
@@ -114,7 +115,7 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
             if monitor is not None:
                 for note in training.part.settings.notes:
                     monitor.say(note)
-            return Loop(training, directory, monitor, steps, batches, validation).run()
+            return Loop(training, directory, monitor, steps, batches, validation, prepared.trained).run()
     finally:
         parallel_groups.close()
 
@@ -157,6 +158,7 @@ class Loop:
     steps: int
     batches: Batches
     validation: Batches | None
+    trained: Trained
 
     def run(self) -> TrainResult:
         losses, evaluations, tokens = [], [], 0
@@ -206,6 +208,7 @@ class Loop:
             save_checkpoint(
                 self.training.tuner, self.training.part, self.training.groups, self.directory.checkpoint(step), source=run.model.path,
                 max_shard_size=run.export.max_shard_size, dtype=parameter_dtype(run.model, self.training.device),
+                trained=self.trained,
             )  # fmt: skip
             if dist.get_rank() == 0:
                 self._forget_old(step)
