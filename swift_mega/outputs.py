@@ -10,6 +10,8 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from swift_mega.errors import UserError
@@ -25,6 +27,24 @@ WRITING = ".writing"
 def staging_of(target: Path) -> Path:
     """Where `target` is written until it is complete."""
     return target.with_name(target.name + WRITING)
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool, needed: int = 0) -> Iterator[Path]:
+    """`with staged(target, …) as staging:` writes into `staging`, which becomes `target` where the body ends, and goes where it does not.
+
+    Whatever ends the body early (a UserError, a full disk, Ctrl-C, a signal that raises) leaves `target` as it was and no staging
+    directory. UserError for an OSError, and where `target` may not be written. needed: as for `open_staging`.
+    """
+    staging = open_staging(target, overwrite=overwrite, needed=needed)
+    try:
+        yield staging
+        publish(staging, target)
+    except OSError as error:
+        raise UserError(cannot_write(target, error)) from None
+    finally:
+        recover(target)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def open_staging(target: Path, *, overwrite: bool, needed: int = 0) -> Path:

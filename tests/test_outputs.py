@@ -108,3 +108,47 @@ def test_what_is_said_of_an_error(tmp_path, code, message):
     staging = tmp_path / "a" / "out.writing"
     said = outputs.cannot_write(staging, OSError(code, os.strerror(code), str(staging)))
     assert re.fullmatch(f"cannot write {tmp_path}/{message}", said), said
+
+
+class _Killed(BaseException):
+    """What a handler of SIGTERM may raise."""
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize(
+    "ended_by", [UserError("no"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), _Killed()]
+)
+def test_whatever_ends_the_writing_leaves_the_older_directory_alone(tmp_path, older, ended_by):
+    """And no staging directory; an OSError becomes what the user is told of a disk."""
+    target = folder(tmp_path / "out", "older") if older else tmp_path / "out"
+    full = isinstance(ended_by, OSError)
+    expected = (
+        pytest.raises(UserError, match=r"cannot write .*out: No space left") if full else pytest.raises(type(ended_by))
+    )
+    with expected, outputs.staged(target, overwrite=True) as staging:
+        (staging / "file").write_text("half")
+        raise ended_by
+    assert names(tmp_path) == ({"out": "older"} if older else {})
+
+
+def test_what_is_staged_to_its_end_is_published(tmp_path):
+    with outputs.staged(tmp_path / "out", overwrite=False) as staging:
+        (staging / "file").write_text("new")
+        assert names(tmp_path) == {"out.writing": "new"}
+    assert names(tmp_path) == {"out": "new"}
+
+
+def test_a_kill_between_two_renames_is_put_right_at_once(tmp_path, monkeypatch):
+    """Where the file system has no exchange, and the writer still has the time to clean up."""
+    monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
+    target, renamed = folder(tmp_path / "out", "older"), os.rename
+
+    def killed(source: Path, destination: Path) -> None:
+        if source == outputs.staging_of(target):
+            raise KeyboardInterrupt
+        renamed(source, destination)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt), outputs.staged(target, overwrite=True) as staging:
+        (staging / "file").write_text("new")
+    assert names(tmp_path) == {"out": "older"}

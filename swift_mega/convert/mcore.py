@@ -8,7 +8,6 @@ import itertools
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,13 @@ from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.places import spellings
 from swift_mega.convert.quantised import drop_quantization
-from swift_mega.convert.save import agree, on_first_rank
+from swift_mega.convert.save import agree, on_first_rank, staged_together
 from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings
-from swift_mega.outputs import cannot_write, free_bytes, open_staging, publish, staging_of
+from swift_mega.outputs import free_bytes
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
@@ -78,11 +77,10 @@ def save_mcore(
     UserError where something is there already and `overwrite` does not say to replace it.
     """
     target = Path(directory)
-    staging = staging_of(target)
-    needed = _bytes_in_all(part)
-    agree(on_first_rank(lambda: begin(target, source, part.settings, needed=needed, overwrite=overwrite)))
-    agree(save_state(_sharded(part, groups), staging, target), staging)
-    agree(on_first_rank(lambda: complete(staging, target)), staging)
+    with staged_together(target, overwrite=overwrite, needed=_bytes_in_all(part)) as staging:
+        agree(on_first_rank(lambda: begin(staging, source, part.settings), target))
+        agree(save_state(_sharded(part, groups), staging, target))
+        agree(on_first_rank(lambda: complete(staging), target))
 
 
 def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | None:
@@ -97,24 +95,16 @@ def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | N
     return None
 
 
-def begin(target: Path, source: Checkpoint, settings: Settings, *, needed: int, overwrite: bool) -> None:
-    """The staging directory, with all of a checkpoint but its weights, which take `needed` bytes."""
-    staging = open_staging(target, overwrite=overwrite, needed=needed)
+def begin(staging: Path, source: Checkpoint, settings: Settings) -> None:
+    """All of a checkpoint but its weights and its tracker file."""
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
-    try:
-        (staging / RELEASE).mkdir()
-        beside = staging / COMPANIONS
-        beside.mkdir()
-        copy_companions(source.directory, beside)
-        drop_quantization(beside)
-        (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
-        _keep(source, carried_of(settings, source.entries), beside)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(cannot_write(target, error)) from None
-    except UserError:  # a source that cannot be read to its end
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    (staging / RELEASE).mkdir()
+    beside = staging / COMPANIONS
+    beside.mkdir()
+    copy_companions(source.directory, beside)
+    drop_quantization(beside)
+    (beside / DTYPES).write_text(json.dumps(kinds, indent=0))
+    _keep(source, carried_of(settings, source.entries), beside)
 
 
 def _bytes_in_all(part: ModelPart) -> int:
@@ -141,13 +131,9 @@ def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
                 writer.write(name, source.read(name))
 
 
-def complete(staging: Path, target: Path) -> None:
-    """The tracker file last, then the directory's own name."""
-    try:
-        (staging / TRACKER).write_text(RELEASE)
-        publish(staging, target)
-    except OSError as error:
-        raise UserError(cannot_write(target, error)) from None
+def complete(staging: Path) -> None:
+    """The tracker file, which comes last."""
+    (staging / TRACKER).write_text(RELEASE)
 
 
 def reason_of(error: BaseException) -> str:

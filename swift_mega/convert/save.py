@@ -7,8 +7,8 @@ it and stop with the same message; a directory appears whole or not at all (outp
 
 import itertools
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from swift_mega.convert.stream import set_dtype
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.settings import Settings
-from swift_mega.outputs import cannot_write, open_staging, publish, staging_of
+from swift_mega.outputs import cannot_write, staged, staging_of
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -188,13 +188,14 @@ def write_pieces(
         shapes.update({name: entry.shape for name, entry in entries.items()})
         kinds.update({name: entry.dtype for name, entry in entries.items()})
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
-    staging = staging_of(target)
-    agree(on_first_rank(lambda: _begin(target, staging, planned, overwrite)))
     tensors = itertools.chain(mine, carried.pieces() if carried else ())
     total = sum(place.bytes for place in planned.values()) // dist.get_world_size()
-    with bytes_bar(total, "writing") as bar:
-        found = _write(tensors, staging, planned, bar.update)
-    agree(on_first_rank(lambda: _finish(staging, target, planned, found, companions)), staging)
+    with staged_together(target, overwrite=overwrite, needed=bytes_needed(planned)) as staging:
+        agree(on_first_rank(lambda: write_headers(staging, planned), target))
+        with bytes_bar(total, "writing") as bar:
+            found = _write(tensors, staging, planned, bar.update)
+        agree(on_first_rank(lambda: companions(staging), target))
+        agree(on_first_rank(lambda: write_report(staging, planned, found), target))
 
 
 def _write(
@@ -221,7 +222,7 @@ def _write(
                 found = writer.finish()
             except OSError as error:
                 problem = cannot_write(staging, error)
-    agree(problem, staging)
+    agree(problem)
     return _share_checksums(staging, planned, found)
 
 
@@ -234,7 +235,7 @@ def _share_checksums(staging: Path, planned: Mapping[str, Planned], mine: dict[s
         mine = checksums(staging, planned, rest[dist.get_rank() :: world], sharers=world)
     except OSError as error:
         problem = cannot_write(staging, error)
-    agree(problem, staging)
+    agree(problem)
     return found | (_united(mine) if rest else {})
 
 
@@ -244,26 +245,39 @@ def _united(mine: dict[str, str]) -> dict[str, str]:
     return {name: value for one in shared for name, value in one.items()}
 
 
-def on_first_rank(action: Callable[[], object]) -> str | None:
-    """Rank 0 acts; returns what went wrong there."""
+@contextmanager
+def staged_together(target: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
+    """`outputs.staged` for all ranks: rank 0 makes the staging directory, and publishes or removes it. Collective.
+
+    A body that fails on one rank must fail on all (`agree`), or its peers wait here.
+    """
+    with ExitStack() as stack:
+        agree(on_first_rank(lambda: stack.enter_context(staged(target, overwrite=overwrite, needed=needed))))
+        yield staging_of(target)
+        agree(on_first_rank(stack.close))
+
+
+def on_first_rank(action: Callable[[], object], target: Path | None = None) -> str | None:
+    """Rank 0 acts; returns what went wrong there. target: what it writes, where an OSError is to be told of that."""
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
             return str(error)
+        except OSError as error:
+            if target is None:
+                raise
+            return cannot_write(target, error)
     return None
 
 
-def agree(problem: str | None, staging: Path | None = None) -> None:
-    """Every rank raises the UserError of the first rank that has a problem; none is left waiting. Rank 0 removes `staging`."""
+def agree(problem: str | None) -> None:
+    """Every rank raises the UserError of the first rank that has a problem; none is left waiting."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     said = next((text for text in problems if text is not None), None)
-    if said is None:
-        return
-    if staging is not None and dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-    raise UserError(said)
+    if said is not None:
+        raise UserError(said)
 
 
 def _kinds(
@@ -297,23 +311,3 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
         return [(1, int(word)) if word.isdigit() else (0, word) for word in re.split(r"(\d+)", name)]  # fmt: skip
 
     return {name: shapes[name] for name in sorted(shapes, key=key)}
-
-
-def _begin(target: Path, staging: Path, planned: Mapping[str, Planned], overwrite: bool) -> None:
-    open_staging(target, overwrite=overwrite, needed=bytes_needed(planned))
-    try:
-        write_headers(staging, planned)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(cannot_write(staging, error)) from None
-
-
-def _finish(
-    staging: Path, target: Path, planned: Mapping[str, Planned], found: Mapping[str, str], companions: Callable[[Path], None]
-) -> None:  # fmt: skip
-    try:
-        companions(staging)
-        write_report(staging, planned, found)
-        publish(staging, target)
-    except OSError as error:
-        raise UserError(cannot_write(target, error)) from None

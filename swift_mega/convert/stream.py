@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import Dequantised, drop_quantization
 from swift_mega.convert.report import write_report
 from swift_mega.errors import UserError
-from swift_mega.outputs import cannot_write, open_staging, publish
+from swift_mega.outputs import staged
 
 IN_FLIGHT = 64 << 20
 """Bytes of a source tensor that are read at a time."""
@@ -39,8 +38,7 @@ def restream(
         for name, entry in source.entries.items()
     }
     planned = plan_files({name: (kinds[name], entry.shape) for name, entry in source.entries.items()}, max_shard_bytes)
-    staging = open_staging(target, overwrite=overwrite, needed=bytes_needed(planned, source.directory))
-    try:
+    with staged(target, overwrite=overwrite, needed=bytes_needed(planned, source.directory)) as staging:
         write_headers(staging, planned)
         with (
             Writer(staging, planned) as writer,
@@ -58,13 +56,6 @@ def restream(
             drop_quantization(staging)
         set_dtype(staging / "config.json", dtype)
         write_report(staging, planned, found, source=str(source.directory.resolve()))
-        publish(staging, target)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(cannot_write(target, error)) from None
-    except UserError:  # a source that cannot be read to its end
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def rows_of(source: Checkpoint, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -30,13 +30,20 @@ from swift_mega.convert.mcore import (
 from swift_mega.convert.places import Box, Place
 from swift_mega.convert.plan import Blueprint, Slot
 from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.save import Piece, agree, carried_tensors, companions_from, on_first_rank, write_pieces
+from swift_mega.convert.save import (
+    Piece,
+    agree,
+    carried_tensors,
+    companions_from,
+    on_first_rank,
+    staged_together,
+    write_pieces,
+)
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Fused, GateUp, Pack, Qkv
 from swift_mega.models.settings import Settings, padded_vocabulary
-from swift_mega.outputs import cannot_write, staging_of
 from swift_mega.parallel.layout import Layout
 
 MOST = 256 << 20
@@ -93,31 +100,34 @@ def write_mcore(
 ) -> None:  # fmt: skip
     """What `save_mcore` of the ranks of `layout` writes, by this process alone. In a group of one rank."""
     target, settings = Path(output), blueprint.settings
-    staging = staging_of(target)
     check_coverage(blueprint.family, settings, checkpoint, blueprint.wanted)
-    needed = _bytes(blueprint)
-    agree(on_first_rank(lambda: begin(target, checkpoint, settings, needed=needed, overwrite=overwrite)))
-    agree(save_state({"model": {thing.unique_key: thing for thing in blueprint.objects}}, staging, target), staging)
-    try:
-        with ChunkWriter(staging / RELEASE) as writer, bytes_bar(needed, "writing") as bar:
+    with staged_together(target, overwrite=overwrite, needed=_bytes(blueprint)) as staging:
+        agree(on_first_rank(lambda: begin(staging, checkpoint, settings), target))
+        agree(save_state({"model": {thing.unique_key: thing for thing in blueprint.objects}}, staging, target))
+        with torch.no_grad(), ChunkWriter(staging / RELEASE) as writer:
             rows = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor)
-            for slot in blueprint.slots:
-                size = layout.expert_tensor if slot.expert else layout.tensor
-                for band in bands(slot, settings, most, rows):
-                    value = torch.empty(band.shape, dtype=slot.dtype)
-                    fill(value, checkpoint, slot.rule, band.slices, settings.heads)
-                    if said := not_finite(value, checkpoint, band.slices):
-                        raise UserError(said)
-                    for place, start, part in _parts(band, value):
-                        _write(writer, slot, place, start, part, size=size, padded=rows)
-                    bar.update(value.nbytes)
-                    del value, part  # or they would stay beside the next band's
+            _write_slots(writer, blueprint, layout, checkpoint, rows, most)
             writer.finish()
-    except OSError as error:
-        agree(cannot_write(target, error), staging)
-    except UserError as error:  # a source that cannot be read to its end
-        agree(str(error), staging)
-    agree(on_first_rank(lambda: complete(staging, target)), staging)
+        agree(on_first_rank(lambda: complete(staging), target))
+
+
+def _write_slots(
+    writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: Checkpoint, rows: int, most: int
+) -> None:  # fmt: skip
+    """Every parameter in bands, from the Hugging Face tensors; rows: of the padded vocabulary."""
+    settings = blueprint.settings
+    with bytes_bar(_bytes(blueprint), "writing") as bar:
+        for slot in blueprint.slots:
+            size = layout.expert_tensor if slot.expert else layout.tensor
+            for band in bands(slot, settings, most, rows):
+                value = torch.empty(band.shape, dtype=slot.dtype)
+                fill(value, checkpoint, slot.rule, band.slices, settings.heads)
+                if said := not_finite(value, checkpoint, band.slices):
+                    raise UserError(said)
+                for place, start, part in _parts(band, value):
+                    _write(writer, slot, place, start, part, size=size, padded=rows)
+                bar.update(value.nbytes)
+                del value, part  # or they would stay beside the next band's
 
 
 def _bytes(blueprint: Blueprint) -> int:

@@ -5,7 +5,6 @@ The base directory is never changed, and nothing but one tensor is in memory, so
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from swift_mega.export.companions import of_adapter
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family, families, family_of
 from swift_mega.models.quantization import FLAG
-from swift_mega.outputs import cannot_write, open_staging, publish
+from swift_mega.outputs import staged
 
 PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -126,8 +125,7 @@ def merge(
     planned = plan_files(
         {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
-    staging = open_staging(target, overwrite=overwrite, needed=bytes_needed(planned, Path(model)))
-    try:
+    with staged(target, overwrite=overwrite, needed=bytes_needed(planned, Path(model))) as staging:
         write_headers(staging, planned)
         with Writer(staging, planned) as writer:
             for name, place in planned.items():
@@ -142,10 +140,6 @@ def merge(
         if dequantize:
             drop_quantization(staging)
         write_report(staging, planned, found)
-        publish(staging, target)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(cannot_write(staging, error)) from None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A model's files with its linears in FP8, from files to files: one weight in memory at a time, so a 400B model fits a laptop."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
-from swift_mega.outputs import cannot_write, open_staging, publish
+from swift_mega.outputs import staged
 
 
 def quantize(
@@ -28,12 +27,6 @@ def quantize(
         raise UserError(f"output {target} holds {model}, which is read; choose another path")
     settings = load_settings(model, dequantize=dequantize)
     checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
-    staging = open_staging(target, overwrite=overwrite)
-    try:
-        linears = fp8_linears(family_of(model), settings, checkpoint)
+    linears = fp8_linears(family_of(model), settings, checkpoint)
+    with staged(target, overwrite=overwrite) as staging:
         write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
-        publish(staging, target)
-    except OSError as error:
-        raise UserError(cannot_write(staging, error)) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
