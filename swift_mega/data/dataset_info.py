@@ -103,6 +103,11 @@ def _factory_file(info: Path, name: str, entry: Any) -> File:
     for ours, theirs in entry.get("columns", {}).items():
         if ours not in _FACTORY_COLUMNS:
             raise UserError(f"{where}: column {ours!r} is not supported; known are {', '.join(_FACTORY_COLUMNS)}")
+        if theirs in columns:
+            raise UserError(
+                f"{where}: column {theirs!r} is named for two of ours, {columns[theirs]!r} and {_FACTORY_COLUMNS[ours]!r}; it can "
+                "be only one of them"
+            )
         if theirs is not None:
             columns[theirs] = _FACTORY_COLUMNS[ours]
     tags = dict(entry.get("tags", {}))

@@ -54,6 +54,8 @@ def prepare(
     validation, validation_report = _encode(
         rows.validation, settings, encoder, progress, len(rows.train), total, pad_each
     )
+    trained = {(row.turns, row.text) for row in rows.train}
+    validation_report.also_trained = sum((row.turns, row.text) in trained for row in rows.validation)
     report = Report(train=train_report, validation=validation_report, ignored=rows.ignored)
     for name, given, kept in (("train", rows.train, train), ("validate", rows.validation, validation)):
         if not kept and (given or name == "train"):

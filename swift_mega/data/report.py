@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class SplitReport:
-    """Counts of one split. dropped, truncated: rows. packed_rows: rows of max_length after packing, 0 without packing."""
+    """Counts of one split. dropped, truncated: rows. packed_rows: rows of max_length after packing, 0 without packing.
+
+    also_trained: validation rows whose text is that of a row that is trained.
+    """
 
     conversations: int = 0
     documents: int = 0
@@ -17,6 +20,7 @@ class SplitReport:
     targets: int = 0
     longest: int = 0
     packed_rows: int = 0
+    also_trained: int = 0
     max_length: int = 0
 
     @property
@@ -43,6 +47,8 @@ class Report:
         lines: list[tuple[str, str, str]] = [("data", "train", "validation"), _line("rows", [s.rows for s in splits])]
         if any(s.documents for s in splits):
             lines.append(_line("  of plain text", [s.documents for s in splits]))
+        if any(s.also_trained for s in splits):
+            lines.append(("  equal to a trained row", "", f"{self.validation.also_trained:,}"))
         for reason in sorted({reason for s in splits for reason in s.dropped}):
             lines.append(_line(f"  dropped: {reason}", [s.dropped[reason] for s in splits]))
         if any(s.truncated for s in splits):

@@ -2,7 +2,8 @@
 
 Everything that chooses (samples, splits) goes by a hash of (seed, index), so a choice depends on nothing but the file
 and the seed. `path#N` takes N rows as SWIFT does: a sample in file order, or, beyond the length of the file, whole
-repetitions and a sample of the rest. The validation split is taken first, so no repeated row lands on both sides.
+repetitions and a sample of the rest. Validation rows are chosen once for a file, by its identity on disk, however often and
+under whatever names it is given: so no row lands on both sides.
 """
 
 import json
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from swift_mega.config.schema import Data
 from swift_mega.data.dataset_info import File, find
-from swift_mega.data.formats import COLUMNS, Row, Turn, kind, to_row
+from swift_mega.data.formats import COLUMNS, Row, Tags, Turn, kind, to_row
 from swift_mega.data.shuffle import shuffled
 from swift_mega.errors import UserError
 
@@ -51,14 +53,16 @@ def load(settings: Data) -> Rows:
             "them; unset the other"
         )
     ignored: Counter[str] = Counter()
+    sets = [_open_set(name, settings) for name in settings.dataset]
+    held = _held(sets, ratio, settings.seed)
     train: list[Row] = []
     validation: list[Row] = []
-    for number, name in enumerate(settings.dataset):
-        kept, held = _read_set(name, settings, ratio=ratio, stream=number, ignored=ignored)
-        train += kept
-        validation += held
-    for number, name in enumerate(settings.val_dataset):
-        validation += _read_set(name, settings, ratio=0.0, stream=-1 - number, ignored=ignored)[0]
+    for number, one in enumerate(sets):
+        chosen, length = held[one.identity], len(one.records)
+        train += one.rows(_train(length, one.file.rows, chosen, ratio=ratio, key=(settings.seed, number)), ignored)
+        if not any(one.reads_as(before) for before in sets[:number]):
+            validation += one.rows(chosen.tolist(), ignored)
+    validation += _validation_sets(settings, sets, ignored)
     if ratio and not (train and validation):
         raise UserError(
             f"data.split_dataset_ratio={ratio} of {len(train) + len(validation)} rows leaves {len(train)} to train and "
@@ -68,10 +72,42 @@ def load(settings: Data) -> Rows:
     return _fill(rows, settings)
 
 
-def _read_set(
-    name: str, settings: Data, *, ratio: float, stream: int, ignored: Counter[str]
-) -> tuple[list[Row], list[Row]]:
+@dataclass(frozen=True, kw_only=True)
+class _Set:
+    """One entry of data.dataset, read. identity: device and inode, the same for every name of one file."""
+
+    name: str
+    file: File
+    records: list[tuple[str, dict[str, Any]]]
+    identity: tuple[int, int]
+
+    def reads_as(self, other: "_Set") -> bool:
+        """Whether `other` makes the same rows of the same file."""
+        mine, theirs = ((dict(one.file.columns), one.file.tags or Tags()) for one in (self, other))
+        return self.identity == other.identity and mine == theirs
+
+    def rows(self, indices: list[int], ignored: Counter[str]) -> list[Row]:
+        """The rows at `indices`; each that occurs several times is read, and counted, once."""
+        made = {index: self._row(index, ignored) for index in sorted(set(indices))}
+        return [made[index] for index in indices]
+
+    def _row(self, index: int, ignored: Counter[str]) -> Row:
+        where, record = self.records[index]
+        unused: Counter[str] = Counter()
+        row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags)
+        for source, target in self.file.columns.items():
+            if target in unused and source in record:
+                raise UserError(
+                    f"{where}: data.columns maps {source!r} to {target!r}, which has no use beside the row's other columns "
+                    f"({', '.join(sorted(record))}); map it elsewhere, or map or remove those"
+                )
+        ignored.update(unused)
+        return row
+
+
+def _open_set(name: str, settings: Data) -> _Set:
     file = find(name, settings)
+    _check_columns(file)
     records = list(read_records(file.path))
     for column in file.columns:
         if not any(column in record for _, record in records):
@@ -79,24 +115,71 @@ def _read_set(
             raise UserError(
                 f"{file.path}: data.columns maps {column!r}, which no row has; its columns are {', '.join(found)}"
             )
-    train, held = _choose(len(records), file.rows, ratio=ratio, key=(settings.seed, stream % 2**32))
-    rows: dict[int, Row] = {}
-    for index in sorted({*train, *held}):
-        where, record = records[index]
-        rows[index] = to_row(_rename(record, file, where), where=where, ignored=ignored, tags=file.tags)
-    return [rows[index] for index in train], [rows[index] for index in held]
+    status = file.path.stat()
+    return _Set(name=name, file=file, records=records, identity=(status.st_dev, status.st_ino))
 
 
-def _choose(length: int, wanted: int | None, *, ratio: float, key: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Indices to train on and to validate on, out of `length` rows of which `wanted` are asked for."""
-    if wanted is None:
-        wanted = length
-    base = np.sort(shuffled(length, *key, _SAMPLE)[:wanted])
-    held = np.sort(base[shuffled(len(base), *key, _SPLIT)[: int(len(base) * ratio + 0.5)]])
-    train = base[~np.isin(base, held)]
-    times, rest = divmod(wanted - len(held), len(train)) if len(train) else (0, 0)
+def _check_columns(file: File) -> None:
+    """UserError where a mapping leads nowhere, or two columns onto one: only one of them could be kept."""
+    first: dict[str, str] = {}
+    for source, target in file.columns.items():
+        if target not in COLUMNS:
+            raise UserError(
+                f"data.columns maps {source!r} to {target!r}, which is no column of ours; choose among {', '.join(COLUMNS)}"
+            )
+        if target in first:
+            raise UserError(
+                f"{file.path}: data.columns maps {first[target]!r} and {source!r} both to {target!r}, and only one of them could "
+                "be read; map one of them elsewhere"
+            )
+        first[target] = source
+
+
+def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str]) -> list[Row]:
+    """All rows of data.val_dataset; UserError for a file that is trained on too."""
+    names = {one.identity: one.name for one in trained}
+    rows: list[Row] = []
+    for number, name in enumerate(settings.val_dataset):
+        one = _open_set(name, settings)
+        if one.identity in names:
+            raise UserError(
+                f"data.val_dataset={name} is the file of data.dataset={names[one.identity]}: its rows would be trained and "
+                "validated on; name another file, or leave it out and set data.split_dataset_ratio"
+            )
+        nothing = np.zeros(0, dtype=np.int64)
+        key = (settings.seed, (-1 - number) % 2**32)
+        rows += one.rows(_train(len(one.records), one.file.rows, nothing, ratio=0.0, key=key), ignored)
+    return rows
+
+
+def _held(sets: list[_Set], ratio: float, seed: int) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """Indices to validate on, for each file: a share of the most rows that any of its names asks for."""
+    held: dict[tuple[int, int], NDArray[np.int64]] = {}
+    for number, one in enumerate(sets):
+        if one.identity not in held:
+            length = len(one.records)
+            most = max(other.file.rows or length for other in sets if other.identity == one.identity)
+            base = np.sort(shuffled(length, seed, number, _SAMPLE)[:most])
+            held[one.identity] = np.sort(base[shuffled(len(base), seed, number, _SPLIT)[: _share(len(base), ratio)]])
+    return held
+
+
+def _share(rows: int, ratio: float) -> int:
+    return int(rows * ratio + 0.5)
+
+
+def _train(
+    length: int, wanted: int | None, held: NDArray[np.int64], *, ratio: float, key: tuple[int, int]
+) -> list[int]:
+    """Indices to train on, out of `length` rows of which `wanted` are asked for and `held` are validated on."""
+    wanted = wanted or length
+    distinct = min(wanted, length)
+    share = _share(distinct, ratio)
+    order = shuffled(length, *key, _SAMPLE)
+    train = np.sort(order[~np.isin(order, held)][: distinct - share])
+    times, rest = divmod(wanted - share, len(train)) if len(train) else (0, 0)
     extra = np.sort(train[shuffled(len(train), *key, _SAMPLE)[:rest]])
-    return [*np.tile(train, times).tolist(), *extra.tolist()], held.tolist()
+    return [*np.tile(train, times).tolist(), *extra.tolist()]
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -174,23 +257,14 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _rename(record: dict[str, Any], file: File, where: str) -> dict[str, Any]:
-    renamed = dict(record)
+    """The record with every column under our name, all of them renamed at once: the order of the mapping changes nothing."""
     for source, target in file.columns.items():
-        if target not in COLUMNS:
-            raise UserError(
-                f"data.columns maps {source!r} to {target!r}, which is no column of ours; choose among {', '.join(COLUMNS)}"
-            )
-        if source not in record or source == target:
-            continue
-        if target in record and target not in file.columns:
+        if source in record and source != target and target in record and target not in file.columns:
             raise UserError(
                 f"{where}: data.columns maps {source!r} to {target!r}, but the row has a column {target!r} already; map that "
                 "one elsewhere or drop it"
             )
-        if renamed.get(source) is record[source]:
-            del renamed[source]
-        renamed[target] = record[source]
-    return renamed
+    return {file.columns.get(name, name): value for name, value in record.items()}
 
 
 def _fill(rows: Rows, settings: Data) -> Rows:

@@ -39,6 +39,15 @@ def test_counts_add_up(data, chatml):
     assert len({len(line) for line in table.splitlines()[:3]}) == 1
 
 
+def test_rows_equal_to_a_trained_row_are_counted(write, chatml):
+    """Copies of a row, in the file that is split or in another, are told of: files are known by identity, rows are not."""
+    first, copy = write(SHORT, LONG), write(LONG, {"text": "Yes"}, SHORT, name="copy.jsonl")
+    report = prepare(Data(dataset=(first,), val_dataset=(copy,)), chatml).report
+    assert report.validation.also_trained == 2
+    assert [line.split()[-1] for line in str(report).splitlines() if "equal to a trained row" in line] == ["2"]
+    assert "equal to a trained" not in str(prepare(Data(dataset=(first,)), chatml).report)
+
+
 def test_truncation_right_and_left(data, chatml):
     """right keeps the first tokens and left the last; an example that keeps no loss is dropped and counted."""
     full = prepare(replace(data, max_length=2000), chatml).train[1]

@@ -126,6 +126,75 @@ def test_columns(write):
     assert talk(swapped.train[0]) == [(U, "q"), (A, "r")]
 
 
+LETTERS = {"query": "2+2?", "response": "B", "gold": "A"}
+
+
+@pytest.mark.parametrize("columns", [{"gold": "response", "response": "text"}, {"response": "text", "gold": "response"}])
+def test_a_column_in_the_place_of_another(write, columns):
+    """Equal letters are one object in Python: what a row holds must not decide what is renamed, nor the order of the mapping."""
+    equal = {"query": "3+3?", "response": "A", "gold": "A"}
+    for row in (LETTERS, equal):
+        with pytest.raises(UserError, match="maps 'response' to 'text', which has no use beside"):
+            load(Data(dataset=(write(row),), columns=columns))
+    moved = {name: {"text": "system"}.get(target, target) for name, target in columns.items()}
+    rows = load(Data(dataset=(write(LETTERS, equal),), columns=moved)).train
+    assert [talk(row) for row in rows] == [[(S, "B"), (U, "2+2?"), (A, "A")], [(S, "A"), (U, "3+3?"), (A, "A")]]
+
+
+def test_two_columns_for_one(write):
+    """Neither is lost in silence: by one mapping, by that of dataset_info too, by a synonym, or by one that is there."""
+    row = {"title": "The title", "body": "The body", "answer": "yes"}
+    path = write(row)
+    for order in (("title", "body"), ("body", "title")):
+        with pytest.raises(UserError, match=f"maps '{order[0]}' and '{order[1]}' both to 'query'.*map one of them elsewhere"):
+            load(Data(dataset=(path,), columns=dict.fromkeys(order, "query")))
+    with pytest.raises(UserError, match="maps 'body' to 'prompt', which has no use beside the row's other columns"):
+        load(Data(dataset=(path,), columns={"title": "query", "body": "prompt"}))
+    with pytest.raises(UserError, match="maps 'title' to 'response', which has no use|maps 'answer'"):
+        load(Data(dataset=(write({**row, "messages": HELLO["messages"]}),), columns={"title": "response"}))
+    info = write(json.dumps([{"dataset_path": "rows.jsonl", "dataset_name": "one", "columns": {"title": "query"}}]), name="i.json")
+    with pytest.raises(UserError, match="maps 'title' and 'body' both to 'query'"):
+        load(Data(dataset=("one",), dataset_info=info, columns={"body": "query"}))
+    info = write(json.dumps({"one": {"file_name": "rows.jsonl", "columns": {"prompt": "title", "query": "title"}}}), name="i.json")
+    with pytest.raises(UserError, match="column 'title' is named for two of ours, 'instruction' and 'input'"):
+        load(Data(dataset=("one",), dataset_info=info))
+
+
+def test_a_file_named_twice_is_split_once(write, tmp_path):
+    """By path, with numbers of rows, by two names of dataset_info, by links: no row is on both sides, and each is validated once."""
+    path = Path(write(*count_rows(10), name="ten.jsonl"))
+    (tmp_path / "soft.jsonl").symlink_to(path)
+    (tmp_path / "hard.jsonl").hardlink_to(path)
+    info = write(json.dumps({"one": {"file_name": "ten.jsonl"}, "two": {"file_name": "soft.jsonl"}}), name="info.json")
+    other = f"{tmp_path}/./ten.jsonl"
+    for given in (
+        [path, path], [f"{path}#20", path], [f"{path}#3", f"{path}#4"], [f"{path}#1", path], [path, tmp_path / "soft.jsonl"],
+        [tmp_path / "hard.jsonl", path], [other, path, f"{path}#25"], ["one", "two"], ["one#3", "two#30"], [path, "two"],
+    ):  # fmt: skip
+        rows = load(Data(dataset=tuple(map(str, given)), split_dataset_ratio=0.3, dataset_info=info))
+        train, held = numbered(rows.train), numbered(rows.validation)
+        assert train and held and not set(train) & set(held), given
+        assert len(held) == len(set(held)), given
+    assert len(load(Data(dataset=(str(path), str(path)), split_dataset_ratio=0.3)).train) == 14
+
+
+def test_a_file_read_in_two_ways_is_split_once(write):
+    """Two data sets over the columns of one file: the same records are validation in both."""
+    path = write(*({"a": str(n), "b": str(n + 100), "r": "x"} for n in range(10)))
+    names = {name: {"file_name": path, "columns": {"prompt": name, "response": "r"}} for name in "ab"}
+    rows = load(Data(dataset=("a", "b"), dataset_info=write(json.dumps(names), name="i.json"), split_dataset_ratio=0.3))
+    train, held = ({n % 100 for n in numbered(side)} for side in (rows.train, rows.validation))
+    assert (len(rows.validation), len(held)) == (6, 3) and not train & held
+
+
+def test_validating_on_the_training_file_is_refused(write):
+    """Under whatever name."""
+    path = write(*count_rows(3))
+    for name in (path, f"{path}#2", path.replace("rows.jsonl", "./rows.jsonl")):
+        with pytest.raises(UserError, match="is the file of data.dataset=.*trained and validated on; name another"):
+            load(Data(dataset=(path,), val_dataset=(name,)))
+
+
 def test_placeholders_and_default_system(write):
     """Names are filled into conversations, system included; documents stay as they are."""
     path = write(
