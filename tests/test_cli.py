@@ -146,6 +146,15 @@ MISTAKES = [
     ),
     ([*SFT[:3], "--dataset", "data.jsonl#all"], "data.dataset=data.jsonl#all: after # comes how many rows to take"),
     ([*SFT[:3], "--dataset", "model"], "data.dataset=model: a directory; name its .jsonl files"),
+    (
+        [*SFT, "--adapters", "adapter", "orphan"],
+        "sft: --adapters names 2 directories (adapter, orphan), and one adapter goes on a model: merge the first one (swift-mega export "
+        "--adapters adapter --merge_lora true --output MERGED), then give --model MERGED --adapters orphan",
+    ),
+    (
+        ["pt", *SFT[1:], "--tuner_type", "lora", "--adapters", "adapter", "adapter"],
+        "pt: --adapters names 2 directories",
+    ),
     ([*SFT, "--val_dataset", "no.jsonl"], "data.val_dataset=no.jsonl: no such file no.jsonl"),
     ([*SFT, "--chat_template", "no.jinja"], "data.chat_template=no.jinja: no such file"),
     ([*SFT, "--dataset_info", "no.json"], "data.dataset_info=no.json: no such file"),

@@ -61,7 +61,11 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     prepared = _prepare(run, tokenizer, layout.mesh.example_multiple)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches, _ = make_batches(run, layout, 0, prepared, pad)
-    warmup_steps(run.optim, total_steps(run.train, batches))
+    steps = total_steps(run.train, batches)
+    warmup_steps(run.optim, steps)
+    if run.train.steps is not None and (passes := batches.passes(steps)) > 1 and is_first_rank():
+        what = "packed rows" if run.data.packing else "examples"
+        print(f"repetition          train.steps={steps} goes over the {batches.units} {what} {passes:.3g} times")
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 

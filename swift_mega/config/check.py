@@ -167,6 +167,7 @@ def check_inputs(run: Run, *, command: str) -> None:
     if run.model.path is None:
         raise UserError(f"{command}: no model; give --model DIR, a Hugging Face directory")
     check_model_directory(run.model.path, what="model.path (--model)")
+    check_one_adapter(run, command=command)
     for adapter in run.model.adapters:
         check_model_directory(adapter, what="model.adapters (--adapters)", file="adapter_config.json")
     if not run.data.dataset:
@@ -177,6 +178,17 @@ def check_inputs(run: Run, *, command: str) -> None:
     for key in ("data.dataset", "data.val_dataset"):
         for entry in value_of(run, key):
             _check_dataset(key, entry, named=run.data.dataset_info is not None)
+
+
+def check_one_adapter(run: Run, *, command: str) -> None:
+    """UserError where several adapters are named. Their sum is no adapter of either's rank, so one file could not hold it."""
+    if len(adapters := run.model.adapters) > 1:
+        first, rest = adapters[0], " ".join(adapters[1:])
+        raise UserError(
+            f"{command}: --adapters names {len(adapters)} directories ({', '.join(adapters)}), and one adapter goes on a model: merge "
+            f"the first one (swift-mega export --adapters {first} --merge_lora true --output MERGED), then give --model MERGED "
+            f"--adapters {rest}"
+        )
 
 
 def check_model_directory(path: str, *, what: str, file: str = "config.json") -> None:

@@ -37,10 +37,6 @@ class Example:
         """Number of tokens with a loss; the first token has none, since nothing stands before it."""
         return int(self.trained[1:].sum())
 
-    def untrained(self) -> "Example":
-        """The same tokens without any loss."""
-        return Example(tokens=self.tokens, trained=np.zeros_like(self.trained))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
@@ -140,4 +136,16 @@ def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, 
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         lengths=torch.from_numpy(lengths.astype(np.int32)),
+    )
+
+
+def padding_row(pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
+    """A row of padding alone, as short as can be: for a rank that takes part in a step and has no example left for it."""
+    length = int(rounded_up(2, pad_to))
+    return Microbatch(
+        tokens=torch.full((length,), pad_token, dtype=torch.int64),
+        labels=torch.full((length,), IGNORED, dtype=torch.int64),
+        positions=torch.zeros(length, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        lengths=torch.zeros(1, dtype=torch.int32),
     )

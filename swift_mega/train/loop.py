@@ -52,11 +52,14 @@ def make_batches(
 ) -> tuple[Batches, Batches | None]:
     """Batches of both splits for one data rank; UserError where sizes do not fit the layout."""
 
+    epochs = None if run.train.steps is not None else run.train.epochs or 1.0
+
     def make(examples: list, once: bool) -> Batches:
         return Batches(
             examples, settings=run.data, micro_batch_size=run.train.micro_batch_size, global_batch_size=run.train.global_batch_size,
             data_rank=data_rank, data_size=layout.data, pad_to=layout.row_multiple,
-            pad_each=layout.mesh.example_multiple, pad_token=pad_token, once=once,
+            pad_each=layout.mesh.example_multiple, pad_token=pad_token, once=once, epochs=epochs,
+            group=layout.pipeline if layout.virtual > 1 else 1,
         )  # fmt: skip
 
     train = make(prepared.train, False)
@@ -99,7 +102,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
 
 def total_steps(train: schema.Train, batches: Batches) -> int:
     """Optimizer steps of the run."""
-    return train.steps if train.steps is not None else batches.steps(train.epochs or 1.0)
+    return train.steps if train.steps is not None else batches.steps
 
 
 def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
@@ -109,7 +112,7 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         batches, validation = make_batches(run, layout, groups.coordinate.data, prepared, pad_token)
         steps = total_steps(run.train, batches)
         training = build_training(run, device, groups, steps=steps)
-        directory = _directory(run)
+        directory = _directory(run, steps)
         monitor = _monitor(training, directory, steps) if dist.get_rank() == 0 else None
         with monitor or nullcontext():
             if monitor is not None:
@@ -120,13 +123,14 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         parallel_groups.close()
 
 
-def _directory(run: schema.Run) -> RunDirectory:
+def _directory(run: schema.Run, steps: int) -> RunDirectory:
     """Rank 0 makes it, every rank learns its name; a refusal is everybody's."""
     said: list[tuple[str, str]] = [("", "")]
     made: RunDirectory | None = None
     if dist.get_rank() == 0:
         try:
             made = RunDirectory(run.train.output_dir, run.train.add_version)
+            _put_aside(run, made, steps)
             said = [(str(made.path), "")]
         except UserError as error:
             said = [("", str(error))]
@@ -135,6 +139,31 @@ def _directory(run: schema.Run) -> RunDirectory:
     if problem:
         raise UserError(problem)
     return made or RunDirectory(path, False)
+
+
+def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:
+    """Makes room for this run's files in a folder that another run wrote to (train.add_version=false), and says so."""
+    written = [
+        directory.checkpoint(step).name for step in range(1, steps + 1) if is_due(step, steps, run.train.save_steps)
+    ]
+    if run.export.merge_lora:
+        written.append(merged_beside(directory.checkpoint(steps)).name)
+    assert run.model.path is not None
+    earlier = directory.put_aside(written, [Path(path) for path in (run.model.path, *run.model.adapters)])
+    if earlier is not None:
+        print(
+            f"earlier run         {directory.path} holds another run's files: those of the same names are now in {earlier.name}/"
+        )
+
+
+def is_due(step: int, steps: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps, and at the end, is done after `step` of `steps`."""
+    return step == steps or (every is not None and step % every == 0)
+
+
+def merged_beside(checkpoint: Path) -> Path:
+    """Where the weights of a checkpoint's model with its adapter merged go."""
+    return checkpoint.with_name(f"{checkpoint.name}-merged")
 
 
 def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor:
@@ -159,23 +188,23 @@ class Loop:
     batches: Batches
     validation: Batches | None
     trained: Trained
+    saved: list[Path] = dataclasses.field(default_factory=list)
+    """Checkpoints that this run wrote and has not removed, oldest first."""
 
     def run(self) -> TrainResult:
         losses, evaluations, tokens = [], [], 0
+        train = self.training.run.train
         for step in range(1, self.steps + 1):
             result = train_step(self.training, self.batches.batch(step - 1))
             losses.append(result.loss)
             tokens += result.tokens
             self._report(step, result)
-            if self._due(step, self.training.run.train.eval_steps) and self.validation is not None:
+            if is_due(step, self.steps, train.eval_steps) and self.validation is not None:
                 evaluations.append((step, self._evaluate(step)))
-            if self._due(step, self.training.run.train.save_steps):
+            if is_due(step, self.steps, train.save_steps):
                 self._save(step)
         checkpoint = self.directory.checkpoint(self.steps)
         return TrainResult(self.directory.path, checkpoint, self._merge(checkpoint), losses, evaluations, tokens)
-
-    def _due(self, step: int, every: int | None) -> bool:
-        return step == self.steps or (every is not None and step % every == 0)
 
     def _report(self, step: int, result: StepResult) -> None:
         if self.monitor is not None:
@@ -193,7 +222,7 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         assert self.validation is not None
         with self._paused():
-            loss = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps_per_epoch)])
+            loss = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps)])
         if self.monitor is not None:
             self.monitor.evaluation(step, loss)
         return loss
@@ -210,21 +239,31 @@ class Loop:
                 max_shard_size=run.export.max_shard_size, dtype=parameter_dtype(run.model, self.training.device),
                 trained=self.trained,
             )  # fmt: skip
+            self.saved.append(self.directory.checkpoint(step))
             if dist.get_rank() == 0:
-                self._forget_old(step)
+                self._forget_old()
 
-    def _forget_old(self, step: int) -> None:
+    def _forget_old(self) -> None:
+        """Keeps the last save_total_limit of this run's own checkpoints: known by what it wrote, since names tell of no owner."""
         limit = self.training.run.train.save_total_limit
-        kept = sorted(self.directory.path.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        for path in kept[: len(kept) - limit] if limit else []:
-            if path != self.directory.checkpoint(step):
+        while limit and len(self.saved) > limit:
+            path = self.saved.pop(0)
+            try:
                 shutil.rmtree(path)
+            except FileNotFoundError:  # somebody else was faster
+                continue
+            except OSError as error:
+                self._say(f"{path} is beyond train.save_total_limit={limit} and cannot be removed: {error.strerror}")
+
+    def _say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
 
     def _merge(self, checkpoint: Path) -> Path | None:
         run = self.training.run
         if not (run.export.merge_lora and self.training.tuner.adapters):
             return None
-        merged = checkpoint.with_name(f"{checkpoint.name}-merged")
+        merged = merged_beside(checkpoint)
         assert run.model.path is not None
         if dist.get_rank() == 0:
             merge(

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.train.sinks import JsonLines, Plots, Progress, Record, Sink, TensorBoard, Wandb, check
+
+ABOUT_A_RUN = ("args.json", "logging.jsonl", "runs", "images")
+"""What a run writes about itself: two runs' lines in one file, or curves in one folder, would be read as one run's."""
+EARLIER = re.compile(r"earlier-(\d+)")
 
 
 def new_version(output_dir: Path, now: datetime) -> str:
@@ -73,6 +77,36 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint after `step` optimizer steps goes; not created here."""
         return self.path / f"checkpoint-{step}"
+
+    def put_aside(self, written: Iterable[str], inputs: Iterable[Path]) -> Path | None:
+        """Moves what an earlier run left here, and this one would write over, to earlier-N; None: there is nothing such.
+
+        written: names of checkpoints that this run will write. inputs: what it reads. A run's own records (ABOUT_A_RUN) are moved where
+        there is a logging.jsonl; checkpoints of other names stay where they are. Raises UserError where an input would be moved.
+        """
+        names = [*(ABOUT_A_RUN if self.logging.exists() else ()), *written]
+        there = [path for name in names if os.path.lexists(path := self.path / name)]
+        for path in there:
+            for source in inputs:
+                if source.resolve().is_relative_to(path.resolve()):
+                    raise UserError(
+                        f"{source} is read by this run, which would write its own {path.name} there; name another train.output_dir, or "
+                        "leave out train.add_version=false"
+                    )
+        if not there:
+            return None
+        numbers = [int(found[1]) for path in self.path.glob("earlier-*") if (found := EARLIER.fullmatch(path.name))]
+        earlier = self.path / f"earlier-{max(numbers, default=0) + 1}"
+        try:
+            earlier.mkdir()
+            for path in there:
+                path.rename(earlier / path.name)
+        except OSError as error:
+            raise UserError(
+                f"files of an earlier run in {self.path} cannot be moved to {earlier.name} ({error.strerror}); name another "
+                "train.output_dir"
+            ) from None
+        return earlier
 
     def write_args(self, settings: Mapping[str, Any]) -> Path:
         """args.json: the resolved settings (`dataclasses.asdict` of a Run, and what else the caller wants to keep)."""

@@ -7,7 +7,7 @@ import pytest
 
 from swift_mega.config.schema import Data
 from swift_mega.data.batches import Batches
-from swift_mega.data.pack import Example, Microbatch
+from swift_mega.data.pack import Example, Microbatch, padding_row
 from swift_mega.errors import UserError
 
 
@@ -19,12 +19,13 @@ def examples(number: int) -> list[Example]:
 
 
 def held(row: Microbatch) -> list[int]:
-    return row.tokens[row.cu_seqlens[:-1].long()].tolist()
+    return row.tokens[row.cu_seqlens[:-1].long()][row.lengths > 0].tolist()
 
 
 def make(
-    number: int, micro: int, total: int, *, rank: int = 0, size: int = 1, once: bool = False, **settings: object
-) -> Batches:
+    number: int, micro: int, total: int, *, rank: int = 0, size: int = 1, once: bool = False, epochs: float | None = None,
+    group: int = 1, **settings: object,
+) -> Batches:  # fmt: skip
     data = Data(**settings)  # type: ignore[arg-type]
     return Batches(
         examples(number),
@@ -34,6 +35,8 @@ def make(
         data_rank=rank,
         data_size=size,
         once=once,
+        epochs=epochs,
+        group=group,
     )
 
 
@@ -57,9 +60,51 @@ def test_nothing_is_lost_or_doubled_over_epochs():
     seen = [index for step in range(5) for row in batches.batch(step) for index in held(row)]
     assert Counter(seen) == dict.fromkeys(range(10), 2)
     assert sorted(seen[:10]) == list(range(10)) and seen[:10] != seen[10:]
-    assert batches.steps_per_epoch == 3
-    assert (batches.steps(2), batches.steps(0.4), batches.steps(0.01)) == (5, 1, 1)
-    assert (batches.repeated(3), batches.repeated(5)) == (2, 0)
+    assert batches.passes(5) == 2
+
+
+EPOCHS = [
+    # units, micro, batch, ranks, group, epochs -> units of each step, microbatches of a rank in the last
+    (7, 1, 16, 1, 1, 1.0, [7], 7),
+    (7, 1, 16, 4, 1, 1.0, [7], 2),
+    (7, 2, 16, 4, 1, 1.0, [7], 1),
+    (9, 4, 8, 2, 1, 1.0, [8, 1], 1),
+    (9, 1, 8, 2, 2, 1.0, [8, 1], 2),
+    (10, 1, 4, 2, 1, 2.0, [4, 4, 4, 4, 4], 2),
+    (10, 1, 8, 2, 1, 3.0, [8, 8, 8, 6], 3),
+    (5, 1, 2, 1, 1, 1.0, [2, 2, 1], 1),
+    (10, 1, 4, 1, 1, 0.5, [4, 1], 1),
+    (30, 1, 3, 1, 1, 0.1, [3], 3),
+    (10, 1, 4, 1, 1, 1.25, [4, 4, 4, 1], 1),
+    (5, 1, 4, 1, 1, 0.001, [1], 1),
+]
+
+
+@pytest.mark.parametrize(("units", "micro", "total", "size", "group", "epochs", "steps", "last"), EPOCHS)
+def test_epochs_see_each_example_that_often(units, micro, total, size, group, epochs, steps, last):
+    """Every example is in ⌊epochs⌋ or one more places, exactly; ranks have equally many microbatches; only the last step is short."""
+    ranks = [make(units, micro, total, rank=r, size=size, group=group, epochs=epochs) for r in range(size)]
+    assert {batches.steps for batches in ranks} == {len(steps)}
+    seen: Counter[int] = Counter()
+    for step, wanted in enumerate(steps):
+        rows = [batches.batch(step) for batches in ranks]
+        now = [index for of_rank in rows for row in of_rank for index in held(row)]
+        seen.update(now)
+        full = total // (micro * size) if step < len(steps) - 1 else last
+        assert (len(now), {len(of_rank) for of_rank in rows}) == (wanted, {full})
+        assert sum(row.targets for of_rank in rows for row in of_rank) == sum(index + 1 for index in now)
+    whole, rest = divmod(round(units * epochs + 0.4999), units)
+    assert sorted(Counter(seen[index] for index in range(units)).items()) == sorted(
+        (times, number) for times, number in ((whole, units - rest), (whole + 1, rest)) if number
+    )
+
+
+def test_an_epoch_of_packed_rows():
+    """Units are rows then; every example is there once, the last step has fewer rows."""
+    batches = make(9, 1, 3, epochs=1.0, packing=True, max_length=14)
+    rows = [row for step in range(batches.steps) for row in batches.batch(step)]
+    assert sorted(index for row in rows for index in held(row)) == list(range(9))
+    assert len(rows) == batches.units == 4 and batches.steps == 2 and len(batches.batch(1)) == 1
 
 
 def test_any_step_on_its_own_equals_the_run():
@@ -76,7 +121,7 @@ def test_fewer_examples_than_a_batch_come_around_again():
     batches = make(3, 1, 8)
     seen = Counter(index for row in batches.batch(0) for index in held(row))
     assert sorted(seen.values()) == [2, 3, 3]
-    assert (batches.steps_per_epoch, batches.repeated(1)) == (1, 2)
+    assert batches.passes(1) == 8 / 3
 
 
 def test_without_shuffle_the_order_is_that_of_the_files():
@@ -87,12 +132,12 @@ def test_without_shuffle_the_order_is_that_of_the_files():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_validation_counts_each_example_once(size):
-    """once: the targets of all steps are those of the examples, and fillers have none."""
+    """once: the targets of all steps are those of the examples; a rank without an example has a row of padding."""
     every = [make(5, 1, 4, rank=rank, size=size, once=True) for rank in range(size)]
-    assert every[0].steps_per_epoch == 2
+    assert every[0].steps == 2
     rows = [row for batches in every for step in range(2) for row in batches.batch(step)]
-    assert len(rows) == 8
-    assert sorted(index for row in rows if row.targets for index in held(row)) == [0, 1, 2, 3, 4]
+    assert len(rows) == 4 + size
+    assert sorted(index for row in rows for index in held(row)) == [0, 1, 2, 3, 4]
     assert sum(row.targets for row in rows) == sum(e.targets for e in examples(5))
 
 
@@ -104,7 +149,7 @@ def test_padding_and_packing():
     assert batches.units == 2
     rows = [batches.batch(step)[0] for step in range(2)]
     assert [len(row.tokens) for row in rows] == [16, 16]
-    assert sorted(index for row in rows for index in held(row)[:-1]) == [0, 1, 2, 3, 4, 5]
+    assert sorted(index for row in rows for index in held(row)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_examples_that_are_padded_one_by_one():
@@ -113,7 +158,7 @@ def test_examples_that_are_padded_one_by_one():
         examples(6), settings=Data(packing=True, max_length=10), micro_batch_size=1, global_batch_size=1, pad_to=8, pad_each=4,
         pad_token=99, once=True,
     )  # fmt: skip
-    rows = [row for step in range(batches.steps_per_epoch) for row in batches.batch(step)]
+    rows = [row for step in range(batches.steps) for row in batches.batch(step)]
     assert all(
         len(row.tokens) % 8 == 0 and max(row.cu_seqlens[len(row.lengths[row.lengths > 0])], 0) <= 12 for row in rows
     )
@@ -121,6 +166,14 @@ def test_examples_that_are_padded_one_by_one():
     seen = Counter(token for row in rows for token in row.tokens.tolist() if token != 99)
     assert seen == {number: number + 2 for number in range(6)}
     assert sum(row.targets for row in rows) == sum(number + 1 for number in range(6))
+
+
+def test_a_row_of_padding_is_as_short_as_can_be():
+    """No label, no example of any length, the ranks' multiple of tokens, the pad token."""
+    for pad_to, length in ((1, 2), (2, 2), (8, 8)):
+        row = padding_row(pad_to, pad_token=7)
+        assert row.tokens.tolist() == [7] * length and row.positions.tolist() == [0] * length
+        assert (row.targets, row.lengths.tolist(), row.cu_seqlens.tolist()) == (0, [0], [0, length])
 
 
 def test_sizes_that_do_not_divide():

@@ -80,7 +80,6 @@ def test_collate_without_padding_adds_no_segment():
     assert collate([one], 2).cu_seqlens.tolist() == [0, 2]
     assert one.trained.tolist() == [True, True]
     assert one.targets == 1
-    assert one.untrained().targets == 0
 
 
 def test_every_example_is_padded_by_hand():

@@ -129,7 +129,9 @@ def test_columns(write):
 LETTERS = {"query": "2+2?", "response": "B", "gold": "A"}
 
 
-@pytest.mark.parametrize("columns", [{"gold": "response", "response": "text"}, {"response": "text", "gold": "response"}])
+@pytest.mark.parametrize(
+    "columns", [{"gold": "response", "response": "text"}, {"response": "text", "gold": "response"}]
+)
 def test_a_column_in_the_place_of_another(write, columns):
     """Equal letters are one object in Python: what a row holds must not decide what is renamed, nor the order of the mapping."""
     equal = {"query": "3+3?", "response": "A", "gold": "A"}
@@ -146,16 +148,24 @@ def test_two_columns_for_one(write):
     row = {"title": "The title", "body": "The body", "answer": "yes"}
     path = write(row)
     for order in (("title", "body"), ("body", "title")):
-        with pytest.raises(UserError, match=f"maps '{order[0]}' and '{order[1]}' both to 'query'.*map one of them elsewhere"):
+        with pytest.raises(
+            UserError, match=f"maps '{order[0]}' and '{order[1]}' both to 'query'.*map one of them elsewhere"
+        ):
             load(Data(dataset=(path,), columns=dict.fromkeys(order, "query")))
     with pytest.raises(UserError, match="maps 'body' to 'prompt', which has no use beside the row's other columns"):
         load(Data(dataset=(path,), columns={"title": "query", "body": "prompt"}))
-    with pytest.raises(UserError, match="maps 'title' to 'response', which has no use|maps 'answer'"):
+    with pytest.raises(UserError, match="maps 'title' to 'response', which has no use"):
         load(Data(dataset=(write({**row, "messages": HELLO["messages"]}),), columns={"title": "response"}))
-    info = write(json.dumps([{"dataset_path": "rows.jsonl", "dataset_name": "one", "columns": {"title": "query"}}]), name="i.json")
+    info = write(
+        json.dumps([{"dataset_path": "rows.jsonl", "dataset_name": "one", "columns": {"title": "query"}}]),
+        name="i.json",
+    )
     with pytest.raises(UserError, match="maps 'title' and 'body' both to 'query'"):
         load(Data(dataset=("one",), dataset_info=info, columns={"body": "query"}))
-    info = write(json.dumps({"one": {"file_name": "rows.jsonl", "columns": {"prompt": "title", "query": "title"}}}), name="i.json")
+    info = write(
+        json.dumps({"one": {"file_name": "rows.jsonl", "columns": {"prompt": "title", "query": "title"}}}),
+        name="i.json",
+    )
     with pytest.raises(UserError, match="column 'title' is named for two of ours, 'instruction' and 'input'"):
         load(Data(dataset=("one",), dataset_info=info))
 
@@ -191,7 +201,7 @@ def test_validating_on_the_training_file_is_refused(write):
     """Under whatever name."""
     path = write(*count_rows(3))
     for name in (path, f"{path}#2", path.replace("rows.jsonl", "./rows.jsonl")):
-        with pytest.raises(UserError, match="is the file of data.dataset=.*trained and validated on; name another"):
+        with pytest.raises(UserError, match=r"is the file of data.dataset=.*trained and validated on; name another"):
             load(Data(dataset=(path,), val_dataset=(name,)))
 
 
