@@ -59,6 +59,17 @@ class Microbatch:
         return int((self.labels != IGNORED).sum())
 
     @property
+    def padding(self) -> Tensor | None:
+        """[t] bool, which tokens are padding; None: none is."""
+        total = len(self.tokens)
+        if int(self.lengths.sum()) == total:
+            return None
+        padding = torch.ones(total, dtype=torch.bool)
+        for start, length in zip(self.cu_seqlens.tolist(), self.lengths.tolist(), strict=False):
+            padding[start : start + length] = False
+        return padding
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest example."""
         return int(self.lengths.max())

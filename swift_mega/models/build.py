@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -55,17 +56,22 @@ class Decoder(GPTModel):
             self.embedding.register_forward_hook(_normalise)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, context: Context | None = None
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, context: Context | None = None, padding: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
-        context: the ranks that share the row; None: all of it is here.
+        context: the ranks that share the row; None: all of it is here. padding: [tokens] bool, tokens that a router's losses leave out;
+        None: there are none.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
         ranks = 1 if context is None else context.mesh.size
         assert len(tokens) * ranks == int(cu_seqlens[-1]), "another row than cu_seqlens speaks of"
         row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, context)
-        return super().forward(tokens[None], positions[None], None, packed_seq_params=row)
+        if padding is not None:
+            padding = padding[None]
+            if self.config.sequence_parallel and not self.pre_process:  # Megatron cuts it in the first stage only
+                padding = scatter_to_sequence_parallel_region(padding.T.contiguous()).T.contiguous()
+        return super().forward(tokens[None], positions[None], None, packed_seq_params=row, padding_mask=padding)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         """Megatron's place for logits and loss; called with hidden_states by name in the whole supported range."""

@@ -25,8 +25,9 @@ class Layer(TransformerLayer):
             self.post_mlp_layernorm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **given: Any
-    ) -> tuple[Tensor, None]:
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any,
+        padding_mask: Tensor | None = None, **given: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """hidden_states [tokens / s, 1, hidden] -> (the same, None), as TransformerBlock calls a layer."""
         read = self.input_layernorm(hidden_states)
         attended = _output(self.self_attention(read, attention_mask=None, packed_seq_params=packed_seq_params))
@@ -34,12 +35,14 @@ class Layer(TransformerLayer):
             attended = self.post_self_attn_layernorm(attended)
         if self.block.parallel:
             again = read if self.block.shared_norm else self.pre_mlp_layernorm(hidden_states)
-            return hidden_states + self._scaled(attended + self._transformed(again)), None
+            return hidden_states + self._scaled(attended + self._transformed(again, padding_mask)), None
         hidden_states = hidden_states + self._scaled(attended)
-        return hidden_states + self._scaled(self._transformed(self.pre_mlp_layernorm(hidden_states))), None
+        return hidden_states + self._scaled(
+            self._transformed(self.pre_mlp_layernorm(hidden_states), padding_mask)
+        ), None
 
-    def _transformed(self, x: Tensor) -> Tensor:
-        out = _output(self.mlp(x))
+    def _transformed(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        out = _output(self.mlp(x, padding_mask=padding_mask))
         return self.post_mlp_layernorm(out) if self.block.post_norms else out
 
     def _scaled(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
+from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.experts import check_biases
 from swift_mega.models.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
@@ -92,10 +93,9 @@ def transformer_config(
         fields["recompute_granularity"] = train.recompute
     if train.recompute == "full":
         fields.update(recompute_method=train.recompute_method, recompute_num_layers=train.recompute_layers)
-    if settings.shape.experts and aux_loss:
-        fields.update(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=aux_loss)
     fields.update(device.safe_schedule(layout.virtual))
     fields.update(given)
+    fields.update(balancing_fields(aux_loss, given, experts=bool(settings.shape.experts)))
     try:
         return MLATransformerConfig(**fields) if is_latent(settings) else TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:

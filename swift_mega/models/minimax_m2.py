@@ -26,7 +26,7 @@ def _translate(config: Any) -> Settings:
         top_k=config.num_experts_per_tok,
         ffn=config.intermediate_size,
         layers=(True,) * config.num_hidden_layers,
-        routing=Routing(score="sigmoid"),
+        routing=Routing(score="sigmoid", balanced_score="softmax"),  # as transformers' load_balancing_loss_func
     )
 
 

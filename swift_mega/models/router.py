@@ -1,48 +1,68 @@
-"""Megatron's router with another choice of experts: sigmoid or softmax scores, a bias in the choice only, groups of experts.
+"""Megatron's router with losses of our own (models/balancing.py), and where a family asks for it another choice of experts.
 
-Only `choose` is ours: one pure function from logits to weights. Logits, balancing losses and dispatch stay Megatron's. The bias
-is a buffer under Megatron's own name for it, `expert_bias`; it stays as the checkpoint has it, unless model.megatron asks for
-Megatron's balancing without a loss (moe_router_enable_expert_bias), which moves it after every step.
+`choose` is one pure function from logits to weights: sigmoid or softmax scores, a bias in the choice only, groups of experts. Logits and
+dispatch stay Megatron's. The bias is a buffer under Megatron's own name for it, `expert_bias`; it stays as the checkpoint has it, unless
+model.megatron asks for Megatron's balancing without a loss (moe_router_enable_expert_bias), which moves it after every step.
 """
 
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
+from swift_mega.models.balancing import RouterLosses
 from swift_mega.models.settings import Routing
 
 
 class Router(TopKRouter):
-    """Chooses `moe_router_topk` experts per token as `routing` says."""
+    """Chooses `moe_router_topk` experts per token as `routing` says, or as Megatron does where it is None."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, routing: Routing, **given: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, routing: Routing | None, **given: Any) -> None:
         super().__init__(config, *args, **given)
         self.choice = routing
-        refuse_without_effect(config, routing)
-        if routing.bias and self.expert_bias is None:
-            del self.expert_bias
-            self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32))
+        score = config.moe_router_score_function
+        if routing is not None:
+            refuse_without_effect(config, routing)
+            score = routing.balanced_score or routing.score
+            if routing.bias and self.expert_bias is None:
+                del self.expert_bias
+                self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts, dtype=torch.float32))
+        self.losses = RouterLosses(config, score=score, group=self.tp_cp_group)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits [tokens / s, 1, experts] -> weights [tokens / s, experts], zero where not chosen, and the choice, bool."""
-        logits = self.apply_z_loss(logits.flatten(0, 1))
-        weights, chosen = choose(logits, self.topk, self.choice, self.expert_bias)
-        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            balanced, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-            weights = self._apply_aux_loss(weights, scores, balanced)
-        self._apply_expert_bias(chosen)
+        """logits [tokens / s, 1, experts], padding_mask [tokens / s, 1], True for padding; None: there is none.
+
+        Returns weights [tokens / s, experts], zero where not chosen, and the choice, bool.
+        """
+        flat, real = logits.flatten(0, 1), None if padding_mask is None else ~padding_mask.flatten()
+        if self.choice is None:
+            weights, chosen = super().routing(logits)
+        else:
+            weights, chosen = choose(flat, self.topk, self.choice, self.expert_bias)
+        # Not in the first pass of a recomputed layer, whose second one has gradients.
+        if self.losses.wanted and self.training and torch.is_grad_enabled():
+            weights = self.losses.attach(weights, flat, real)
+        super()._apply_expert_bias(chosen if real is None else chosen & real[:, None])
         return weights, chosen
+
+    def is_aux_loss_enabled(self) -> bool:
+        """No: Megatron's own losses, which `losses` stands for, are off."""
+        return False
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """logits: the loss is in `losses`."""
+        return logits
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Nothing where Megatron's `routing` calls it: padding would count."""
 
 
 def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
     """UserError for settings of model.megatron that only Megatron's own choice of experts reads."""
     supported: dict[str, tuple[Any, ...]] = {
-        "moe_router_load_balancing_type": ("none", "aux_loss"),
         "moe_expert_capacity_factor": (None,),
         "moe_router_num_groups": (None,),
         "moe_router_group_topk": (None,),

@@ -101,6 +101,8 @@ class Routing:
     chosen_groups: int = 1
     group_best: int = 2
     """Two in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), one in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
+    balanced_score: Literal["softmax", "sigmoid"] | None = None
+    """The score that the balancing loss is of, where it is another than the choice's."""
 
 
 @dataclass(frozen=True, kw_only=True)

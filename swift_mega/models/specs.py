@@ -120,7 +120,7 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, engine: type | Non
     """What a family varies, on either kind of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
     attention.core_attention = bound(CoreAttention, settings=settings, engine=engine)
-    if settings.routing is not None and moe:
+    if moe:
         _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:
         attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)

@@ -18,6 +18,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.companions import Trained
 from swift_mega.export.merged import merge
+from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.family import Family
 from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.settings import Settings
@@ -82,19 +83,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
             f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens; set "
             f"data.max_length={settings.longest}"
         )
-    if run.model.router_aux_loss_coefficient and not settings.shape.experts:
-        raise UserError(
-            f"model.router_aux_loss_coefficient={run.model.router_aux_loss_coefficient:g}: this model has no experts; leave it out"
-        )
-    if run.parallel.tensor > 1 and (
-        run.model.router_aux_loss_coefficient or run.model.megatron.get("moe_aux_loss_coeff")
-    ):
-        # Megatron-core 0.16.1 gives the router 1/tensor of this loss's gradient where activations are cut by tokens; 0.19.2
-        # multiplies by the tensor size, and is still 2% off one rank's (measured on Qwen2-MoE).
-        raise UserError(
-            f"the router's load-balancing loss with parallel.tensor={run.parallel.tensor} has a wrong gradient in Megatron-core; set "
-            "model.router_aux_loss_coefficient=0, or parallel.tensor=1 with expert and pipeline parallelism"
-        )
+    balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
     parse_size(run.export.max_shard_size)
     check_passthrough(run.model.megatron)
     check_tiles(settings, run.train, run.model.megatron)
@@ -210,7 +199,7 @@ class Loop:
         if self.monitor is not None:
             self.monitor.step(
                 step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate, tokens=result.tokens,
-                trained_tokens=result.trained_tokens,
+                trained_tokens=result.trained_tokens, extra=result.router_losses,
             )  # fmt: skip
         if not math.isfinite(result.loss) or not result.applied:
             raise UserError(

@@ -1,11 +1,11 @@
 """One optimizer step, and one evaluation: microbatches through Megatron's schedule.
 
 The loss is a sum over tokens; Megatron divides the gradients, once, by the number of trained tokens of the whole global batch, so
-how examples fall into microbatches and ranks changes nothing.
+how examples fall into microbatches and ranks changes nothing. Losses of routers are means over microbatches (models/balancing.py).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
+from swift_mega.models.balancing import BALANCE, RouterLosses, Z, has_router_losses
+from swift_mega.models.router import Router
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.sequence import held_tokens
 from swift_mega.train.build import Training
@@ -26,13 +28,15 @@ class StepResult:
     """What one step did, the same on every rank."""
 
     loss: float
-    """Mean over the trained tokens of the global batch."""
+    """Mean over the trained tokens of the global batch; without the losses of routers."""
     trained_tokens: int
     tokens: int
     grad_norm: float | None
     learning_rate: float
     applied: bool
     """Whether the optimizer took the step: it skips one whose gradients are not finite."""
+    router_losses: dict[str, float] = field(default_factory=dict)
+    """What was added to it by name, without its coefficient: mean over MoE layers and microbatches."""
 
 
 def train_step(training: Training, batch: Sequence[Microbatch]) -> StepResult:
@@ -43,9 +47,12 @@ def train_step(training: Training, batch: Sequence[Microbatch]) -> StepResult:
     training.optimizer.zero_grad()
     rate = training.optimizer.param_groups[0]["lr"] if training.optimizer.param_groups else 0.0
     loss, trained, tokens = run_schedule(training, batch, forward_only=False)
+    router_losses = read_router_losses(training, batch)
     applied, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)
-    return StepResult(loss, trained, tokens, None if grad_norm is None else float(grad_norm), rate, bool(applied))
+    return StepResult(
+        loss, trained, tokens, None if grad_norm is None else float(grad_norm), rate, bool(applied), router_losses
+    )
 
 
 def evaluate(training: Training, batches: Sequence[Sequence[Microbatch]]) -> float:
@@ -66,6 +73,8 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
     """All microbatches of one global batch. Returns (mean loss, trained tokens, tokens without padding), on every rank."""
     chunks = training.chunks
     iterators = [iter(batch) for _ in chunks]
+    if not forward_only:
+        start_router_losses(training, batch)
     stores = get_forward_backward_func()(
         forward_step_func=partial(_forward, training),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -79,8 +88,10 @@ def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_onl
 
 
 def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    row = _to(held_part(next(rows), training.groups.row), training.device.device)
-    return model(row.tokens, row.positions, row.cu_seqlens, training.groups.row), partial(_loss, training, model, row)
+    whole = next(rows)
+    row = _to(held_part(whole, training.groups.row), training.device.device)
+    hidden = model(row.tokens, row.positions, row.cu_seqlens, training.groups.row, _padding(training, whole))
+    return hidden, partial(_loss, training, model, row)
 
 
 def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -104,6 +115,62 @@ def held_part(row: Microbatch, context: Context | None) -> Microbatch:
         return row
     held = held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
     return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[held])
+
+
+def _padding(training: Training, row: Microbatch) -> Tensor | None:
+    """Which of this context rank's tokens are padding, for the losses of routers; None: none is, or there are no such losses."""
+    padding = row.padding if has_router_losses(training.part.config) else None
+    if padding is None:
+        return None
+    if (context := training.groups.row) is not None:
+        padding = padding[held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)]
+    return padding.to(training.device.device)
+
+
+def start_router_losses(training: Training, batch: Sequence[Microbatch]) -> None:
+    """Tells every router how Megatron will divide gradients: by the trained tokens of the global batch. Collective."""
+    if has_router_losses(training.part.config):
+        trained, rows = _over_data(training, [sum(row.targets for row in batch), _filled(batch)])
+        for losses in _router_losses(training):
+            # Megatron divides by 1 where nothing is trained.
+            losses.start(max(trained, 1) / max(rows, 1))
+
+
+def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[str, float]:
+    """The losses of routers in the step that has run, the same on every rank. Collective."""
+    if not has_router_losses(training.part.config):
+        return {}
+    mine, wanted = list(_router_losses(training)), training.part.config
+    names = [BALANCE] * (wanted.moe_router_load_balancing_type == "aux_loss") + [Z] * bool(wanted.moe_z_loss_coeff)
+    device = training.device.device
+    sums = torch.tensor(
+        [sum(float(m.sums.get(name, 0.0)) for m in mine) for name in names], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(
+        sums, group=training.groups.world
+    )  # of each row, every tensor and context rank has its tokens' part
+    (rows,) = _over_data(training, [_filled(batch)])
+    layers = sum(training.part.settings.moe_layers)
+    return dict(zip(names, (sums / (max(rows, 1) * layers)).tolist(), strict=True))
+
+
+def _router_losses(training: Training) -> Iterator[RouterLosses]:
+    for chunk in training.part.chunks:
+        yield from (module.losses for module in chunk.modules() if isinstance(module, Router))
+
+
+def _filled(batch: Sequence[Microbatch]) -> int:
+    """Microbatches that have tokens."""
+    return sum(bool(row.lengths.sum()) for row in batch)
+
+
+def _over_data(training: Training, numbers: Sequence[int]) -> list[int]:
+    """Sums over data ranks, told to every rank."""
+    where, device = training.groups.coordinate, training.device.device
+    counts = where.tensor == 0 and where.context == 0 and where.pipeline == 0
+    sums = torch.tensor([number * counts for number in numbers], dtype=torch.int64, device=device)
+    dist.all_reduce(sums, group=training.groups.world)
+    return [int(number) for number in sums.tolist()]
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:

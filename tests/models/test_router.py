@@ -140,7 +140,7 @@ def test_narrow_logits_are_scored_in_float32(score: Any) -> None:
 
 
 PLAIN = dict(
-    moe_router_load_balancing_type="none", moe_expert_capacity_factor=None, moe_router_num_groups=None,
+    moe_expert_capacity_factor=None, moe_router_num_groups=None,
     moe_router_group_topk=None, moe_router_topk_scaling_factor=None, moe_router_fusion=False, moe_router_pre_softmax=True,
     moe_router_score_function="sigmoid",
 )  # fmt: skip
@@ -149,7 +149,6 @@ PLAIN = dict(
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(moe_router_load_balancing_type="sinkhorn"), "'sinkhorn': .* knows only 'none' and 'aux_loss'"),
         (dict(moe_expert_capacity_factor=1.5), "moe_expert_capacity_factor=1.5"),
         (dict(moe_router_num_groups=4), "moe_router_num_groups=4"),
         (dict(moe_router_group_topk=2), "moe_router_group_topk=2"),

@@ -314,15 +314,22 @@ def test_dropout_of_adapters_differs_by_step_and_not_by_rank(
     assert abs(dropped.losses[2] - plain.losses[2]) > 1e-4
 
 
-@pytest.mark.parametrize("change", ["model.router_aux_loss_coefficient=0.01", "model.megatron.moe_aux_loss_coeff=0.01"])
-def test_a_balancing_loss_whose_gradient_tensor_ranks_get_wrong_is_refused(
-    rows: Path, tmp_path: Path, change: str
-) -> None:
+def test_a_balancing_loss_is_logged_beside_the_loss(rows: Path, tmp_path: Path) -> None:
+    """Without its coefficient, and not in `loss`, which a large coefficient leaves as it is in the first step."""
     moe = tiny.make_chat(tmp_path / "model", "qwen3_moe")
-    wrong = recipe(moe, rows, tmp_path / "out", "parallel.tensor=2", "parallel.sequence=true", change)
-    with pytest.raises(UserError, match="wrong gradient"):
-        api.train(wrong, nproc=2)
-    assert not (tmp_path / "out").exists()
+    want = ["train.steps=1", "model.router_aux_loss_coefficient=5", "model.megatron.moe_z_loss_coeff=3"]
+    losses = []
+    for name, changes in (("plain", want[:1]), ("both", want)):
+        api.train(recipe(moe, rows, tmp_path / name, *changes), nproc=1)
+        (log,) = (tmp_path / name).glob("**/logging.jsonl")
+        losses.append(json.loads(log.read_text().splitlines()[0]))
+    plain, both = losses
+    assert both["loss"] == plain["loss"] and both["grad_norm"] > plain["grad_norm"]
+    assert (
+        1 < both["load_balancing_loss"] < 4
+        and both["z_loss"] > 0
+        and not {"load_balancing_loss", "z_loss"} & plain.keys()
+    )
 
 
 def test_what_a_config_names_and_training_leaves_out_is_said_once(
