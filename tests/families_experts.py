@@ -2,7 +2,7 @@
 
 from typing import Any
 
-NO_TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+NO_TOKENS: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None)
 GROUPED: dict[str, Any] = dict(
     n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=4, moe_intermediate_size=24, first_k_dense_replace=1,
     n_group=4, topk_group=2, routed_scaling_factor=2.5,

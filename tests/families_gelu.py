@@ -2,7 +2,7 @@
 
 from typing import Any
 
-TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+TOKENS = dict(bos_token_id=None, eos_token_id=None)
 WIDE: dict[str, Any] = dict(hidden_size=64, **TOKENS)
 """Heads of 8 features that share out the hidden size, for families that have no head_dim of their own."""
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-NO_TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+NO_TOKENS: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": dict(

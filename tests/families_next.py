@@ -6,7 +6,7 @@ the rounding in it. transformers' own gradients in float32 and float64 differ by
 
 from typing import Any
 
-NO_TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+NO_TOKENS: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None)
 EXPERTS: dict[str, Any] = dict(
     num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
 )

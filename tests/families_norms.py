@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_NO_TOKENS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+_NO_TOKENS = dict(bos_token_id=None, eos_token_id=None)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": dict(

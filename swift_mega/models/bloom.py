@@ -35,6 +35,7 @@ def _translate(config: Any) -> Settings:
 FAMILY = Family(
     hf_types=("bloom",),
     translate=_translate,
+    pad_without_gradient=False,
     rules=(
         Rule("embedding.word_embeddings.weight", (PREFIX + "word_embeddings.weight",), VOCAB),
         *norm_rules("embedding.norm", PREFIX + "word_embeddings_layernorm"),

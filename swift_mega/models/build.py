@@ -49,6 +49,9 @@ class Decoder(GPTModel):
             self.output_layer.bias = torch.nn.Parameter(torch.empty(rows, dtype=dtype))
         if settings.activation is not None:
             replace_activations(self.decoder.layers, settings.activation)
+        if self.pre_process and settings.pad_row is not None:
+            hook = functools.partial(_no_gradient_of, settings.pad_row)
+            self.embedding.word_embeddings.register_forward_hook(hook)
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
         if self.pre_process and settings.embedding_norm:
@@ -86,6 +89,21 @@ class Decoder(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         factor = self.settings.scales.logits
         return hidden[:, 0] if factor == 1.0 else hidden[:, 0] * factor
+
+
+def _no_gradient_of(row: int, module: torch.nn.Module, given: tuple[Tensor], result: Tensor) -> None:
+    """Forward hook of Megatron's embedding of tokens: what torch's padding_idx does, for this rank's share of them.
+
+    given: tokens [1, tokens]. result: [1, tokens, hidden], or [tokens / s, 1, hidden] where sequence ranks each get their share.
+    The head of a tied model adds its own part of the gradient to the row, as transformers' does.
+    """
+    if not result.requires_grad:
+        return
+    hit = (given[0] == row)[..., None]
+    if module.reduce_scatter_embeddings:
+        group: Any = module.tp_group
+        hit = hit.transpose(0, 1).chunk(group.size())[group.rank()]
+    result.register_hook(lambda grad: grad.masked_fill(hit, 0))
 
 
 def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:

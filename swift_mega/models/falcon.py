@@ -77,6 +77,7 @@ def _variant(raw: Mapping[str, Any]) -> Family:
 FAMILY = Family(
     hf_types=("falcon",),
     translate=_translate,
+    pad_without_gradient=False,
     rules=_rules("input_layernorm", "post_attention_layernorm"),
     reads=frozenset(
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_kv_heads ffn_hidden_size activation bias multi_query "

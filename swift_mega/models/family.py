@@ -50,6 +50,8 @@ class Family:
     """Whether the rules are those of such a checkpoint (`named_like`)."""
     variant: Callable[[Mapping[str, Any]], "Family"] | None = None
     """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
+    pad_without_gradient: bool = True
+    """Whether transformers hands pad_token_id to the embedding as torch's padding_idx: that row gets no gradient from being looked up."""
     read_as: Mapping[str, str] = field(default_factory=dict)
     """Of `hf_types`, those that transformers has no model for, and its name for the same one."""
 

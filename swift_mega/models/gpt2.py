@@ -76,6 +76,7 @@ def gpt2_rules(*, query_key_value: Pack, bias: Pack, column: Pack, row: Pack) ->
 FAMILY = Family(
     hf_types=("gpt2",),
     translate=_translate,
+    pad_without_gradient=False,
     rules=gpt2_rules(query_key_value=TURNED_FUSED_QKV, bias=FUSED_QKV, column=TURNED_COLUMN, row=TURNED_ROW),
     # n_ctx is an older word for n_positions; the summary's fields are those of classification.
     reads=frozenset(

@@ -15,6 +15,7 @@ def _translate(config: Any) -> Settings:
 FAMILY = Family(
     hf_types=("gpt_bigcode",),
     translate=_translate,
+    pad_without_gradient=False,
     # The fused projection is in Megatron's order: all queries, key, value of one group, or these three of each head.
     rules=gpt2.gpt2_rules(query_key_value=COLUMN, bias=COLUMN, column=COLUMN, row=ROW),
     # num_key_value_heads: transformers writes it and reads multi_query. The others are about the dtype of the softmax, which is float32

@@ -46,6 +46,7 @@ def fused_attention_rules(source: str, output: str) -> tuple[Rule, ...]:
 FAMILY = Family(
     hf_types=("gpt_neox",),
     translate=_translate,
+    pad_without_gradient=False,
     rules=(
         Rule("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), VOCAB),
         *norm_rules("decoder.final_layernorm", "gpt_neox.final_layer_norm"),

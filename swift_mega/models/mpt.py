@@ -60,6 +60,7 @@ def _check_attention(attention: Any) -> None:
 FAMILY = Family(
     hf_types=("mpt",),
     translate=_translate,
+    pad_without_gradient=False,
     rules=(
         Rule("embedding.word_embeddings.weight", ("transformer.wte.weight",), VOCAB),
         *norm_rules("decoder.final_layernorm", "transformer.norm_f"),

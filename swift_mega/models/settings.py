@@ -154,6 +154,8 @@ class Settings:
     """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
     alibi: tuple[float, ...] | None = None
     """Per head, what a score gains for each position of its key (ops/alibi.py). None: nothing."""
+    pad_row: int | None = None
+    """The row of the embedding that gets no gradient where it is looked up (that of the padding token); None: every row gets its own."""
     embedding_norm: bool = False
     """What comes out of the embedding is normalised."""
     whole_qk_norm: bool = False

@@ -52,7 +52,21 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
     _check_fit(directory, settings)
     windows = any(window is not None for window in settings.windows)
     shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
-    return dataclasses.replace(settings, notes=_notes(raw, fixed), shape=shape)
+    pad_row = _pad_row(directory, config, settings.shape.vocab) if family.pad_without_gradient else None
+    return dataclasses.replace(settings, notes=_notes(raw, fixed), shape=shape, pad_row=pad_row)
+
+
+def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
+    """torch counts a negative padding_idx from the end, and makes no embedding where it is beyond the rows."""
+    pad = config.pad_token_id
+    if pad is None:
+        return None
+    if not -vocab <= pad < vocab:
+        raise UserError(
+            f"{directory}/config.json: pad_token_id={pad} is beyond vocab_size={vocab}, and transformers makes no such embedding; "
+            "set pad_token_id to one of the tokens, or to null"
+        )
+    return pad % vocab  # type: ignore[no-any-return]
 
 
 def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:

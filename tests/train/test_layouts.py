@@ -102,9 +102,10 @@ def test_uneven_stages(work: Path, cpu: Device, change: dict[str, Any]) -> None:
     check_steps(one, *one.steps("uneven", parallel, 2))
 
 
-def test_one_rank_steps_equal_torch(work: Path, cpu: Device) -> None:
-    """Three steps of one rank are torch's AdamW on the Hugging Face model: clipping, weight decay, loss per token and all."""
-    one = bench(work, cpu, "llama", "full")
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_one_rank_steps_equal_torch(work: Path, cpu: Device, family: str) -> None:
+    """Three steps of one rank are torch's AdamW on the Hugging Face model: clipping, weight decay, loss per token, padding row and all."""
+    one = bench(work, cpu, family, "full")
     losses, weights = run_ranks(1, torch_steps, one.model, one.rows)
     assert one.one[0] == pytest.approx(losses, abs=2e-6)
     for name, value in weights.items():
