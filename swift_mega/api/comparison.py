@@ -14,6 +14,7 @@ from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
 from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
@@ -258,11 +259,8 @@ def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
     rows = []
     for line in lines:
         row = tokenizer(line)["input_ids"]
-        if beyond := [token for token in row if token >= vocab]:
-            raise UserError(
-                f"the prompt {line[:40]!r} has token {beyond[0]}, and the vocabulary of the models ends at {vocab - 1}; give "
-                "their own tokenizer with --tokenizer DIR"
-            )
+        remedy = "give their own tokenizer with --tokenizer DIR"
+        check_tokens(row, vocab, tokenizer, where=f"the prompt {line[:40]!r}", remedy=remedy)
         if row:
             rows.append(row)
     if not rows:

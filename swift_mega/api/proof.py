@@ -17,6 +17,7 @@ from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
@@ -164,7 +165,10 @@ def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[
     else:
         return validate.example_rows(vocab, examples=count)
     tokenizer = load_tokenizer(model)
-    rows = [row for row in (tokenizer(line)["input_ids"] for line in lines) if len(row) > 1]
+    found = [tokenizer(line)["input_ids"] for line in lines]
+    for line, row in zip(lines, found, strict=True):
+        check_tokens(row, vocab, tokenizer, where=f"the prompt {line[:40]!r}")
+    rows = [row for row in found if len(row) > 1]
     if not rows:
         raise UserError(f"{prompts} has no line of two tokens or more; give a text file with one prompt a line")
     return [rows[number % len(rows)] for number in range(-(-len(rows) // count) * count)]

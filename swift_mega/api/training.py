@@ -13,15 +13,18 @@ from swift_mega.config.load import Resolved, load
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
+from swift_mega.data.vocabulary import pad_row_note
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
 from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
+from swift_mega.models.settings import Settings
 from swift_mega.models.tiles import check_tiles
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import check_gradients, parameter_dtype, warmup_steps
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
+from swift_mega.tuners.tuner import find_tuner
 
 DEVICE = devices.setup()
 
@@ -58,7 +61,7 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
         open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
-    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple)
+    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple, settings)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches, _ = make_batches(run, layout, 0, prepared, pad)
     steps = total_steps(run.train, batches)
@@ -69,7 +72,7 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
-def _prepare(run: schema.Run, tokenizer: Any, pad_each: int) -> Prepared:
+def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings) -> Prepared:
     """Tokenised examples; the first rank shows progress and what became of the rows."""
     with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
 
@@ -77,7 +80,10 @@ def _prepare(run: schema.Run, tokenizer: Any, pad_each: int) -> Prepared:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepared = prepare(run.data, tokenizer, progress=progress, pad_each=pad_each)
+        prepared = prepare(run.data, tokenizer, progress=progress, pad_each=pad_each, vocab=settings.shape.vocab)
     if is_first_rank():
         print(prepared.report, flush=True)
+        pad = None if find_tuner(run.tuner).adapters else settings.pad_row  # an adapter leaves the embedding alone
+        if note := pad_row_note(prepared.train, pad, tokenizer, tied=settings.tied):
+            print(note, flush=True)
     return prepared

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from swift_mega.data.formats import Row
 from swift_mega.data.pack import Example
 from swift_mega.data.template import Message, Span, Template
+from swift_mega.data.vocabulary import TRAIN_RESIZED, check_tokens
 from swift_mega.errors import UserError
 
 LossOn = Literal["assistant", "last", "all"]
@@ -57,9 +58,13 @@ class Encoder:
     """Rows to examples, with one tokenizer, one template and one choice of what is trained.
 
     chat_template: path of a .jinja file in place of the tokenizer's own template. A `loss` on a turn wins over loss_on.
+    vocab: rows of the model's embedding; a token beyond them is an error. None: not checked.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: str | None = None, loss_on: LossOn = "assistant") -> None:
+    def __init__(
+        self, tokenizer: Any, *, chat_template: str | None = None, loss_on: LossOn = "assistant", vocab: int | None = None
+    ) -> None:  # fmt: skip
+        self._vocab = vocab
         check_fast(tokenizer, name=getattr(tokenizer, "name_or_path", "") or "this model")
         self._tokenizer = tokenizer
         self._loss_on = loss_on
@@ -85,6 +90,9 @@ class Encoder:
                 # ("</s>", then " [" for " [INST]") is nothing that the model writes.
                 trained[(begins < span.end) & (ends > span.start) & (ends <= span.end)] = inside
             examples.append(Example(tokens=tokens, trained=trained))
+        if self._vocab is not None:
+            for row, example in zip(rows, examples, strict=True):
+                check_tokens(example.tokens, self._vocab, self._tokenizer, where=row.where, remedy=TRAIN_RESIZED)
         return examples
 
     def _render(self, row: Row) -> tuple[str, list[tuple[Span, bool]]]:

@@ -36,11 +36,12 @@ class Prepared:
 
 
 def prepare(
-    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1
+    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1, vocab: int | None = None
 ) -> Prepared:  # fmt: skip
     """All examples of a run, the same ones on every rank; the order is that of the files.
 
     tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: what examples are padded to in packed rows.
+    vocab: rows of the model's embedding, which every token has to have one of; None: not checked.
     Raises UserError where rows, template and settings do not fit together, or nothing is left to train on.
     """
     if settings.max_length < 2:
@@ -48,7 +49,7 @@ def prepare(
             f"data.max_length={settings.max_length}: a token and the one that follows need 2; give at least 2"
         )
     rows = load(settings)
-    encoder = Encoder(tokenizer, chat_template=settings.chat_template, loss_on=settings.loss_on)
+    encoder = Encoder(tokenizer, chat_template=settings.chat_template, loss_on=settings.loss_on, vocab=vocab)
     total = len(rows.train) + len(rows.validation)
     train, train_report = _encode(rows.train, settings, encoder, progress, 0, total, pad_each)
     validation, validation_report = _encode(
