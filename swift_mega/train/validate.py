@@ -184,23 +184,28 @@ def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output:
     """One rank of a layout: writes gradients and logits for `rows` to `output`, like `reference`."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     try:
-        training = build_training(run, device, groups, steps=1)
-        mine = microbatches(rows, layout, groups.coordinate.data)
-        logits = collect_logits(training, mine)
-        for chunk in training.chunks:
-            chunk.zero_grad_buffer()
-        loss, _, _ = run_schedule(training, mine, forward_only=False)
-        if dist.get_rank() == 0:
-            output.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        _write_logits(training, logits, loss, output)
-        trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
-        write_directory(
-            training.part, groups, output / "gradients", trained, dtypes=training.part.config.params_dtype,
-            max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient,
-        )  # fmt: skip
+        write_measured(build_training(run, device, groups, steps=1), rows, output)
     finally:
         parallel_groups.close()
+
+
+def write_measured(training: Training, rows: Rows, output: Path) -> None:
+    """What `measure` writes, of a training that exists; its weights stay as they are. Collective."""
+    groups = training.groups
+    mine = microbatches(rows, groups.layout, groups.coordinate.data)
+    logits = collect_logits(training, mine)
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
+    loss, _, _ = run_schedule(training, mine, forward_only=False)
+    if dist.get_rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    _write_logits(training, logits, loss, output)
+    trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
+    write_directory(
+        training.part, groups, output / "gradients", trained, dtypes=training.part.config.params_dtype,
+        max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient,
+    )  # fmt: skip
 
 
 def _gradient(held: Held) -> Tensor:

@@ -61,15 +61,18 @@ class Bench:
         self.model = tiny.make(self.folder / "model", family)
         self.dtype = "float64" if family in IN_FLOAT64 else "float32"
         self.shape = load_settings(self.model).shape
-        self.rows = validate.example_rows(self.shape.vocab, examples=16)
-        self.adapter: Path | None = None
-        if tuner == "lora":
-            self.adapter = self.folder / "adapter"
-            run = settings(self.model, schema.Parallel(), tuner)
-            run_ranks(1, validate.random_adapter, run, cpu, self.layout(schema.Parallel(), 1), self.adapter)
+        # Four microbatches: enough for four data ranks, and for a pipeline of four that fills and drains.
+        self.rows = validate.example_rows(self.shape.vocab, examples=8)
+        self.adapter = self.folder / "adapter" if tuner == "lora" else None
         # in a rank of its own: this process must stay one that can fork ranks
+        run_ranks(1, self._make_reference)
+
+    def _make_reference(self) -> None:
+        if self.adapter:
+            run = settings(self.model, schema.Parallel(), self.tuner)
+            validate.random_adapter(run, self.cpu, self.layout(schema.Parallel(), 1), self.adapter)
         kind = getattr(torch, self.dtype)
-        run_ranks(1, validate.reference, self.model, self.adapter, self.rows, self.folder / "reference", kind)
+        validate.reference(self.model, self.adapter, self.rows, self.folder / "reference", kind)
 
     @functools.cached_property
     def one(self) -> tuple[list[float], Checkpoint]:
@@ -85,10 +88,22 @@ class Bench:
         return validate.compare(name, self.folder / "reference", self.folder / name)
 
     def steps(self, name: str, parallel: schema.Parallel, world: int, **train: Any) -> tuple[list[float], Checkpoint]:
+        """Losses and weights of three steps."""
         run = settings(self.model, parallel, self.tuner, self.adapter, **train)
         output = self.folder / f"{name}-steps"
         losses = run_ranks(world, three_steps, run, self.cpu, self.layout(parallel, world), self.rows, output)
         return losses, Checkpoint(output)
+
+    def both(
+        self, name: str, parallel: schema.Parallel, world: int, **train: Any
+    ) -> tuple[validate.Difference, list[float], Checkpoint]:
+        """`difference` and `steps` in one start of the ranks, and by one training where one dtype serves both."""
+        if self.dtype != "float32":
+            return self.difference(name, parallel, world, **train), *self.steps(name, parallel, world, **train)
+        run = settings(self.model, parallel, self.tuner, self.adapter, dtype=self.dtype, **train)
+        layout, output, measured = self.layout(parallel, world), self.folder / f"{name}-steps", self.folder / name
+        losses = run_ranks(world, three_steps, run, self.cpu, layout, self.rows, output, measured)
+        return validate.compare(name, self.folder / "reference", measured), losses, Checkpoint(output)
 
 
 _BENCHES: dict[tuple[str, str], Bench] = {}
@@ -100,13 +115,20 @@ def bench(work: Path, cpu: Device, family: str, tuner: str) -> Bench:
     return _BENCHES[family, tuner]
 
 
-def three_steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows, output: Path) -> list[float]:
-    """One rank: trains on `rows`, a different order in every step, checks replicas, writes what was trained; returns losses."""
+def three_steps(
+    run: schema.Run, device: Device, layout: Layout, rows: validate.Rows, output: Path, measured: Path | None = None
+) -> list[float]:
+    """One rank: trains on `rows`, a different order in every step, checks replicas, writes what was trained; returns losses.
+
+    measured: where what `validate.measure` writes goes, before the first step.
+    """
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
+    if measured is not None:
+        validate.write_measured(training, rows, measured)
     losses = []
     for step in range(STEPS):
-        turned = [*rows[4 * step :], *rows[: 4 * step]]
+        turned = [*rows[2 * step :], *rows[: 2 * step]]
         losses.append(train_step(training, validate.microbatches(turned, layout, groups.coordinate.data)).loss)
     for chunk in training.chunks:
         if run.parallel.overlap_param_gather:
@@ -145,9 +167,9 @@ def check(work: Path, cpu: Device, family: str, tuner: str, layout: str, **train
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(parallel, distributed_optimizer=False)
     one = bench(work, cpu, family, tuner)
-    found = one.difference(layout, parallel, world, **train)
+    found, losses, trained = one.both(layout, parallel, world, **train)
     assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, found
-    check_steps(one, *one.steps(layout, parallel, world, **train))
+    check_steps(one, losses, trained)
 
 
 def check_steps(one: Bench, losses: list[float], trained: Checkpoint) -> None:
