@@ -421,7 +421,7 @@ def test_infer_one_prompt(api: Recorder, capsys: pytest.CaptureFixture[str]) -> 
         )
         == 0
     )
-    assert api.calls == [("infer", (), {"model": "model", "adapters": "adapter"})]
+    assert api.calls == [("infer", (), {"model": "model", "adapters": "adapter", "chat_template": None})]
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}
     assert api.answers == [[system, user]]
     assert capsys.readouterr().out == "answer 1 in 9\n"

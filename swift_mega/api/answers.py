@@ -1,14 +1,16 @@
 """Asking a model."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from swift_mega import device as devices
-from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.export import merged
+from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import hf_config
 
@@ -16,40 +18,59 @@ DEVICE = devices.setup()
 
 
 class Answerer:
-    """A Hugging Face model, with an adapter or without, that answers greedily."""
+    """A Hugging Face model, with an adapter or without, that answers greedily.
 
-    def __init__(self, model: str, adapters: str | None = None) -> None:
+    It asks in the chat template that is given, else the adapter's, else the model's own, and stops where that template ends a
+    reply, and where generation_config.json says. The weights are read when the first answer is due: prompts can be made before.
+    """
+
+    def __init__(self, model: str, adapters: str | None = None, chat_template: str | None = None) -> None:
+        family_of(model)
+        self._model, self._adapters = model, adapters
+        before = UNCHANGED
+        if adapters is not None:
+            merged.read_adapter(adapters)
+            before = of_adapter(adapters)
+        self.tokenizer = load_tokenizer(model)
+        encoder = Encoder(self.tokenizer, chat_template=chat_template, template=before.chat_template)
+        self.template = encoder.template
+        self.stop_tokens = list(dict.fromkeys([*stop_tokens(model), *before.end_tokens, *encoder.end_of_turn()]))
+
+    @cached_property
+    def network(self) -> Any:
+        """The model on its device."""
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        family_of(model)
-        self.tokenizer = load_tokenizer(model)
         network: Any = AutoModelForCausalLM.from_pretrained(
-            model, config=hf_config(model), dtype="auto", trust_remote_code=False
+            self._model, config=hf_config(self._model), dtype="auto", trust_remote_code=False
         )
-        if adapters is not None:
+        if self._adapters is not None:
             from peft import PeftModel
 
-            merged.read_adapter(adapters)
-            network = PeftModel.from_pretrained(network, adapters)
-        self.network = network.to(DEVICE.device).eval()
-        self.vocab: int = self.network.get_input_embeddings().weight.shape[0]
+            network = PeftModel.from_pretrained(network, self._adapters)
+        return network.to(DEVICE.device).eval()
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text that a conversation of {"role", "content"} messages asks with; UserError where the template refuses it."""
+        return self.template.render([dict(message) for message in messages], generation_prompt=True)
 
     def answer(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
         """The reply to a conversation of {"role", "content"} messages."""
-        rendered = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(DEVICE.device)
-        check_tokens(rendered["input_ids"][0].tolist(), self.vocab, self.tokenizer, where="the conversation")
+        # The template has written every special token, the first one included.
+        asked = self.tokenizer(self.prompt(messages), add_special_tokens=False, return_tensors="pt").to(DEVICE.device)
+        vocab = self.network.get_input_embeddings().weight.shape[0]
+        check_tokens(asked["input_ids"][0].tolist(), vocab, self.tokenizer, where="the conversation")
         with torch.inference_mode():
             made = self.network.generate(
-                **rendered, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.eos_token_id,
-                temperature=None, top_p=None, top_k=None,
+                input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False,
+                eos_token_id=self.stop_tokens or None, pad_token_id=self.tokenizer.eos_token_id, temperature=None, top_p=None,
+                top_k=None,
             )  # fmt: skip
-        return self.tokenizer.decode(made[0, rendered["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def infer(*, model: str, adapters: str | None = None) -> Answerer:
-    """Loads a model once; `.answer(messages)` asks it."""
-    return Answerer(model, adapters)
+def infer(*, model: str, adapters: str | None = None, chat_template: str | None = None) -> Answerer:
+    """Opens a model; `.answer(messages)` asks it. chat_template: a .jinja file in place of the one that the model carries."""
+    return Answerer(model, adapters, chat_template)

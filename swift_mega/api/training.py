@@ -1,6 +1,6 @@
 """Training, from settings or a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
+from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
 from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
@@ -69,6 +70,9 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     if run.train.steps is not None and (passes := batches.passes(steps)) > 1 and is_first_rank():
         what = "packed rows" if run.data.packing else "examples"
         print(f"repetition          train.steps={steps} goes over the {batches.units} {what} {passes:.3g} times")
+    if is_first_rank():
+        for line in about_ends(prepared, tokenizer, stop_tokens(run.model.path)):
+            print(line, flush=True)
     return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
@@ -80,10 +84,38 @@ def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings)
             bar.total = total
             bar.update(done - bar.n)
 
-        prepared = prepare(run.data, tokenizer, progress=progress, pad_each=pad_each, vocab=settings.shape.vocab)
+        before = of_adapter(run.model.adapters[0]) if run.model.adapters else UNCHANGED
+        prepared = prepare(
+            run.data, tokenizer, progress=progress, pad_each=pad_each, vocab=settings.shape.vocab, before=before
+        )
     if is_first_rank():
         print(prepared.report, flush=True)
         pad = None if find_tuner(run.tuner).adapters else settings.pad_row  # an adapter leaves the embedding alone
         if note := pad_row_note(prepared.train, pad, tokenizer, tied=settings.tied):
             print(note, flush=True)
     return prepared
+
+
+def about_ends(prepared: Prepared, tokenizer: Any, before: tuple[int, ...]) -> list[str]:
+    """What is to be said of the tokens that end replies; nothing where generation stops at them already."""
+
+    def named(tokens: Iterable[int]) -> str:
+        return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens) or "no token"
+
+    ends, lines = prepared.ends, []
+    if added := [token for token in prepared.trained.end_tokens if token not in before]:
+        lines.append(
+            f"end of turn         {named(added)} ends the replies, and the model's generation stops at {named(before)}; what this "
+            "run writes stops at both (eos_token_id in generation_config.json)"
+        )
+    if ends is not None and ends.untrained:
+        lines.append(
+            f"end of turn         {ends.untrained.total()} replies end with {named(ends.untrained)}, which has no loss (the template's "
+            "{% generation %} leaves it out): the model does not learn to stop"
+        )
+    if ends is not None and ends.without:
+        lines.append(
+            f"end of turn         {ends.without} replies end with ordinary text, of which no token can stop generation; a chat "
+            "template that ends each turn with a special token would let the model stop"
+        )
+    return lines

@@ -137,7 +137,10 @@ _ALL = (
         summary="ask the model, with or without an adapter",
         description="Greedy answers by the Hugging Face model: to one prompt, to every row of a JSONL file, or in a "
         "conversation on the terminal (clear starts anew, exit ends it).",
-        usage=("infer --model DIR [--adapters DIR] [--prompt TEXT | --input FILE.jsonl --output FILE.jsonl]",),
+        usage=(
+            "infer --model DIR [--adapters DIR] [--chat_template FILE.jinja] "
+            "[--prompt TEXT | --input FILE.jsonl --output FILE.jsonl]",
+        ),
         options=(
             Option(name="prompt", value="TEXT", help="one question"),
             Option(name="input", value="FILE", help="JSONL rows with messages or query"),
@@ -145,7 +148,7 @@ _ALL = (
             Option(name="max_new_tokens", value="N", help=f"tokens of an answer at most; default {MAX_NEW_TOKENS}"),
             OVERWRITE,
         ),
-        takes=_only("model.path", "model.adapters", "data.system"),
+        takes=_only("model.path", "model.adapters", "data.system", "data.chat_template"),
         run=infer,
     ),
     Verb(

@@ -37,7 +37,7 @@ def infer(arguments: Arguments) -> int:
     questions = read_questions(source, system=run.data.system) if source is not None else []
     from swift_mega import api
 
-    answerer = api.infer(model=model, adapters=adapters)
+    answerer = api.infer(model=model, adapters=adapters, chat_template=run.data.chat_template)
 
     def answer(messages: list[dict[str, str]]) -> str:
         return answerer.answer(messages, max_new_tokens=tokens)

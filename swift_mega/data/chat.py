@@ -12,11 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from swift_mega.data.formats import Row
+from swift_mega.data.ends import Ends, Tokens
+from swift_mega.data.formats import Row, Turn
 from swift_mega.data.pack import Example
 from swift_mega.data.template import Message, Span, Template
 from swift_mega.data.vocabulary import TRAIN_RESIZED, check_tokens
 from swift_mega.errors import UserError
+from swift_mega.text_files import BOM, read_text
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -57,20 +59,27 @@ def check_fast(tokenizer: Any, *, name: str) -> None:
 class Encoder:
     """Rows to examples, with one tokenizer, one template and one choice of what is trained.
 
-    chat_template: path of a .jinja file in place of the tokenizer's own template. A `loss` on a turn wins over loss_on.
+    chat_template: path of a .jinja file in place of the tokenizer's own template. template: Jinja text that takes the place of the
+    tokenizer's own where chat_template is not given (that of an adapter). A `loss` on a turn wins over loss_on.
     vocab: rows of the model's embedding; a token beyond them is an error. None: not checked.
     """
 
     def __init__(
-        self, tokenizer: Any, *, chat_template: str | None = None, loss_on: LossOn = "assistant", vocab: int | None = None
+        self, tokenizer: Any, *, chat_template: str | None = None, template: str | None = None, loss_on: LossOn = "assistant",
+        vocab: int | None = None,
     ) -> None:  # fmt: skip
         self._vocab = vocab
         check_fast(tokenizer, name=getattr(tokenizer, "name_or_path", "") or "this model")
         self._tokenizer = tokenizer
         self._loss_on = loss_on
-        self._template_file = chat_template
-        self._template: Template | None = _read_template(tokenizer, chat_template) if chat_template else None
-        self._special = {index: str(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        self._template: Template | None = None
+        if chat_template is not None:
+            self._template = _read_template(tokenizer, chat_template)
+        elif template is not None:
+            self._template = Template(tokenizer, template, name="the adapter's chat template")
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = {index: str(token) for index, token in added.items()}
+        self.ends = Ends(special={index: bool(token.special) for index, token in added.items()})
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
         """One example per row, in order and untruncated. Raises UserError that begins with the row's file:line."""
@@ -90,10 +99,22 @@ class Encoder:
                 # ("</s>", then " [" for " [INST]") is nothing that the model writes.
                 trained[(begins < span.end) & (ends > span.start) & (ends <= span.end)] = inside
             examples.append(Example(tokens=tokens, trained=trained))
+            replies = [span for span, inside in spans if inside]
+            self.ends.note(Tokens(text=text, ids=tokens, begins=begins, ends=ends), replies)
         if self._vocab is not None:
             for row, example in zip(rows, examples, strict=True):
                 check_tokens(example.tokens, self._vocab, self._tokenizer, where=row.where, remedy=TRAIN_RESIZED)
         return examples
+
+    def end_of_turn(self) -> tuple[int, ...]:
+        """Tokens that end a short reply in this template, whether or not any row was encoded; () where none does."""
+        turns = (Turn(role="user", content="probe"), Turn(role="assistant", content="reply"))
+        try:
+            probe = Encoder(self._tokenizer, template=self.template.source)
+            probe.encode([Row(turns=turns, where="")])
+        except UserError:  # whatever is wrong with the template is said of the rows, where it concerns them
+            return ()
+        return probe.ends.tokens
 
     def _render(self, row: Row) -> tuple[str, list[tuple[Span, bool]]]:
         """The text, and the spans of it that are (True) or are not (False) trained, against the default of loss_on."""
@@ -108,6 +129,13 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         return text, [(span, self._loss_on != "all") for span in spans]
+
+    @property
+    def new_template(self) -> str | None:
+        """The Jinja text in use, where it is not the text that the tokenizer's files hold; None where no template was used."""
+        held = self._tokenizer.chat_template
+        held = held.get("default") if isinstance(held, dict) else held
+        return None if self._template is None or self._template.source == held else self._template.source
 
     @property
     def template(self) -> Template:
@@ -152,19 +180,14 @@ def _own_template(tokenizer: Any) -> Template:
         source = source.get("default")
     if not source:
         raise UserError(
-            "the tokenizer has no chat template, so a conversation cannot be rendered; give a .jinja file as "
-            'data.chat_template, or plain {"text": …} rows'
+            "the tokenizer has no chat template, so a conversation cannot be rendered; give a .jinja file (--chat_template FILE, "
+            'data.chat_template), or train on plain {"text": …} rows'
         )
-    return Template(tokenizer, source, name=name)
+    return Template(tokenizer, source.removeprefix(BOM), name=name)
 
 
 def _read_template(tokenizer: Any, path: str) -> Template:
-    try:
-        source = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template={path!r} cannot be read: {error}; give the path of a .jinja file"
-        ) from error
+    source = read_text(path, what=f"data.chat_template={path!r}")
     if not source.strip():
         raise UserError(f"data.chat_template={path!r} is empty; write the Jinja text of a chat template into it")
     return Template(tokenizer, source, name=f"the chat template {path}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from swift_mega.config.schema import Data
 from swift_mega.data.chat import Encoder
+from swift_mega.data.ends import Ends
 from swift_mega.data.formats import Row
 from swift_mega.data.pack import Example, pack_examples
 from swift_mega.data.report import Report, SplitReport
@@ -33,15 +34,19 @@ class Prepared:
     report: Report
     trained: Trained = UNCHANGED
     """What checkpoints say beside the weights, because of how these examples were made."""
+    ends: Ends | None = None
+    """How the replies of both splits end."""
 
 
 def prepare(
-    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1, vocab: int | None = None
+    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1, vocab: int | None = None,
+    before: Trained = UNCHANGED,
 ) -> Prepared:  # fmt: skip
     """All examples of a run, the same ones on every rank; the order is that of the files.
 
     tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: what examples are padded to in packed rows.
     vocab: rows of the model's embedding, which every token has to have one of; None: not checked.
+    before: how the adapter was trained that training goes on from; its template stays in use unless the settings name another.
     Raises UserError where rows, template and settings do not fit together, or nothing is left to train on.
     """
     if settings.max_length < 2:
@@ -49,7 +54,9 @@ def prepare(
             f"data.max_length={settings.max_length}: a token and the one that follows need 2; give at least 2"
         )
     rows = load(settings)
-    encoder = Encoder(tokenizer, chat_template=settings.chat_template, loss_on=settings.loss_on, vocab=vocab)
+    encoder = Encoder(
+        tokenizer, chat_template=settings.chat_template, template=before.chat_template, loss_on=settings.loss_on, vocab=vocab
+    )  # fmt: skip
     total = len(rows.train) + len(rows.validation)
     train, train_report = _encode(rows.train, settings, encoder, progress, 0, total, pad_each)
     validation, validation_report = _encode(
@@ -66,7 +73,11 @@ def prepare(
                 f"none of {len(given)} rows is left to {name} on ({why}); raise data.max_length={settings.max_length}, or "
                 f"choose another data.truncation than {settings.truncation}"
             )
-    return Prepared(train=train, validation=validation, report=report)
+    ends = encoder.ends.tokens
+    if settings.loss_on == "all" and train_report.conversations:
+        ends = encoder.end_of_turn()
+    trained = Trained(chat_template=encoder.new_template, end_tokens=tuple(dict.fromkeys([*ends, *before.end_tokens])))
+    return Prepared(train=train, validation=validation, report=report, trained=trained, ends=encoder.ends)
 
 
 def _encode(

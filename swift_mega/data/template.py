@@ -11,7 +11,7 @@ private-use characters too, which stays right inside macros and `{% set %}` bloc
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,11 +40,15 @@ _OWN_TEMPLATE = "give a template with {% generation %} marks as data.chat_templa
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Characters [start, end) of the render that the reply of turn `turn` (0-based) trains."""
+    """Characters [start, end) of the render that the reply of turn `turn` (0-based) trains.
+
+    content_end: where the reply's own words end, and the end of the turn begins; None where the template took the reply apart.
+    """
 
     turn: int
     start: int
     end: int
+    content_end: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +68,19 @@ class Template:
     """One chat template with the special tokens of one tokenizer.
 
     tokenizer: a transformers tokenizer; only its `apply_chat_template` and `eos_token` are used.
-    source: the Jinja text. name: what errors call it.
+    source: the Jinja text, without a byte order mark. name: what errors call it.
     """
 
     def __init__(self, tokenizer: Any, source: str, *, name: str) -> None:
         self._tokenizer = tokenizer
-        self._source = source
+        self.source = source
         self._name = name
         self._marked_source = _GENERATION.sub(_emit_mark, source)
         self.has_generation_marks = _GENERATION.search(_COMMENT.sub("", source)) is not None
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **mode: bool) -> str:
         """The text of a conversation; UserError with the template's own words where it refuses it."""
-        return self._render(self._source, messages, add_generation_prompt=generation_prompt, **mode)
+        return self._render(self.source, messages, add_generation_prompt=generation_prompt, **mode)
 
     def spans(self, messages: Sequence[Message], turns: Iterable[int]) -> tuple[str, list[Span]]:
         """The rendered conversation and the trained spans of `turns` (indices of assistant messages), in order.
@@ -98,9 +102,7 @@ class Template:
         probe = {"role": "user", "content": "probe"}
         for message in (probe, {**probe, "content": _parts("probe")}):
             try:
-                if "probe" in self._tokenizer.apply_chat_template(
-                    [message], chat_template=self._source, tokenize=False
-                ):
+                if "probe" in self._tokenizer.apply_chat_template([message], chat_template=self.source, tokenize=False):
                     return message is not probe
             except (jinja2.TemplateError, *_TEMPLATE_ACCIDENTS):
                 continue
@@ -172,7 +174,11 @@ class Template:
                     "of it would be trained; correct the template"
                 )
             self._check_content(messages[index]["content"], index, marked, own[0].start, own[-1].end)
-        return [span for span in spans if span.turn in wanted]
+        return [
+            replace(span, content_end=marked.position(_mark(span.turn, last=True)))
+            for span in spans
+            if span.turn in wanted
+        ]
 
     def _span_by_prefix(self, messages: Sequence[Message], turn: int, marked: _Marked) -> Span:
         end = self._end(messages, turn, marked)
@@ -184,12 +190,12 @@ class Template:
                 f"{self._name} writes nothing after the reply of turn {turn + 1} that ends it, so the model would not "
                 f"learn to stop; {_OWN_TEMPLATE}, the end-of-turn token inside them"
             )
-        return Span(turn=turn, start=start, end=end)
+        return Span(turn=turn, start=start, end=end, content_end=content_end)
 
     def _start(self, messages: Sequence[Message], turn: int, marked: _Marked, end: int) -> int:
         """Where the prompt that inference would give ends, and the reply begins."""
         text = marked.text
-        modes = [mode for mode in _PROMPT_MODES if all(name in self._source for name in mode)]
+        modes = [mode for mode in _PROMPT_MODES if all(name in self.source for name in mode)]
         content = marked.position(_mark(turn))
         for mode in modes:
             prompt = self.render(messages[:turn], generation_prompt=True, **mode)

@@ -81,7 +81,7 @@ def test_lora_run_leaves_swifts_layout(lora_run: api.TrainResult) -> None:
         "checkpoint-6-merged",
     }
     assert {path.name for path in lora_run.checkpoint.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "report.json",
+        "adapter_model.safetensors", "adapter_config.json", "report.json", "generation_config.json",
     }  # fmt: skip
     lines = [json.loads(line) for line in (lora_run.directory / "logging.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
