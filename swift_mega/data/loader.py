@@ -76,8 +76,8 @@ def prepare(
     ends = encoder.ends.tokens
     if settings.loss_on == "all" and train_report.conversations:
         ends = encoder.end_of_turn()
-    trained = Trained(chat_template=encoder.new_template, end_tokens=tuple(dict.fromkeys([*ends, *before.end_tokens])))
-    return Prepared(train=train, validation=validation, report=report, trained=trained, ends=encoder.ends)
+    beside = Trained(chat_template=encoder.new_template, end_tokens=tuple(dict.fromkeys([*ends, *before.end_tokens])))
+    return Prepared(train=train, validation=validation, report=report, trained=beside, ends=encoder.ends)
 
 
 def _encode(
