@@ -20,7 +20,7 @@ from swift_mega.convert.save import save
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
-from swift_mega.launch.torchrun import is_alone, run_ranks
+from swift_mega.launch.torchrun import is_alone, is_first_rank, run_ranks
 from swift_mega.models.build import build
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
@@ -51,6 +51,9 @@ def convert(
     if to == "mcore":
         checkpoint = _opened(run, source, kind)
         layout = _layout_for(run, source)
+        if is_first_rank():
+            for note in load_settings(source, dequantize=dequantize).notes:
+                print(note)
         wide = kind or widest(checkpoint, family_of(source))
         if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)

@@ -47,6 +47,8 @@ class Plan:
     carried: Mapping[str, str]
     left: Mapping[str, str]
     stages: tuple[Stage, ...]
+    notes: tuple[str, ...] = ()
+    """What config.json says and nothing does."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -67,6 +69,7 @@ class Plan:
             lines.append(
                 f"coverage  all {self.tensors:,} tensors are there, none twice; {_unread(self.carried, self.left)}"
             )
+        lines += [f"note      {note}" for note in self.notes]
         lines.append("check     every number is held by exactly one rank of a replica")
         lines.append(
             f"{'stage':>5} {'ranks':>6} {'layers':>12} {'parameters/rank':>16} {'size/rank':>10} {'reads/rank':>11} {'runs':>7}"
@@ -97,6 +100,7 @@ def make(
         stages=tuple(
             _stage(blueprint, layout, stage, dtype, checkpoint, vocab_divisible_by) for stage in range(layout.pipeline)
         ),
+        notes=blueprint.settings.notes,
     )  # fmt: skip
 
 

@@ -52,7 +52,6 @@ FAMILY = Family(
         "mlp_bias": (False,),
         "post_norm": (False,),
         "qk_norm": (True,),
-        "hidden_dropout": (0.0,),
     },
     absent=DECODER.absent,
 )

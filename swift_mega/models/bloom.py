@@ -11,7 +11,7 @@ from swift_mega.models.gemma import TANH_GELU
 from swift_mega.models.gpt_neox import fused_attention_rules
 from swift_mega.models.packs import VOCAB
 from swift_mega.models.settings import Biases, Settings
-from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+from swift_mega.models.starcoder2 import LAYER_NORM
 from swift_mega.ops.alibi import slopes
 
 PREFIX = "transformer."
@@ -57,7 +57,6 @@ FAMILY = Family(
         "apply_residual_connection_post_layernorm": (False,),
         "slow_but_exact": (False,),
         "n_inner": (None,),
-        **dict.fromkeys(("attention_dropout", "hidden_dropout"), DROPOUT),
     },
     prefix=PREFIX,
 )

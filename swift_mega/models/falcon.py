@@ -14,7 +14,7 @@ from swift_mega.models.family import Family, Rule
 from swift_mega.models.gpt_neox import fused_attention_rules
 from swift_mega.models.packs import VOCAB
 from swift_mega.models.settings import Biases, Block, Settings
-from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+from swift_mega.models.starcoder2 import LAYER_NORM
 
 HF_LAYER = "transformer.h.{i}."
 
@@ -88,7 +88,6 @@ FAMILY = Family(
         "activation": tuple(UNGATED),
         "alibi": (False, None),
         "apply_residual_connection_post_layernorm": (False,),
-        **dict.fromkeys(("attention_dropout", "hidden_dropout"), DROPOUT),
     },
     absent=(r"transformer\.h\.\d+\.self_attention\.rotary_emb\.inv_freq",),
     variant=_variant,

@@ -19,7 +19,7 @@ from swift_mega.models.packs import (
     Pack,
 )
 from swift_mega.models.settings import Biases, Scales, Settings
-from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+from swift_mega.models.starcoder2 import LAYER_NORM
 
 PREFIX = "transformer."
 HF_LAYER = PREFIX + "h.{i}."
@@ -82,12 +82,11 @@ FAMILY = Family(
     reads=frozenset(
         "vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
         "tie_word_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn summary_type "
-        "summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout".split()
+        "summary_use_proj summary_activation summary_proj_to_labels".split()
     ),
     fixed={
         "activation_function": tuple(UNGATED),
         "add_cross_attention": (False,),
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), DROPOUT),
     },
     absent=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
     prefix=PREFIX,

@@ -11,7 +11,7 @@ from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, VOCAB
 from swift_mega.models.settings import Biases, Block, Settings
-from swift_mega.models.starcoder2 import DROPOUT, LAYER_NORM
+from swift_mega.models.starcoder2 import LAYER_NORM
 
 HF_LAYER = "gpt_neox.layers.{i}."
 
@@ -59,13 +59,10 @@ FAMILY = Family(
     reads=frozenset(
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
         "layer_norm_eps tie_word_embeddings use_parallel_residual attention_bias rotary_pct rotary_emb_base rope_theta "
-        "rope_scaling rope_parameters partial_rotary_factor classifier_dropout".split()
+        "rope_scaling rope_parameters partial_rotary_factor".split()
     ),
     fixed={
         "hidden_act": tuple(UNGATED),
-        **dict.fromkeys(
-            ("attention_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"), DROPOUT
-        ),
     },
     absent=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

@@ -69,7 +69,6 @@ FAMILY = vary(
     ),
     # What the published configs say of the architecture and transformers does not read: it has no other one.
     fixed={
-        "attention_dropout": (0.0, 0.1),
         "mlp_bias": (False,),
         "norm_type": ("rms",),
         "add_classification_head": (False,),

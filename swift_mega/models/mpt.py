@@ -49,7 +49,9 @@ def _check_attention(attention: Any) -> None:
                 f"config.json: attn_config.{key}={getattr(attention, key)!r} is not supported; supported: "
                 f"{', '.join(map(repr, allowed))}"
             )
-    if unknown := sorted(vars(attention).keys() - vars(MptAttentionConfig()).keys() - NEUTRAL):
+    # What newer code of MPT's own adds, and what is not asked for there: rope=false, sliding_window_size=0.
+    asked = {key for key, value in vars(attention).items() if value}
+    if unknown := sorted(asked - vars(MptAttentionConfig()).keys() - NEUTRAL):
         listed = ", ".join(f"attn_config.{key}={getattr(attention, key)!r}" for key in unknown)
         raise UserError(
             f"config.json has fields that family mpt does not know: {listed}; they may change what the model computes. Remove them "
@@ -82,6 +84,5 @@ FAMILY = Family(
         "no_bias": (True,),
         "embedding_fraction": (1.0,),
         "norm_type": ("low_precision_layernorm",),
-        **dict.fromkeys(("emb_pdrop", "resid_pdrop"), (0.0,)),
     },
 )

@@ -57,6 +57,6 @@ FAMILY = Family(
     ),
     reads=(READS - {"rms_norm_eps", "sliding_window", "layer_types"})
     | {"layer_norm_eps", "partial_rotary_factor", "qk_layernorm"},
-    fixed={"hidden_act": ("gelu_new",), "resid_pdrop": (0.0, 0.1), "embd_pdrop": (0.0,)},
+    fixed={"hidden_act": ("gelu_new",)},
     absent=DECODER.absent,
 )

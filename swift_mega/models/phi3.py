@@ -25,6 +25,6 @@ FAMILY = Family(
         *MLP_RULES,
     ),
     reads=READS | {"original_max_position_embeddings", "partial_rotary_factor"},
-    fixed={"attention_bias": (False,), "resid_pdrop": (0.0,), "embd_pdrop": (0.0,)},
+    fixed={"attention_bias": (False,)},
     absent=DECODER.absent,
 )

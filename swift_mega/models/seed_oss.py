@@ -16,6 +16,4 @@ FAMILY = vary(
     hf_types=("seed_oss",),
     translate=_translate,
     reads=("attention_bias", "attention_out_bias", "mlp_bias"),
-    # The published configs name the dropout of pretraining; here there is none, which a run says (Settings.notes).
-    fixed={"attention_dropout": (0.0, 0.1), "residual_dropout": (0.0, 0.1)},
 )

@@ -35,6 +35,6 @@ FAMILY = Family(
     rules=DECODER.rules,
     reads=(READS - {"rms_norm_eps", "sliding_window", "layer_types"})
     | {"layer_norm_eps", "partial_rotary_factor", "use_qkv_bias", "use_parallel_residual"},
-    fixed={"qk_layernorm": (False,), "hidden_dropout": (0.0,)},
+    fixed={"qk_layernorm": (False,)},
     absent=DECODER.absent,
 )

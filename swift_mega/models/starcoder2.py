@@ -1,7 +1,4 @@
-"""StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between.
-
-The published configs name the rates of dropout that pretraining had; here there is none, which a run says (Settings.notes).
-"""
+"""StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between."""
 
 from typing import Any
 
@@ -22,8 +19,6 @@ from swift_mega.models.settings import Biases, NormKind, Settings
 
 LAYER_NORM = NormKind(kind="layer", bias=True)
 UNGATED = READS - {"rms_norm_eps", "layer_types"}
-DROPOUT = (0.0, 0.1, None)
-"""Rates of dropout that published checkpoints name and that fine-tuning leaves off."""
 
 
 def _translate(config: Any) -> Settings:
@@ -55,6 +50,5 @@ FAMILY = Family(
         "hidden_act": ("gelu_pytorch_tanh",),
         "mlp_type": ("default",),
         "norm_type": ("layer_norm",),
-        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), DROPOUT),
     },
 )

@@ -1,15 +1,17 @@
 """From a Hugging Face directory to the settings of its model: every field is understood, or the run stops with its name."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config
-from swift_mega.models.family import family_of
+from swift_mega.models.family import Family, family_of
 from swift_mega.models.quantization import FLAG, KEYS, quantization_of
 from swift_mega.models.settings import Settings
+from swift_mega.models.unread import unread_fields
 
 
 def load_settings(directory: str | Path, *, dequantize: bool = False) -> Settings:
@@ -30,14 +32,11 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
                 f"{directory}/config.json: {key}={raw[key]!r} is not supported for family {'/'.join(family.hf_types)}; "
                 f"supported: {', '.join(map(repr, allowed))}"
             )
-    known = family.reads | NEUTRAL | fixed.keys()
-    unknown = sorted(key for key in raw if key not in known and not key.startswith("_"))
-    if unknown:
-        listed = ", ".join(f"{key}={raw[key]!r}" for key in unknown)
-        raise UserError(
-            f"{directory}/config.json has fields that family {'/'.join(family.hf_types)} does not know: {listed}; they "
-            "may change what the model computes. Remove them if they don't, or add them to the family's file"
-        )
+    rates = {key: value for key, value in raw.items() if DROPOUT.fullmatch(key)}
+    _check_rates(directory, rates)
+    known = family.reads | NEUTRAL | fixed.keys() | rates.keys()
+    others = {key: value for key, value in raw.items() if key not in known and not key.startswith("_")}
+    unread = unread_fields(directory, family, known, others)
     _check_sizes(directory, {key: value for key, value in raw.items() if key not in family.by_layer})
     from huggingface_hub.errors import StrictDataclassError
 
@@ -52,8 +51,9 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
     _check_fit(directory, settings)
     windows = any(window is not None for window in settings.windows)
     shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
+    notes = (*settings.notes, *_notes(rates, unread, family, bool(raw.get("auto_map"))))
     pad_row = _pad_row(directory, config, settings.shape.vocab) if family.pad_without_gradient else None
-    return dataclasses.replace(settings, notes=_notes(raw, fixed), shape=shape, pad_row=pad_row)
+    return dataclasses.replace(settings, notes=notes, shape=shape, pad_row=pad_row)
 
 
 def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
@@ -69,12 +69,32 @@ def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
     return pad % vocab  # type: ignore[no-any-return]
 
 
-def _notes(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> tuple[str, ...]:
-    """Dropout is a setting of pretraining that a family may let config.json name; nothing here but an adapter has any."""
-    rates = [f"{key}={raw[key]}" for key in sorted(fixed) if key.endswith(("dropout", "pdrop")) and raw.get(key)]
-    return (
-        (f"config.json names {', '.join(rates)}; training here uses no dropout but an adapter's own",) if rates else ()
-    )
+def _check_rates(directory: str | Path, rates: Mapping[str, Any]) -> None:
+    for key, rate in rates.items():
+        if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
+            raise UserError(
+                f"{directory}/config.json: {key}={rate!r} is no rate of dropout, 0 or more and below 1; correct it"
+            )
+
+
+def _notes(rates: Mapping[str, Any], unread: Mapping[str, Any], family: Family, own_code: bool) -> Iterator[str]:
+    """What config.json says and nothing here does.
+
+    Dropout is a setting of pretraining that config.json may name; fine-tuning here has it where an adapter or model.megatron says so.
+    """
+    computing = [f"{key}={rates[key]}" for key in sorted(rates) if rates[key] and not key.startswith(OF_OTHER_TASKS)]
+    if computing:
+        yield f"{DROPOUT_NOTE} {', '.join(computing)}"
+    if unread:
+        said = [f"{key}={_short(unread[key])}" for key in sorted(unread)]
+        listed = ", ".join(said[:MOST_NAMED]) + (f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else "")
+        code = "; the checkpoint's own code (auto_map), which may, is not run" if own_code else ""
+        yield f"config.json has fields that transformers' {family.hf_types[0]} does not read, so they change nothing: {listed}{code}"
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 40 else said[:37] + "..."
 
 
 def hf_config(directory: str | Path) -> Any:
@@ -139,10 +159,16 @@ NEUTRAL = frozenset(
 """Fields of config.json that change nothing that a decoder computes."""
 
 
+DROPOUT = re.compile(r".*(dropout|pdrop|dropout_prob)")
+DROPOUT_NOTE = "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names"
+MOST_NAMED = 12
+OF_OTHER_TASKS = ("classifier_", "summary_")
+"""How rates of dropout begin that are of heads for other tasks."""
+
+
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "use_mrope": (False, None),
-    "attention_dropout": (0.0, None),
     "hidden_act": ("silu", "swish"),
 }
 """Fields that every family here understands for these values only."""

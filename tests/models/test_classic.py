@@ -26,11 +26,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon_new", dict(num_ln_in_parallel_attn=3), "num_ln_in_parallel_attn=3 .*; supported: 1, or 2 with"),
     ("falcon_new", dict(num_kv_heads=0), "num_kv_heads=0 is not a whole number of at least 1"),
     ("falcon", dict(activation="selu"), "activation='selu' is not supported for family falcon; supported: 'gelu', "),
-    ("falcon", dict(hidden_dropout=0.2), "hidden_dropout=0.2 is not supported"),
     ("gpt_neox", dict(hidden_act="selu"), "hidden_act='selu' is not supported for family gpt_neox; supported: 'gelu', "),
-    ("gpt_neox", dict(hidden_dropout=0.2), "hidden_dropout=0.2 is not supported"),
     ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not supported for family gpt2; supported: False"),
-    ("gpt2", dict(attn_pdrop=0.5), "attn_pdrop=0.5 is not supported"),
     ("gpt2", dict(activation_function="selu"), "activation_function='selu' is not supported"),
     ("gpt2", dict(n_positions=0), "n_positions=0 is not a whole number"),
     ("gpt2", dict(n_inner=-1), "n_inner=-1 is not a whole number"),
@@ -42,7 +39,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mpt", dict(attn_config={"qk_ln": True}), "attn_config.qk_ln=True is not supported; supported: False"),
     ("mpt", dict(attn_config={"alibi_bias_max": 16}), "attn_config.alibi_bias_max=16 is not supported"),
     ("mpt", dict(attn_config={"rope": True}), "does not know: attn_config.rope=True; they may change"),
-    ("gpt_bigcode", dict(scale_attn_by_inverse_layer_idx=True), "does not know: scale_attn_by_inverse_layer_idx=True"),
     ("gpt_neox", dict(head_dim=16), "does not know: head_dim=16"),
 ]  # fmt: skip
 

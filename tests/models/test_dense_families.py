@@ -86,7 +86,6 @@ def test_olmos_epsilon_is_no_field(tmp_path: Path) -> None:
         ("internlm3", dict(qkv_bias=True), "cannot read .* `qkv_bias` different from `bias`"),
         ("apertus", dict(post_norm=True), "post_norm=True is not supported"),
         ("phi", dict(head_dim=16), "head_dim=16, but hidden_size / num_attention_heads is 8; delete head_dim"),
-        ("phi", dict(embd_pdrop=0.1), "embd_pdrop=0.1 is not supported"),
         (
             "phi3_longrope",
             dict(rope_parameters={**families_dense.LONGROPE, "short_mscale": 1.1}),
@@ -114,11 +113,10 @@ def test_what_a_family_does_not_compute_stops_the_run(
 
 def test_dropout_that_a_config_names_is_said(tmp_path: Path) -> None:
     """One line with every rate; nothing where there is none."""
-    named = write(tmp_path / "a", "starcoder2", attention_dropout=0.1, residual_dropout=0.1)
+    named = write(tmp_path / "a", "starcoder2", attention_dropout=0.1, residual_dropout=0.2)
     assert load_settings(named).notes == (
-        "config.json names attention_dropout=0.1, residual_dropout=0.1; training here uses no dropout but an adapter's own",
+        "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names "
+        "attention_dropout=0.1, residual_dropout=0.2",
     )
     assert load_settings(write(tmp_path / "b", "starcoder2")).notes == ()
     assert "resid_pdrop=0.1" in load_settings(write(tmp_path / "d", "phi", resid_pdrop=0.1)).notes[0]
-    with pytest.raises(UserError, match=r"residual_dropout=0.2 is not supported"):
-        load_settings(write(tmp_path / "c", "starcoder2", residual_dropout=0.2))
