@@ -54,7 +54,7 @@ def convert(
         if is_first_rank():
             for note in load_settings(source, dequantize=dequantize).notes:
                 print(note)
-        wide = kind or widest(checkpoint, family_of(source))
+        wide = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
         if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
         else:
@@ -100,9 +100,12 @@ def plan(
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     layout, kind = _layout_for(run, source), getattr(torch, dtype) if dtype else None
     checkpoint = _opened(run, source, kind) if any(Path(source).glob("*.safetensors")) else None
-    kind = kind or (widest(checkpoint, family_of(source)) if checkpoint else torch.bfloat16)
+    if checkpoint is not None:
+        kind = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
     blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
-    return plan_report.make(blueprint, layout, dtype=kind, directory=Path(source), checkpoint=checkpoint)
+    return plan_report.make(
+        blueprint, layout, dtype=kind or torch.bfloat16, directory=Path(source), checkpoint=checkpoint
+    )
 
 
 def _layout_for(run: schema.Run, directory: str) -> Layout:

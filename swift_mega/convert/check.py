@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from swift_mega.convert.causes import Misfit, cause_of
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
@@ -64,7 +65,7 @@ def check_coverage(
         left[family.head] = "the embedding again (tie_word_embeddings)"
     extra = [name for name in rest if name not in left and name not in carried]
     if missing or extra:
-        raise UserError("; ".join(_differences(family, checkpoint, missing, extra)))
+        raise UserError("; ".join(_differences(family, settings, checkpoint, missing, extra)))
     shapes = [
         f"{name} is {list(checkpoint.entries[name].shape)}, config.json says {list(shape)}"
         for name, shape in wanted.items()
@@ -72,7 +73,7 @@ def check_coverage(
     ]
     if shapes:
         raise UserError(
-            f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; {_rows_cause(checkpoint, wanted)}"
+            f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; {_rows_cause(family, checkpoint, wanted)}"
             "use the config.json of this checkpoint"
         )
     refuse_quantised(checkpoint, wanted)
@@ -86,18 +87,21 @@ def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
         layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
         if layer and layers <= int(layer[1]) < layers + settings.predict_layers:
             found[name] = "a layer of multi-token prediction"
-        elif settings.predict_prefix is not None and name.startswith(settings.predict_prefix):
+        elif settings.predict_prefix is not None and name.startswith(
+            (settings.predict_prefix, settings.predict_prefix.removeprefix("model."))
+        ):
             found[name] = "multi-token prediction"
         elif VALUE_HEAD.fullmatch(name):
             found[name] = "a value head"
     return found
 
 
-def _rows_cause(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _rows_cause(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:
     """Vocabularies are what most often differ, by a few rows: padded for speed, or grown by added tokens."""
-    for name, shape in wanted.items():
-        found = checkpoint.entries[name].shape
-        if ("embed" in name or "head" in name) and found[1:] == shape[1:] and found[:1] != shape[:1]:
+    for name in (family.embedding, family.head):
+        shape = wanted.get(name, ())
+        found = checkpoint.entries[name].shape if name in wanted else ()
+        if found[1:] == shape[1:] and found[:1] != shape[:1]:
             more, word = found[0] - shape[0], "more" if found[0] > shape[0] else "fewer"
             return f"the likely cause: {name} has {abs(more)} rows {word} than vocab_size={shape[0]}; set vocab_size={found[0]} or "
     return ""
@@ -125,19 +129,13 @@ def _same_head(family: Family, checkpoint: Checkpoint) -> None:
         )
 
 
-def _differences(family: Family, checkpoint: Checkpoint, missing: list[str], extra: list[str]) -> list[str]:
+def _differences(
+    family: Family, settings: Settings, checkpoint: Checkpoint, missing: list[str], extra: list[str]
+) -> list[str]:
     said = []
     if missing:
         said.append(f"{checkpoint.directory} lacks {len(missing)} tensors that config.json asks for: {some(missing)}")
     if extra:
         said.append(f"{checkpoint.directory} holds {len(extra)} tensors that nothing reads: {some(extra)}")
-    layers = {int(found[1]) for name in extra if (found := re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name))}
-    if missing == [family.head]:
-        said.append("the likely cause: config.json should say tie_word_embeddings=true")
-    elif extra == [family.head]:
-        said.append("the likely cause: config.json should say tie_word_embeddings=false")
-    elif layers and not missing:
-        said.append(f"the likely cause: config.json's number of layers is too small (layer {max(layers)} is there)")
-    else:
-        said.append("use the config.json that belongs to these weights, or copy the weights again")
+    said.append(cause_of(Misfit(family, settings, checkpoint, missing, extra)))
     return said

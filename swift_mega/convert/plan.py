@@ -92,7 +92,7 @@ def draw(
     dtype: of the model; a few parameters may have one of their own.
     """
     family, settings = family_of(directory), load_settings(directory, dequantize=dequantize)
-    family = family.named_like(names) if (names := list(names)) else family
+    family = family.named_like(names)
     kinds = _kinds(settings)
     small = _only(settings, [layers[0] for layers in kinds])
     layout = plan_layout(schema.Parallel(), small.shape, 1, training=False)

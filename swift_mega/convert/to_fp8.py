@@ -77,8 +77,11 @@ def _quantise_rows(rows: Tensor, into: Tensor, block: tuple[int, int]) -> Tensor
 
 
 def fp8_linears(family: Family, settings: Settings, checkpoint: Checkpoint) -> set[str]:
-    """The modules that are quantised. A family's rules name the linears of every kind of attention it knows; these are there."""
-    return {module for module in modules_of(family, settings) if f"{module}.weight" in checkpoint.entries}
+    """The modules that are quantised, by the checkpoint's names. A family's rules name the linears of every kind of attention it
+    knows; these are there.
+    """
+    names = {family.on_disk(module) for module in modules_of(family, settings)}
+    return {name for name in names if f"{name}.weight" in checkpoint.entries}
 
 
 def fp8_tensors(checkpoint: Checkpoint, linears: Collection[str], block: tuple[int, int] = BLOCK) -> Iterator[Writing]:

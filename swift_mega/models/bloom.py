@@ -58,5 +58,4 @@ FAMILY = Family(
         "slow_but_exact": (False,),
         "n_inner": (None,),
     },
-    prefix=PREFIX,
 )

@@ -45,7 +45,7 @@ class Family:
     absent: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
     prefix: str = ""
-    """What the names of a checkpoint lack where the bare model was saved, without its head."""
+    """What the names of a checkpoint lack where the bare model was saved, without its head: transformers' base_model_prefix."""
     bare: bool = False
     """Whether the rules are those of such a checkpoint (`named_like`)."""
     variant: Callable[[Mapping[str, Any]], "Family"] | None = None
@@ -55,20 +55,39 @@ class Family:
     read_as: Mapping[str, str] = field(default_factory=dict)
     """Of `hf_types`, those that transformers has no model for, and its name for the same one."""
 
+    def __post_init__(self) -> None:
+        """The prefix is that of the embedding's name."""
+        if self.rules and not self.prefix:
+            object.__setattr__(self, "prefix", self.embedding.split(".")[0] + ".")
+
     @functools.cached_property
     def patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
         """The rules as regular expressions over Megatron's names."""
         return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
 
     def named_like(self, names: Iterable[str]) -> "Family":
-        """This family, with rules for a checkpoint of tensors with such names: with the prefix or without."""
-        if not self.prefix or any(name.startswith(self.prefix) for name in names):
+        """This family, with rules for a checkpoint of tensors with such names: with the prefix or without.
+
+        No names say nothing, and neither do those of other models: bare is what has a bare name of this family's layers.
+        """
+        names = list(names)
+        if any(name.startswith(self.prefix) for name in names) or not any(self._is_bare(name) for name in names):
             return self
         rules = tuple(
             dataclasses.replace(rule, parts=tuple(part.removeprefix(self.prefix) for part in rule.parts))
             for rule in self.rules
         )
         return dataclasses.replace(self, rules=rules, bare=True)
+
+    def _is_bare(self, name: str) -> bool:
+        """Whether a name is one of this family's, but for the prefix."""
+        return any(pattern.fullmatch(self.prefix + name) for pattern in self.part_patterns)
+
+    @functools.cached_property
+    def part_patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Names of the Hugging Face tensors as regular expressions, with the prefix."""
+        parts = {part.partition("[")[0] for rule in self.rules for part in rule.parts}
+        return tuple(_pattern(part) for part in sorted(parts) if part.startswith(self.prefix))
 
     def module(self, tensor: str) -> str:
         """What transformers and PEFT call the module whose weight is `tensor` of a checkpoint."""
@@ -81,7 +100,8 @@ class Family:
 
     def derived(self, tensor: str) -> bool:
         """Whether `tensor` follows from the config: checkpoints may hold it, and nothing reads it."""
-        return any(re.fullmatch(pattern, tensor) for pattern in self.absent)
+        names = (tensor, self.prefix + tensor) if self.bare else (tensor,)
+        return any(re.fullmatch(pattern, name) for pattern in self.absent for name in names)
 
     def turned(self, tensor: str) -> bool:
         """Whether `tensor` is a linear's weight that is stored [in, out]."""

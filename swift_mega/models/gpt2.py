@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm, biases everywhere, weights stored [in, out], query, key and value in one tensor.
 
-Published checkpoints are of the bare model: their names lack what transformers puts before them, and get it back from nobody.
+Published checkpoints are of the bare model: their names have no `transformer.` prefix, and exports keep them so.
 """
 
 from typing import Any
@@ -88,6 +88,5 @@ FAMILY = Family(
         "activation_function": tuple(UNGATED),
         "add_cross_attention": (False,),
     },
-    absent=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
-    prefix=PREFIX,
+    absent=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
 )

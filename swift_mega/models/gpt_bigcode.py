@@ -32,5 +32,4 @@ FAMILY = Family(
     },
     fixed=gpt2.FAMILY.fixed,
     absent=gpt2.FAMILY.absent,
-    prefix=gpt2.PREFIX,
 )

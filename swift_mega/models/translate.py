@@ -24,6 +24,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
         raise UserError(
             f"{directory} is quantised: quantization_config={quantization!r}; pass {FLAG} to read its weights dequantised"
         )
+    _check_task(directory, raw.get("architectures"))
     raw = {key: value for key, value in raw.items() if key not in KEYS}
     fixed = {**FIXED, **family.fixed}
     for key, allowed in fixed.items():
@@ -69,6 +70,16 @@ def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
     return pad % vocab  # type: ignore[no-any-return]
 
 
+def _check_task(directory: str | Path, architectures: Any) -> None:
+    """UserError where config.json says that the weights are of a model for another task than predicting the next token."""
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if names and all(OTHER_TASK.fullmatch(name) for name in names):
+        raise UserError(
+            f"{directory}/config.json: architectures={names} is a model with the head of another task, such as a reward model or a "
+            "classifier, not a causal language model, and only those are supported; give the *ForCausalLM model that it was made from"
+        )
+
+
 def _check_rates(directory: str | Path, rates: Mapping[str, Any]) -> None:
     for key, rate in rates.items():
         if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
@@ -87,7 +98,9 @@ def _notes(rates: Mapping[str, Any], unread: Mapping[str, Any], family: Family, 
         yield f"{DROPOUT_NOTE} {', '.join(computing)}"
     if unread:
         said = [f"{key}={_short(unread[key])}" for key in sorted(unread)]
-        listed = ", ".join(said[:MOST_NAMED]) + (f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else "")
+        listed = ", ".join(said[:MOST_NAMED]) + (
+            f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
+        )
         code = "; the checkpoint's own code (auto_map), which may, is not run" if own_code else ""
         yield f"config.json has fields that transformers' {family.hf_types[0]} does not read, so they change nothing: {listed}{code}"
 
@@ -162,6 +175,11 @@ NEUTRAL = frozenset(
 DROPOUT = re.compile(r".*(dropout|pdrop|dropout_prob)")
 DROPOUT_NOTE = "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names"
 MOST_NAMED = 12
+OTHER_TASK = re.compile(
+    r".*(For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM|RewardModel(ing)?)|RewardModel"
+    r"|DoubleHeadsModel)"
+)
+"""Names of transformers' classes, and others', that are no causal language models."""
 OF_OTHER_TASKS = ("classifier_", "summary_")
 """How rates of dropout begin that are of heads for other tasks."""
 

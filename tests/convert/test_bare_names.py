@@ -1,9 +1,12 @@
-"""GPT-2 as it is published: names without `transformer.`, and buffers that nothing reads. What goes in comes out under its own names.
+"""Checkpoints of the bare model: names without transformers' base_model_prefix, as GPT-2 (with buffers that nothing reads) and
+Qwen3-Embedding are published. What goes in comes out under its own names.
 
 The oracle is transformers and PEFT, which load such a directory.
 """
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from swift_mega.convert import plan
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.family import family_of
+from swift_mega.models.family import families, family_of
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
@@ -75,6 +78,49 @@ def test_bloom_is_published_bare_too(tmp_path):
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
 
 
+@pytest.mark.parametrize("name", ["qwen3_tied", "gpt_neox_serial", "qwen3_moe", "gpt_oss", "deepseek_v3_dense"])
+def test_any_family_may_be_bare(tmp_path, name):
+    """transformers reads such files as the named ones; through Megatron's checkpoint and FP8 they keep their names and bits."""
+    from transformers import AutoModelForCausalLM
+
+    named, bare = tiny.make(tmp_path / "named", name), tmp_path / "bare"
+    shutil.copytree(named, bare)
+    prefix = family_of(named).prefix
+    tensors = {name.removeprefix(prefix): value for name, value in load_file(named / "model.safetensors").items()}
+    save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
+    tokens = torch.arange(3, 20)[None]
+    theirs = [AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (named, bare)]
+    assert torch.equal(*theirs)
+    for source, to in ((bare, "mcore"), (tmp_path / "mcore", "hf")):
+        api.convert(source=str(source), to=to, output=str(tmp_path / to))
+    back = load_file(tmp_path / "hf" / "model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], value) for name, value in tensors.items())
+    for source in (named, bare):
+        api.quantize(model=str(source), output=f"{source}_fp8", block=(16, 16))
+    eight, plain = (load_file(tmp_path / f"{folder}_fp8" / "model.safetensors") for folder in ("bare", "named"))
+    assert eight.keys() == {name.removeprefix(prefix) for name in plain}
+    assert [value.dtype for value in eight.values()].count(torch.float8_e4m3fn) == 4 * FP8_LINEARS.get(name, 7)
+
+
+FP8_LINEARS = {"gpt_neox_serial": 4, "qwen3_moe": 4 + 3 * 4, "gpt_oss": 4, "deepseek_v3_dense": 8}
+"""Linears of a layer, where they are not q, k, v, o, gate, up, down; gpt-oss stacks those of its experts."""
+
+
+def test_the_prefix_is_transformers(tmp_path):
+    """Of every type: base_model_prefix of the class that its code has for causal language models."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    for hf_type, family in families().items():
+        folder = models / {"gemma3_text": "gemma3"}.get(hf_type, family.read_as.get(hf_type, hf_type))
+        code = "".join(file.read_text() for file in folder.glob("modeling_*.py"))
+        names = set(re.findall(r"base_model_prefix = \"(\w+)\"", code))
+        assert family.prefix.removesuffix(".") in (names or {"model"}), (
+            hf_type,
+            names,
+        )  # InternLM 3's is Llama's class
+
+
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
     """By arithmetic alone, what tensor rank `rank` of two holds."""
     checkpoint = Checkpoint(directory)
@@ -101,6 +147,16 @@ def test_the_plan_of_a_rank_is_what_it_holds(ranks, cpu, published):
     found, expected = ranks(1, planned, published, 0), ranks(2, held, published, cpu)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_gradients_of_another_family_are_transformers(tmp_path):
+    """Qwen3 as an embedding model: tied, and without `model.`."""
+    source = tiny.make(tmp_path, "qwen3_tied")
+    tensors = {name.removeprefix("model."): value for name, value in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for tuner in ("full", "lora"):
+        report = api.verify(str(source), ["tp2-sp"], tuner=tuner)
+        assert report.passed, report.table()
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
@@ -196,7 +252,7 @@ def test_layers_left_over_are_counted_by_their_names(ranks, cpu, tmp_path):
     directory = tiny.make(tmp_path, "gpt2")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "n_layer": 2}))
-    assert "number of layers is too small (layer 3 is there)" in ranks(1, load, directory, cpu)
+    assert "config.json states 2 layers, and layers up to 3 are there" in ranks(1, load, directory, cpu)
 
 
 def test_modules_have_the_names_of_transformers(published):

@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
         "llama",
         removed("lm_head.weight"),
         {},
-        "the likely cause: config.json should say tie_word_embeddings=true",
+        "lm_head.weight is the output layer, which a model has of its own where tie_word_embeddings is false, as here; copy",
     ),
     "missing expert": (
         "qwen3_moe",
@@ -93,9 +93,14 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
         "llama",
         nothing,
         {"num_hidden_layers": 2},
-        r"holds 18 tensors .*number of layers is too small \(layer 3 is there\)",
+        r"holds 18 tensors .*config.json states 2 layers, and layers up to 3 are there; use",
     ),
-    "too few layers": ("llama", nothing, {"num_hidden_layers": 6}, "lacks 18 tensors that config.json asks for"),
+    "too few layers": (
+        "llama",
+        nothing,
+        {"num_hidden_layers": 6},
+        "lacks 18 tensors .*states 6 layers, and the files end with layer 3; copy",
+    ),
     "wrong rows": (
         "llama",
         replaced(K, lambda t: t[:-8]),
