@@ -112,7 +112,8 @@ CAUSES: list[tuple[str, str, Callable[[Tensors], Tensors], dict[str, Any], str]]
     ),
     (
         "layers of multi-token prediction, unsaid", "deepseek_v3_dense", with_layer(4, "eh_proj", "enorm"),
-        {"num_nextn_predict_layers": 0}, r"layer 4 is of multi-token prediction, beyond the 4 layers .*; set num_nextn_predict_layers=1 in config.json",
+        {"num_nextn_predict_layers": 0},
+        r"layer 4 is of multi-token prediction, beyond the 4 layers .*; set num_nextn_predict_layers=1 in config.json",
     ),
     (
         "the same of a family that has none", "llama", with_layer(4, "eh_proj", "enorm"), {},

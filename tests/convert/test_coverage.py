@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
         "llama",
         nothing,
         {"num_hidden_layers": 6},
-        "lacks 18 tensors .*states 6 layers, and the files end with layer 3; copy",
+        "lacks 18 .*states 6 layers, and the files end with layer 3",
     ),
     "wrong rows": (
         "llama",
