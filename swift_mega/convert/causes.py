@@ -134,10 +134,10 @@ def _layers(found: Misfit) -> str | None:
             f"config.json states {layers} layers, and layers up to {max(numbers[True])} are there; use the config.json that belongs to "
             "these weights"
         )
-    there = {int(layer[1]) for name in found.checkpoint.entries if (layer := LAYER.match(name))}
-    if not numbers[True] and numbers[False] == set(range(len(there), layers)) and there == set(range(len(there))):
+    held = {int(layer[1]) for name in found.checkpoint.entries if (layer := LAYER.match(name))}
+    if not numbers[True] and numbers[False] == set(range(len(held), layers)) and held == set(range(len(held))):
         return (
-            f"config.json states {layers} layers, and the files end with layer {len(there) - 1}; copy the rest of the weights, or use the "
+            f"config.json states {layers} layers, and the files end with layer {len(held) - 1}; copy the rest of the weights, or use the "
             "config.json that belongs to these"
         )
     return None
