@@ -11,6 +11,7 @@ from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.export import merged
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
+from swift_mega.export.in_memory import load_merged
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import hf_config
 
@@ -43,13 +44,12 @@ class Answerer:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            self._model, config=hf_config(self._model), dtype="auto", trust_remote_code=False
+        config = hf_config(self._model)
+        network: Any = (
+            AutoModelForCausalLM.from_pretrained(self._model, config=config, dtype="auto", trust_remote_code=False)
+            if self._adapters is None
+            else load_merged(self._model, self._adapters, config)
         )
-        if self._adapters is not None:
-            from peft import PeftModel
-
-            network = PeftModel.from_pretrained(network, self._adapters)
         return network.to(DEVICE.device).eval()
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:

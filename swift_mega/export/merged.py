@@ -48,10 +48,10 @@ class PeftAdapter:
     modules: frozenset[str]
     config: dict[str, object]
 
-    def delta(self, module: str) -> Tensor:
-        """scale * B @ A in float32, [out, in]."""
-        down = self.checkpoint.read(f"{PREFIX}{module}.lora_A.weight").float()
-        up = self.checkpoint.read(f"{PREFIX}{module}.lora_B.weight").float()
+    def delta(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * B @ A, computed in `dtype`, [out, in]."""
+        down = self.checkpoint.read(f"{PREFIX}{module}.lora_A.weight").to(dtype)
+        up = self.checkpoint.read(f"{PREFIX}{module}.lora_B.weight").to(dtype)
         return (up @ down).mul_(self.scale)
 
 
@@ -120,7 +120,7 @@ def merge(
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
-    linears, trained = _linears(base, adapter), of_adapter(adapters)
+    sums, trained = Merge(base, adapter), of_adapter(adapters)
     kinds = written_dtypes(base)
     planned = plan_files(
         {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
@@ -129,11 +129,8 @@ def merge(
         write_headers(staging, planned)
         with Writer(staging, planned) as writer:
             for name, place in planned.items():
-                value, linear = base.read(name), linears.get(name)
-                if linear is not None:
-                    delta = adapter.delta(linear.module).t() if linear.turned else adapter.delta(linear.module)
-                    value = (value.to(torch.promote_types(place.dtype, torch.float32)) + delta).to(place.dtype)
-                writer.write(name, value)
+                value = base.read(name)
+                writer.write(name, sums.added(name, value, place.dtype) if name in sums.linears else value)
             found = writer.finish()
         copy_companions(Path(model), staging)
         trained.write(staging)
@@ -148,6 +145,19 @@ class _Linear:
 
     module: str
     turned: bool
+
+
+class Merge:
+    """The weights of `base` that `adapter` changes; UserError where it does not fit them."""
+
+    def __init__(self, base: Checkpoint, adapter: PeftAdapter) -> None:
+        self.adapter, self.linears = adapter, _linears(base, adapter)
+
+    def added(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """`value` of the tensor `name` with the adapter, summed in float32 or wider and rounded to `dtype`."""
+        linear, wide = self.linears[name], torch.promote_types(dtype, torch.float32)
+        delta = self.adapter.delta(linear.module, wide)
+        return (value.to(wide) + (delta.t() if linear.turned else delta)).to(dtype)
 
 
 def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:

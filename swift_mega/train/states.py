@@ -26,10 +26,8 @@ from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter, tuner_of
-from swift_mega.export.merged import merge
 from swift_mega.models.build import ModelPart, build
-from swift_mega.models.config_json import read_config
-from swift_mega.models.family import families, family_of
+from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
@@ -238,9 +236,8 @@ def _first(result: Any) -> Tensor:
 def _run_transformers(
     side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path
 ) -> None:  # fmt: skip
-    plain, adapter = _readable(side, scratch)
-    network = validate.network_of(plain, adapter, dtype).to(device.device)
-    inner = network if adapter is None else network.get_base_model()
+    network = validate.network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
+    inner = network.get_base_model() if validate.is_peft(network) else network
     prompt = 0
 
     def hand(point: int, value: Tensor) -> None:
@@ -266,17 +263,12 @@ def _run_transformers(
             hand(side.layers + 2, network(input_ids=tokens, use_cache=False).logits[..., : side.vocab])
 
 
-def _readable(side: Side, scratch: Path) -> tuple[Path, Path | None]:
-    """The side as transformers and PEFT read it. Its own names for the factors of experts are not PEFT's: those are merged first."""
-    plain, adapter = side.checkpoint, side.adapter
-    if side.dequantize:
-        plain = scratch / "plain"
-        stream.restream(open_checkpoint(side.checkpoint, torch.float32), plain, max_shard_bytes=1 << 62)
-    known = read_config(side.config)["model_type"] in families()
-    if adapter is not None and known and load_settings(plain).shape.experts is not None:
-        merge(plain, adapter, scratch / "merged")
-        return scratch / "merged", None
-    return plain, adapter
+def _readable(side: Side, scratch: Path) -> Path:
+    """The side's checkpoint as transformers reads it: plain."""
+    if not side.dequantize:
+        return side.checkpoint
+    stream.restream(open_checkpoint(side.checkpoint, torch.float32), scratch / "plain", max_shard_bytes=1 << 62)
+    return scratch / "plain"
 
 
 def decoder_layers(network: Any, count: int, *, where: Path) -> torch.nn.ModuleList:

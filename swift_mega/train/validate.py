@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.save import write_directory
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
+from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
-from swift_mega.export.merged import PREFIX, PeftAdapter, merge, read_adapter
+from swift_mega.export.in_memory import load_merged
+from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import Held
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
@@ -77,16 +79,12 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
 def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes gradients and logits of transformers (and PEFT) for `rows` to `output`.
 
-    PEFT folds the factors of all experts into one, so their gradients can't be told apart there. For types that have experts the adapter
-    is merged and its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW and dB = s dW A^T.
+    Where the adapter is merged (network_of), its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW, dB = s dW A^T.
     """
     output.mkdir(parents=True, exist_ok=True)
     family = family_of(model).named_like(Checkpoint(model).entries)
-    folded = adapter is not None and any("{e}" in rule.megatron for rule in family.rules)  # by model type, it does
-    if folded:
-        assert adapter is not None
-        merge(model, adapter, output / "merged", overwrite=True)
-    network = network_of(output / "merged" if folded else model, None if folded else adapter, dtype)
+    network = network_of(model, adapter, dtype)
+    folded = adapter is not None and not is_peft(network)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
         gradients = {family.on_disk(name): value for name, value in _model_gradients(network).items()}
@@ -100,22 +98,46 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
 
 
 def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
-    """A transformers model, with a PEFT adapter or without, ready to be asked; of any type that transformers knows."""
-    from transformers import AutoModelForCausalLM
+    """A transformers model, with an adapter or without, ready to be asked; of any type that transformers knows.
+
+    The adapter is PEFT's where that takes all of it. For types that have experts it is merged as the weights are loaded: transformers
+    stacks experts, and PEFT folds their factors into one or drops them. So it is for types that are not known here.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     known = read_config(model)["model_type"] in families()
+    config = hf_config(model) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
     # Its grouped products of experts know no float64; the loop over experts does.
     loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    if adapter is not None and (not known or any("{e}" in rule.megatron for rule in family_of(model).rules)):
+        return load_merged(model, adapter, config, dtype=dtype, **loop).eval()
     network: Any = AutoModelForCausalLM.from_pretrained(
-        model, config=hf_config(model) if known else None, dtype=dtype, trust_remote_code=False, **loop
+        model, config=config, dtype=dtype, trust_remote_code=False, **loop
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True).to(dtype)
+        network = _with_peft(network, adapter).to(dtype)
     return network.eval()
+
+
+def _with_peft(network: Any, adapter: Path) -> Any:
+    """PEFT's model; UserError where it does not take every factor. It says so in a warning, or not at all."""
+    from peft import PeftModel
+
+    network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    taken = {name.replace(".default.", ".") for name, _ in network.named_parameters() if ".lora_" in name}
+    if lost := sorted(read_adapter(adapter).checkpoint.entries.keys() - taken):
+        raise UserError(
+            f"PEFT does not apply all of {adapter}: it has no place for {some(lost)}; merge the adapter first (swift-mega export "
+            "--merge_lora true)"
+        )
+    return network
+
+
+def is_peft(network: Any) -> bool:
+    """Whether the adapter of `network_of` is PEFT's modules, and not merged."""
+    return hasattr(network, "peft_config")
 
 
 def _backward(network: Any, rows: Rows) -> dict[str, Tensor]:
