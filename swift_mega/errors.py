@@ -7,3 +7,7 @@ a traceback; anything else that escapes is a defect of ours and keeps its traceb
 
 class UserError(ValueError):
     """Input, settings or files that cannot work; the message says which value, why, and what would work."""
+
+
+class AgreedError(UserError):
+    """A UserError that all ranks of a run raise alike, so that one of them is enough to say it."""

@@ -148,9 +148,11 @@ def _to_mcore(
     overwrite: bool,
 ) -> None:
     groups = parallel_groups.init(layout)
-    part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
-    save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
-    parallel_groups.close()
+    try:
+        part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
+        save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
+    finally:
+        parallel_groups.close()
 
 
 def _to_hf(
@@ -158,13 +160,15 @@ def _to_hf(
     dtypes: Any, shard_bytes: int, overwrite: bool,
 ) -> None:  # fmt: skip
     groups = parallel_groups.init(layout)
-    settings = load_settings(directory)
-    config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
-    family = family_of(directory).named_like(names)
-    part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
-    load_mcore(part, groups, source)
-    save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
-    parallel_groups.close()
+    try:
+        settings = load_settings(directory)
+        config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
+        family = family_of(directory).named_like(names)
+        part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
+        load_mcore(part, groups, source)
+        save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
+    finally:
+        parallel_groups.close()
 
 
 def export(

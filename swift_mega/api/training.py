@@ -15,14 +15,15 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
-from swift_mega.launch.torchrun import is_first_rank, run_ranks, world_size
+from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
 from swift_mega.models.settings import Settings
 from swift_mega.models.tiles import check_tiles
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
-from swift_mega.parallel.layout import plan_layout
+from swift_mega.parallel.agree import on_every_rank
+from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import check_gradients, parameter_dtype, warmup_steps
 from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
 from swift_mega.tuners.tuner import find_tuner
@@ -38,8 +39,23 @@ def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: S
 def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     """Trains as `run` says, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1), or on torchrun's.
 
-    Raises UserError before any rank starts where settings, model, data and layout do not fit together.
+    Raises UserError before any rank starts where settings, model, data and layout do not fit together. Ranks of torchrun meet first, so
+    that what one of them finds (a file that its machine has not) ends all.
     """
+    world = world_size(nproc)
+    if joined() and world > 1:
+        return run_ranks(world, _train_joined, run, nproc)
+    layout, prepared, pad = _checked(run, nproc)
+    return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+
+
+def _train_joined(run: schema.Run, nproc: int | None) -> TrainResult:
+    layout, prepared, pad = on_every_rank(lambda: _checked(run, nproc))
+    return train_rank(run, DEVICE, layout, prepared, pad)
+
+
+def _checked(run: schema.Run, nproc: int | None) -> tuple[Layout, Prepared, int]:
+    """What ranks are given: the layout, the examples, the token that pads rows."""
     check_inputs(run, command="train")
     assert run.model.path is not None
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
@@ -73,7 +89,7 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     if is_first_rank():
         for line in about_ends(prepared, tokenizer, stop_tokens(run.model.path)):
             print(line, flush=True)
-    return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+    return layout, prepared, pad
 
 
 def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings) -> Prepared:

@@ -4,6 +4,7 @@ Nothing heavy is imported until a verb has its arguments checked, so help and mi
 line on stderr and status 2; anything else is a defect and keeps its traceback.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -15,8 +16,9 @@ from swift_mega.cli.arguments import read_arguments
 from swift_mega.cli.help import overview, verb_help
 from swift_mega.cli.table import VERBS
 from swift_mega.config.tree import suggest
-from swift_mega.errors import UserError
-from swift_mega.launch.torchrun import rank_prefix
+from swift_mega.errors import AgreedError, UserError
+from swift_mega.launch.ended import Ended, signals_raise
+from swift_mega.launch.torchrun import rank_prefix, speaks
 from swift_mega.launch.watch import RankError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -24,13 +26,22 @@ NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 (a check failed, a rank broke), 2 (misuse), 130 (Ctrl-C)."""
+    """Run one verb and return the exit status: 0, 1 (a check failed, a rank broke), 2 (misuse), 130 (Ctrl-C), 129 or 143
+    (SIGHUP, SIGTERM: 128 + the signal)."""
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with signals_raise():
+            status = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
+    except AgreedError as error:
+        return _complain(str(error), MISUSED) if speaks() else MISUSED
     except UserError as error:
         return _complain(str(error), MISUSED)
+    except Ended as ended:
+        with contextlib.suppress(OSError):  # the terminal may be what went away
+            if speaks():
+                print(f"swift-mega: ended by signal {ended.signal} ({ended.signal.name})", file=sys.stderr)
+        return 128 + ended.signal
     except RankError as error:
         print(f"swift-mega: {error}", file=sys.stderr)  # with the rank's own traceback; the launcher's says nothing
         return FAILED

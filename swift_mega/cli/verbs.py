@@ -11,7 +11,7 @@ from swift_mega.config.parse import size_in_bytes
 from swift_mega.config.schema import Run
 from swift_mega.config.show import to_yaml
 from swift_mega.errors import UserError
-from swift_mega.launch.torchrun import is_first_rank, refuse_joined, world_size
+from swift_mega.launch.torchrun import is_first_rank, joined, refuse_joined, world_size
 
 LAYOUT = re.compile(
     r"single|(tp|pp|vpp|cp|dp|ep|etp)\d+(-((tp|pp|vpp|cp|dp|ep|etp|ulysses)\d+|sp|ring|ulysses|allgather|hybrid"
@@ -22,8 +22,9 @@ LAYOUT = re.compile(
 def train(arguments: Arguments) -> int:
     nproc = arguments.whole("nproc")
     run = arguments.resolved().run
-    check_inputs(run, command=arguments.verb.name)
     world_size(nproc)  # a wrong environment is found before the imports
+    if not joined():  # ranks of torchrun compare what they find (api.train)
+        check_inputs(run, command=arguments.verb.name)
     from swift_mega import api
 
     result = api.train(run, nproc=nproc)

@@ -1,6 +1,7 @@
 """A Hugging Face directory into this rank's parameters: only its slices are read, and once for all data replicas."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,33 +11,40 @@ from swift_mega.convert.check import check_coverage, needs
 from swift_mega.convert.finite import check_finite, is_finite
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.save import agree
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import Heads
+from swift_mega.parallel.agree import agree, attempt
 from swift_mega.parallel.groups import Groups
 
 
 def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
     """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike.
 
-    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all.
+    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all. A rank that
+    cannot read goes on with the broadcasts.
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
     mine, problem = list(part.held()), None
     with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held in mine), "loading") as bar:
         for held in mine:
             replicas, first = _replicas(part, held, groups)
-            if first:
-                pieces = slices_of(part, checkpoint, held)
-                fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
-                problem = problem or not_finite(held.parameter, checkpoint, pieces)
+            if first and problem is None:
+                said, broken = attempt(partial(_read, part, checkpoint, held))
+                problem = broken or said
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
             bar.update(held.parameter.nbytes)
     agree(problem)
+
+
+def _read(part: ModelPart, checkpoint: Checkpoint, held: Held) -> str | None:
+    """One parameter from its file; returns what is wrong with its numbers."""
+    pieces = slices_of(part, checkpoint, held)
+    fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
+    return not_finite(held.parameter, checkpoint, pieces)
 
 
 def not_finite(value: Tensor, checkpoint: Checkpoint, pieces: Sequence[Slice]) -> str | None:

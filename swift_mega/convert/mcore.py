@@ -26,13 +26,14 @@ from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.places import spellings
 from swift_mega.convert.quantised import drop_quantization
-from swift_mega.convert.save import agree, on_first_rank, staged_together
+from swift_mega.convert.save import staged_together
 from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import free_bytes
+from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
@@ -153,7 +154,7 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
         key: {name: value for name, value in chunk.items() if not FP8_STATE.search(name)}
         for key, chunk in _sharded(part, groups).items()
     }
-    folder = iteration_directory(directory)
+    folder = on_every_rank(lambda: iteration_directory(directory))
     try:
         stored = read_metadata(folder).state_dict_metadata  # Megatron would run whatever is pickled there
         for value in itertools.chain.from_iterable(chunk.values() for chunk in state.values()):

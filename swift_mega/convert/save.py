@@ -28,6 +28,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, staged, staging_of
+from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -255,29 +256,6 @@ def staged_together(target: Path, *, overwrite: bool, needed: int) -> Iterator[P
         agree(on_first_rank(lambda: stack.enter_context(staged(target, overwrite=overwrite, needed=needed))))
         yield staging_of(target)
         agree(on_first_rank(stack.close))
-
-
-def on_first_rank(action: Callable[[], object], target: Path | None = None) -> str | None:
-    """Rank 0 acts; returns what went wrong there. target: what it writes, where an OSError is to be told of that."""
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            return str(error)
-        except OSError as error:
-            if target is None:
-                raise
-            return cannot_write(target, error)
-    return None
-
-
-def agree(problem: str | None) -> None:
-    """Every rank raises the UserError of the first rank that has a problem; none is left waiting."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    said = next((text for text in problems if text is not None), None)
-    if said is not None:
-        raise UserError(said)
 
 
 def _kinds(

@@ -30,20 +30,13 @@ from swift_mega.convert.mcore import (
 from swift_mega.convert.places import Box, Place
 from swift_mega.convert.plan import Blueprint, Slot
 from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.save import (
-    Piece,
-    agree,
-    carried_tensors,
-    companions_from,
-    on_first_rank,
-    staged_together,
-    write_pieces,
-)
+from swift_mega.convert.save import Piece, carried_tensors, companions_from, staged_together, write_pieces
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Fused, GateUp, Pack, Qkv
 from swift_mega.models.settings import Settings, padded_vocabulary
+from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.layout import Layout
 
 MOST = 256 << 20

@@ -13,16 +13,17 @@ from swift_mega.convert.load import fill, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.parallel.agree import on_every_rank
 
 
 def load_adapter(
     directory: str | Path, exported: Sequence[Held], part: ModelPart, config: Mapping[str, Any] | None
 ) -> None:
-    """Fills this rank's adapter factors from a PEFT directory, each by its slice; UserError where the two do not fit.
+    """Fills this rank's adapter factors from a PEFT directory, each by its slice. Collective; UserError where the two do not fit.
 
     exported, config: what the tuner of the run holds and would write.
     """
-    adapter = read_adapter(directory)
+    adapter = on_every_rank(lambda: read_adapter(directory))
     if config is None:
         raise UserError(
             f"model.adapters={directory} with a tuner that trains the whole model; merge the adapter first (swift-mega export)"
@@ -43,10 +44,14 @@ def load_adapter(
             raise UserError(
                 f"{directory}: {name} is {list(entries[name].shape)} for a factor of {list(shape)}; give an adapter of this model"
             )
-    with torch.no_grad():
-        for held in exported:
-            pieces = slices_of(part, adapter.checkpoint, held)
-            fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
+
+    def read() -> None:
+        with torch.no_grad():
+            for held in exported:
+                pieces = slices_of(part, adapter.checkpoint, held)
+                fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
+
+    on_every_rank(read)
 
 
 def tuner_of(directory: str | Path) -> schema.Tuner:

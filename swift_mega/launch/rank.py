@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from swift_mega.errors import UserError
+from swift_mega.launch.ended import Ended, leave_by, signals_raise
+from swift_mega.launch.meeting import open_store
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DeviceKind = Literal["cpu", "cuda"]
@@ -97,7 +99,7 @@ def _store(seat: Seat) -> Any:
         return dist.HashStore()
     if seat.rendezvous.startswith("tcp://"):
         host, _, port = seat.rendezvous.removeprefix("tcp://").rpartition(":")
-        return dist.TCPStore(host, int(port), seat.world, is_master=seat.rank == 0)
+        return open_store(host, int(port), seat.world, serve=seat.rank == 0)
     return dist.FileStore(seat.rendezvous, seat.world)
 
 
@@ -110,11 +112,13 @@ def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any
     # BaseException: this is the edge of a process. Whatever ended the body has to reach the parent, which raises it.
     try:
         torch.set_num_threads(seat.threads)
-        with process_group(seat):
+        with signals_raise(), process_group(seat):
             result = body(*args)
             packed = pickle.dumps(result) if seat.local_rank == 0 else b""
             _write(report_path(folder, seat.local_rank), Report(kind="done", when=time.monotonic(), result=packed))
         status = 0
+    except Ended as ended:
+        leave_by(ended)
     except UserError as error:
         _write(report_path(folder, seat.local_rank), Report(kind="user", when=time.monotonic(), text=str(error)))
     except BaseException:

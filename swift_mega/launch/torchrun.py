@@ -13,51 +13,31 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from swift_mega.errors import UserError
 from swift_mega.launch import rank, watch
+from swift_mega.launch.ended import SIGNALS, signals_raise
+from swift_mega.launch.environments import Nodes, joined, port_of, refuse_copies, whole
 from swift_mega.launch.rank import DeviceKind, Seat
 
 Result = TypeVar("Result")
 Start = Literal["auto", "fork", "exec", "here"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nodes:
-    """The machines of a run, from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; one machine when they are absent."""
-
-    count: int = 1
-    rank: int = 0
-    address: str = "127.0.0.1"
-    port: int = 29500
-
-    @staticmethod
-    def from_environment(environ: Mapping[str, str]) -> "Nodes":
-        count = _whole(environ, "NNODES", 1, least=1)
-        node = _whole(environ, "NODE_RANK", 0, least=0)
-        if node >= count:
-            raise UserError(f"NODE_RANK={node} with NNODES={count}: machines are numbered from 0 to {count - 1}")
-        if count > 1 and not environ.get("MASTER_ADDR"):
-            raise UserError(
-                f"NNODES={count} without MASTER_ADDR: set it to the address of the machine with NODE_RANK=0"
-            )
-        port = _whole(environ, "MASTER_PORT", Nodes.port, least=1)
-        return Nodes(count=count, rank=node, address=environ.get("MASTER_ADDR", Nodes.address), port=port)
-
-
-def joined() -> bool:
-    """Whether torchrun, srun or this launcher started this process as a rank: RANK and WORLD_SIZE say so."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+HELD = {signal.SIGINT, *SIGNALS}
 
 
 def is_first_rank() -> bool:
     """Whether this process speaks for the run: rank 0, or no rank at all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def speaks() -> bool:
+    """Whether this process says on its machine what all ranks have to say: of those that were started the first one there."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def rank_prefix() -> str:
@@ -66,7 +46,8 @@ def rank_prefix() -> str:
 
 
 def refuse_joined(command: str) -> None:
-    """For a command that runs once: raises UserError where several ranks were started to run it."""
+    """For a command that runs once: raises UserError where several ranks, or copies of it, were started to run it."""
+    refuse_copies(os.environ)
     if joined() and world_size() > 1:
         raise UserError(f"{command} starts its ranks itself, but WORLD_SIZE={world_size()} were started; run it alone")
 
@@ -82,15 +63,16 @@ def is_alone() -> bool:
 def world_size(nproc: int | None = None) -> int:
     """How many ranks a run has: those that were started (joined), else nproc or NPROC_PER_NODE or 1, times NNODES."""
     if joined():
-        world = _whole(os.environ, "WORLD_SIZE", 1, least=1)
-        if nproc is not None and nproc != world and nproc != _whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1):
+        world = whole(os.environ, "WORLD_SIZE", 1, least=1)
+        if nproc is not None and nproc != world and nproc != whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1):
             raise UserError(
                 f"--nproc {nproc}, but this process is one of {world} ranks started already; leave --nproc out"
             )
         return world
+    refuse_copies(os.environ)
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: at least 1 rank is needed")
-    local = nproc if nproc is not None else _whole(os.environ, "NPROC_PER_NODE", 1, least=1)
+    local = nproc if nproc is not None else whole(os.environ, "NPROC_PER_NODE", 1, least=1)
     return local * Nodes.from_environment(os.environ).count
 
 
@@ -112,14 +94,16 @@ def run_ranks(
     logs: a folder that keeps rank<N>.log, the output of every rank but the machine's first; None keeps nothing.
 
     Raises UserError as the rank raised it; RankError with the rank and its traceback, or the signal that killed it.
-    Whatever happens, Ctrl-C and SIGKILL of this process included, no rank outlives the call.
+    Whatever happens, Ctrl-C and SIGKILL of this process included, no rank outlives the call. SIGTERM and SIGHUP are passed on to
+    the ranks, which undo what they have begun, and raise `ended.Ended` here unless the caller handles them.
     """
     kind = _device_kind() if device_kind == "auto" else device_kind
     if _group_exists(world):
         return body(*args)
     if joined():
-        with _joined_seat(world, kind) as seat, rank.process_group(seat):
+        with signals_raise(), _joined_seat(world, kind) as seat, rank.process_group(seat):
             return body(*args)
+    refuse_copies(os.environ)
     nodes = Nodes.from_environment(os.environ)
     if world % nodes.count:
         raise UserError(f"{world} ranks cannot be spread evenly over NNODES={nodes.count} machines")
@@ -128,7 +112,8 @@ def run_ranks(
         assert world == 1, "only one rank runs inside this process"
         return _run_here(seats[0], body, args)
     method = start if start != "auto" else ("fork" if kind == "cpu" else "exec")
-    return _run_there(seats, body, args, method=method, logs=logs)
+    with signals_raise():
+        return _run_there(seats, body, args, method=method, logs=logs)
 
 
 def _run_here(seat: Seat, body: Callable[..., Result], args: tuple[Any, ...]) -> Result:
@@ -155,11 +140,11 @@ def _run_there(
         running: dict[int, Seat] = {}
         begin = _fork if method == "fork" else _exec
         try:
-            with _interrupts_held():
+            with _signals_held():
                 for seat in seats:
                     running[begin(seat, folder, logs or folder, body, args)] = seat
-        except BaseException:  # a rank that cannot start, or Ctrl-C, must not leave the ones before it
-            watch.end_all(running)
+        except BaseException as error:  # a rank that cannot start, or Ctrl-C, must not leave the ones before it
+            watch.end_all(running, by=error)
             raise
         watch.wait(running, folder, logs or folder)
         report = rank.read_report(folder, 0)
@@ -185,7 +170,7 @@ def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
         return pid
     try:
         rank.settle(parent)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         os.environ.update(_started_environment(seat))
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false"
@@ -249,8 +234,8 @@ def _started_environment(seat: Seat) -> dict[str, str]:
 
 @contextmanager
 def _joined_seat(world: int, kind: DeviceKind) -> Iterator[Seat]:
-    started = _whole(os.environ, "WORLD_SIZE", 1, least=1)
-    number = _whole(os.environ, "RANK", 0, least=0)
+    started = whole(os.environ, "WORLD_SIZE", 1, least=1)
+    number = whole(os.environ, "RANK", 0, least=0)
     if started != world:
         raise UserError(f"the settings need {world} ranks, but WORLD_SIZE={started} were started: start {world}")
     if number >= world:
@@ -260,8 +245,13 @@ def _joined_seat(world: int, kind: DeviceKind) -> Iterator[Seat]:
             f"RANK={number} and WORLD_SIZE={world} are set, but MASTER_ADDR and MASTER_PORT are not: start the ranks "
             "with torchrun, or set both, or unset RANK and WORLD_SIZE to let swift-mega start them"
         )
-    local_rank = _whole(os.environ, "LOCAL_RANK", 0 if world == 1 else number, least=0)
-    local_world = _whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1)
+    rendezvous = "env://" if world > 1 else ""
+    if (
+        world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):  # torchrun's agent serves the store itself
+        rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{port_of(os.environ, Nodes.port)}"
+    local_rank = whole(os.environ, "LOCAL_RANK", 0 if world == 1 else number, least=0)
+    local_world = whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1)
     yield Seat(
         rank=number,
         world=world,
@@ -269,7 +259,7 @@ def _joined_seat(world: int, kind: DeviceKind) -> Iterator[Seat]:
         local_world=local_world,
         kind=kind,
         threads=_threads(local_world),
-        rendezvous="env://" if world > 1 else "",
+        rendezvous=rendezvous,
     )
 
 
@@ -302,7 +292,7 @@ def _check_devices(local: int) -> None:
 def _threads(local_world: int) -> int:
     """Threads of one rank. Two ranks with two threads each on two cores are five times slower than with one each."""
     if os.environ.get("OMP_NUM_THREADS"):
-        return _whole(os.environ, "OMP_NUM_THREADS", 1, least=1)
+        return whole(os.environ, "OMP_NUM_THREADS", 1, least=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world)
 
@@ -318,9 +308,9 @@ def _end_openmp_threads() -> None:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until every rank that was started is also known, or one could be forgotten."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held() -> Iterator[None]:
+    """Ctrl-C and its like wait until every rank that was started is also known, or one could be forgotten."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield
     finally:
@@ -339,12 +329,3 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _whole(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:
-    text = environ.get(name, "")
-    if not text:
-        return default
-    if not text.strip().isdecimal() or int(text) < least:
-        raise UserError(f"{name}={text!r} in the environment: expected a whole number of at least {least}")
-    return int(text)

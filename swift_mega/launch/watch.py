@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swift_mega.errors import UserError
+from swift_mega.launch.ended import Ended
 from swift_mega.launch.rank import Report, Seat, log_path, read_report
 
 POLL_SECONDS = 0.01
 GRACE_SECONDS = 0.05  # a killed process closes its sockets a moment before it can be waited for
+ASKED_SECONDS = 5.0  # that ranks have to end by themselves; a scheduler kills all after 30 or so
 SHOWN_LINES = 60
 
 
@@ -23,7 +25,7 @@ class RankError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Ended:
+class Exit:
     """How the kernel saw a rank end: an exit status, or the signal that killed it."""
 
     status: int
@@ -36,7 +38,7 @@ def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
     Returns when each has ended well. Otherwise ends the others and raises UserError (the rank's own) or RankError. When
     it returns or raises (KeyboardInterrupt too), no rank and no child of a rank is left.
     """
-    ended: dict[int, Ended] = {}
+    ended: dict[int, Exit] = {}
     try:
         while len(ended) < len(seats):
             _poll(seats, ended)
@@ -45,12 +47,19 @@ def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
                 _poll(seats, ended)
                 raise _cause({seats[pid]: end for pid, end in ended.items()}, folder, logs)
             time.sleep(POLL_SECONDS)
-    finally:
-        end_all(seats)
+    except BaseException as error:
+        end_all(seats, by=error)
+        raise
+    end_all(seats)
 
 
-def end_all(pids: dict[int, Seat]) -> None:
-    """Kill each rank's group and reap the rank. Ranks that have ended are still zombies, so that no id was reused."""
+def end_all(pids: dict[int, Seat], *, by: BaseException | None = None) -> None:
+    """Kill each rank's group and reap the rank. Ranks that have ended are still zombies, so that no id was reused.
+
+    by: what ends them. A signal to this process is passed on first, so that a rank can take back an output that it has begun.
+    """
+    if isinstance(by, Ended):
+        _ask(pids, by.signal)
     for pid in pids:
         try:
             os.killpg(pid, signal.SIGKILL)
@@ -62,13 +71,24 @@ def end_all(pids: dict[int, Seat]) -> None:
         os.waitpid(pid, 0)
 
 
-def _poll(seats: dict[int, Seat], ended: dict[int, Ended]) -> None:
+def _ask(pids: dict[int, Seat], number: signal.Signals) -> None:
+    """Passes a signal on and gives the ranks some time. One in a collective hears of it when its peer's connection closes."""
+    for pid in pids:
+        os.kill(pid, number)
+    ended: dict[int, Exit] = {}
+    until = time.monotonic() + ASKED_SECONDS
+    while len(ended) < len(pids) and time.monotonic() < until:
+        _poll(pids, ended)
+        time.sleep(POLL_SECONDS)
+
+
+def _poll(seats: dict[int, Seat], ended: dict[int, Exit]) -> None:
     for pid in seats.keys() - ended.keys():
         seen = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if seen is None:
             continue
         by_signal = seen.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-        ended[pid] = Ended(1, seen.si_status) if by_signal else Ended(seen.si_status)
+        ended[pid] = Exit(1, seen.si_status) if by_signal else Exit(seen.si_status)
 
 
 def _failed(seat: Seat, end: Ended, folder: Path) -> bool:
@@ -76,7 +96,7 @@ def _failed(seat: Seat, end: Ended, folder: Path) -> bool:
     return end.signal is not None or end.status != 0 or report is None or report.kind != "done"
 
 
-def _cause(ended: dict[Seat, Ended], folder: Path, logs: Path) -> Exception:
+def _cause(ended: dict[Seat, Exit], folder: Path, logs: Path) -> Exception:
     """The error to raise; ended: ranks that have ended so far, at least one of them badly."""
     reports = {seat: report for seat in ended if (report := read_report(folder, seat.local_rank))}
     failures = sorted(((r.when, s.rank, s, r) for s, r in reports.items() if r.kind != "done"), key=lambda f: f[:2])

@@ -21,6 +21,7 @@ from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.tiles import tile_size
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
+from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.offload import offload_layer_inputs
@@ -86,7 +87,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
     device.seed_all(run.train.seed)
     dtype = parameter_dtype(run.model, device)
-    checkpoint = open_checkpoint(run.model.path, dequantised_dtype(run.model, dtype))
+    path = run.model.path
+    checkpoint = on_every_rank(lambda: open_checkpoint(path, dequantised_dtype(run.model, dtype)))
     part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, checkpoint=checkpoint)
     tuner.attach(part, seed=run.train.seed)
     for directory in run.model.adapters:

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from swift_mega.convert.hf_write import parse_size
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.device import Device
-from swift_mega.errors import UserError
+from swift_mega.errors import AgreedError, UserError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.companions import Trained
 from swift_mega.export.merged import merge
@@ -24,6 +26,7 @@ from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.settings import Settings
 from swift_mega.models.tiles import check_tiles
 from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.agree import agree, attempt, on_every_rank, on_first_rank
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, parameter_dtype
 from swift_mega.train.flops import flops_per_token
@@ -102,8 +105,7 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         steps = total_steps(run.train, batches)
         training = build_training(run, device, groups, steps=steps)
         directory = _directory(run, steps)
-        monitor = _monitor(training, directory, steps) if dist.get_rank() == 0 else None
-        with monitor or nullcontext():
+        with _monitor(training, directory, steps) or nullcontext() as monitor:
             if monitor is not None:
                 for note in training.part.settings.notes:
                     monitor.say(note)
@@ -114,20 +116,16 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
 
 def _directory(run: schema.Run, steps: int) -> RunDirectory:
     """Rank 0 makes it, every rank learns its name; a refusal is everybody's."""
-    said: list[tuple[str, str]] = [("", "")]
-    made: RunDirectory | None = None
-    if dist.get_rank() == 0:
-        try:
-            made = RunDirectory(run.train.output_dir, run.train.add_version)
-            _put_aside(run, made, steps)
-            said = [(str(made.path), "")]
-        except UserError as error:
-            said = [("", str(error))]
+    made: list[RunDirectory] = []
+
+    def make() -> None:
+        made.append(RunDirectory(run.train.output_dir, run.train.add_version))
+        _put_aside(run, made[0], steps)
+
+    agree(on_first_rank(make))
+    said = [str(made[0].path) if made else ""]
     dist.broadcast_object_list(said, src=0)
-    path, problem = said[0]
-    if problem:
-        raise UserError(problem)
-    return made or RunDirectory(path, False)
+    return on_every_rank(lambda: made[0] if made else RunDirectory(said[0], False))
 
 
 def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:
@@ -155,7 +153,14 @@ def merged_beside(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-merged")
 
 
-def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor:
+def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor | None:
+    """Rank 0's; a file that it cannot open is everybody's error."""
+    opened: list[Monitor] = []
+    agree(on_first_rank(lambda: opened.append(_open_monitor(training, directory, steps)), directory.path))
+    return opened[0] if opened else None
+
+
+def _open_monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor:
     run = training.run
     recorded = {**dataclasses.asdict(run), "layout": training.groups.layout.name, "world": training.groups.layout.world}
     directory.write_args(recorded)
@@ -179,6 +184,8 @@ class Loop:
     trained: Trained
     saved: list[Path] = dataclasses.field(default_factory=list)
     """Checkpoints that this run wrote and has not removed, oldest first."""
+    unwritten: str | None = None
+    """What went wrong on rank 0 while it wrote about the run, until the other ranks are told."""
 
     def run(self) -> TrainResult:
         losses, evaluations, tokens = [], [], 0
@@ -196,13 +203,16 @@ class Loop:
         return TrainResult(self.directory.path, checkpoint, self._merge(checkpoint), losses, evaluations, tokens)
 
     def _report(self, step: int, result: StepResult) -> None:
-        if self.monitor is not None:
-            self.monitor.step(
+        self._record(
+            lambda monitor: monitor.step(
                 step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate, tokens=result.tokens,
                 trained_tokens=result.trained_tokens, extra=result.router_losses,
-            )  # fmt: skip
+            )
+        )  # fmt: skip
+        if step == 1 or is_due(step, self.steps, self.training.run.train.logging_steps):  # when the monitor writes
+            agree(self.unwritten)
         if not math.isfinite(result.loss) or not result.applied:
-            raise UserError(
+            raise AgreedError(
                 f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not a finite number, so nothing that follows "
                 "would be; "
                 f"lower optim.lr={self.training.run.optim.lr:g}, or look for damaged rows in the data of this step"
@@ -212,9 +222,16 @@ class Loop:
         assert self.validation is not None
         with self._paused():
             loss = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps)])
-        if self.monitor is not None:
-            self.monitor.evaluation(step, loss)
+        self._record(lambda monitor: monitor.evaluation(step, loss))
+        agree(self.unwritten)
         return loss
+
+    def _record(self, write: Callable[[Monitor], object]) -> None:
+        """Rank 0 writes; what goes wrong is kept until all ranks ask for it."""
+        monitor = self.monitor
+        if monitor is not None:
+            problem = attempt(lambda: write(monitor), self.directory.path)[1]
+            self.unwritten = self.unwritten or problem
 
     def _save(self, step: int) -> None:
         run = self.training.run
@@ -254,12 +271,12 @@ class Loop:
             return None
         merged = merged_beside(checkpoint)
         assert run.model.path is not None
-        if dist.get_rank() == 0:
-            merge(
-                run.model.path, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True,
-                dequantize=run.model.dequantize,
-            )  # fmt: skip
-        dist.barrier()
+        source = run.model.path
+        write = partial(
+            merge, source, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True,
+            dequantize=run.model.dequantize,
+        )  # fmt: skip
+        agree(on_first_rank(write, merged))
         return merged
 
     def _paused(self) -> AbstractContextManager[None]:

@@ -21,7 +21,6 @@ from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.mcore import companions_of, load_mcore
 from swift_mega.convert.quantised import open_checkpoint
-from swift_mega.convert.save import agree, on_first_rank
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
@@ -32,6 +31,7 @@ from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout
@@ -128,7 +128,7 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
         )
         load_mcore(part, groups, side.checkpoint)
     else:
-        checkpoint = open_checkpoint(side.checkpoint, dequantised_dtype(run.model, dtype))
+        checkpoint = on_every_rank(lambda: open_checkpoint(side.checkpoint, dequantised_dtype(run.model, dtype)))
         part = build_part(
             run, device, groups, dtype=dtype, adapters=side.adapter is not None, checkpoint=checkpoint
         )  # fmt: skip
