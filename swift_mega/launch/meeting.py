@@ -55,7 +55,7 @@ def _join(host: str, port: int, world: int, waiting: float) -> Any:
     def join() -> None:
         try:
             found.append(
-                dist.TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=ANSWER_SECONDS - 5))
+                dist.TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=0.75 * ANSWER_SECONDS))
             )
         except dist.DistError as error:
             found.append(error)

@@ -91,7 +91,7 @@ def _poll(seats: dict[int, Seat], ended: dict[int, Exit]) -> None:
         ended[pid] = Exit(1, seen.si_status) if by_signal else Exit(seen.si_status)
 
 
-def _failed(seat: Seat, end: Ended, folder: Path) -> bool:
+def _failed(seat: Seat, end: Exit, folder: Path) -> bool:
     report = read_report(folder, seat.local_rank)
     return end.signal is not None or end.status != 0 or report is None or report.kind != "done"
 
