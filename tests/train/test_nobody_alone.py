@@ -1,0 +1,128 @@
+"""Nobody raises alone: what one rank finds between two collectives is the error of all ranks, in its own words."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tiny
+from swift_mega import api
+from swift_mega.config import schema
+from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.load import load
+from swift_mega.errors import AgreedError, UserError
+from swift_mega.models.build import build
+from swift_mega.models.family import family_of
+from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.translate import load_settings
+from swift_mega.parallel import groups
+from swift_mega.parallel.layout import plan_layout
+from swift_mega.train.monitor import Monitor
+
+
+def said_by_all(action: Callable[[], object]) -> list[str]:
+    """What each rank raised. A rank that went on, or that waits for one that raised, never gets here."""
+    try:
+        action()
+    except AgreedError as error:
+        said = str(error)
+    except UserError as error:
+        said = f"alone: {error}"
+    else:
+        said = "nothing"
+    every = [""] * dist.get_world_size()
+    dist.all_gather_object(every, said)
+    return every
+
+
+def load_what_is_cut_short(directory: Path) -> list[str]:
+    """The first of two data replicas reads; the other waits for what it sends."""
+    from swift_mega.device import setup
+
+    layout = plan_layout(schema.Parallel(), load_settings(directory).shape, 2)
+    mine = groups.init(layout)
+    settings = load_settings(directory)
+    config = transformer_config(settings, layout, device=setup(), dtype=torch.float32, train=schema.Train(), given={})
+    part = build(family_of(directory), settings, layout, mine.coordinate, device=setup(), config=config)
+    checkpoint = Checkpoint(directory)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (file,) = directory.glob("*.safetensors")
+        os.truncate(file, file.stat().st_size // 2)
+    found = said_by_all(lambda: load(part, checkpoint, mine))
+    groups.close()
+    return found
+
+
+def run_with(recipe: list[str], *changes: str) -> list[str]:
+    run = api.load_recipe(None, [*recipe, *changes]).run
+    return said_by_all(lambda: api.train(run))
+
+
+def train_where_rank_0_cannot_write(recipe: list[str], folder: Path) -> dict[str, list[str]]:
+    """Everything that only rank 0 does; a file on one machine that another has not."""
+    found = {}
+    mine = recipe[1] if dist.get_rank() == 0 else "data.dataset=/nowhere/rows.jsonl"
+    found["rows"] = run_with([recipe[0], mine, *recipe[2:]], f"train.output_dir={folder / 'rows'}")
+    if dist.get_rank() == 0:
+        (folder / "open" / "args.json.part").mkdir(parents=True)
+        (folder / "merge").mkdir()
+        (folder / "merge" / "checkpoint-2-merged.writing").write_text("in the way")
+    dist.barrier()
+    stays = "train.add_version=false"
+    found["open"] = run_with(recipe, f"train.output_dir={folder / 'open'}", stays)
+    found["merge"] = run_with(recipe, f"train.output_dir={folder / 'merge'}", stays, "export.merge_lora=true")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(folder / "log" / "logging.jsonl"))
+
+    step, Monitor.step = Monitor.step, full  # type: ignore[method-assign,assignment]
+    found["log"] = run_with(recipe, f"train.output_dir={folder / 'log'}", stays)
+    Monitor.step = step  # type: ignore[method-assign]
+    return found
+
+
+def test_a_file_that_cannot_be_read_on(ranks, tmp_path: Path) -> None:
+    directory = tiny.make(tmp_path / "model", "llama", num_hidden_layers=2)
+    one, other = ranks(2, load_what_is_cut_short, directory, timeout=60)
+    assert one == other and one.endswith("was cut short while it was read; copy it from the source again")
+
+
+def test_what_rank_0_cannot_write(ranks, tmp_path: Path) -> None:
+    model = tiny.make_chat(tmp_path / "model", "llama", num_hidden_layers=2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"query": f"{n}?", "response": f"{n}."}) for n in range(4)))
+    recipe = [
+        f"model.path={model}",
+        f"data.dataset={rows}",
+        "train.steps=2",
+        "train.global_batch_size=2",
+        "monitor.progress=false",
+    ]
+    found = ranks(2, train_where_rank_0_cannot_write, recipe, tmp_path, timeout=120)
+    expected = {
+        "rows": "/nowhere/rows.jsonl",
+        "open": f"cannot write {tmp_path}/open",
+        "merge": f"{tmp_path}/merge/checkpoint-2-merged",
+        "log": "No space left on device",
+    }
+    for what, part in expected.items():
+        one, other = found[what]
+        assert one == other and part in one and not one.startswith("alone"), (what, found[what])
+    assert not list(tmp_path.glob("*/*.writing/*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_problem_is_everybodys(ranks, rank: int) -> None:
+    one, other = ranks(2, one_has_a_problem, rank, timeout=30)
+    assert one == other == f"rank {rank} has one"
+
+
+def one_has_a_problem(rank: int) -> list[str]:
+    from swift_mega.parallel.agree import agree
+
+    return said_by_all(lambda: agree(f"rank {rank} has one" if dist.get_rank() == rank else None))
