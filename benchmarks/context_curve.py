@@ -6,6 +6,7 @@ query and 3 key heads, which neither 2 nor 4 ranks divide. Prints the largest di
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -64,19 +65,32 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a packed row (default 512)")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--plot", type=Path, help="draws the curves to this file")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="two steps of a tiny random model on 1 and 2 ranks, to see that all of it runs",
+    )
     arguments = parser.parse_args(given)
-    model = arguments.model
-    if model is None:
-        sys.path.insert(0, str(ROOT / "scripts"))
-        from prepare_smollm2 import prepare
-
-        model = prepare()
+    sys.path.insert(0, str(ROOT / "scripts"))
     with tempfile.TemporaryDirectory(prefix="swift-mega-curve-") as scratch:
+        model = arguments.model
+        if arguments.smoke:
+            from smoke_model import smoke_model
+
+            model, arguments.ranks, arguments.steps = smoke_model(Path(scratch)), [1, 2], 2
+            arguments.plot = Path(scratch) / "curves.png"
+        elif model is None:
+            from prepare_smollm2 import prepare
+
+            model = prepare()
         curves = {
             ranks: train(model, ranks, arguments.steps, arguments.max_length, Path(scratch) / str(ranks))
             for ranks in arguments.ranks
         }
+        if arguments.plot:
+            plot(curves, arguments.plot)
     first, status = curves[arguments.ranks[0]], 0
+    assert all(len(losses) == arguments.steps and all(map(math.isfinite, losses)) for losses in curves.values()), curves
     print(f"CP {arguments.ranks[0]}: loss {first[0]:.4f} -> {first[-1]:.4f} in {len(first)} steps")
     for ranks, losses in curves.items():
         far = max(abs(a - b) for a, b in zip(losses, first, strict=True))
@@ -84,8 +98,6 @@ def main(given: Sequence[str] | None = None) -> int:
             f"CP {ranks}: largest difference {far:.2e}{'' if far <= arguments.tolerance else '  beyond the tolerance'}"
         )
         status |= far > arguments.tolerance
-    if arguments.plot:
-        plot(curves, arguments.plot)
     return status
 
 

@@ -383,8 +383,10 @@ def padding_table(found: Sequence[Padding]) -> str:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def part(name: str, tokens: int, rounds: int) -> tuple[list[Balance] | list[Overhead] | list[Padding], str]:
-    """One part's results, and its table."""
+def part(
+    name: str, tokens: int, rounds: int, examples: int = 20000
+) -> tuple[list[Balance] | list[Overhead] | list[Padding], str]:
+    """One part's results, and its table. examples: of part d."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -394,7 +396,7 @@ def part(name: str, tokens: int, rounds: int) -> tuple[list[Balance] | list[Over
         if name == "c":
             measured = overhead(tokens, (1, 2, 4, 8), rounds)
             return measured, overhead_table(measured)
-        padded = padding(8192, (100, 1000), 20000)
+        padded = padding(8192, (100, 1000), examples)
         return padded, padding_table(padded)
     finally:
         torch.set_num_threads(threads)

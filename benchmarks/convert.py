@@ -16,6 +16,7 @@ ranks; the aim for load and save is the parameters themselves + 300 MB. Every re
 import argparse
 import filecmp
 import json
+import math
 import mmap
 import os
 import shutil
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 8, 32000
 BLOCK = 8 << 20
 RUN_RANKS, WRITE = "load and save", "write"
+SMOKE_SIZE = 0.0
 
 
 @dataclass
@@ -263,11 +265,13 @@ def _run(arguments: Sequence[str], environment: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def measure(source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: Callable[[str], None]) -> list[Measured]:
-    """Every job on one checkpoint, in turns."""
+def measure(
+    source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: Callable[[str], None], *, warm: bool = True
+) -> list[Measured]:  # fmt: skip
+    """Every job on one checkpoint, in turns. warm: memory is touched before each."""
     size = size_of(source) / 1e9
     found: dict[str, Measured] = {}
-    base, needed = imports_peak(), int(3e9 * size) + (1 << 30)
+    base, needed = imports_peak(), int(3e9 * size) + (1 << 30) if warm else mmap.PAGESIZE
 
     def note(job: str, seconds: float, peak: int | None = None, startup: float | None = None) -> None:
         one = found.setdefault(job, Measured(job, size))
@@ -415,16 +419,30 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="writes every round to this file")
     parser.add_argument("--plot", type=Path, help="draws seconds and memory over size to this file")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the jobs once on one layer (0.35 GB), to see that all of it runs"
+    )
     arguments = parser.parse_args(given)
+    if arguments.smoke:  # a checkpoint of one layer, since less than its vocabulary was asked for
+        arguments.sizes, arguments.rounds, arguments.jobs = [SMOKE_SIZE], 1, ["ranks"]
     results: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="swift-mega-convert-", dir=arguments.folder) as scratch:
         for gigabytes in sorted(arguments.sizes):
             source = Path(scratch) / "source"
             make_checkpoint(source, gigabytes)
             os.sync()
-            results += measure(source, Path(scratch), arguments.rounds, arguments.jobs, _say)
+            results += measure(source, Path(scratch), arguments.rounds, arguments.jobs, _say, warm=not arguments.smoke)
             shutil.rmtree(source)
     print(table(results))
+    jobs = {one.job for one in results}
+    assert {
+        "copy",
+        "copy, fsync",
+        "write",
+        "load, 2 ranks",
+        "save, 2 ranks",
+    } <= jobs or "ranks" not in arguments.jobs, jobs
+    assert all(0 < one.median < math.inf for one in results)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
     if arguments.plot:

@@ -10,7 +10,9 @@ e  the formula applied to Llama 3.1 8B on H100 GPUs of 80 GB: the longest row, t
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +48,14 @@ def main(given: Sequence[str] | None = None) -> None:
         "--tokens", type=int, default=8192, help="of the rows of b and c, a multiple of 16 (default 8192)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of b and c, of which medians are printed (default 5)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="every part as small as can be, to see that all of it runs"
+    )
     arguments = parser.parse_args(given)
+    if arguments.smoke:
+        arguments.tokens = 512
+        _smoke(arguments)
+        return
     if arguments.tokens <= 0 or arguments.tokens % 16 or arguments.rounds < 1:
         parser.error("--tokens is cut into 16 chunks at CP 8, and --rounds is at least 1")
     found: dict[str, Any] = {}
@@ -59,6 +68,23 @@ def main(given: Sequence[str] | None = None) -> None:
             arguments.json.write_text(json.dumps(found, indent=1))
     if arguments.plot:
         memory_parts.draw(found, arguments.plot)
+
+
+def _smoke(arguments: argparse.Namespace) -> None:
+    """Every part, with few tokens, in one round; of (a) one choice and two rows. What is found must be whole and finite."""
+    with tempfile.TemporaryDirectory(prefix="swift-mega-smoke-") as folder:
+        plot = Path(folder) / "plot.png"
+        small = memory_parts.measure(_say, choices=("+ tile_mlp",), lengths=(1024, 2048), given=100_000_000)
+        found = {"a": small, "e": memory_parts.plan()}
+        print(memory_parts.table(found["a"]), memory_parts.plan_table(found["e"]), sep="\n")
+        memory_parts.draw(found, plot)
+        assert plot.stat().st_size > 1000
+        assert all(one["peak"] > 0 and one["formula"] > 0 for one in small["points"] + small["longest"]), small
+    for part in "bcd":
+        results, table = context_parts.part(part, arguments.tokens, 1, examples=500)
+        print(table)
+        numbers = [value for one in results for value in vars(one).values() if isinstance(value, float)]
+        assert results and all(map(math.isfinite, numbers)), results
 
 
 def _say(line: str) -> None:

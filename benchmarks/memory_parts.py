@@ -122,7 +122,9 @@ def _formula(choice: str, folder: str) -> tuple[Callable[[int], int], Callable[[
     return needed, most
 
 
-def measure(say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    say: Callable[[str], None], *, choices: Sequence[str] = tuple(TRAIN), lengths: Sequence[int] = LENGTHS, given: int = GIVEN
+) -> dict[str, Any]:  # fmt: skip
     """(a)"""
     from swift_mega import device as devices
 
@@ -130,14 +132,14 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     points, at_most = [], []
     with tempfile.TemporaryDirectory(prefix="swift-mega-memory-") as folder:
         _make_model(folder)
-        for choice in TRAIN:
+        for choice in choices:
             needed, most = _formula(choice, folder)
-            fitting = most(GIVEN)
+            fitting = most(given)
             at_most.append(point(choice, fitting, needed(fitting), folder))
             say(
-                f"{choice:15} {fitting:6} tokens fit {GIVEN / 1e9:.0f} GB by the formula; measured {at_most[-1].peak / 1e9:.3f} GB"
+                f"{choice:15} {fitting:6} tokens fit {given / 1e9:g} GB by the formula; measured {at_most[-1].peak / 1e9:.3f} GB"
             )
-            for tokens in LENGTHS:
+            for tokens in lengths:
                 if needed(tokens) > LEAVE_OUT:
                     say(f"{choice:15} {tokens:6} tokens need {needed(tokens) / 1e9:.1f} GB by the formula: not run")
                     continue

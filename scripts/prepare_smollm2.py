@@ -107,6 +107,17 @@ def prepare(output: Path | None = None) -> Path:
     return target
 
 
+def smoke() -> int:
+    """Whether the package is there and transformers reads it: all but the minute that its weights take."""
+    from transformers import AutoConfig
+
+    gguf, marker = source()
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert config.num_hidden_layers == 30 and config.vocab_size == 49152, config
+    print(f"{marker['package']} {marker['version']}: {config.num_hidden_layers} layers, {config.vocab_size} tokens")
+    return 0
+
+
 def say(text: str) -> None:
     """Progress goes to standard error: standard output carries the path alone."""
     print(f"[prepare_smollm2] {text}", file=sys.stderr, flush=True)
@@ -116,7 +127,10 @@ def main() -> int:
     """Prints the path of the model directory; status 2 and one message where that cannot work."""
     parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct as a Hugging Face directory in float32")
     parser.add_argument("output", nargs="?", type=Path, help=f"default: {default_directory()}")
+    parser.add_argument("--smoke", action="store_true", help="reads the package's config alone, and writes nothing")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        return smoke()
     started = time.monotonic()
     try:
         target = prepare(arguments.output)
