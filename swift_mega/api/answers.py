@@ -54,7 +54,7 @@ class Answerer:
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text that a conversation of {"role", "content"} messages asks with; UserError where the template refuses it."""
-        return self.template.render([dict(message) for message in messages], generation_prompt=True)
+        return self.template.prompt([dict(message) for message in messages])
 
     def answer(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
         """The reply to a conversation of {"role", "content"} messages."""

@@ -136,7 +136,7 @@ def _given_flags(tokens: Sequence[str]) -> list[Given]:
         assert found is not None
         setting, inside = found
         words = flag.words or (("true",) if setting.switch else ())
-        if not words or words == ("",):
+        if not words or (words == ("",) and not setting.empty):
             raise UserError(f"--{flag.name} needs a value")
         value = from_words(words, setting, inside=inside)
         given.append(Given(name=flag.name, value=value, where=f"--{flag.name}", source=f"--{flag.name}"))

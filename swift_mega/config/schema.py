@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None) -> Any:
-    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help."""
-    metadata = {"flag": tuple(flag.split()), "help": help}
+def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None, empty: bool = False) -> Any:
+    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: "" is a value of its own."""
+    metadata = {"flag": tuple(flag.split()), "help": help, "empty": empty}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
@@ -109,7 +109,11 @@ class Data:
     dataset_info: str | None = setting(
         flag="custom_dataset_info dataset_info", help="dataset_info.json that names data sets"
     )
-    system: str | None = setting(flag="system", help="system message for rows that have none")
+    system: str | None = setting(
+        flag="system",
+        help='system message for rows that have none; "": an empty one, which keeps a template from adding its own',
+        empty=True,
+    )
     chat_template: str | None = setting(
         flag="chat_template", help="a .jinja file used in place of the tokenizer's own chat template"
     )

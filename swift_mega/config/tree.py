@@ -25,6 +25,8 @@ class Setting:
     default: Any
     flags: tuple[str, ...]
     help: str
+    empty: bool = False
+    """Whether empty text is a value of its own."""
 
     @property
     def section(self) -> str:
@@ -73,6 +75,7 @@ def settings() -> dict[str, Setting]:
                 default=default,
                 flags=leaf.metadata.get("flag", ()),
                 help=leaf.metadata.get("help", ""),
+                empty=leaf.metadata.get("empty", False),
             )
     return found
 

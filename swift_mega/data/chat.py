@@ -6,6 +6,7 @@ the fast tokenizer. The pad token plays no part, since it often is the end-of-tu
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from swift_mega.data.ends import Ends, Tokens
 from swift_mega.data.formats import Row, Turn
+from swift_mega.data.marks import Message
 from swift_mega.data.pack import Example
-from swift_mega.data.template import Message, Span, Template
+from swift_mega.data.template import Span, Template
 from swift_mega.data.vocabulary import TRAIN_RESIZED, check_tokens
 from swift_mega.errors import UserError
 from swift_mega.text_files import BOM, read_text
@@ -118,6 +120,7 @@ class Encoder:
 
     def _render(self, row: Row) -> tuple[str, list[tuple[Span, bool]]]:
         """The text, and the spans of it that are (True) or are not (False) trained, against the default of loss_on."""
+        row = self._renderable(row)
         replies = [index for index, turn in enumerate(row.turns) if turn.role == "assistant"]
         base = {"assistant": set(replies), "last": set(replies[-1:]), "all": set(replies)}[self._loss_on]
         wanted = {i for i in replies if row.turns[i].loss is True or (row.turns[i].loss is None and i in base)}
@@ -129,6 +132,13 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         return text, [(span, self._loss_on != "all") for span in spans]
+
+    def _renderable(self, row: Row) -> Row:
+        """An empty system turn says what a template without a system role does anyway: nothing."""
+        first = row.turns[0]
+        if first.role == "system" and not first.content.strip() and self.template.refuses_system:
+            return replace(row, turns=row.turns[1:])
+        return row
 
     @property
     def new_template(self) -> str | None:

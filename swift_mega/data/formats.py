@@ -102,7 +102,7 @@ def to_row(record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags
 def _shape(
     record: Mapping[str, Any], present: set[str], where: str, ignored: Counter[str], tags: Tags
 ) -> tuple[Row, set[str]]:
-    system = _text(record.get("system"), "system")
+    system = None if record.get("system") is None else _text(record["system"], "system")
     if "messages" in present:
         turns = [
             _turn(message, index, Tags(role="role", content="content"), ignored)
@@ -124,7 +124,7 @@ def _shape(
     )
 
 
-def _query_row(record: Mapping[str, Any], present: set[str], system: str, where: str) -> tuple[Row, set[str]]:
+def _query_row(record: Mapping[str, Any], present: set[str], system: str | None, where: str) -> tuple[Row, set[str]]:
     response = _first(RESPONSE, present)
     if response is None:
         asked = "instruction" if "instruction" in present else _first(QUERY, present)
@@ -211,16 +211,16 @@ def _role(name: Any, at: str, tags: Tags) -> str:
     return role
 
 
-def _row(turns: list[Turn], system: str, where: str) -> Row:
+def _row(turns: list[Turn], system: str | None, where: str) -> Row:
     if len(turns) == 1 and turns[0].role == "assistant" and not system:
         # SWIFT writes a document to pretrain on as one lone assistant turn.
         return Row(text=turns[0].content, where=where)
-    if system:
-        if turns and turns[0].role == "system":
+    if system is not None:
+        has_turn = bool(turns) and turns[0].role == "system"
+        if has_turn and system:
             raise UserError("both a system column and a system turn; keep one of them")
-        turns = [Turn(role="system", content=system), *turns]
-    if turns and turns[0].role == "system" and not turns[0].content.strip():
-        turns = turns[1:]
+        if not has_turn:
+            turns = [Turn(role="system", content=system), *turns]
     first = 1 if turns and turns[0].role == "system" else 0
     for index, turn in enumerate(turns[first:], first):
         expected = "assistant" if (index - first) % 2 else "user"

@@ -272,6 +272,7 @@ def _fill(rows: Rows, settings: Data) -> Rows:
     values = {"NAME": settings.model_name, "AUTHOR": settings.model_author}
     option = {"NAME": "data.model_name", "AUTHOR": "data.model_author"}
     used: set[str] = set()
+    effect: set[bool] = set()
 
     def fill_turn(turn: Turn, where: str) -> Turn:
         names = set(_PLACEHOLDER.findall(turn.content))
@@ -291,7 +292,8 @@ def _fill(rows: Rows, settings: Data) -> Rows:
         if row.text is not None:
             return row
         turns = row.turns
-        if settings.system and turns[0].role != "system":
+        effect.add(turns[0].role != "system" or turns[0].content == settings.system)
+        if settings.system is not None and turns[0].role != "system":
             turns = (Turn(role="system", content=settings.system), *turns)
         return replace(row, turns=tuple(fill_turn(turn, row.where) for turn in turns))
 
@@ -300,6 +302,11 @@ def _fill(rows: Rows, settings: Data) -> Rows:
         validation=[fill_row(row) for row in rows.validation],
         ignored=rows.ignored,
     )
+    if settings.system is not None and True not in effect:
+        raise UserError(
+            f"data.system={settings.system!r} has no effect: every conversation has a system text of its own (an empty one is one), or "
+            "there is none; leave it out"
+        )
     for name, value in values.items():
         if value is not None and name not in used:
             raise UserError(

@@ -214,14 +214,14 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
         "data.loss_on=last",
     ),
     "drops": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split()[0] }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split()[0] if m.role == 'assistant' else m.content }}"
         + END
         + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "drops or changes part of the reply of turn 2",
         "change the row",
     ),
     "upper": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper if m.role == 'assistant' else m.content }}"
         + END
         + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         "drops or changes part of the reply of turn 2",
@@ -232,7 +232,32 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
         + END
         + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<b>{% endif %}",
         "begins the reply of turn 2 otherwise than its own generation prompt",
-        "{% generation %}",
+        "<b>', begins it",
+    ),
+    "forces a reasoning block": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + END + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "begins the reply of turn 2 otherwise than its own generation prompt",
+        "<think>\\n', begins it",
+    ),
+    "forces one behind marks": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
+        "{{ m.content }}" + END + "{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+        "begins the reply of turn 4 otherwise than its own generation prompt",
+        "give a template without that",
+    ),
+    "drops a question": (
+        "{% for m in messages %}{% if not loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        + END
+        + "{% endif %}{% endfor %}",
+        "does not render the user text of turn 1 whole",
+        "change the row",
+    ),
+    "reorders": (
+        "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}" + END + "{% endfor %}",
+        "renders turn 3 ('another') before an earlier one",
+        "another template",
     ),
     "looks at length": (
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content | length }}\n{{ m.content }}"
@@ -352,3 +377,100 @@ def test_load_tokenizer_round_trip(chatml, tmp_path):
     (a,), (b,) = (Encoder(tokenizer).encode([row(TALK)]) for tokenizer in (chatml, load_tokenizer(tmp_path)))
     assert np.array_equal(a.tokens, b.tokens)
     assert np.array_equal(a.trained, b.trained)
+
+
+def _trained(tokenizer: Any, template: str, *turns: tuple[str, str], **settings: Any) -> tuple[str, str]:
+    """Text and trained text of a conversation."""
+    tokenizer.chat_template = template
+    (example,) = Encoder(tokenizer, **settings).encode([row(turns)])
+    return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.trained])
+
+
+def test_an_empty_system_turn_is_rendered_as_transformers_renders_it(make_tokenizer):
+    """It keeps a template from adding its persona; a template that raises at any system turn renders the rest."""
+    persona = "{% if messages[0].role != 'system' %}<|im_start|>system\nPERSONA<|im_end|>\n{% endif %}" + CHATML
+    turns = ("system", ""), ("user", "Hi"), ("assistant", "Yes")
+    tokenizer = make_tokenizer(persona, *SPECIAL)
+    text, trained = _trained(tokenizer, persona, *turns)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.startswith("<|im_start|>system\n<|im_end|>\n") and trained == "Yes<|im_end|>\n"
+    assert _trained(tokenizer, MISTRAL, *turns) == ("<s>[INST] Hi [/INST] Yes</s>", " Yes</s>")
+
+
+LOST_SYSTEM = {
+    "no system role": "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "only when asked": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ messages[0].content + ' ' if loop.last }}{{ m.content }}"
+    " [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    "the beginning of it": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[:6] if loop.first else m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("case", LOST_SYSTEM)
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_row_whose_system_text_vanishes_is_refused(make_tokenizer, case, loss_on):
+    """Also where its words happen to stand in another turn, and where every token is trained."""
+    turns = ("system", "Answer in verse."), ("user", "Answer in verse. Hi"), ("assistant", "Yes")
+    tokenizer = make_tokenizer(LOST_SYSTEM[case], *SPECIAL)
+    refuse(
+        lambda: _trained(tokenizer, LOST_SYSTEM[case], *turns, loss_on=loss_on),
+        "rows.jsonl:7", "does not render the system text of turn 1 whole ('Answer in verse.'", "put it into the first user turn",
+    )  # fmt: skip
+
+
+def test_texts_that_a_template_writes_otherwise_are_found(make_tokenizer):
+    """As JSON, with other white space, before the last question, without an earlier reply's reasoning, in a template that looks into
+    contents; marks or not, nothing of a text is missing."""
+    turns = (
+        ("system", 'Say "é"\nonly'),
+        ("user", " a  b\n"),
+        ("assistant", "<think>\nsum\n</think>\n\nc"),
+        ("user", "d"),
+        ("assistant", "e"),
+    )
+    end = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    loop = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    templates = {
+        loop
+        + "{{ m.content | tojson if m.role == 'system' else m.content }}<|im_end|>\n{% endfor %}"
+        + end: '"Say \\"é\\"\\nonly"',
+        loop
+        + "{{ m.content.split() | join(' ') if m.role == 'user' else m.content }}<|im_end|>\n{% endfor %}"
+        + end: "user\na b<",
+        loop + "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}" + end: "assistant\nc<|im_end|>",
+        loop
+        + "{% if m.content.startswith(' a') %}# {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        + end: "user\n#  a  b",
+    }
+    tokenizer = make_tokenizer(None, *SPECIAL)
+    for template, written in templates.items():
+        text, trained = _trained(tokenizer, template, *turns, loss_on="last")
+        assert written in text and trained == "e<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("loop", "header", "end"),
+    [
+        ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n{{ '' }}", "<|im_end|>\n"),
+        ("### {{ m.role }}:\n{{ m.content }}</s>\n\n", "### assistant:\n{{ '' }}", "</s>\n\n"),
+        ("{{ m.role }}: {{ m.content }}</s>", "assistant: ", "</s>"),
+    ],
+)
+def test_a_header_that_a_template_always_ends_with_is_not_trained(make_tokenizer, loop, header, end):
+    """It ignores add_generation_prompt: what stands behind the last reply is the next turn's, and in between too."""
+    template = "{% for m in messages %}" + loop + "{% endfor %}" + header
+    _, trained = _trained(make_tokenizer(template, *SPECIAL), template, *TALK)
+    assert trained == f" Yes\n{end}Yes{end}"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(make_tokenizer, tmp_path):
+    """Neither of a file, nor of the template that a tokenizer holds; what is exported is without it then."""
+    (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    tokenizer = make_tokenizer("\ufeff" + CHATML, *SPECIAL)
+    for settings in ({"chat_template": str(tmp_path / "t.jinja")}, {}):
+        encoder = Encoder(tokenizer, **settings)
+        (example,) = encoder.encode([row((("user", "Hi"), ("assistant", "Yes")))])
+        assert tokenizer.decode(example.tokens).startswith("<|im_start|>user\nHi")
+        assert encoder.new_template == CHATML

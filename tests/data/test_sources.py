@@ -32,7 +32,9 @@ def count_rows(number: int) -> list[dict[str, str]]:
 SHAPES: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
     (HELLO, [(U, "Hi"), (A, "Hello")]),
     ({**HELLO, "system": "Be brief"}, [(S, "Be brief"), (U, "Hi"), (A, "Hello")]),
-    ({"messages": [{"role": S, "content": " "}, *HELLO["messages"]]}, [(U, "Hi"), (A, "Hello")]),
+    ({"messages": [{"role": S, "content": " "}, *HELLO["messages"]]}, [(S, " "), (U, "Hi"), (A, "Hello")]),
+    ({**HELLO, "system": ""}, [(S, ""), (U, "Hi"), (A, "Hello")]),
+    ({"messages": [{"role": S, "content": "s"}, *HELLO["messages"]], "system": ""}, [(S, "s"), (U, "Hi"), (A, "Hello")]),
     ({"messages": [{"role": U, "content": [{"type": "text", "text": "Hi"}]}, HELLO["messages"][1]]}, [(U, "Hi"), (A, "Hello")]),
     ({"query": "q", "response": "r"}, [(U, "q"), (A, "r")]),
     ({"prompt": "q", "completion": "r", "system": None}, [(U, "q"), (A, "r")]),

@@ -50,8 +50,6 @@ _HEADER = "the twin trains the role header, which the generation prompt gives"
 _THINK = "the twin trains the opening of the reasoning block, which the generation prompt gives"
 EXTRA: dict[str, tuple[str, dict[str, str], str]] = {
     # template: what the twin trains in front of each reply and we do not; exceptions by conversation; why
-    "deepseek_r1_distill": ("<｜Assistant｜>", {}, _HEADER),
-    "deepseekv3": ("<｜Assistant｜>", {}, _HEADER),
     "gptoss": ("<|start|>assistant", {}, _HEADER),
     "muse_glimmer": ("<|start|>assistant", {}, _HEADER),
     "qwen2_5": ("\n", {}, "the twin trains the line break of the role header, which the generation prompt gives"),
@@ -68,8 +66,10 @@ LESS = {"llava_next": " "}
 break that others write after <|im_end|> (and their twins train)."""
 _REWRITES = dict.fromkeys(MULTI, "rewrites earlier text")
 REFUSED: dict[str, dict[str, str]] = {
-    "deepseek_r1_distill": {"reasoning": "drops or changes part of the reply"},
-    "deepseekv3": {"reasoning": "drops or changes part of the reply"},
+    # Asked with "<think>", and a reply is rendered without: both take the reasoning block out of every reply.
+    **dict.fromkeys(
+        ("deepseek_r1_distill", "deepseekv3"), dict.fromkeys(CONVERSATIONS, "begins the reply|drops or changes part")
+    ),
     "gemma": dict.fromkeys(("system", "system multi"), "System role not supported"),
     "glm4moe": dict.fromkeys(CONVERSATIONS, "nothing after the reply"),  # the next header ends a reply
     "gptoss": _REWRITES,  # the last reply ends with <|return|>, an earlier one with <|end|>
@@ -78,7 +78,11 @@ REFUSED: dict[str, dict[str, str]] = {
     "qwen3_5_think": _REWRITES,
     "qwen3_6": _REWRITES,
 }
-TWIN_REFUSED = {"deepseekv3": ("reasoning",), "gemma": ("system", "system multi")}
+TWIN_REFUSED = {
+    "deepseek_r1_distill": tuple(name for name in CONVERSATIONS if name != "reasoning"),
+    "deepseekv3": tuple(CONVERSATIONS),
+    "gemma": ("system", "system multi"),
+}
 
 
 def _turns(conversation: str) -> tuple[Turn, ...]:
@@ -275,4 +279,4 @@ def test_every_outcome_is_tabled_once():
     refused = sum(len(conversations) for conversations in REFUSED.values())
     different = sum(len(CONVERSATIONS) - len(REFUSED.get(name, ())) for name in {*EXTRA, *LESS})
     equal = len(TWINS) * len(CONVERSATIONS) - different - refused
-    assert (len(TWINS), len(ALONE), equal, different, refused) == (31, 10, 153, 118, 39)
+    assert (len(TWINS), len(ALONE), equal, different, refused) == (31, 10, 153, 100, 57)
