@@ -1,11 +1,18 @@
-"""The conversion tools stand on their own: plain python, and ranks that torchrun started."""
+"""The conversion tools stand on their own: plain python, and ranks that torchrun started.
 
+One test starts fresh interpreters, and two torchrun; what is left forks, so that Megatron is imported once.
+"""
+
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from swift_mega.convert.hf_files import Checkpoint
+from tests.forked import run_script as run
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools" / "convert"
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
+def started(*words: object) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, env=environment
@@ -33,9 +42,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "start", [(), ("-m", "torch.distributed.run", "--nproc_per_node", "2")], ids=["python", "torchrun"]
 )
 def test_there_and_back(model: Path, tmp_path: Path, start: tuple[str, ...]) -> None:
-    there = run(*start, TOOLS / "hf_to_mcore.py", "--model", model, "--output", tmp_path / "mcore", "--tp", 2)
+    there = started(*start, TOOLS / "hf_to_mcore.py", "--model", model, "--output", tmp_path / "mcore", "--tp", 2)
     assert there.returncode == 0, there.stderr
-    back = run(TOOLS / "mcore_to_hf.py", "--mcore", tmp_path / "mcore", "--output", tmp_path / "hf")
+    back = (run if start else started)(
+        TOOLS / "mcore_to_hf.py", "--mcore", tmp_path / "mcore", "--output", tmp_path / "hf"
+    )
     assert back.returncode == 0, back.stderr
     a, b = Checkpoint(model), Checkpoint(tmp_path / "hf")
     assert a.entries.keys() == b.entries.keys()
@@ -103,11 +114,41 @@ def test_compare_logits_in_ranks_of_torchrun(model: Path, tmp_path: Path) -> Non
     """Both sides in the same two ranks: transformers on the first one, and a layout; once each on standard output."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
     words = ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)
-    found = run(*start, *words, "--a_engine", "hf", "--b_layout", "tp2-sp")
+    found = started(*start, *words, "--a_engine", "hf", "--b_layout", "tp2-sp")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("A and B are equal within 1e-05") == 1 and "mcore, tp2-sp" in found.stdout
-    copies = run(*start, *words, "--b_layout", "pp2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_compare_logits_in_ranks_of_torchrun_of_other_layouts(model: Path, tmp_path: Path) -> None:
+    """Copies where one side has fewer ranks; a layout that does not fit. By default in ranks that were forked, below."""
+    start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
+    words = ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)
+    copies = started(*start, *words, "--b_layout", "pp2")
     assert copies.returncode == 0 and "(mcore, dp2)" in copies.stdout, copies.stderr
-    wrong = run(*start, *words, "--b_layout", "tp2-pp2")
+    wrong = started(*start, *words, "--b_layout", "tp2-pp2")
     assert wrong.returncode == 1 and wrong.stderr.count("compare_logits: error: ") == 1  # torchrun's own status is 1
+    assert not list(tmp_path.iterdir())
+
+
+def of_rank(words: list[str]) -> tuple[int, str, str]:
+    """In a rank: status and both streams of the tool."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["compare_logits.py", *words]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(TOOLS / "compare_logits.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_compare_logits_in_ranks_that_are_there(ranks: Any, model: Path, tmp_path: Path) -> None:
+    """Copies where one side has fewer ranks; a layout that does not fit."""
+    words = [*map(str, ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)), "--b_layout"]
+    status, out, err = ranks(2, of_rank, [*words, "pp2"])
+    assert status == 0 and "(mcore, dp2)" in out, err
+    status, out, err = ranks(2, of_rank, [*words, "tp2-pp2"])
+    assert status == 2 and err.count("compare_logits: error: ") == 1 and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())

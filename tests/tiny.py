@@ -97,6 +97,10 @@ FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
         ("hunyuan", 4, 2),
         ("gpt_oss", 8, 2),
         ("mixtral", 4, 1),
+        ("llama_bias", 4, 1),
+        ("qwen3", 4, 1),
+        ("hunyuan", 4, 1),
+        ("gpt_oss", 4, 1),
     ]
 }
 """For more tensor ranks than key heads; not among FAMILIES, since that alone tells them from theirs."""

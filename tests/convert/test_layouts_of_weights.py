@@ -31,6 +31,7 @@ from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part
 from tests import by_hand, tiny
+from tests.pairs import covering, kind, once
 
 DENSE = ("tp2-dp2", "tp4", "pp2-dp2", "pp4", "tp2-pp2-sp", "pp2-vpp2-dp2", "pp2:1,3")
 MOE = (
@@ -49,6 +50,26 @@ FEWER = ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp2-sp-dp2")
 COUNTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "granite", "gemma", "smollm3", "seed_oss")
 """Types whose layout tests/by_hand.py counts out. What the others hold is proven by the values that they compute, on tensor and
 expert ranks, in tests/train/test_layouts.py; here their bytes have to come back."""
+
+
+QUICK: dict[str, tuple[str, ...]] = {
+    "llama": ("tp4", "tp2-pp2-sp", "pp2:1,3"),
+    "llama_tied": ("pp4", "tp2-dp2", "pp2-vpp2-dp2"),
+    "llama_bias": ("tp2-pp2-sp",),
+    "qwen2_window": ("pp2-vpp2-dp2",),
+    "qwen3_tied": ("pp2-dp2", "pp2:1,3"),
+    "qwen3_moe": FEWER[1:],
+    "qwen3_moe_mixed": (*MOE, "pp2-vpp2-dp2"),
+    **dict.fromkeys(("mixtral", "deepseek_v3_moe", "qwen3_next"), FEWER),
+    **dict.fromkeys(("phi", "phi3", "gpt2", "falcon_new", "gemma2"), FEWER[:1]),
+}
+"""Without --full: every layout of DENSE and MOE by a family that is counted out, and a pipeline by one family of every kind;
+all others have tensor ranks, and expert ranks where they have experts, on two ranks."""
+
+
+def quick_layouts(name: str) -> tuple[str, ...]:
+    experts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"} & tiny.FAMILIES[name].keys()
+    return QUICK.get(name, ("tp2-ep2-etp1-sp",) if experts else ("tp2-sp",))
 
 
 def layouts_for(name: str) -> tuple[str, ...]:
@@ -139,25 +160,40 @@ def there_and_back(layouts: tuple[str, ...], directory: Path, output: Path, cpu:
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_every_layout_there_and_back(ranks, cpu, tmp_path, name):
-    """Every family in every layout on 4 ranks: parameters as counted out by hand, files as they were."""
+def test_every_layout_there_and_back(ranks, cpu, tmp_path, name, request):
+    """Every family in its layouts: parameters as counted out by hand, files as they were."""
     source = tiny.make(tmp_path / "hf", name)
-    layouts = layouts_for(name)
-    compared = ranks(4, there_and_back, layouts, source, tmp_path, cpu)
+    layouts = layouts_for(name) if request.config.getoption("--full") else quick_layouts(name)
+    compared = ranks(world_of(layouts), there_and_back, layouts, source, tmp_path, cpu)
     assert all(count > 5 for count in compared)
     for layout in layouts:
         same_bits(tmp_path / layout, source)
         assert (tmp_path / layout / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
+def world_of(layouts: tuple[str, ...]) -> int:
+    """The ranks that all these have; layers as listed are for four."""
+    (world,) = {4 if ":" in layout else parse_layout(layout)[1] for layout in layouts}
+    return world
+
+
+def test_quick_layouts_leave_none_out():
+    counted = {name for name, fields in tiny.FAMILIES.items() if fields["model_type"] in COUNTED}
+    assert {layout for name in counted for layout in quick_layouts(name)} >= {*DENSE, *MOE, *FEWER}
+    kinds = {kind(name) for name in tiny.FAMILIES}
+    assert {kind(name) for name in tiny.FAMILIES if any("pp2" in one for one in quick_layouts(name))} == kinds
+
+
 @pytest.mark.parametrize("name", tiny.FEW_KEY_HEADS)
-def test_more_ranks_than_key_heads_there_and_back(ranks, cpu, tmp_path, name):
+def test_more_ranks_than_key_heads_there_and_back(ranks, cpu, tmp_path, name, request):
     """Ranks hold the rows that Megatron cuts a group of, as counted out by hand, and each writes what it has."""
     source = tiny.make(tmp_path / "hf", name)
     layouts = ("tp4",) if name.endswith("_2") else ("tp4", "tp2-pp2-sp")
+    if name.endswith("_1") and name != "llama_4_1" and not request.config.getoption("--full"):
+        layouts = ("tp2",)
     experts = name.startswith(("mixtral", "gpt_oss"))
     layouts = tuple(f"{layout}-ep2-etp1" if experts else layout for layout in layouts)
-    assert all(count > 5 for count in ranks(4, there_and_back, layouts, source, tmp_path, cpu))
+    assert all(count > 5 for count in ranks(world_of(layouts), there_and_back, layouts, source, tmp_path, cpu))
     for layout in layouts:
         same_bits(tmp_path / layout, source)
 
@@ -177,25 +213,19 @@ def cast(directory: Path, kinds: list[torch.dtype]) -> Path:
     return directory
 
 
+KINDS = ("bfloat16", "float16", "bfloat16 float32", "bfloat16 float16 float32", "float64 bfloat16")
+LAYOUTS = {"qwen3_tied": ("tp2-pp2-sp", "pp4"), "mixtral": ("tp2-ep2-etp2-sp-dp2", "pp2-ep2-dp2")}
+
+
 @pytest.mark.parametrize(
-    "kinds",
-    [
-        [torch.bfloat16],
-        [torch.float16],
-        [torch.bfloat16, torch.float32],
-        [torch.bfloat16, torch.float16, torch.float32],
-        [torch.float64, torch.bfloat16],
-    ],
-    ids=lambda kinds: "-".join(str(kind).removeprefix("torch.") for kind in kinds),
+    "name, layout, kinds",
+    covering([(name, layout, kinds) for name in LAYOUTS for layout in LAYOUTS[name] for kinds in KINDS], once),
 )
-@pytest.mark.parametrize("name", ["qwen3_tied", "mixtral"])
-def test_dtypes_are_kept_tensor_by_tensor(ranks, cpu, tmp_path, name, kinds):
+def test_dtypes_are_kept_tensor_by_tensor(ranks, cpu, tmp_path, name, layout, kinds):
     """Held in the narrowest dtype that has them all, written in each one's own."""
-    source = cast(tiny.make(tmp_path / "hf", name), kinds)
-    layouts = ("tp2-pp2-sp", "pp4") if name != "mixtral" else ("tp2-ep2-etp2-sp-dp2", "pp2-ep2-dp2")
-    ranks(4, there_and_back, layouts, source, tmp_path, cpu)
-    for layout in layouts:
-        same_bits(tmp_path / layout, source)
+    source = cast(tiny.make(tmp_path / "hf", name), [getattr(torch, kind) for kind in kinds.split()])
+    ranks(4, there_and_back, (layout,), source, tmp_path, cpu)
+    same_bits(tmp_path / layout, source)
 
 
 EXTREME = {torch.float32: (torch.int32, 0x7F7FFFFF, -0x7FFFFFFF), torch.bfloat16: (torch.int16, 0x7F7F, -0x7FFF)}
@@ -224,8 +254,10 @@ def test_special_values_are_kept(ranks, cpu, tmp_path, kind):
     same_bits(tmp_path / "tp2-pp2-sp", source)
 
 
-@pytest.mark.parametrize("name", PLACES)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "value, name",
+    covering([(value, name) for value in (math.nan, math.inf, -math.inf) for name in PLACES], once, lambda case: 1),
+)
 def test_what_is_not_finite_is_named(ranks, cpu, tmp_path, name, value):
     """By the rank that holds it, on whichever stage; all ranks stop with its message."""
     source = with_values(tmp_path / "hf", torch.tensor([0.5, value, value]), (name,))

@@ -7,6 +7,7 @@ import pytest
 
 from swift_mega.device import Device
 from swift_mega.parallel.layout import parse_layout
+from tests.pairs import both_tuners, covering, of_layouts, once
 from tests.train.bench import bench, check, check_steps
 
 
@@ -15,18 +16,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("classic")
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "pp2-vpp2", "tp2-dp2-sp"])
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+CASES = [(family, layout) for family in ("gpt2", "bloom") for layout in ("tp2-pp2-sp", "pp2-vpp2", "tp2-dp2-sp")]
+RECOMPUTED = both_tuners([("gpt2", "tp2-sp"), ("bloom", "tp2-sp")])
+
+
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(str)))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Clipping by the gradient's norm included, which counts what is cut and what is whole."""
     check(work, cpu, family, tuner, layout)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
-def test_recompute(work: Path, cpu: Device, family: str, tuner: str) -> None:
-    check(work, cpu, family, tuner, "tp2-sp", recompute="full")
+@pytest.mark.parametrize("family, layout, tuner", covering(RECOMPUTED, once))
+def test_recompute(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
+    check(work, cpu, family, tuner, layout, recompute="full")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

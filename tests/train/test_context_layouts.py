@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from swift_mega.device import Device
+from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import check
 
 CASES = [
@@ -27,14 +28,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("context_layouts")
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family, layout", CASES, ids=lambda value: value)
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(kind)))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Logits, loss, gradients equal Hugging Face's; three steps equal one rank's; replicas are bit-equal."""
-    check(work, cpu, family, tuner, layout)
+    check(work, cpu, family, tuner, layout, layers=2)
 
 
 @pytest.mark.parametrize("layout", ["cp2-ring", "cp2-ulysses"])
 def test_recompute(work: Path, cpu: Device, layout: str) -> None:
     """Ranks send the same things twice, in the same order."""
-    check(work, cpu, "llama", "full", layout, recompute="full")
+    check(work, cpu, "llama", "full", layout, layers=2, recompute="full")

@@ -21,6 +21,10 @@ from swift_mega.train.build import build_part
 from tests import tiny
 from tests.train.bench import bench, check, check_steps, settings
 
+RECOMPUTED = [
+    ("full", "lora"), ("selective", "full"),
+    pytest.param("full", "full", marks=pytest.mark.full), pytest.param("selective", "lora", marks=pytest.mark.full),
+]  # fmt: skip
 LENGTHS = (3, CHUNK + 6, 1, CHUNK, 2 * CHUNK + 1, 2)
 
 
@@ -96,8 +100,7 @@ def test_an_adapter_of_attention_is_pefts(ranks: Any, cpu: Device, tmp_path: Pat
     assert moved > 0.1 and apart < 1e-4
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute, tuner", RECOMPUTED)
 def test_recompute(work: Path, cpu: Device, tuner: str, recompute: str) -> None:
     check(work, cpu, "qwen3_next", tuner, "tp2-ep2-etp1-sp", recompute=recompute)
 

@@ -11,6 +11,7 @@ import pytest
 from swift_mega.device import Device
 from swift_mega.models import specs
 from tests.engine_stand_in import StandIn
+from tests.pairs import both_tuners, covering, once
 from tests.train.bench import check
 
 CASES = [
@@ -35,7 +36,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs, "context_engine", lambda device: StandIn)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family, layout", CASES, ids=lambda value: value)
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), once))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
-    check(work, cpu, family, tuner, layout)
+    check(work, cpu, family, tuner, layout, layers=2)

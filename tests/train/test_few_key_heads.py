@@ -11,9 +11,16 @@ from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from tests import tiny
+from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import bench, check, check_steps
 
 CASES = [
+    # As many of each kind as two ranks allow; what four ranks add is below.
+    *((f"{name}_4_1", "tp2") for name in ("hunyuan", "olmo2")),
+    *((f"{name}_4_1", "tp2-sp") for name in ("llama_bias", "qwen3", "olmo2")),
+    *((f"{name}_4_1", "tp2-ep2-etp1-sp") for name in ("mixtral", "gpt_oss")),
+    *(("falcon", layout) for layout in ("tp2", "tp2-pp2")),
+    ("gpt_bigcode", "tp2-sp"),
     *(("llama_4_1", layout) for layout in ("tp2", "tp2-sp", "tp4-sp", "tp2-pp2")),
     *(("llama_tied_4_2", layout) for layout in ("tp4", "tp4-sp")),
     ("llama_bias_8_2", "tp4"),  # two queries of a group on each rank; biases of all linears
@@ -28,6 +35,10 @@ CASES = [
     ("falcon", "tp4"),  # a joined Hugging Face tensor of one group
     ("gpt_bigcode", "tp4-sp"),
 ]
+RECOMPUTED = [
+    ("full", "lora"), ("selective", "full"),
+    pytest.param("full", "full", marks=pytest.mark.full), pytest.param("selective", "lora", marks=pytest.mark.full),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +46,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("few_key_heads")
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family, layout", CASES, ids=lambda value: value)
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(kind)))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Logits, loss, gradients equal Hugging Face's; three steps equal one rank's; replicas are bit-equal."""
-    check(work, cpu, family, tuner, layout)
+    check(work, cpu, family, tuner, layout, layers=2)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute, tuner", RECOMPUTED)
 def test_recompute(work: Path, cpu: Device, recompute: str, tuner: str) -> None:
     """Ranks gather the same things twice, in the same order."""
-    check(work, cpu, "llama_4_1", tuner, "tp2-sp", recompute=recompute)
+    check(work, cpu, "llama_4_1", tuner, "tp2-sp", layers=2, recompute=recompute)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
@@ -56,7 +65,7 @@ def test_distributed_optimizer(work: Path, cpu: Device, tuner: str) -> None:
     parallel = dataclasses.replace(
         parallel, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000
     )
-    one = bench(work, cpu, "llama_4_1", tuner)
+    one = bench(work, cpu, "llama_4_1", tuner, layers=2)
     check_steps(one, *one.steps("overlap", parallel, world))
 
 

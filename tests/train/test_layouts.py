@@ -16,6 +16,7 @@ from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel.layout import parse_layout
 from swift_mega.train import validate
+from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import OPTIM, STEPS, bench, check, check_steps
 
 DENSE = ["tp2", "tp4", "tp2-sp", "pp2", "pp4", "pp2-vpp2", "tp2-pp2-sp", "dp2", "tp2-dp2-sp"]
@@ -36,12 +37,24 @@ CASES = [
     ("granitemoeshared", "tp2-ep2-etp2-sp"),  # stacked experts, a shared one
     ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias of the choice
     ("qwen3_next", "tp2-ep2-etp2-sp"),  # gated delta nets, cut by key heads
-    ("qwen3_next", "tp4-pp2-etp1-sp"),
-    (
-        "qwen3_next_dense",
-        "tp2",
-    ),  # the norm after the state is whole on every rank, which sees the gradient of its own heads
+    ("qwen3_next_dense", "pp2"),
+    # the norm after the state is whole on every rank, which sees the gradient of its own heads
+    ("qwen3_next_dense", "tp2"),
 ]
+RECOMPUTED = [
+    ("llama_tied", layout, tuner, recompute)
+    for layout in ("single", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp")
+    for tuner in ("full", "lora")
+    for recompute in ("full", "selective")
+]
+CUT_OPTIMIZERS = [
+    (family, layout, tuner, overlap)
+    for family, layout in (
+        ("llama", "dp2"), ("llama_tied", "tp2-dp2-sp"), ("qwen3_moe", "ep2-dp4"), ("llama", "pp2-dp2"), ("phi", "tp2-dp2-sp"),
+    )
+    for tuner in ("full", "lora")
+    for overlap in ("plain", "overlap")
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,40 +62,34 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family, layout", CASES, ids=lambda value: value)
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(kind)))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Logits, loss, gradients equal Hugging Face's; three steps equal one rank's; replicas are bit-equal."""
     check(work, cpu, family, tuner, layout)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("layout", ["single", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp"])
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recompute(work: Path, cpu: Device, layout: str, tuner: str, recompute: Any) -> None:
+def test_eight_ranks(work: Path, cpu: Device, tuner: str) -> None:
+    """Delta nets over tensor and pipeline ranks at once; the default cases have each of both."""
+    check(work, cpu, "qwen3_next", tuner, "tp4-pp2-etp1-sp")
+
+
+@pytest.mark.parametrize("family, layout, tuner, recompute", covering(RECOMPUTED, of_layouts(kind)))
+def test_recompute(work: Path, cpu: Device, family: str, layout: str, tuner: str, recompute: Any) -> None:
     """Recomputing activations changes nothing: also for adapters below a frozen embedding."""
-    check(work, cpu, "llama_tied", tuner, layout, recompute=recompute)
+    check(work, cpu, family, tuner, layout, recompute=recompute)
 
 
-@pytest.mark.parametrize(
-    "family, layout",
-    [
-        ("llama", "dp2"),
-        ("llama_tied", "tp2-dp2-sp"),
-        ("qwen3_moe", "ep2-dp4"),
-        ("llama", "pp2-dp2"),
-        ("phi", "tp2-dp2-sp"),
-    ],
-)
-@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str, overlap: bool, tuner: str) -> None:
+@pytest.mark.parametrize("family, layout, tuner, overlap", covering(CUT_OPTIMIZERS, of_layouts(kind)))
+def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str, tuner: str, overlap: str) -> None:
     """Optimizer state cut over data ranks trains what one rank does, with communication hidden or not."""
     parallel, world = parse_layout(layout)
+    hidden = overlap == "overlap"
     parallel = dataclasses.replace(
-        parallel, distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=overlap,
+        parallel, distributed_optimizer=True, overlap_grad_reduce=hidden, overlap_param_gather=hidden,
         # Many buckets: each parameter is waited for where it is used. Phi's head has a bias, which gets a bucket of its own.
-        ddp_bucket_size=(60 if family == "phi" else 4000) if overlap else None,
+        ddp_bucket_size=(60 if family == "phi" else 4000) if hidden else None,
     )  # fmt: skip
     one = bench(work, cpu, family, tuner)
     check_steps(one, *one.steps(f"{layout}-{overlap}", parallel, world))
@@ -97,9 +104,9 @@ def test_uneven_stages(work: Path, cpu: Device, change: dict[str, Any]) -> None:
     """Stages of unequal length hold the layers that the layout says, and train the same."""
     parallel = schema.Parallel(pipeline=2, distributed_optimizer=False, **change)
     one = bench(work, cpu, "llama_tied", "full")
-    found = one.difference("uneven", parallel, 2)
+    found, losses, trained = one.both("uneven", parallel, 2)
     assert found.gradient < 1e-5, found
-    check_steps(one, *one.steps("uneven", parallel, 2))
+    check_steps(one, losses, trained)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])

@@ -19,6 +19,7 @@ from swift_mega.parallel.layout import Layout, parse_layout
 from swift_mega.train import offload, validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import evaluate, run_schedule
+from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import bench, settings
 
 LAYOUTS = ["dp1", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2-ring", "tp2-pp2-sp"]
@@ -116,11 +117,12 @@ def check(
     assert any(each["bytes"] for each in found)
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(work: Path, cpu: Device, layout: str, tuner: str) -> None:
+@pytest.mark.parametrize(
+    "family, layout, tuner", covering(both_tuners(("llama", name) for name in LAYOUTS), of_layouts(kind))
+)
+def test_layouts(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Loss and gradients are the same bits; what left are the layers' inputs; an evaluation moves nothing."""
-    check(work, cpu, tuner, layout)
+    check(work, cpu, tuner, layout, family)
 
 
 @pytest.mark.parametrize("family, layout", [("mixtral", "ep2-dp2"), ("deepseek_v3_moe", "pp2"), ("bloom", "dp2")])

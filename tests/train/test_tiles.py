@@ -20,6 +20,7 @@ from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from tests.largest import Largest
+from tests.pairs import both_tuners, covering, kind, of_layouts
 
 ONE = schema.Parallel(distributed_optimizer=False)
 TILE = 5  # rows have 5 to 48 tokens: several tiles, the last one short
@@ -88,8 +89,7 @@ def check(work: Path, cpu: Device, family: str, tuner: str, layout: str, *, name
     assert found.tensors > 10
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("family, layout", CASES, ids=lambda value: value)
+@pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(kind)))
 def test_tiles_change_nothing(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
     """Loss and every gradient by tiles equal those of all tokens at once, in float64; with data ranks overlapped in small buckets."""
     check(work, cpu, family, tuner, layout)
