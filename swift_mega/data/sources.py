@@ -96,7 +96,8 @@ class _Set:
         unused: Counter[str] = Counter()
         row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags)
         for source, target in self.file.columns.items():
-            if target in unused and source in record:
+            # One of our own names is mapped away to make room for another, and may have no use where it goes.
+            if target in unused and source in record and source not in COLUMNS:
                 raise UserError(
                     f"{where}: data.columns maps {source!r} to {target!r}, which has no use beside the row's other columns "
                     f"({', '.join(sorted(record))}); map it elsewhere, or map or remove those"

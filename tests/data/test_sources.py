@@ -137,9 +137,9 @@ LETTERS = {"query": "2+2?", "response": "B", "gold": "A"}
 def test_a_column_in_the_place_of_another(write, columns):
     """Equal letters are one object in Python: what a row holds must not decide what is renamed, nor the order of the mapping."""
     equal = {"query": "3+3?", "response": "A", "gold": "A"}
-    for row in (LETTERS, equal):
-        with pytest.raises(UserError, match="maps 'response' to 'text', which has no use beside"):
-            load(Data(dataset=(write(row),), columns=columns))
+    rows = load(Data(dataset=(write(LETTERS, equal),), columns=columns))
+    assert [talk(row) for row in rows.train] == [[(U, "2+2?"), (A, "A")], [(U, "3+3?"), (A, "A")]]
+    assert rows.ignored == {"text": 2}
     moved = {name: {"text": "system"}.get(target, target) for name, target in columns.items()}
     rows = load(Data(dataset=(write(LETTERS, equal),), columns=moved)).train
     assert [talk(row) for row in rows] == [[(S, "B"), (U, "2+2?"), (A, "A")], [(S, "A"), (U, "3+3?"), (A, "A")]]
