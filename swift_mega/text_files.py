@@ -5,11 +5,18 @@ Python's `read_text` keeps the mark as the first character, and `splitlines` als
 strings and prompts may hold.
 """
 
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from swift_mega.errors import UserError
 
 BOM = "\ufeff"
+DEEPEST = 100
+"""Levels of a JSON value. Python's own limit is that of its stack, which printing or copying the value would meet next."""
+LONGEST_INTEGER = 4000
+"""Digits of an integer; Python reads 4300 at most, since more take long."""
 
 
 def read_text(path: str | Path, *, what: str) -> str:
@@ -30,3 +37,48 @@ def lines(text: str) -> list[str]:
     """The lines of `text` without their ends; what follows the last one is none where it is empty."""
     found = [line.removesuffix("\r") for line in text.split("\n")]
     return found[:-1] if found[-1] == "" else found
+
+
+def parse_json(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> Any:
+    """The value of a JSON text; ValueError, whatever is wrong with it. Integers beyond LONGEST_INTEGER digits are read as floats.
+
+    pairs: makes a dict of an object's pairs, as json's object_pairs_hook.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) > DEEPEST and _depth(value) > DEEPEST:  # type: ignore[arg-type]
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+    return value
+
+
+def read_object(path: str | Path, *, remedy: str = "copy it from the source again") -> dict[str, Any]:
+    """The JSON object in a file of a model or an adapter; UserError where there is none, which ends with `remedy`."""
+    try:
+        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not an object; {remedy}")
+    return value
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= LONGEST_INTEGER else float(digits)
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and dicts, level by level."""
+    level, depth = [value], 0
+    while level:
+        level = [item for one in level if isinstance(one, list | dict) for item in _items(one)]
+        depth += 1
+    return depth
+
+
+def _items(value: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

@@ -207,7 +207,7 @@ MISTAKES = [
     ),
     (
         ["export", "--adapters", "torn", "--merge_lora"],
-        "torn/adapter_config.json: not a JSON object; is the file whole?",
+        "torn/adapter_config.json is not valid JSON (",
     ),
     ([*EXPORT, "--output", "taken"], "--output=taken exists and is not empty"),
     # infer

@@ -7,6 +7,7 @@ from typing import Any
 
 from swift_mega.config.check import check_model_directory
 from swift_mega.errors import UserError
+from swift_mega.text_files import read_object
 
 # One of these is in every directory that swift-mega writes; without one, --overwrite must not delete a directory.
 OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt", "COMMIT")
@@ -38,11 +39,8 @@ def model_of(adapters: str, model: str | None) -> str:
     check_model_directory(adapters, what="--adapters", file="adapter_config.json")
     if model is None:
         config = Path(adapters) / "adapter_config.json"
-        try:
-            model = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (json.JSONDecodeError, AttributeError):
-            raise UserError(f"{config}: not a JSON object; is the file whole?") from None
-        if not model:
+        model = read_object(config, remedy="is the file whole?").get("base_model_name_or_path")
+        if not isinstance(model, str) or not model:
             raise UserError(f"{config} names no base model (base_model_name_or_path); give --model DIR")
         check_model_directory(model, what=f"base_model_name_or_path in {config}, since --model is not given,")
     check_model_directory(model, what="--model")

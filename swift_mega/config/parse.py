@@ -16,6 +16,7 @@ import yaml
 
 from swift_mega.config.tree import Setting, sections, settings, suggest
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json
 
 # What SWIFT calls a choice, where we call it otherwise.
 SWIFT_VALUES = {"data.loss_on": {"default": "assistant", "last_round": "last"}}
@@ -114,8 +115,8 @@ def from_words(words: Sequence[str], setting: Setting, *, inside: str) -> Value:
         return [Scalar(part.strip()) for word in words for part in word.split(",") if part.strip()]
     if setting.table and not inside and len(words) == 1:
         try:
-            table = json.loads(words[0])
-        except json.JSONDecodeError:
+            table = parse_json(words[0])
+        except ValueError:
             return Scalar(words[0])
         return _from_json(table)
     if len(words) == 1:

@@ -4,7 +4,6 @@ A checkpoint is its headers: name, dtype, shape and byte range of every tensor, 
 weight moves. Pickle files are never opened.
 """
 
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from swift_mega.convert.spans import Entry, read_spans, spans, stacked
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -172,20 +172,12 @@ def read_header(file: Path) -> list[Entry]:
             f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again"
         )
     try:
-        header = json.loads(raw, object_pairs_hook=_once)
+        header = parse_json(raw, pairs=_once)
         header.pop("__metadata__", None)
         entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
     except UserError as error:
         raise UserError(f"{file}: {error}; copy it from the source again") from None
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} has a damaged safetensors header ({error}); copy it from the source again") from None
     _check_cover(file, entries, 8 + length, size)
     return entries
@@ -236,10 +228,12 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError where it is none."""
     try:
-        value = json.loads(path.read_text(), object_pairs_hook=_once)
+        value = parse_json(path.read_bytes().decode("utf-8-sig"), pairs=_once)
     except UserError as error:
         raise UserError(f"{path}: {error}; copy it from the source again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; copy it from the source again") from None
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it from the source again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not an object; copy it from the source again")

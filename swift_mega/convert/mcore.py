@@ -35,6 +35,7 @@ from swift_mega.models.settings import Settings
 from swift_mega.outputs import free_bytes
 from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
+from swift_mega.text_files import read_object
 
 TRACKER, RELEASE, COMPANIONS, DTYPES = "latest_checkpointed_iteration.txt", "release", "hf", "source_dtypes.json"
 UNREADABLE = (
@@ -224,9 +225,9 @@ def companions_of(
             "--model DIR (the Hugging Face model that it started from)"
         )
     try:
-        named = json.loads((folder / DTYPES).read_text())
+        named = read_object(folder / DTYPES)
         found = {name: TORCH_DTYPES[kind] for name, kind in named.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError):
         found = {}
     if not found:
         raise UserError(

@@ -4,16 +4,17 @@ Two dialects are read. LLaMA-Factory writes an object, name -> {file_name, forma
 tags}; SWIFT writes a list of {dataset_path, dataset_name, columns (theirs -> ours)}. Paths are relative to the file.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swift_mega.config.schema import Data
 from swift_mega.data.formats import Tags, kind
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json, read_text
 
 _FACTORY_KEYS = ("file_name", "formatting", "columns", "tags", "num_samples", "ranking")
 _SWIFT_KEYS = ("dataset_path", "dataset_name", "columns", "help", "tags")
@@ -46,7 +47,7 @@ def find(name: str, settings: Data) -> File:
         info = Path(settings.dataset_info)
         entries = _read_info(info)
         if plain in entries:
-            file = entries[plain]
+            file = entries[plain]()
             return File(
                 path=file.path, rows=rows or file.rows, columns={**file.columns, **settings.columns}, tags=file.tags
             )
@@ -66,21 +67,39 @@ def _split_count(name: str) -> tuple[str, int | None]:
     return found[1], int(found[2])
 
 
-def _read_info(path: Path) -> dict[str, File]:
+def _read_info(path: Path) -> dict[str, Callable[[], File]]:
+    """Name -> what reads its entry, when it is asked for: a damaged entry is in nobody else's way."""
+    what = f"data.dataset_info={str(path)!r}"
+    if not path.exists():
+        raise UserError(f"{what} does not exist; give the path of a dataset_info.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"data.dataset_info={str(path)!r} does not exist; give the path of a dataset_info.json"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"data.dataset_info={str(path)!r} cannot be read as JSON: {error}; correct the file") from error
+        content = parse_json(read_text(path, what=what))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what} cannot be read as JSON: {error}; correct the file") from error
     if isinstance(content, dict):
-        return {name: _factory_file(path, name, entry) for name, entry in content.items() if not _is_remote(entry)}
+        return {
+            name: partial(_factory_file, path, name, entry) for name, entry in content.items() if not _is_remote(entry)
+        }
     if isinstance(content, list):
-        files = [_swift_file(path, index, entry) for index, entry in enumerate(content) if not _is_remote(entry)]
-        return dict(files)
-    raise UserError(f"data.dataset_info={str(path)!r} holds {kind(content)}; write an object, or a list, of data sets")
+        numbered = [(index, entry) for index, entry in enumerate(content) if not _is_remote(entry)]
+        if not any(_swift_name(entry) for _, entry in numbered) and numbered:
+            _swift_file(path, *numbered[0])  # says what is wrong with it
+        return {
+            name: partial(_swift_file, path, index, entry) for index, entry in numbered if (name := _swift_name(entry))
+        }
+    raise UserError(f"{what} holds {kind(content)}; write an object, or a list, of data sets")
+
+
+def _swift_name(entry: Any) -> str | None:
+    """What an entry of SWIFT's list is called; None for one that has no name and no path to make one of."""
+    name, path = (
+        (entry.get(key) for key in ("dataset_name", "dataset_path")) if isinstance(entry, dict) else (None, None)
+    )
+    if isinstance(name, str) and name:
+        return name
+    return Path(path).stem if isinstance(path, str) else None
 
 
 def _is_remote(entry: Any) -> bool:
@@ -100,7 +119,7 @@ def _factory_file(info: Path, name: str, entry: Any) -> File:
     if entry.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
         raise UserError(f"{where}: formatting {entry['formatting']!r} is unknown; write alpaca or sharegpt")
     columns: dict[str, str] = {}
-    for ours, theirs in entry.get("columns", {}).items():
+    for ours, theirs in _names(entry, "columns", where).items():
         if ours not in _FACTORY_COLUMNS:
             raise UserError(f"{where}: column {ours!r} is not supported; known are {', '.join(_FACTORY_COLUMNS)}")
         if theirs in columns:
@@ -108,9 +127,8 @@ def _factory_file(info: Path, name: str, entry: Any) -> File:
                 f"{where}: column {theirs!r} is named for two of ours, {columns[theirs]!r} and {_FACTORY_COLUMNS[ours]!r}; it can "
                 "be only one of them"
             )
-        if theirs is not None:
-            columns[theirs] = _FACTORY_COLUMNS[ours]
-    tags = dict(entry.get("tags", {}))
+        columns[theirs] = _FACTORY_COLUMNS[ours]
+    tags = _names(entry, "tags", where)
     roles = {tags.pop(tag): role for tag, role in _FACTORY_ROLE_TAGS.items() if tag in tags}
     read = Tags(role=tags.pop("role_tag", "from"), content=tags.pop("content_tag", "value"), roles=roles)
     tags.pop("observation_tag", None)  # The role itself is refused where a row uses it.
@@ -119,18 +137,31 @@ def _factory_file(info: Path, name: str, entry: Any) -> File:
         raise UserError(
             f"{where}: tags {', '.join(tags)} are unknown; known are role_tag, content_tag, {', '.join(_FACTORY_ROLE_TAGS)}"
         )
-    return File(path=info.parent / entry["file_name"], rows=entry.get("num_samples"), columns=columns, tags=read)
+    rows = entry.get("num_samples")
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise UserError(f"{where}: num_samples is {kind(rows)}; write a whole number of at least 1")
+    return File(path=info.parent / entry["file_name"], rows=rows, columns=columns, tags=read)
 
 
-def _swift_file(info: Path, index: int, entry: Any) -> tuple[str, File]:
+def _swift_file(info: Path, index: int, entry: Any) -> File:
     where = f"{info}: entry {index}"
     _check_keys(entry, where, _SWIFT_KEYS + _HUB_KEYS, needs="dataset_path")
-    path = info.parent / entry["dataset_path"]
-    return entry.get("dataset_name") or path.stem, File(path=path, columns=entry.get("columns", {}))
+    return File(path=info.parent / entry["dataset_path"], columns=_names(entry, "columns", where))
+
+
+def _names(entry: dict[str, Any], key: str, where: str) -> dict[str, str]:
+    """The object of names at `key`, without those that are null; empty where there is none."""
+    found = entry.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"{where}: {key} is {kind(found)}; write an object of names")
+    for name, value in (found or {}).items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key}: {name!r} is {kind(value)}; write a name")
+    return {name: value for name, value in (found or {}).items() if value is not None}
 
 
 def _check_keys(entry: Any, where: str, known: tuple[str, ...], *, needs: str) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get(needs), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get(needs), str) or not entry[needs]:
         raise UserError(f"{where} has no {needs}; write the path of its file there")
     if unknown := [key for key in entry if key not in known]:
         raise UserError(

@@ -22,6 +22,7 @@ from swift_mega.data.dataset_info import File, find
 from swift_mega.data.formats import COLUMNS, Row, Tags, Turn, kind, to_row
 from swift_mega.data.shuffle import shuffled
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json
 
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR)\}\}")
 _SPLIT, _SAMPLE = 1, 2
@@ -232,7 +233,7 @@ def _read_list(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        return parse_json(text, pairs=_no_duplicates)
     except json.JSONDecodeError as error:
         around = text[max(0, error.pos - 20) : error.pos + 20]
         raise UserError(
@@ -241,6 +242,8 @@ def _parse(text: str, where: str) -> Any:
         ) from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not read as JSON: {error}; write one complete JSON object per line") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

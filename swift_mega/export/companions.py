@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.text_files import BOM, read_text
+from swift_mega.text_files import BOM, read_object, read_text
 
 TEMPLATE = "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
@@ -130,10 +130,4 @@ def _ids_in(path: Path) -> tuple[int, ...] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(path, what=str(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it from the original model again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; copy it from the original model again")
-    return config
+    return read_object(path, remedy="copy it from the original model again")

@@ -3,7 +3,6 @@
 The base directory is never changed, and nothing but one tensor is in memory, so a 400B model merges on a laptop.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family, families, family_of
 from swift_mega.models.quantization import FLAG
 from swift_mega.outputs import staged
+from swift_mega.text_files import read_object
 
 PREFIX = "base_model.model."
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -62,14 +62,9 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
         raise UserError(
             f"{directory} has no adapter_config.json, so it is not a PEFT adapter; give the checkpoint directory of a LoRA run"
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}; only LORA can be merged"
-        )
+    config = read_object(path, remedy="copy it again")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged")
     for key, plain in UNSUPPORTED.items():
         if config.get(key) not in (*plain, None):
             raise UserError(
@@ -84,7 +79,7 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
         )
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(
             f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers; copy it again"
         ) from None

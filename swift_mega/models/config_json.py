@@ -1,10 +1,10 @@
 """config.json of a Hugging Face directory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from swift_mega.errors import UserError
+from swift_mega.text_files import read_object
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -18,10 +18,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it"
         )
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it from the original checkpoint again") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_object(path, remedy="copy it from the original checkpoint again")
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} has no model_type; copy it from the original checkpoint again")
     return config

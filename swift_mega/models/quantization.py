@@ -3,13 +3,13 @@
 Today it is `quantization_config` in config.json; checkpoints of older tools say it in a file of its own beside it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swift_mega.errors import UserError
+from swift_mega.text_files import read_object
 
 KEYS = ("quantization_config", "compression_config")
 """Fields of config.json; the second is what compressed-tensors wrote at first."""
@@ -41,11 +41,7 @@ def stored_dtype(directory: str | Path) -> torch.dtype:
 def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it from the original checkpoint again") from None
-    return value if isinstance(value, dict) else {}
+    return read_object(path, remedy="copy it from the original checkpoint again")
 
 
 def _checked(value: Any, where: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from swift_mega.train.sinks import JsonLines, Plots, Progress, Record, Sink, Ten
 
 ABOUT_A_RUN = ("args.json", "logging.jsonl", "runs", "images")
 """What a run writes about itself: two runs' lines in one file, or curves in one folder, would be read as one run's."""
+SINKS = {"JsonLines": "logging.jsonl", "TensorBoard": "runs/ (TensorBoard)", "Plots": "images/ (plots)"}
 EARLIER = re.compile(r"earlier-(\d+)")
 
 
@@ -112,8 +113,14 @@ class RunDirectory:
         """args.json: the resolved settings (`dataclasses.asdict` of a Run, and what else the caller wants to keep)."""
         path = self.path / "args.json"
         scratch = path.with_suffix(".json.part")
-        scratch.write_text(json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        try:
+            scratch.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); free some space, or name another train.output_dir"
+            ) from None
         return path
 
 
@@ -159,6 +166,7 @@ class Monitor:
         self._flops, self._device, self._world, self._clock = flops_per_token, device, world, clock
         self._progress: Progress | None = None
         self._sinks: list[Sink] = []
+        self._failing: set[str] = set()
         self._open(settings, recorded or {})
         self._losses: list[float] = []
         self._tokens = self._trained = self._window_tokens = 0
@@ -169,14 +177,13 @@ class Monitor:
         check(settings)
         try:
             self._sinks.append(JsonLines(self.directory.logging))
+            if "wandb" in settings.report_to:
+                self._sinks.append(Wandb(self.directory.path, settings, recorded))
+            if "tensorboard" in settings.report_to:
+                self._sinks.append(TensorBoard(self.directory.tensorboard))
         except OSError as error:
-            raise UserError(
-                f"{self.directory.logging} cannot be opened ({error.strerror}); name another train.output_dir"
-            ) from None
-        if "wandb" in settings.report_to:
-            self._sinks.append(Wandb(self.directory.path, settings, recorded))
-        if "tensorboard" in settings.report_to:
-            self._sinks.append(TensorBoard(self.directory.tensorboard))
+            path = error.filename or self.directory.path
+            raise UserError(f"{path} cannot be opened ({error.strerror}); name another train.output_dir") from None
         self._sinks.append(Plots(self.directory.images, self._clock))
         if settings.progress:
             self._progress = Progress(self._steps, self._first)
@@ -274,12 +281,27 @@ class Monitor:
 
     def _write(self, group: str, step: int, record: Record) -> None:
         for sink in self._sinks:
-            sink.write(group, step, record)
+            self._try(sink, lambda sink=sink: sink.write(group, step, record))  # type: ignore[misc]
+
+    def _try(self, sink: Sink, action: Callable[[], None]) -> None:
+        """What a run says of itself never ends it: a sink that cannot be written is told of, once until it can be again."""
+        name = type(sink).__name__
+        try:
+            action()
+            self._failing.discard(name)
+        except (OSError, ArithmeticError) as error:
+            if name not in self._failing:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                self.say(
+                    f"{SINKS.get(name, name)} of {self.directory.path} cannot be written ({reason}); training goes on without"
+                )
+            self._failing.add(name)
 
     def close(self) -> None:
         """Draws the plots and closes every file; a second call does nothing."""
         while self._sinks:
-            self._sinks.pop().close()
+            sink = self._sinks.pop()
+            self._try(sink, sink.close)
 
     def __enter__(self) -> "Monitor":
         return self

@@ -4,10 +4,14 @@ A sink is given each record and takes from it what it can show. Heavy packages a
 when it is opened or first drawn.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -69,34 +73,77 @@ def curves(group: str, record: Record) -> Iterator[tuple[str, float]]:
         yield f"{group}/{key.removeprefix('eval_') if group == 'eval' else key}", float(value)
 
 
-class JsonLines:
-    """logging.jsonl: appended to, flushed after every line."""
+class Appended:
+    """A file that is given whole records, and ends with a whole one however a write fails: what is left of a record on a full disk is
+    cut off, and the record is tried again before the next one.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._whole = self._file.tell()
+        self._waiting = b""
+
+    def add(self, record: bytes) -> None:
+        """OSError where it cannot be written now."""
+        self._waiting += record
+        if not self._waiting:
+            return
+        try:
+            written = 0
+            while written < len(self._waiting):
+                written += self._file.write(self._waiting[written:]) or 0
+        except OSError:
+            with contextlib.suppress(OSError):  # a device has no end that could be cut
+                self._file.truncate(self._whole)
+            raise
+        self._whole += written
+        self._waiting = b""
+
+    def close(self) -> None:
+        try:
+            self.add(b"")
+        finally:
+            self._file.close()
+
+
+class JsonLines:
+    """logging.jsonl: appended to, a whole line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = Appended(path)
 
     def write(self, group: str, step: int, record: Record) -> None:
-        self._file.write(strict_json(record) + "\n")
-        self._file.flush()
+        self._file.add((strict_json(record) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoard:
-    """Event files in runs/."""
+    """Event files in runs/. Written here, at once: SummaryWriter writes in a thread, whose errors are a traceback on the terminal."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder))
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = Appended(folder / name)
+        self._add(file_version="brain.Event:2")
 
     def write(self, group: str, step: int, record: Record) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         for tag, value in curves(group, record):
-            self._writer.add_scalar(tag, value, step)
+            self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        framed = io.BytesIO()
+        RecordWriter(framed).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.add(framed.getvalue())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class Wandb:
@@ -171,9 +218,15 @@ def draw_curve(path: Path, key: str, steps: list[int], values: list[float]) -> N
     axes.set(xlabel="optimizer step", ylabel=key, title=f"{key}: last {values[-1]:.4g} at step {steps[-1]}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     scratch = path.with_suffix(".part")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)  # whoever looks while the run goes on never sees half a picture
+    try:
+        scratch.write_bytes(drawn.getvalue())
+        scratch.replace(path)  # whoever looks while the run goes on never sees half a picture
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 class Progress:

@@ -145,6 +145,59 @@ def test_a_column_in_the_place_of_another(write, columns):
     assert [talk(row) for row in rows] == [[(S, "B"), (U, "2+2?"), (A, "A")], [(S, "A"), (U, "3+3?"), (A, "A")]]
 
 
+DEEP = "[" * 20_000 + "]" * 20_000
+ODD_VALUES = {
+    "digits": "7" * 5_000,
+    "minus": "-" + "7" * 5_000,
+    "exponent": "1e999",
+    "brackets": json.dumps("[" * 20_000),
+}
+
+
+@pytest.mark.parametrize("value", ODD_VALUES.values(), ids=ODD_VALUES)
+def test_an_unused_column_may_hold_anything(write, value):
+    """Numbers beyond what Python reads, and brackets that nest nothing."""
+    rows = load(Data(dataset=(write(f'{{"query": "q", "response": "r", "id": {value}}}'),)))
+    assert talk(rows.train[0]) == [(U, "q"), (A, "r")] and rows.ignored == {"id": 1}
+
+
+@pytest.mark.parametrize(
+    "value", [DEEP, "[" * 20_000, '{"a":' * 20_000 + "1" + "}" * 20_000, "[" * 900 + "]" * 900, "{" * 20_000]
+)
+def test_a_row_nested_beyond_the_stack(write, value):
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: not (read as|valid) JSON.*write one complete JSON object per line"
+    ):
+        load(Data(dataset=(write(f'{{"query": "q", "response": "r", "id": {value}}}'),)))
+
+
+ENTRIES = [
+    ({"file_name": 3}, "has no file_name"), ({"file_name": ""}, "has no file_name"), (3, "has no file_name"),
+    ({"file_name": "rows.jsonl", "columns": 3}, "columns is a number"),
+    ({"file_name": "rows.jsonl", "columns": {"prompt": ["q"]}}, "'prompt' is a list"),
+    ({"file_name": "rows.jsonl", "tags": [1]}, "tags is a list"),
+    ({"file_name": "rows.jsonl", "tags": {"role_tag": 1}}, "'role_tag' is a number"),
+    ({"file_name": "rows.jsonl", "num_samples": "4"}, "num_samples is a string"),
+    ({"file_name": "rows.jsonl", "num_samples": 0}, "num_samples is a number"),
+    ({"file_name": "rows.jsonl", "formatting": {}}, "formatting {} is unknown"),
+    ({"file_name": "rows.jsonl", "ranking": True}, "preference data"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry, said", ENTRIES)
+def test_a_bad_entry_is_in_nobody_elses_way(write, entry, said):
+    """Of LLaMA-Factory's object and of SWIFT's list: the others are read, and the bad one says what is wrong when it is asked for."""
+    write({"query": "q", "response": "r"})
+    info = write(json.dumps({"bad": entry, "good": {"file_name": "rows.jsonl"}}), name="i.json")
+    assert len(load(Data(dataset=("good",), dataset_info=info)).train) == 1
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(Data(dataset=("bad",), dataset_info=info))
+    if isinstance(entry, dict):
+        entry = {"dataset_path" if key == "file_name" else key: value for key, value in entry.items()}
+    info = write(json.dumps([entry, 3, None, {"dataset_path": "rows.jsonl", "dataset_name": "good"}]), name="i.json")
+    assert len(load(Data(dataset=("good",), dataset_info=info)).train) == 1
+
+
 def test_two_columns_for_one(write):
     """Neither is lost in silence: by one mapping, by that of dataset_info too, by a synonym, or by one that is there."""
     row = {"title": "The title", "body": "The body", "answer": "yes"}

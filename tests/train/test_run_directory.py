@@ -1,6 +1,9 @@
 """A run removes what it wrote, and nothing else: other runs' checkpoints and records, and folders of the user's, stay as they are."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import tiny
 from swift_mega.cli import main
 from swift_mega.errors import UserError
 from swift_mega.train.monitor import RunDirectory
+from swift_mega.train.sinks import Appended
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,69 @@ def test_an_earlier_run_that_cannot_be_moved_is_an_error(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"cannot be moved to earlier-1 \(Permission denied\); name another"):
         directory.put_aside([], [])
     assert directory.logging.read_text() == "{}"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A file system that writes the first `size` bytes of a file and then refuses, as a full one does: also in forked ranks."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_record_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Half a record is cut off; once there is room, it comes before the next one."""
+    path = tmp_path / "log"
+    path.write_bytes(b"0" * 10)
+    file = Appended(path)
+    with largest_file(100):
+        file.add(b"a" * 60)
+        for record in (b"b" * 60, b"c" * 5):
+            with pytest.raises(OSError, match="File too large"):
+                file.add(record)
+            assert path.read_bytes() == b"0" * 10 + b"a" * 60
+    file.add(b"d")
+    file.close()
+    assert path.read_bytes() == b"0" * 10 + b"a" * 60 + b"b" * 60 + b"c" * 5 + b"d"
+
+
+def test_a_run_outlives_its_plots(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A plot that has no room is told of; the run goes on, and its checkpoint is there."""
+    with largest_file(15_000):
+        assert sft(place, "plots", "--train_iters", "2") == 0
+    told = capfd.readouterr().err
+    assert told.count("images/ (plots) of ") == 1 and "cannot be written (File too large); training goes on" in told
+    assert {"checkpoint-2", "logging.jsonl"} <= set(names(place / "plots")) and names(place / "plots" / "images") == []
+
+
+@pytest.mark.parametrize(
+    "size, said", [(2_500, "checkpoint-2: File too large"), (900, "args.json cannot be written (File too large)")]
+)
+def test_a_run_does_not_outlive_its_checkpoints(
+    place: Path, size: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One line and status 2, and nothing half written; no line of the log is in part."""
+    with largest_file(size):
+        assert sft(place, f"full{size}", "--train_iters", "2") == 2
+    told = capfd.readouterr().err
+    assert said in told and "Traceback" not in told
+    folder = place / f"full{size}"
+    assert not [name for name in names(folder) if name.startswith("checkpoint") or name.endswith((".part", ".writing"))]
+    if (folder / "logging.jsonl").exists():
+        assert all(json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines())
+
+
+def test_float64_says_what_it_needs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Megatron's distributed optimizer and clipping know float32 at most: an error before a rank starts, and a run with what it names."""
+    wide = ("--train_iters", "1", "--torch_dtype", "float64")
+    for more in ((), ("--use_distributed_optimizer", "false"), ("--clip_grad", "0")):
+        assert sft(place, "wide", *wide, *more) == 2
+        assert (
+            "set parallel.distributed_optimizer=false and optim.clip_grad=0, or model.dtype=float32"
+            in capfd.readouterr().err
+        )
+    assert not (place / "wide").exists()
+    assert sft(place, "wide", *wide, "--use_distributed_optimizer", "false", "--clip_grad", "0") == 0

@@ -4,7 +4,6 @@ The 4-bit codes of a matrix lie in one flat row of bytes, the first in the high 
 Double quantisation stores the blocks' values as bytes too. Sources: arXiv:2305.14314 (nf4), arXiv:2208.07339 (int8).
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from swift_mega.convert.formats.format import Box, Format, Found, ceil, check_te
 from swift_mega.convert.formats.nibbles import look_up, pairs
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json
 
 STATES = {kind: f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,8 +148,8 @@ def _four_bit(checkpoint: Checkpoint, weight: str, state_name: str, kind: str) -
 
 def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(checkpoint.read(name).view(-1).tolist()))
-    except (ValueError, TypeError, RecursionError) as error:
+        state = parse_json(bytes(checkpoint.read(name).view(-1).tolist()))
+    except (ValueError, TypeError) as error:
         raise UserError(
             f"{checkpoint.directory}: {name} is not JSON ({error}); copy the checkpoint from the source again"
         ) from None
