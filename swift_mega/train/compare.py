@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swift_mega.device import Device
-from swift_mega.train.states import Rows, Side, point_names, run_side
+from swift_mega.parallel.agree import agree, on_first_rank
+from swift_mega.train.states import Rows, Side, Take, point_names, run_side
 
 BLOCK = 1 << 22
 """Numbers of a state that are compared at a time, in float64."""
@@ -215,6 +216,21 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 # ------------------------------------------------------------------------------------------------ in ranks
 
 
+class _Kept:
+    """`take`, until it fails: a rank that cannot write or read goes on with the pipeline, and says so afterwards."""
+
+    def __init__(self, take: Take, folder: Path) -> None:
+        self.take, self.folder = take, folder
+        self.problem: str | None = None
+
+    def __call__(self, prompt: int, point: int, value: Tensor) -> None:
+        if self.problem is None:
+            try:
+                self.take(prompt, point, value)
+            except (OSError, SafetensorError) as error:
+                self.problem = f"{self.folder}: {error}; free the space, or name another folder with --scratch"
+
+
 def record(side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: Path) -> None:
     """Runs the reference and leaves its states in `folder`. Collective; the folder exists, and all ranks see it."""
 
@@ -223,8 +239,9 @@ def record(side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: P
         path.parent.mkdir(exist_ok=True)
         save_file({VALUE: value.detach().cpu().contiguous()}, path)
 
-    run_side(side, device, rows, dtype, take, folder)
-    dist.barrier()
+    kept = _Kept(take, folder)
+    run_side(side, device, rows, dtype, kept, folder)
+    agree(kept.problem)
 
 
 def measure(
@@ -249,9 +266,10 @@ def measure(
                     agreement.add(prompt, first, want, have)
 
     scratch = folder / "other"
-    if dist.get_rank() == 0:
-        scratch.mkdir()
-    run_side(side, device, rows, dtype, take, scratch)
+    agree(on_first_rank(scratch.mkdir))
+    kept = _Kept(take, folder)
+    run_side(side, device, rows, dtype, kept, scratch)
+    agree(kept.problem)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (distances, agreement))
     merged = {point: distance for found, _ in every for point, distance in found.items()}

@@ -29,6 +29,7 @@ from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
 from swift_mega.models.translate import hf_config
 from swift_mega.parallel import groups as parallel_groups
+from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
@@ -219,9 +220,7 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     loss, _, _ = run_schedule(training, mine, forward_only=False)
-    if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    agree(on_first_rank(lambda: output.mkdir(parents=True, exist_ok=True)))
     _write_logits(training, logits, loss, output)
     trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
     write_directory(

@@ -126,3 +126,29 @@ def one_has_a_problem(rank: int) -> list[str]:
     from swift_mega.parallel.agree import agree
 
     return said_by_all(lambda: agree(f"rank {rank} has one" if dist.get_rank() == rank else None))
+
+
+def record_where_one_rank_is_full(folder: Path) -> list[str]:
+    """The last stage of two holds the norm and the head; what it cannot write is asked for by nobody before the end."""
+    from swift_mega.device import setup
+    from swift_mega.train import compare
+    from swift_mega.train.states import Side
+
+    model = folder / "model"
+    parallel = schema.Parallel(pipeline=2)
+    shape = load_settings(model).shape
+    side = Side(
+        checkpoint=model, config=model, model=None, engine="mcore", mcore_files=False, layout=plan_layout(parallel, shape, 2),
+        layers=shape.layers, hidden=shape.hidden, vocab=shape.vocab, adapter=None, dequantize=False,
+    )  # fmt: skip
+    states = folder / "states"
+    if dist.get_rank() == 0:
+        (states / "prompt1" / f"{shape.layers + 1}.safetensors").mkdir(parents=True)  # in the way of the last stage
+    dist.barrier()
+    return said_by_all(lambda: compare.record(side, setup(), [[1, 2, 3], [4, 5, 6], [7, 8]], torch.float32, states))
+
+
+def test_states_that_one_stage_cannot_write(ranks, tmp_path: Path) -> None:
+    tiny.make(tmp_path / "model", "llama", num_hidden_layers=2)
+    one, other = ranks(2, record_where_one_rank_is_full, tmp_path, timeout=60)
+    assert one == other and one.startswith(f"{tmp_path}/states: ") and one.endswith("folder with --scratch"), one
