@@ -157,6 +157,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
             )
     if given.adapter is not None:
         read_adapter(given.adapter)
+    dequantize = dequantize or files  # Megatron's weights are plain, whatever their original was
     if quantised and not dequantize:
         raise UserError(f"{config} is quantised; pass {FLAG} to read its weights dequantised")
     layout = None

@@ -1,5 +1,6 @@
 """Files of one kind to files of another: conversion, its plan, merging, quantising."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from swift_mega.models.build import build
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import families, family_of
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.quantization import stored_dtype
+from swift_mega.models.quantization import quantization_of, stored_dtype
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, plan_layout
@@ -70,16 +71,22 @@ def convert(
         stream.restream(checkpoint, output, dtype=kind, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite)
     else:
         iteration_directory(source)
+        if dequantize:
+            raise UserError(
+                f"dequantize=True, but the weights of {source} are Megatron's, which are plain; leave it out"
+            )
         folder, kinds = companions_of(source, model)
         if kinds is None and kind is None:
             raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
+        # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
+        run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
         layout = _layout_for(run, str(folder))
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
         if not is_alone():
             wide = _promoted(kinds) if kinds else kind
             run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
             return
-        number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, dequantize)
+        number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
         if number:
             print(
                 f"{number} tensors and objects of a training run's state ({size / 1e9:.3f} GB) in {source} were not read"

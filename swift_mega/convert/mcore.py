@@ -25,12 +25,13 @@ from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
 from swift_mega.convert.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.places import spellings
-from swift_mega.convert.quantised import drop_quantization
+from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.save import staged_together
 from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
+from swift_mega.models.quantization import quantization_of
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import free_bytes
 from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
@@ -216,8 +217,11 @@ def companions_of(
     model: the folder, for a checkpoint that something else wrote, such as a Megatron-LM run.
     """
     if model is not None:
-        weights = any(Path(model).glob("*.safetensors"))
-        return Path(model), {name: e.dtype for name, e in Checkpoint(model).entries.items()} if weights else None
+        if not any(Path(model).glob("*.safetensors")):
+            return Path(model), None
+        # Megatron's weights are plain: of a quantised original they are what it dequantises to.
+        quantised = quantization_of(model) is not None
+        return Path(model), written_dtypes(open_checkpoint(model, torch.float32 if quantised else None))
     folder = Path(directory) / COMPANIONS
     if not folder.is_dir():
         raise UserError(

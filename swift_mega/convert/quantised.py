@@ -22,6 +22,7 @@ from swift_mega.convert.spans import stacked
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.quantization import KEYS, SIDECARS, quantization_of, stored_dtype
+from swift_mega.models.quantization_fields import judge
 
 CHUNK = 1 << 19
 """Numbers that are dequantised at a time: what lies between the steps stays in the processor's cache."""
@@ -134,7 +135,8 @@ def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None
         raise UserError(
             f"model.dequantize=true, but {directory} states no quantization_config: its weights are plain; leave it out"
         )
-    found = _format(config, directory).find(stored, config)
+    judge(config, str(directory))
+    found = _format(config).find(stored, config)
     if not found.weights:
         raise UserError(
             f"{directory} states quant_method={config['quant_method']!r}, but none of its tensors is stored so; use the "
@@ -143,17 +145,11 @@ def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None
     return Dequantised(stored, found.weights, found.unneeded, dequantize)
 
 
-def _format(config: Mapping[str, Any], directory: str | Path) -> Format:
+def _format(config: Mapping[str, Any]) -> Format:
     formats: dict[str, Format] = {
         method: entry for entry in scan(folder, "FORMAT").values() for method in entry.methods
     }
-    method = config["quant_method"]
-    if method not in formats:
-        raise UserError(
-            f"{directory}: quant_method={method!r} is not supported; supported: {', '.join(sorted(formats))}. Convert the checkpoint "
-            "to bfloat16 with its own tools first"
-        )
-    return formats[method]
+    return formats[config["quant_method"]]
 
 
 def written_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
@@ -170,5 +166,5 @@ def drop_quantization(directory: Path) -> None:
         config = json.loads(path.read_text())
         if any(config.pop(key, None) is not None for key in KEYS):
             path.write_text(json.dumps(config, indent=2) + "\n")
-    for name in (*SIDECARS, "hf_quant_config.json"):
+    for name in SIDECARS:
         (directory / name).unlink(missing_ok=True)

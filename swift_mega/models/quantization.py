@@ -13,7 +13,7 @@ from swift_mega.text_files import read_object
 
 KEYS = ("quantization_config", "compression_config")
 """Fields of config.json; the second is what compressed-tensors wrote at first."""
-SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files that said it before config.json did, and the method they stand for where they name none."""
 FLAG = "--dequantize true (model.dequantize=true)"
 
@@ -27,7 +27,11 @@ def quantization_of(directory: str | Path) -> dict[str, Any] | None:
             return _checked(config[key], f"{folder}/config.json: {key}")
     for name, method in SIDECARS.items():
         if (folder / name).is_file():
-            return _checked({"quant_method": method, **_object(folder / name)}, str(folder / name))
+            said = _object(folder / name)
+            inside = said.get("quantization")  # where ModelOpt's file has it
+            return _checked(
+                {"quant_method": method, **(inside if isinstance(inside, dict) else said)}, str(folder / name)
+            )
     return None
 
 

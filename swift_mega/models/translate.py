@@ -10,6 +10,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family, family_of
 from swift_mega.models.quantization import FLAG, KEYS, quantization_of
+from swift_mega.models.quantization_fields import judge
 from swift_mega.models.settings import Settings
 from swift_mega.models.unread import unread_fields
 
@@ -25,6 +26,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
             f"{directory} is quantised: quantization_config={quantization!r}; pass {FLAG} to read its weights dequantised"
         )
     _check_task(directory, raw.get("architectures"))
+    quantised = judge(quantization, str(directory)) if quantization is not None else ()
     raw = {key: value for key, value in raw.items() if key not in KEYS}
     fixed = {**FIXED, **family.fixed}
     for key, allowed in fixed.items():
@@ -52,7 +54,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
     _check_fit(directory, settings)
     windows = any(window is not None for window in settings.windows)
     shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
-    notes = (*settings.notes, *_notes(rates, unread, family, bool(raw.get("auto_map"))))
+    notes = (*quantised, *settings.notes, *_notes(rates, unread, family, bool(raw.get("auto_map"))))
     pad_row = _pad_row(directory, config, settings.shape.vocab) if family.pad_without_gradient else None
     return dataclasses.replace(settings, notes=notes, shape=shape, pad_row=pad_row)
 

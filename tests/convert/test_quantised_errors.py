@@ -105,7 +105,7 @@ def test_a_tensor_is_odd(tmp_path, kind, name, value, message):
     ("kind", "change", "message"),
     [
         ("fp8", dict(quant_method="aqlm"),
-         "quant_method='aqlm' is not supported; supported: awq, bitsandbytes, compressed-tensors, fp8, gptq, mxfp4"),
+         "quant_method='aqlm' is not supported; supported: awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, modelopt, mxfp4"),
         ("fp8", dict(fmt="e5m2"), "fmt='e5m2' of quant_method='fp8' is not supported; supported: 'e4m3'"),
         ("fp8", dict(weight_block_size=[16, 0]), r"weight_block_size=\[16, 0\] is not two counts"),
         ("fp8", dict(weight_block_size=16), "weight_block_size=16 is not two counts"),

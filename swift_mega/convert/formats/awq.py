@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules, require
+from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules
 from swift_mega.convert.formats.words import SCALES, matrix, trim, unpack
 from swift_mega.convert.hf_files import Checkpoint
 
@@ -41,9 +41,6 @@ class Awq:
 
 def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
     """Every module with qweight, qzeros and scales."""
-    config = {**config, "version": str(config.get("version") or "gemm").lower()}
-    bits = config.get("bits", config.get("w_bit"))
-    require({**config, "bits": bits}, {"bits": (4,), "version": ("gemm",), "zero_point": (True,)})
     size = config.get("group_size", config.get("q_group_size", 128))
     weights = {}
     for module in modules(checkpoint, (".qweight", ".qzeros", ".scales")):

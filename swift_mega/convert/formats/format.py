@@ -65,16 +65,6 @@ def blocks(span: tuple[int, int], size: int) -> tuple[int, int]:
     return span[0] // size, ceil(span[1], size)
 
 
-def require(config: Mapping[str, Any], allowed: Mapping[str, Sequence[Any]]) -> None:
-    """UserError where a field of the quantisation config has a value that is not understood; absent is always allowed."""
-    for key, values in allowed.items():
-        if config.get(key) is not None and config[key] not in values:
-            raise UserError(
-                f"quantization_config: {key}={config[key]!r} of quant_method={config['quant_method']!r} is not supported; "
-                f"supported: {', '.join(map(repr, values))}. Convert the checkpoint to bfloat16 with its own tools first"
-            )
-
-
 def modules(checkpoint: Checkpoint, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[str]:
     """Modules that have tensors with one of the suffixes `needed`; UserError where a module has only some of these."""
     suffixes = (*needed, *optional)

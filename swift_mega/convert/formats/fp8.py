@@ -11,28 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor, require
+from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.errors import UserError
+from swift_mega.models.quantization_fields import block_size
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest number of float8_e4m3fn."""
+ENDINGS = ("_scale", "_scale_inv")
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "fmt": ("e4m3",),
-    "expert_dtype": ("fp8",),
-    "format": ("float-quantized", "int-quantized", "naive-quantized"),
-    "sparsity_config": ({}, {"format": "dense"}),
-    "transform_config": ({},),
-    "quantization_status": ("compressed",),
-}
-WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "num_bits": (8,),
-    "symmetric": (True,),
-    "strategy": ("tensor", "channel", "block"),
-}
-"""Of a group of compressed-tensors' modules, what is understood."""
+UNNEEDED = tuple(
+    f".{name}_scale"
+    for name in ("input", "activation", "output", "k", "v", "q", "prob", "prob_output", "kv", "kv_cache")
+)
+"""How names end of scales of activations and of the cache, which plain weights have no use for."""
 _NUMBERS = torch.arange(256, dtype=torch.uint8).view(FP8).float()
 """The 256 numbers of FP8; looking them up is ten times faster than torch's own conversion on the CPU."""
 
@@ -73,53 +66,29 @@ def _numbers(stored: Tensor) -> Tensor:
 
 def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
     """Weights whose numbers are FP8 (or int8, of compressed-tensors), with the scales beside them."""
-    require(config, ALLOWED)
-    compressed = config["quant_method"] == "compressed-tensors"
-    if compressed:
-        _check_groups(config)
-    block = _block_size(config)
-    ending = "_scale" if compressed or block is None else "_scale_inv"
+    compressed, block = config["quant_method"] == "compressed-tensors", block_size(config)
     numbers = (FP8, torch.int8) if compressed else (FP8,)
     weights: dict[str, Scaled] = {}
     for name, entry in checkpoint.entries.items():
         if entry.dtype not in numbers:
             continue
-        if name + ending not in checkpoint.entries:
+        scales = [name + ending for ending in ENDINGS if name + ending in checkpoint.entries]
+        if len(scales) != 1:
+            usual = name + ENDINGS[block is not None and not compressed]
+            kind = str(entry.dtype).removeprefix("torch.")
             raise UserError(
-                f"{checkpoint.directory}: {name} is {str(entry.dtype).removeprefix('torch.')} and has no scale {name + ending}; copy the "
-                "checkpoint from the source again"
+                f"{checkpoint.directory}: {name} is {kind} and has {f'two scales, {some(scales)}' if scales else f'no scale {usual}'}; "
+                "copy the checkpoint from the source again"
             )
-        weights[name] = _scaled(checkpoint, name, name + ending, block)
-    unneeded = {name for name in checkpoint.entries if name.endswith((".input_scale", ".activation_scale"))}
+        weights[name] = _scaled(checkpoint, name, scales[0], block)
+    unneeded = {name for name in checkpoint.entries if name.endswith(UNNEEDED)}
     used = {name for weight in weights.values() for name in weight.parts.values()} | unneeded
-    if lost := sorted(name for name in checkpoint.entries.keys() - used if name.endswith(("_scale", "_scale_inv"))):
+    if lost := sorted(name for name in checkpoint.entries.keys() - used if name.endswith(ENDINGS)):
         raise UserError(
             f"{checkpoint.directory} has {some(lost)}, which are scales of no quantised weight; copy the checkpoint from the "
             "source again"
         )
     return Found(weights=weights, unneeded=frozenset(unneeded))
-
-
-def _check_groups(config: Mapping[str, Any]) -> None:
-    for group in (config.get("config_groups") or {}).values():
-        require({**config, "format": group.get("format")}, {"format": ALLOWED["format"]})
-        require({**config, **(group.get("weights") or {})}, WEIGHTS)
-
-
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a block; None where scales are for whole tensors or rows."""
-    sizes = [config.get("weight_block_size")]
-    for group in (config.get("config_groups") or {}).values():
-        sizes.append((group.get("weights") or {}).get("block_structure"))
-    found = [size for size in sizes if size is not None]
-    for size in found:
-        plain = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-        if not plain or size != found[0]:
-            raise UserError(
-                f"quantization_config: weight_block_size={size!r} is not two counts, such as [128, 128], the same for "
-                "every weight; correct it"
-            )
-    return (found[0][0], found[0][1]) if found else None
 
 
 def _scaled(checkpoint: Checkpoint, name: str, scale: str, block: tuple[int, int] | None) -> Scaled:
@@ -141,4 +110,4 @@ def _scaled(checkpoint: Checkpoint, name: str, scale: str, block: tuple[int, int
     return Scaled(shape, {"weight": name, "scale": scale}, size, there)
 
 
-FORMAT = Format(methods=("fp8", "compressed-tensors"), find=find)
+FORMAT = Format(methods=("fp8", "compressed-tensors", "fbgemm_fp8", "modelopt"), find=find)

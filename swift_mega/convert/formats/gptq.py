@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules, require
+from swift_mega.convert.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules
 from swift_mega.convert.formats.words import SCALES, WORD, matrix, trim, unpack
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
+from swift_mega.models.quantization_fields import gptq_format
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ class Gptq:
 
 def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
     """Every module with qweight, qzeros and scales, and g_idx where there is one."""
-    require(config, {"checkpoint_format": ("gptq", "gptq_v2"), "bits": (2, 4, 8), "is_marlin_format": (False,),
-                     "pack_dtype": ("int32",)})  # fmt: skip
     bits, size = config.get("bits", 4), config.get("group_size", -1)
-    one_less = config.get("checkpoint_format") != "gptq_v2"
+    one_less = gptq_format(config) != "gptq_v2"
     weights = {}
     for module in modules(checkpoint, (".qweight", ".qzeros", ".scales"), (".g_idx",)):
         names = {role: f"{module}.{role}" for role in ("qweight", "qzeros", "scales", "g_idx")}
