@@ -61,7 +61,7 @@ def check_coverage(
     carried = carried_of(settings, rest)
     left = {name: "follows from config.json" for name in rest if family.derived(name)}
     if settings.tied and family.head in rest:
-        _same_head(family, checkpoint)
+        check_same_head(family, checkpoint)
         left[family.head] = "the embedding again (tie_word_embeddings)"
     extra = [name for name in rest if name not in left and name not in carried]
     if missing or extra:
@@ -119,7 +119,7 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
-def _same_head(family: Family, checkpoint: Checkpoint) -> None:
+def check_same_head(family: Family, checkpoint: Checkpoint) -> None:
     """A tied model's checkpoint may hold the output layer too, but only as a copy of the embedding."""
     head, embedding = checkpoint.read(family.head), checkpoint.read(family.embedding)
     if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head, embedding):

@@ -34,6 +34,11 @@ def load_adapter(
                 f"{directory} has {key}={adapter.config.get(key)!r}, the run {config[key]!r}; set the tuner's settings "
                 "to the adapter's"
             )
+    if adapter.copies:
+        raise UserError(
+            f"{directory} holds whole weights beside its factors ({some(sorted(adapter.copies.values()))}), which training does not start "
+            "from; merge it into the model first (swift-mega export --merge_lora true)"
+        )
     wanted, entries = _gather_shapes(part, exported), adapter.checkpoint.entries
     if odd := sorted(wanted.keys() ^ entries.keys()):
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.quantised import open_checkpoint, written_dtypes
+from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.errors import UserError
 from swift_mega.export.merged import Merge, read_adapter
 from swift_mega.models.quantization import KEYS, quantization_of
@@ -37,7 +37,9 @@ def load_merged(
                 delattr(config, key)
     adapter = read_adapter(adapters)
     merge = Merge(base, adapter)
-    kinds = written_dtypes(base)
+    base, kinds = merge.base, merge.dtypes
+    if merge.untied:
+        config.tie_word_embeddings = False
     tensors = {name: _Stored(base, name, kinds[name], merge, dtype) for name in base.entries}
     first = next(kind for kind in kinds.values() if kind.is_floating_point)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -4,26 +4,31 @@ The base directory is never changed, and nothing but one tensor is in memory, so
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from swift_mega.convert.check import FLOATS, refuse_quantised
+from swift_mega.convert.check import FLOATS, check_same_head, refuse_quantised
 from swift_mega.convert.hf_files import Checkpoint, Entry, some
 from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import write_report
+from swift_mega.convert.views import Untied
 from swift_mega.errors import UserError
 from swift_mega.export.companions import of_adapter
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family, families, family_of
 from swift_mega.models.quantization import FLAG
+from swift_mega.models.translate import hf_config
 from swift_mega.outputs import staged
 from swift_mega.text_files import read_object
 
 PREFIX = "base_model.model."
+OUTPUT_LAYERS = frozenset(("lm_head", "embed_out", "output_layer", "output", "transformer.output_layer"))
+"""What models call their output layer."""
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     # Initialisations that are not here (pissa, olora, corda, loftq, lora_ga) change the base weights when PEFT loads the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
@@ -47,6 +52,8 @@ class PeftAdapter:
     scale: float
     modules: frozenset[str]
     config: dict[str, object]
+    copies: Mapping[str, str]
+    """Module -> the whole weight of it that PEFT saved beside the factors (save_embedding_layers)."""
 
     def delta(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * B @ A, computed in `dtype`, [out, in]."""
@@ -71,8 +78,16 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
                 f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload"
             )
     checkpoint = Checkpoint(directory)
-    modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in checkpoint.entries}
-    expected = {f"{PREFIX}{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
+    factors = {name for name in checkpoint.entries if ".lora_" in name}
+    copies = {
+        name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer"): name
+        for name in checkpoint.entries.keys() - factors
+        if name.startswith(PREFIX) and name.endswith(".weight")
+    }
+    modules = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in factors}
+    expected = {f"{PREFIX}{module}.lora_{letter}.weight" for module in modules for letter in "AB"} | set(
+        copies.values()
+    )
     if odd := sorted(expected ^ checkpoint.entries.keys()):
         raise UserError(
             f"{directory}: LoRA factors come in pairs A and B under {PREFIX}…, but {some(odd)} are missing or unknown"
@@ -98,7 +113,7 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
                 "of this adapter"
             )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return PeftAdapter(checkpoint, scale, frozenset(modules), config)
+    return PeftAdapter(checkpoint, scale, frozenset(modules), config, copies)
 
 
 def merge(
@@ -116,7 +131,7 @@ def merge(
         if Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"output {target} holds {source}, which is read; choose another path")
     sums, trained = Merge(base, adapter), of_adapter(adapters)
-    kinds = written_dtypes(base)
+    base, kinds = sums.base, sums.dtypes
     planned = plan_files(
         {name: (kinds[name], entry.shape) for name, entry in base.entries.items()}, parse_size(max_shard_size)
     )
@@ -129,9 +144,49 @@ def merge(
             found = writer.finish()
         copy_companions(Path(model), staging)
         trained.write(staging)
+        if sums.untied:
+            set_untied(staging)
         if dequantize:
             drop_quantization(staging)
         write_report(staging, planned, found)
+
+
+def untied_for(base: Checkpoint, adapter: PeftAdapter) -> Untied | None:
+    """`base` with an output layer of its own, where it is a tied model and `adapter` changes that layer; None where not.
+
+    The adapter changes logits alone: PEFT adds its product to them, and embeddings are looked up as they were.
+    """
+    if not (base.directory / "config.json").is_file():
+        return None
+    if (config := read_config(base.directory))["model_type"] not in families():
+        _refuse_head(base, adapter, config)
+        return None
+    family = family_of(base.directory).named_like(base.entries)
+    if family.module(family.head) not in adapter.modules or not hf_config(base.directory).tie_word_embeddings:
+        return None
+    if adapter.config.get("ensure_weight_tying"):
+        raise UserError(
+            f"{adapter.checkpoint.directory}: ensure_weight_tying=true changes output layer and embedding alike, which is not supported "
+            "here; merge this adapter with PEFT's merge_and_unload"
+        )
+    if family.head in base.entries:
+        check_same_head(family, base)
+    return Untied(base, head=family.head, embedding=family.embedding)
+
+
+def _refuse_head(base: Checkpoint, adapter: PeftAdapter, config: Mapping[str, object]) -> None:
+    heads = sorted(adapter.modules & OUTPUT_LAYERS)
+    if heads and config.get("tie_word_embeddings") is not False:
+        raise UserError(
+            f"the adapter changes {heads[0]}, and whether {base.directory} ties it to the embedding is not known for its model_type; "
+            "say tie_word_embeddings=false in its config.json if its files hold both, or train an adapter without it"
+        )
+
+
+def set_untied(directory: Path) -> None:
+    """Says in config.json that the output layer is a tensor of its own."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -143,10 +198,18 @@ class _Linear:
 
 
 class Merge:
-    """The weights of `base` that `adapter` changes; UserError where it does not fit them."""
+    """The weights of `base` that `adapter` changes; UserError where it does not fit them.
+
+    base: what is read, and written with the sums in it. dtypes: of its tensors where they are written. untied: the model was tied, and
+    `base` has an output layer of its own now.
+    """
 
     def __init__(self, base: Checkpoint, adapter: PeftAdapter) -> None:
-        self.adapter, self.linears = adapter, _linears(base, adapter)
+        self.dtypes, apart = written_dtypes(base), untied_for(base, adapter)
+        if apart is not None:
+            self.dtypes[apart.head] = self.dtypes[apart.embedding]
+        self.base, self.untied = apart or base, apart is not None
+        self.adapter, self.linears = adapter, _linears(self.base, adapter)
 
     def added(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """`value` of the tensor `name` with the adapter, summed in float32 or wider and rounded to `dtype`."""
@@ -163,6 +226,7 @@ def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
         for name in base.entries
         if name.endswith(".weight")
     }
+    _check_copies(base, adapter, names)
     found = {}
     for module in sorted(adapter.modules):
         if module not in names:
@@ -174,6 +238,20 @@ def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
         found[names[module]] = _Linear(module, turned)
         _check_fit(base.entries[names[module]], base, adapter, found[names[module]])
     return found
+
+
+def _check_copies(base: Checkpoint, adapter: PeftAdapter, names: Mapping[str, str]) -> None:
+    """PEFT saves whole weights of embedding and output layer beside factors for them, or where it thinks that they were resized. PEFT
+    loads these in place of the base's, so they must be the same."""
+    for module, copy in sorted(adapter.copies.items()):
+        entry = base.entries[names[module]] if module in names else None
+        theirs = adapter.checkpoint.entries[copy]
+        same = entry is not None and entry.shape == theirs.shape
+        if not same or not torch.equal(base.read(names[module]).double(), adapter.checkpoint.read(copy).double()):
+            raise UserError(
+                f"{adapter.checkpoint.directory} holds {copy}, a weight {list(theirs.shape)} that is not the one in {base.directory}: the "
+                "adapter was trained on a model with another one (a resized vocabulary, perhaps); give that model with --model"
+            )
 
 
 def _family(base: Checkpoint, adapter: PeftAdapter) -> Family | None:

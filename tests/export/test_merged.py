@@ -256,7 +256,7 @@ A, B = (f"base_model.model.{Q}.lora_{letter}.weight" for letter in "AB")
     [
         (without(A), rf"LoRA factors come in pairs A and B under base_model.model.…, but {A} are missing or unknown"),
         (without(B), rf"but {B} are missing or unknown"),
-        ({**factors(), "base_model.model.lm_head.weight": torch.ones(2)}, "lm_head.weight"),
+        ({**factors(), "base_model.model.lm_head.bias": torch.ones(2)}, "lm_head.bias"),
         ({**factors(), f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(2)}, "lora_magnitude_vector"),
         ({**factors(), f"base_model.model.{Q}.lora_B.bias": torch.ones(64)}, "lora_B.bias"),
         (

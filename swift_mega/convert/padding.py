@@ -1,0 +1,85 @@
+"""Rows of a Megatron checkpoint's vocabulary beyond config.json's: padding, which goes, or words, which must not be lost.
+
+Megatron pads embedding and output layer to a multiple of its settings', and a checkpoint says nowhere how many rows are words. Ours keep
+the config.json that they were made with. Of others, padding is known by its rows, which are all alike (zeros, or one row again and
+again), or by the settings of the run (`args`), which say how far it padded.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.safe_globals import SAFE_GLOBALS
+from torch import Tensor
+
+from swift_mega.convert.mcore import COMPANIONS, UNREADABLE, iteration_directory
+from swift_mega.convert.torch_dist import UNREADABLE as UNREADABLE_FILES
+from swift_mega.convert.torch_dist import TorchDist
+from swift_mega.errors import UserError
+from swift_mega.models.config_json import read_config
+from swift_mega.models.settings import padded_vocabulary
+
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+COMMON = "common.pt"
+
+
+def check_padding(directory: str | Path, model: str | Path, vocab: int) -> str | None:
+    """UserError where rows beyond `vocab`, config.json's of `model`, may be words. Returns what is to be said of those left out, if any."""
+    recorded = Path(directory) / COMPANIONS
+    if (recorded / "config.json").is_file() and recorded.resolve() != Path(model).resolve():
+        known = read_config(recorded).get("vocab_size")
+        if isinstance(known, int) and known != vocab:
+            raise UserError(
+                f"{directory} is of a model with vocab_size={known}, and {model}/config.json says vocab_size={vocab}: "
+                f"{'rows would be lost' if vocab < known else 'padding would become words'}; leave --model out, or give one with "
+                f"vocab_size={known}"
+            )
+        return None
+    folder = iteration_directory(directory)
+    try:
+        stored = TorchDist(folder)
+        return _check(folder, stored, model, vocab)
+    except UNREADABLE_FILES:
+        return None  # whoever reads the weights says what is wrong with the files
+
+
+def _check(folder: Path, stored: TorchDist, model: str | Path, vocab: int) -> str | None:
+    rows = {key: value.size[0] for key, value in stored.tensors.items() if key in PADDED}
+    if all(count <= vocab or _alike(_rows(stored, key, vocab)) for key, count in rows.items()):
+        return None
+    count, unit = max(rows.values()), _unit(folder)
+    if unit is not None and padded_vocabulary(vocab, unit, 1) == count:
+        return (
+            f"rows {vocab} to {count - 1} of the vocabulary in {folder} are left out: by the run's settings it is padded to a multiple of "
+            f"{unit}"
+        )
+    raise UserError(
+        f"the vocabulary in {folder} has {count} rows, and {model}/config.json says vocab_size={vocab}: the others differ from each other, "
+        f"so they may be words, and would be lost; give the model that was trained, or set vocab_size={count} to keep them all"
+    )
+
+
+def _rows(stored: TorchDist, key: str, first: int) -> Tensor:
+    """Those from `first` on."""
+    found = stored.tensors[key]
+    made = torch.empty((found.size[0] - first, *found.size[1:]), dtype=found.properties.dtype)
+    stored.read_into(made, key, [first, *([0] * (made.dim() - 1))], 0)
+    return made
+
+
+def _alike(rows: Tensor) -> bool:
+    return bool((rows == rows[:1]).all())
+
+
+def _unit(folder: Path) -> int | None:
+    """What a training run of Megatron-LM padded its vocabulary to a multiple of; None where its settings are not there, or do not say.
+
+    Only records that Megatron itself calls safe are loaded: the file is a pickle.
+    """
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            args: Any = torch.load(folder / COMMON, map_location="cpu", weights_only=True).get("args")
+    except (*UNREADABLE, AttributeError):
+        return None
+    by, ranks = (getattr(args, name, None) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
+    return by * ranks if isinstance(by, int) and isinstance(ranks, int) and by > 0 and ranks > 0 else None
