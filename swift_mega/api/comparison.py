@@ -13,6 +13,7 @@ import torch
 from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
+from swift_mega.convert.padding import check_padding
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
@@ -164,6 +165,8 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     if engine == "mcore":
         shape = load_settings(config, dequantize=dequantize and quantised).shape
         layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
+        if files and (said := check_padding(path, config, vocab)):
+            notes.append(said)
         parallel, world = parse_layout(given.layout or "single")
         layout = plan_layout(parallel, shape, world_size() if joined() else world, training=False)
     else:

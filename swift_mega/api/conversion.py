@@ -14,6 +14,7 @@ from swift_mega.convert import plan_report, stream
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest
+from swift_mega.convert.padding import check_padding
 from swift_mega.convert.plan import draw
 from swift_mega.convert.plan_report import Plan
 from swift_mega.convert.quantised import open_checkpoint
@@ -81,6 +82,10 @@ def convert(
         # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
         run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
         layout = _layout_for(run, str(folder))
+        if (
+            said := check_padding(source, folder, load_settings(folder, dequantize=dequantize).shape.vocab)
+        ) and is_first_rank():
+            print(said)
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
         if not is_alone():
             wide = _promoted(kinds) if kinds else kind

@@ -38,16 +38,21 @@ def check_padding(directory: str | Path, model: str | Path, vocab: int) -> str |
     folder = iteration_directory(directory)
     try:
         stored = TorchDist(folder)
-        return _check(folder, stored, model, vocab)
+        words = _may_be_words(stored, vocab)
     except UNREADABLE_FILES:
         return None  # whoever reads the weights says what is wrong with the files
+    return _judge(folder, model, vocab, words) if words else None
 
 
-def _check(folder: Path, stored: TorchDist, model: str | Path, vocab: int) -> str | None:
+def _may_be_words(stored: TorchDist, vocab: int) -> int:
+    """Rows in all, where those beyond `vocab` differ from each other; 0 where they are alike, or there are none."""
     rows = {key: value.size[0] for key, value in stored.tensors.items() if key in PADDED}
-    if all(count <= vocab or _alike(_rows(stored, key, vocab)) for key, count in rows.items()):
-        return None
-    count, unit = max(rows.values()), _unit(folder)
+    odd = [count for key, count in rows.items() if count > vocab and not _alike(_rows(stored, key, vocab))]
+    return max(odd, default=0)
+
+
+def _judge(folder: Path, model: str | Path, vocab: int, count: int) -> str:
+    unit = _unit(folder)
     if unit is not None and padded_vocabulary(vocab, unit, 1) == count:
         return (
             f"rows {vocab} to {count - 1} of the vocabulary in {folder} are left out: by the run's settings it is padded to a multiple of "

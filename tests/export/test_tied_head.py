@@ -13,6 +13,8 @@ from swift_mega import api
 from swift_mega.cli import main
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.errors import UserError
+from swift_mega.export.in_memory import load_merged
+from swift_mega.models.translate import hf_config
 
 IDS = torch.arange(3, 40)[None]
 
@@ -83,6 +85,9 @@ def test_merged_with_an_output_layer_of_its_own(tied, adapter, tmp_path, copy):
     found, want = Checkpoint(tmp_path / "out"), Checkpoint(tied)
     assert torch.equal(found.read("model.embed_tokens.weight"), want.read("model.embed_tokens.weight"))
     assert not torch.equal(found.read("lm_head.weight"), want.read("model.embed_tokens.weight"))
+    in_memory = load_merged(base, adapter, hf_config(base))  # what infer asks
+    with torch.no_grad():
+        torch.testing.assert_close(in_memory.eval()(IDS).logits, logits(tied, adapter), atol=1e-5, rtol=0)
     assert api.plan(source=str(tmp_path / "out")).table()
 
 
