@@ -3,6 +3,7 @@
 The base directory is never changed, and nothing but one tensor is in memory, so a 400B model merges on a laptop.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
