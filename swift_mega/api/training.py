@@ -24,8 +24,8 @@ from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
-from swift_mega.train.build import check_dtype, parameter_dtype, warmup_steps
-from swift_mega.train.loop import TrainResult, check_training, make_batches, total_steps, train_rank
+from swift_mega.train.build import parameter_dtype, warmup_steps
+from swift_mega.train.loop import TrainResult, check_run, make_batches, total_steps, train_rank
 from swift_mega.tuners.tuner import find_tuner
 
 DEVICE = devices.setup()
@@ -62,8 +62,7 @@ def _checked(run: schema.Run, nproc: int | None) -> tuple[Layout, Prepared, int]
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     dtype = parameter_dtype(run.model, DEVICE)
     check_engine_runs(layout.mesh, DEVICE, dtype)
-    check_dtype(run, dtype)
-    check_training(run, family_of(run.model.path), settings)
+    check_run(run, family_of(run.model.path), settings, dtype)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"

@@ -15,7 +15,10 @@ class Choices:
     itemsize: int = 2
     """Bytes of a number of weights and activations: 2 for bfloat16, 4 for float32."""
     rank: int | None = None
-    """Of LoRA on all linears; None: every parameter is trained."""
+    """Of LoRA; None: every parameter is trained."""
+    adapted: tuple[tuple[str, ...], ...] | None = None
+    """Per layer the linears that LoRA goes to, as PARTS of plan/weights.py calls them; None: all of all layers."""
+    vocab_divisible_by: int = 128
     distributed_optimizer: bool = True
     gradients_in_float32: bool = True
     """Where they are summed; false: in the dtype of the weights."""
@@ -40,9 +43,10 @@ class Choices:
 
 
 def choices_of(
-    run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None
+    run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None,
+    adapted: tuple[tuple[str, ...], ...] | None = None,
 ) -> Choices:  # fmt: skip
-    """The choices of a run of a model of `hidden` features. UserError for train.recompute=selective, which has no formula."""
+    """The choices of a run of a model of `hidden` features. adapted: as Choices has it. UserError for train.recompute=selective, which has no formula."""
     train, optim, tuner = run.train, run.optim, run.tuner
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")
@@ -52,6 +56,7 @@ def choices_of(
         )
     return Choices(
         device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
+        adapted=adapted if tuner.type == "lora" else None, vocab_divisible_by=run.model.vocab_divisible_by,
         distributed_optimizer=run.parallel.distributed_optimizer, gradients_in_float32=run.parallel.gradients_in_float32,
         recompute=train.recompute, recompute_method=train.recompute_method,
         recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,

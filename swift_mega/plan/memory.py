@@ -91,9 +91,10 @@ def bytes_per_token(settings: Settings, layout: Layout, choices: Choices, tokens
 
 
 def _stage(settings: Settings, layout: Layout, choices: Choices, tokens: int, stage: int) -> Memory:
-    w, (numbers, layers) = widths(settings, layout), stage_numbers(settings, layout, stage)
-    step = _Step(w, layout, choices, -(-tokens // layout.context), layers, stage)
-    trained = numbers if choices.rank is None else layers * adapter_numbers(settings, layout, choices.rank)
+    divisible = choices.vocab_divisible_by
+    w, (numbers, layers) = widths(settings, layout, divisible), stage_numbers(settings, layout, stage, divisible)
+    step = _Step(w, layout, choices, -(-tokens // layout.context), len(layers), stage)
+    trained = numbers if choices.rank is None else _adapters(settings, layout, choices, layers)
     weights = choices.itemsize * (numbers + (0 if choices.rank is None else trained))
     share = trained / (layout.data * layout.context if choices.distributed_optimizer else 1)
     # Moments in float32 (float64 for float64) and a float32 copy of narrower weights (optimizer/distrib_optimizer.py). On the host also
@@ -107,6 +108,12 @@ def _stage(settings: Settings, layout: Layout, choices: Choices, tokens: int, st
     )  # fmt: skip
     moments = [replace(static, **parts, moment=name) for name, parts in step.moments()]
     return max(moments, key=lambda one: one.total)
+
+
+def _adapters(settings: Settings, layout: Layout, choices: Choices, layers: list[int]) -> int:
+    """Numbers of LoRA in these layers."""
+    rank, adapted = choices.rank or 0, choices.adapted
+    return sum(adapter_numbers(settings, layout, rank, adapted[layer] if adapted else None) for layer in layers)
 
 
 @dataclass(frozen=True)

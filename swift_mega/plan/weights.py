@@ -1,5 +1,6 @@
 """Numbers in the weights of one rank, by the shapes that models/decoder.py's rules name and the axes that cut them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from swift_mega.errors import UserError
@@ -76,20 +77,33 @@ def layer_numbers(settings: Settings, layout: Layout) -> int:
     return w.hidden * (inputs + w.query + w.first + w.ffn) + norms + biases
 
 
-def adapter_numbers(settings: Settings, layout: Layout, rank: int) -> int:
-    """Of LoRA on the four linears of a layer, on one tensor rank (tuners/lora.py): q, k, v, gate and up have a pair each."""
+PARTS = ("query", "key", "value", "joined_qkv", "output", "gate", "up", "joined_gate_up", "down")
+"""Linears of a layer as a checkpoint has them: some families join query, key and value, or gate and up, in one."""
+
+
+def adapter_numbers(settings: Settings, layout: Layout, rank: int, parts: Collection[str] | None = None) -> int:
+    """Of LoRA on `parts` of a layer, on one tensor rank (tuners/lora.py); None: on each of q, k, v, o, gate, up and down.
+
+    `down` of a linear whose outputs are cut, and `up` of one whose inputs are, is whole on every rank.
+    """
     w = widths(settings, layout)
-    shared = (3 + (2 if w.gated else 1)) * rank * w.hidden  # `down` of a column linear is whole on every rank
-    up = rank * (w.query + 2 * w.key + w.first)
-    of_rows = rank * (w.query + w.ffn) + 2 * rank * w.hidden
-    return shared + up + of_rows
+    sizes = {
+        "query": w.hidden + w.query, "key": w.hidden + w.key, "value": w.hidden + w.key, "joined_qkv": w.hidden + w.query + 2 * w.key,
+        "output": w.query + w.hidden, "gate": w.hidden + w.ffn, "up": w.hidden + w.ffn, "joined_gate_up": w.hidden + w.first,
+        "down": w.ffn + w.hidden,
+    }  # fmt: skip
+    if parts is None:
+        parts = ("query", "key", "value", "output", *(("gate",) if w.gated else ()), "up", "down")
+    return rank * sum(sizes[part] for part in parts)
 
 
-def stage_numbers(settings: Settings, layout: Layout, stage: int) -> tuple[int, int]:
+def stage_numbers(
+    settings: Settings, layout: Layout, stage: int, vocab_divisible_by: int = 128
+) -> tuple[int, list[int]]:
     """(numbers in the base weights, layers) of a stage's ranks, over all its model chunks."""
-    w = widths(settings, layout)
-    layers = sum(len(layout.layers_of(stage, virtual)) for virtual in range(layout.virtual))
-    total = layers * layer_numbers(settings, layout)
+    w = widths(settings, layout, vocab_divisible_by)
+    layers = [layer for virtual in range(layout.virtual) for layer in layout.layers_of(stage, virtual)]
+    total = len(layers) * layer_numbers(settings, layout)
     first, last = stage == 0, stage == layout.pipeline - 1
     table = w.vocab * w.hidden
     total += table * first + (w.hidden * bool(settings.norm.weight)) * last

@@ -1,7 +1,7 @@
 """From a run's settings to what steps need: the model's part with its weights, Megatron's DDP, optimizer and schedule."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -50,10 +50,10 @@ def layout_of(run: schema.Run, world: int) -> Layout:
     return plan_layout(run.parallel, load_settings(run.model.path, dequantize=run.model.dequantize).shape, world)
 
 
-def parameter_dtype(model: schema.Model, device: Device) -> torch.dtype:
-    """dtype of the weights while training."""
+def parameter_dtype(model: schema.Model, device: Device | Literal["cuda"]) -> torch.dtype:
+    """dtype of the weights while training; "cuda": on a GPU that is elsewhere."""
     if model.dtype == "auto":
-        return torch.bfloat16 if device.kind == "cuda" else torch.float32
+        return torch.bfloat16 if device == "cuda" or device.kind == "cuda" else torch.float32
     return getattr(torch, model.dtype)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
@@ -28,7 +29,7 @@ from swift_mega.models.tiles import check_tiles
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, attempt, on_every_rank, on_first_rank
 from swift_mega.parallel.layout import Layout, check_microbatches
-from swift_mega.train.build import Training, build_training, parameter_dtype
+from swift_mega.train.build import Training, build_training, check_dtype, parameter_dtype
 from swift_mega.train.flops import flops_per_token
 from swift_mega.train.monitor import Monitor, RunDirectory
 from swift_mega.train.step import StepResult, evaluate, train_step
@@ -71,8 +72,11 @@ def make_batches(
     return train, make(prepared.validation, True) if prepared.validation else None
 
 
-def check_training(run: schema.Run, family: Family, settings: Settings) -> None:
-    """What can be known before ranks start; UserError where model, tuner and data settings do not fit together."""
+def check_run(run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype) -> None:
+    """What can be known before ranks start, for training and for a plan of it; UserError where model, tuner and data settings do not
+    fit together. dtype: of the weights.
+    """
+    check_dtype(run, dtype)
     tuner = find_tuner(run.tuner)
     if tuner.adapters:
         check_targets(family, settings, run.tuner.target_modules)

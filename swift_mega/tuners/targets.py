@@ -50,6 +50,28 @@ def check_targets(family: Family, settings: Settings, targets: Sequence[str]) ->
             )
 
 
+_PARTS = {
+    ("linear_qkv", 3): ("query", "key", "value"), ("linear_qkv", 1): ("joined_qkv",), ("linear_proj", 1): ("output",),
+    ("linear_fc1", 2): ("gate", "up"), ("linear_fc1", 1): ("joined_gate_up",), ("linear_fc2", 1): ("down",),
+}  # fmt: skip
+
+
+def adapted_linears(family: Family, settings: Settings, targets: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
+    """Per layer the linears that `targets` asks for, by the names of plan/weights.py; None for a model with other linears than those."""
+    found: list[list[str]] = [[] for _ in settings.layer_kinds]
+    present = modules_of(family, settings)
+    for rule in family.rules:
+        parts = _PARTS.get((rule.megatron.split(".")[-2], len(rule.parts))) if LINEAR.fullmatch(rule.megatron) else ()
+        if parts is None:
+            return None
+        for layer, chosen in enumerate(found):
+            for part, name in zip(parts, rule.parts, strict=False):
+                module = family.module(name).format(i=layer, e=0)
+                if module in present and wanted(module, targets):
+                    chosen.append(part)
+    return tuple(map(tuple, found))
+
+
 def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
     """This rank's linears that get an adapter."""
     owners = {

@@ -15,7 +15,7 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part
-from swift_mega.train.loop import check_training
+from swift_mega.train.loop import check_run
 from tests import tiny
 from tests.models.test_families import write
 
@@ -74,8 +74,8 @@ def test_an_example_has_no_more_tokens_than_there_are_positions(tmp_path):
     with pytest.raises(
         UserError, match=r"data\.max_length=257: this model's positions are right up to 256 tokens; set"
     ):
-        check_training(run, family, settings)
-    check_training(dataclasses.replace(run, data=schema.Data(max_length=256)), family, settings)
+        check_run(run, family, settings, torch.float32)
+    check_run(dataclasses.replace(run, data=schema.Data(max_length=256)), family, settings, torch.float32)
 
 
 def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
