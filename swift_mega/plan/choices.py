@@ -46,7 +46,9 @@ def choices_of(
     run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
 ) -> Choices:  # fmt: skip
-    """The choices of a run of a model of `hidden` features. adapted: as Choices has it. UserError for train.recompute=selective, which has no formula."""
+    """The choices of a run of a model of `hidden` features. adapted: as Choices has it.
+
+    UserError for train.recompute=selective, which has no formula."""
     train, optim, tuner = run.train, run.optim, run.tuner
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")

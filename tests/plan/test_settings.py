@@ -78,7 +78,10 @@ def test_every_setting_is_listed() -> None:
 def test_a_setting_changes_the_answer(model: Path, key: str) -> None:
     value, beside, ranks = CHANGES[key]
     before, after = plan(model, list(beside), ranks), plan(model, [*beside, f"{key}={value}"], ranks)
-    assert dataclasses.replace(before.memory, moment="") != dataclasses.replace(after.memory, moment="") or before.longest != after.longest
+    assert (
+        dataclasses.replace(before.memory, moment="") != dataclasses.replace(after.memory, moment="")
+        or before.longest != after.longest
+    )
 
 
 @pytest.mark.parametrize("changes, said", [
