@@ -71,7 +71,7 @@ class Arguments:
     def whole(self, name: str) -> int | None:
         """A whole number of at least 1, or None when the option was not given."""
         word = self.text(name)
-        if word is not None and (not word.isdecimal() or int(word) < 1):
+        if word is not None and (not word.isdecimal() or len(word) > 18 or int(word) < 1):
             raise UserError(f"--{name}={word}: expected a whole number of at least 1")
         return None if word is None else int(word)
 

@@ -8,7 +8,8 @@ from swift_mega.cli.verbs import compare, config, convert, export, plan, train, 
 
 TRAINING_ONLY = (
     *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
-    "parallel.ddp_bucket_size",
+    *("parallel.ddp_bucket_size", "parallel.gradients_in_float32"),
+    *("parallel.context", "parallel.cp", "parallel.ulysses"),  # context ranks hold the same weights
 )
 
 

@@ -21,6 +21,7 @@ ABOVE_0: Limit = ("above 0", lambda v: v > 0)
 PROBABILITY: Limit = ("at least 0 and below 1", lambda v: 0 <= v < 1)
 SHARE: Limit = ("between 0 and 1", lambda v: 0 <= v <= 1)
 ABOVE_0_TO_1: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
+EPOCHS: Limit = ("above 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
 SIZE: Limit = ("a size such as 500MB, 5GB or 512MiB", lambda v: size_in_bytes(v) is not None)
 NOT_EMPTY: Limit = ("something, not empty text", lambda v: v.strip() != "")
 
@@ -39,7 +40,7 @@ LIMITS: dict[str, Limit] = {
     "optim.offload_fraction": ABOVE_0_TO_1,
     "objective.name": NOT_EMPTY,
     "train.output_dir": NOT_EMPTY,
-    "train.epochs": ABOVE_0,
+    "train.epochs": EPOCHS,
     "train.seed": NOT_NEGATIVE,
     "export.max_shard_size": SIZE,
 }
@@ -205,7 +206,7 @@ def check_model_directory(path: str, *, what: str, file: str = "config.json") ->
 
 def _check_dataset(key: str, entry: str, *, named: bool) -> None:
     path, mark, rows = entry.rpartition("#")
-    if mark and (not rows.isdecimal() or int(rows) < 1) and not Path(entry).exists():
+    if mark and (not rows.isdecimal() or len(rows) > 18 or int(rows) < 1) and not Path(entry).exists():
         raise UserError(f"{key}={entry}: after # comes how many rows to take, at least 1, not {rows!r}")
     file = Path(path if mark and rows.isdecimal() else entry)
     if not file.exists() and not named:

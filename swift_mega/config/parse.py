@@ -20,7 +20,9 @@ from swift_mega.text_files import parse_json
 
 # What SWIFT calls a choice, where we call it otherwise.
 SWIFT_VALUES = {"data.loss_on": {"default": "assistant", "last_round": "last"}}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?)B?", re.IGNORECASE)
+INTEGER = re.compile(r"[+-]?\d{1,300}")
+"""More digits are no number that a setting could mean, and Python refuses more than 4300."""
+SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?i?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,10 @@ def _boolean(text: str) -> bool | None:
 
 
 def _integer(text: str) -> int | None:
+    if INTEGER.fullmatch(text):
+        return int(text)
     number = _number(text)
-    return (
-        int(text)
-        if re.fullmatch(r"[+-]?\d+", text)
-        else int(number)
-        if number is not None and number % 1 == 0
-        else None
-    )
+    return int(number) if number is not None and number % 1 == 0 else None
 
 
 def _number(text: str) -> float | None:
@@ -205,7 +203,7 @@ def _free(value: Value) -> Any:
         return None
     if (truth := _boolean(value.text)) is not None:
         return truth
-    if re.fullmatch(r"[+-]?\d+", value.text):
+    if INTEGER.fullmatch(value.text):
         return int(value.text)
     number = _number(value.text)
     return value.text if number is None else number

@@ -46,6 +46,13 @@ def load_tokenizer(model_dir: str | Path) -> Any:
             f"the tokenizer in {path} does not load: {error}; copy the model's tokenizer files again"
         ) from error
     check_fast(tokenizer, name=str(path))
+    try:
+        tokenizer("a", add_special_tokens=False, return_offsets_mapping=True)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(
+            f"the tokenizer in {path} does not tokenise ({error}); a field of tokenizer_config.json may be of another type than "
+            "transformers expects: copy the model's tokenizer files again"
+        ) from None
     return tokenizer
 
 

@@ -62,7 +62,7 @@ def _split_count(name: str) -> tuple[str, int | None]:
     found = re.fullmatch(r"(.*)#([^#/]*)", name)
     if found is None or Path(name).exists():
         return name, None
-    if not re.fullmatch(r"[0-9]+", found[2]) or int(found[2]) == 0:
+    if not re.fullmatch(r"[0-9]{1,18}", found[2]) or int(found[2]) == 0:
         raise UserError(f"data set {name!r}: {found[2]!r} is not a number of rows; write path#500 for 500 rows")
     return found[1], int(found[2])
 

@@ -38,7 +38,10 @@ from swift_mega.data.marks import (
 from swift_mega.data.parts import check_parts
 from swift_mega.errors import UserError
 
-_TEMPLATE_ACCIDENTS = (TypeError, ValueError, KeyError, IndexError, AttributeError)
+_TEMPLATE_ACCIDENTS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, SyntaxError),
+    *(RuntimeError, MemoryError),  # a macro that calls itself is a RecursionError
+)
 """A template is code of the model's author: it raises TemplateError on purpose, and these by accident."""
 _PROMPT_MODES: tuple[dict[str, bool], ...] = (
     {}, {"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True},

@@ -62,10 +62,15 @@ def load_adapter(
 def tuner_of(directory: str | Path) -> schema.Tuner:
     """Settings of the tuner that a PEFT directory is of: its rank, scale and targets."""
     config: dict[str, Any] = dict(read_adapter(directory).config)
-    targets = config["target_modules"]
+    found = config.get("target_modules")
+    targets = [found] if isinstance(found, str) else found
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise UserError(
+            f"{directory}: target_modules={found!r} is neither a name nor a list of names; copy the adapter again"
+        )
     return schema.Tuner(
-        type="lora", rank=config["r"], alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+        type="lora", rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
+        target_modules=tuple(targets),
     )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ from swift_mega.models.quantization_fields import judge
 from swift_mega.models.settings import Settings
 from swift_mega.models.unread import unread_fields
 
+CONFIG_ACCIDENTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+"""What a config class raises over a field of another type than it expects."""
+
 
 def load_settings(directory: str | Path, *, dequantize: bool = False) -> Settings:
     """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run.
@@ -45,7 +48,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
 
     try:
         config = hf_config(directory)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (*CONFIG_ACCIDENTS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"transformers cannot read {directory}/config.json: {reason}; correct the field it names"
