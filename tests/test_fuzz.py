@@ -384,7 +384,7 @@ def test_a_field_of_another_type_is_named(place: Path) -> None:
     folder = copy_of(place, "model")
     path = folder / "tokenizer_config.json"
     write_json(path, json.loads(path.read_text()) | {"model_max_length": "long"})
-    with pytest.raises(UserError, match="does not tokenise .*tokenizer_config.json may be of another type"):
+    with pytest.raises(UserError, match=r"does not tokenise .*tokenizer_config.json may be of another type"):
         load_tokenizer(folder)
     folder = copy_of(place, "adapter")
     path = folder / "adapter_config.json"
