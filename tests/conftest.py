@@ -7,6 +7,7 @@ to inherited pages 0.04 s a rank. A job takes 0.5 to 4 s, and a fork needs no pr
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,8 +41,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+LONGEST = (
+    "train/test_every_family.py", "train/test_layouts.py", "convert/test_layouts_of_weights.py", "train/test_tiles.py",
+    "train/test_compare.py", "train/test_few_key_heads.py", "plan/test_memory.py", "test_tools.py", "train/test_context_layouts.py",
+    "train/test_offload.py", "convert/test_whole.py", "train/test_loop.py", "convert/test_plan.py", "export/test_adapters.py",
+    "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_engine_layouts.py",
+    "train/test_delta_layouts.py", "convert/test_megatron_lm.py",
+)  # fmt: skip
+"""Files of more than 15 CPU seconds. Workers take files in this order, so that none is left with a long one at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = (
+            False  # xdist's own order is by number of tests, which says little of their time
+        )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --full, cases marked `full` are deselected: the claim of each is kept by a case that stays."""
+    """Long files first. Without --full, cases marked `full` are deselected: the claim of each is kept by a case that stays."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]

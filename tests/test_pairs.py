@@ -1,7 +1,9 @@
 """A cover holds every pair, and no more cases than it needs; a case that alone holds a pair is never left out."""
 
 from itertools import product
+from pathlib import Path
 
+import conftest
 import pytest
 
 from tests import pairs
@@ -15,6 +17,10 @@ def test_every_pair_is_in_the_cover() -> None:
     assert held == set().union(*(pairs.pairs(case) for case in cases))
     assert {frozenset(("a", "1")), frozenset(("z", "q")), frozenset(("c",))} <= held
     assert 9 <= len(chosen) <= 14
+
+
+def test_long_files_are_there() -> None:
+    assert [name for name in conftest.LONGEST if not (Path(conftest.__file__).parent / name).is_file()] == []
 
 
 def test_the_cheaper_case_is_chosen() -> None:

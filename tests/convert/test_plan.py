@@ -100,10 +100,10 @@ def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, 
 LARGE = {
     "deepseek_v3": (
         schema.Parallel(tensor=64, pipeline=16, expert=128, expert_tensor=1, pipeline_layout="4," * 13 + "3,3,3"), 2048,
-        671_026_419_200, (0, 1, 63, 127, 1000, 2047),
+        671_026_419_200, (0, 1000, 2047),
     ),
     "qwen3_next": (
-        schema.Parallel(tensor=2, pipeline=8, expert=64, expert_tensor=1), 512, 79_674_391_296, (0, 1, 255, 511)
+        schema.Parallel(tensor=2, pipeline=8, expert=64, expert_tensor=1), 512, 79_674_391_296, (0, 511)
     ),
     "llama": (
         schema.Parallel(tensor=8, pipeline=16, first_stage_layers=7, last_stage_layers=7), 128, 405_853_388_800, (0, 9, 127)

@@ -95,19 +95,18 @@ def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shap
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+MESHES = (
+    (2, 1, False), (1, 2, False), (4, 1, False), (1, 4, False), (2, 2, False), (1, 2, True), (1, 4, True), (2, 2, True),
+)  # fmt: skip
+BY_DEFAULT = [(*mesh, dtype) for dtype in LIMITS for mesh in MESHES if dtype == torch.float64 or mesh[0] * mesh[1] == 2]
+"""Every mesh in float64, where a fault has nothing to hide behind; other dtypes on two ranks, since they go the same way."""
+IN_FULL = [(*mesh, dtype) for dtype in LIMITS for mesh in MESHES if (*mesh, dtype) not in BY_DEFAULT]
+
+
 @pytest.mark.parametrize(
-    ("ulysses", "ring", "gather"),
-    (
-        (2, 1, False),
-        (1, 2, False),
-        (4, 1, False),
-        (1, 4, False),
-        (2, 2, False),
-        (1, 2, True),
-        (1, 4, True),
-        (2, 2, True),
-    ),
+    ("ulysses", "ring", "gather", "dtype"),
+    [*BY_DEFAULT, *(pytest.param(*case, marks=pytest.mark.full) for case in IN_FULL)],
+    ids=str,
 )
 def test_every_mesh_computes_what_one_rank_does(ranks, ulysses, ring, gather, dtype):
     found = ranks(ulysses * ring, _differences, ulysses, ring, gather, dtype, list(HEADS))

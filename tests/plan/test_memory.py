@@ -14,7 +14,7 @@ from swift_mega.plan.choices import Choices, choices_of
 from swift_mega.plan.memory import Memory, bytes_per_token, longest, memory
 from swift_mega.plan.weights import stage_numbers
 
-TOKENS, EXAMPLE = 1024, 512
+TOKENS, EXAMPLE = 512, 256
 SIZES = dict(
     hidden_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=384,
     max_position_embeddings=4096, tie_word_embeddings=False,

@@ -1,6 +1,7 @@
 """Every family equals Hugging Face on one rank, full and LoRA, and when it is cut over tensor, expert and pipeline ranks."""
 
 import dataclasses
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -30,21 +31,29 @@ STAGED = (
 """Families cut over pipeline ranks by default, two of every kind of them: what a stage holds does not depend on more."""
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("every_family")
+@dataclasses.dataclass
+class Benches:
+    """The bench of each family, full, which the tests of it share. Pipelines need eight examples, others four."""
+
+    work: Path
+    cpu: Device
+    staged: Container[str]
+    made: dict[str, Bench] = dataclasses.field(default_factory=dict)
+
+    def full(self, family: str) -> Bench:
+        if family not in self.made:
+            self.made[family] = self.make(family, "full", tiny.make(self.work / family, family))
+        return self.made[family]
+
+    def make(self, family: str, tuner: str, model: Path) -> Bench:
+        examples = 8 if family in self.staged else 4
+        return Bench(self.work, self.cpu, family, tuner, model=model, examples=examples)
 
 
 @pytest.fixture(scope="module")
-def benches() -> dict[str, Bench]:
-    """The bench of each family, full, which the tests of it share."""
-    return {}
-
-
-def full(benches: dict[str, Bench], work: Path, cpu: Device, family: str) -> Bench:
-    if family not in benches:
-        benches[family] = Bench(work, cpu, family, "full", refer=False)
-    return benches[family]
+def benches(tmp_path_factory: pytest.TempPathFactory, cpu: Device, request: pytest.FixtureRequest) -> Benches:
+    staged = tiny.FAMILIES if request.config.getoption("--full") else STAGED
+    return Benches(tmp_path_factory.mktemp("every_family"), cpu, staged)
 
 
 def measured(bench: Bench, *others: Bench) -> None:
@@ -55,10 +64,10 @@ def measured(bench: Bench, *others: Bench) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_one_rank_full_and_lora(work: Path, cpu: Device, benches: dict[str, Bench], family: str) -> None:
+def test_one_rank_full_and_lora(benches: Benches, family: str) -> None:
     """One rank equals Hugging Face for every family, full and LoRA."""
-    one = full(benches, work, cpu, family)
-    lora = Bench(work, cpu, family, "lora", refer=False)
+    one = benches.full(family)
+    lora = benches.make(family, "lora", one.model)
     run_ranks(1, measured, one, lora)
     for each in (one, lora):
         found = validate.compare("single", each.folder / "reference", each.folder / "single")
@@ -73,9 +82,9 @@ CUT = [(family, layout) for family in tiny.FAMILIES for layout in ("tp2-sp", "pp
     "family, layout",
     [pytest.param(*case, marks=pytest.mark.full) if case[1] == "pp2" and case[0] not in STAGED else case for case in CUT],
 )  # fmt: skip
-def test_every_family_is_cut(work: Path, cpu: Device, benches: dict[str, Bench], family: str, layout: str) -> None:
+def test_every_family_is_cut(benches: Benches, family: str, layout: str) -> None:
     """Tensor, sequence and pipeline parallelism of every family; experts are cut with the ranks there are."""
-    one = full(benches, work, cpu, family)
+    one = benches.full(family)
     if not (one.folder / "reference").exists():
         run_ranks(1, one.make_reference)
     name = layout

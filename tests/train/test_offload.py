@@ -97,7 +97,7 @@ def expected(layout: Layout, stage: int, tokens: list[int], part: Any) -> list[i
 def check(
     work: Path, cpu: Device, tuner: str, layout: str, family: str = "llama", megatron: dict[str, Any] | None = None
 ) -> None:
-    one = bench(work, cpu, family, tuner)
+    one = bench(work, cpu, family, tuner, layers=4 if "vpp" in layout else 2)
     parallel, world = parse_layout(layout)
     run = settings(one.model, parallel, tuner, one.adapter, recompute="full")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, megatron=megatron or {}))

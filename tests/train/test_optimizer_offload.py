@@ -96,20 +96,20 @@ def test_steps_are_those_without_it(
     """Three steps at three rates, clipped; the optimizers on both sides were told each rate."""
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(parallel, distributed_optimizer=cut)
-    compare(bench(work, cpu, family, tuner), parallel, world, dtype, fraction)
+    compare(bench(work, cpu, family, tuner, layers=2), parallel, world, dtype, fraction)
 
 
 def test_overlapped_communication(work: Path, cpu: Device) -> None:
     """Parameters that are gathered while the next forward pass runs are those that came from the host."""
     parallel = schema.Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
-    compare(bench(work, cpu, "llama", "full"), parallel, 2, "bfloat16", 1.0)
+    compare(bench(work, cpu, "llama", "full", layers=2), parallel, 2, "bfloat16", 1.0)
 
 
 @pytest.mark.parametrize("layout", ["dp1", "dp2", pytest.param("tp2", marks=pytest.mark.full)])
 def test_gradients_summed_in_bfloat16(work: Path, cpu: Device, layout: str) -> None:
     """Half the bytes, and steps near those of a float32 sum. On the host too, where bfloat16 gradients are clipped before they widen."""
     parallel, world = parse_layout(layout)
-    one, narrow = bench(work, cpu, "llama", "full"), dataclasses.replace(parallel, gradients_in_float32=False)
+    one, narrow = bench(work, cpu, "llama", "full", layers=2), dataclasses.replace(parallel, gradients_in_float32=False)
     moved = dataclasses.replace(FALLING, cpu_offload=True)
     wide, *found = (
         run_ranks(

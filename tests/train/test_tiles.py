@@ -47,7 +47,7 @@ def run_of(
     """bare: without the values of an adapter."""
     model = work / family
     if not model.exists():
-        tiny.make(model, family)
+        tiny.make(model, family, num_hidden_layers=2)
     adapter = work / f"{family}-adapter"
     run = schema.Run(
         model=schema.Model(path=str(model), dtype="float64", megatron=megatron or {}), parallel=parallel, train=schema.Train(**train),
