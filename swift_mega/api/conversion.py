@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from swift_mega import device as devices
+from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
 from swift_mega.convert import plan_report, stream
 from swift_mega.convert.hf_files import Checkpoint
@@ -39,6 +40,7 @@ DEVICE = devices.setup()
 def convert(
     *, source: str, to: str, output: str, model: str | None = None, parallel: schema.Parallel | None = None,
     dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False, dequantize: bool = False,
+    rows: schema.Model | None = None,
 ) -> None:  # fmt: skip
     """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
 
@@ -46,8 +48,24 @@ def convert(
     source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
     or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
     dequantize: read a quantised source as plain weights, of `dtype` or of the dtype that its config.json names.
+    rows: settings of a vocabulary to make larger on the way (resize_vocab, new_special_tokens, new_rows); of a Hugging Face source.
     One process does it for all ranks of the layout; where ranks were started already, by torchrun or the caller, each does its part.
     """
+    if rows is not None and asks(rows):
+        if is_mcore(source):
+            raise UserError(
+                f"{source} is a Megatron checkpoint, to which no rows are added; convert it to Hugging Face files first"
+            )
+        plan(
+            source=source, dtype=dtype, dequantize=dequantize
+        )  # of the original, so that every tensor is accounted for
+        with resized(schema.Run(model=dataclasses.replace(rows, path=source))) as larger:
+            assert larger.model.path is not None
+            convert(
+                source=larger.model.path, to=to, output=output, parallel=parallel, dtype=dtype, max_shard_size=max_shard_size,
+                overwrite=overwrite,
+            )  # fmt: skip
+        return
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
@@ -83,7 +101,7 @@ def convert(
         run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
         layout = _layout_for(run, str(folder))
         if (
-            said := check_padding(source, folder, load_settings(folder, dequantize=dequantize).shape.vocab)
+            said := check_padding(source, folder, load_settings(folder, dequantize=run.model.dequantize).shape.vocab)
         ) and is_first_rank():
             print(said)
         rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)

@@ -1,12 +1,14 @@
 """Training, from settings or a recipe."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from swift_mega import device as devices
+from swift_mega.api.resizing import resized
 from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
 from swift_mega.config.load import Resolved, load
@@ -45,18 +47,21 @@ def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
     world = world_size(nproc)
     if joined() and world > 1:
         return run_ranks(world, _train_joined, run, nproc)
-    layout, prepared, pad = _checked(run, nproc)
-    return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+    with ExitStack() as stack:
+        run, layout, prepared, pad = _checked(run, nproc, stack)
+        return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
 def _train_joined(run: schema.Run, nproc: int | None) -> TrainResult:
-    layout, prepared, pad = on_every_rank(lambda: _checked(run, nproc))
-    return train_rank(run, DEVICE, layout, prepared, pad)
+    with ExitStack() as stack:
+        run, layout, prepared, pad = on_every_rank(lambda: _checked(run, nproc, stack))
+        return train_rank(run, DEVICE, layout, prepared, pad)
 
 
-def _checked(run: schema.Run, nproc: int | None) -> tuple[Layout, Prepared, int]:
-    """What ranks are given: the layout, the examples, the token that pads rows."""
+def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[schema.Run, Layout, Prepared, int]:
+    """What ranks are given: the run of a model that exists as long as `stack`, the layout, the examples, the token that pads rows."""
     check_inputs(run, command="train")
+    run = stack.enter_context(resized(run, training=True))
     assert run.model.path is not None
     settings = load_settings(run.model.path, dequantize=run.model.dequantize)
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
@@ -88,7 +93,7 @@ def _checked(run: schema.Run, nproc: int | None) -> tuple[Layout, Prepared, int]
     if is_first_rank():
         for line in about_ends(prepared, tokenizer, stop_tokens(run.model.path)):
             print(line, flush=True)
-    return layout, prepared, pad
+    return run, layout, prepared, pad
 
 
 def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings) -> Prepared:

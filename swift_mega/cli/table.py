@@ -109,7 +109,10 @@ _ALL = (
             OUTPUT,
             OVERWRITE,
         ),
-        takes=_parallel_and("model.path", "model.dtype", "model.dequantize", "export.max_shard_size"),
+        takes=_parallel_and(
+            *("model.path", "model.dtype", "model.dequantize", "export.max_shard_size"),
+            *("model.resize_vocab", "model.new_special_tokens", "model.new_rows"),
+        ),
         run=convert,
     ),
     Verb(

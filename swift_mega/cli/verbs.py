@@ -66,6 +66,8 @@ def convert(arguments: Arguments) -> int:
     from swift_mega import api
 
     if dry:
+        if run.model.resize_vocab or run.model.new_special_tokens:
+            raise UserError("--dry_run plans the model as it is; leave --resize_vocab and --new_special_tokens out")
         if source == mcore:
             raise UserError(
                 "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore"
@@ -76,7 +78,7 @@ def convert(arguments: Arguments) -> int:
     assert output is not None
     api.convert(
         source=source, to=to, output=output, model=model if source == mcore else None, parallel=run.parallel, dtype=dtype,
-        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize,
+        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize, rows=run.model,
     )  # fmt: skip
     return 0
 

@@ -71,6 +71,9 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
             raise UserError(message)
     if run.tuner.type == "full":
         _refuse_changed(run, sources, OF_ADAPTERS, because="tuner.type=full has no adapter")
+    if not run.model.resize_vocab and not run.model.new_special_tokens:
+        because = "no rows are added; set model.resize_vocab=true"
+        _refuse_changed(run, sources, ("model.new_rows",), because=because)
     if run.train.recompute != "full":
         keys = ("train.recompute_method", "train.recompute_layers")
         _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")

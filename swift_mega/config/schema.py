@@ -30,6 +30,17 @@ class Model:
         flag="dequantize",
         help="read a quantised checkpoint (FP8, MXFP4, GPTQ, AWQ, bitsandbytes) as plain weights; false: refuse it",
     )
+    resize_vocab: bool = setting(
+        False, flag="resize_vocab", help="add rows to embedding and output layer where the tokenizer has more tokens"
+    )
+    new_special_tokens: tuple[str, ...] = setting(
+        (),
+        flag="new_special_tokens",
+        help="special tokens to add to the tokenizer, or a .txt file of them, with their rows",
+    )
+    new_rows: Literal["transformers", "mean"] = setting(
+        "transformers", flag="new_rows", help="added rows: drawn around the mean of the old ones, or that mean"
+    )
     vocab_divisible_by: int = setting(
         128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"
     )

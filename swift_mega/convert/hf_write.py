@@ -24,7 +24,7 @@ from swift_mega.convert.spans import BUFFER, MOST, flat, stacked
 from swift_mega.errors import UserError
 
 WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$|(report|source_dtypes)\.json$"
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$|(report|source_dtypes|resized)\.json$"
 )
 
 

@@ -18,6 +18,7 @@ import swift_mega.convert.formats as folder
 from swift_mega.convert.finite import check_finite
 from swift_mega.convert.formats.format import Box, Format, Quantised, ceil
 from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.resized import open_resized
 from swift_mega.convert.spans import stacked
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
@@ -126,7 +127,7 @@ def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None
     Without it they are what is stored, and whoever needs them as weights refuses them. Raises UserError where the directory is not
     quantised but `dequantize` is given, where its method is not known, and where a scale or other part is missing, left over or odd.
     """
-    stored = Checkpoint(directory)
+    stored = open_resized(directory) or Checkpoint(directory)
     if dequantize is None:
         return stored
     assert dequantize in SUPPORTED, dequantize

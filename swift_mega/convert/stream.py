@@ -14,6 +14,7 @@ from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, p
 from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.quantised import Dequantised, drop_quantization
 from swift_mega.convert.report import write_report
+from swift_mega.convert.resized import weights_of
 from swift_mega.errors import UserError
 from swift_mega.outputs import staged
 
@@ -55,7 +56,7 @@ def restream(
         if isinstance(source, Dequantised):
             drop_quantization(staging)
         set_dtype(staging / "config.json", dtype)
-        write_report(staging, planned, found, source=str(source.directory.resolve()))
+        write_report(staging, planned, found, source=str(Path(weights_of(source.directory)).resolve()))
 
 
 def rows_of(source: Checkpoint, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:

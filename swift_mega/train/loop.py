@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from swift_mega.config import schema
 from swift_mega.convert.hf_write import parse_size
+from swift_mega.convert.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.device import Device
@@ -166,7 +167,14 @@ def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor
 
 def _open_monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor:
     run = training.run
-    recorded = {**dataclasses.asdict(run), "layout": training.groups.layout.name, "world": training.groups.layout.world}
+    assert run.model.path is not None
+    model = {**dataclasses.asdict(run.model), "path": weights_of(run.model.path)}
+    recorded = {
+        **dataclasses.asdict(run),
+        "model": model,
+        "layout": training.groups.layout.name,
+        "world": training.groups.layout.world,
+    }
     directory.write_args(recorded)
     return Monitor(
         directory, steps=steps, settings=run.monitor, device=training.device, world=training.groups.layout.world,

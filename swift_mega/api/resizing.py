@@ -1,0 +1,111 @@
+"""--resize_vocab and --new_special_tokens: a model with a row for every token of its tokenizer, which may have got new ones."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swift_mega.config import schema
+from swift_mega.convert.check import carried_of
+from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.hf_write import copy_companions
+from swift_mega.convert.resized import write_resized
+from swift_mega.data.chat import load_tokenizer
+from swift_mega.errors import UserError
+from swift_mega.models.family import family_of
+from swift_mega.models.quantization import quantization_of
+from swift_mega.models.translate import load_settings
+
+CONVERT = "make the model first with swift-mega convert --to hf --resize_vocab true --output NEW, and give --model NEW"
+
+
+def asks(model: schema.Model) -> bool:
+    """Whether the settings ask for other tokens or rows than the model has."""
+    return model.resize_vocab or bool(model.new_special_tokens)
+
+
+@contextmanager
+def resized(run: schema.Run, *, training: bool = False) -> Iterator[schema.Run]:
+    """`run` of the model that its settings ask for, which exists as long as the context does; UserError where they change nothing.
+
+    training: the run trains the model, whose new rows an adapter would neither train nor hold.
+    """
+    if not asks(run.model):
+        yield run
+        return
+    assert run.model.path is not None
+    if training and run.tuner.type != "full":
+        raise UserError(
+            f"model.resize_vocab and model.new_special_tokens make rows that an adapter does not hold "
+            f"(tuner.type={run.tuner.type}), so its base would not have them; {CONVERT}, or set tuner.type=full"
+        )
+    if quantization_of(run.model.path) is not None:
+        raise UserError(
+            f"{run.model.path} is quantised, and rows are added to plain weights only; dequantise it first with swift-mega convert --to hf "
+            "--dequantize true"
+        )
+    with tempfile.TemporaryDirectory(prefix="swift-mega-resized-") as folder:
+        _make(run.model, Path(folder), training=training)
+        plain = dataclasses.replace(run.model, path=folder, resize_vocab=False, new_special_tokens=())
+        yield dataclasses.replace(run, model=plain)
+
+
+def _make(model: schema.Model, view: Path, *, training: bool) -> None:
+    assert model.path is not None
+    stored, settings = Checkpoint(model.path), load_settings(model.path)
+    if training and (kept := carried_of(settings, stored.entries)):
+        raise UserError(
+            f"{model.path} holds {some(sorted(kept), 2)}, which are kept and not trained, and need the new rows too; {CONVERT}"
+        )
+    copy_companions(Path(model.path), view)
+    tokenizer = load_tokenizer(model.path)
+    if model.new_special_tokens:
+        _add(tokenizer, tokens_of(model.new_special_tokens), view)
+    needed = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if needed <= settings.shape.vocab and not model.new_special_tokens:
+        raise UserError(
+            f"model.resize_vocab=true, but the tokenizer's {needed} tokens have rows in {model.path} (vocab_size={settings.shape.vocab}); "
+            "leave it out"
+        )
+    family = family_of(model.path).named_like(stored.entries)
+    write_resized(view, stored, family, settings, needed, kind=model.new_rows)
+
+
+def tokens_of(words: Sequence[str]) -> list[str]:
+    """Tokens as they are given, and those in the .txt files that are named, which spaces and line ends part."""
+    found: list[str] = []
+    for word in words:
+        if not word.endswith(".txt"):
+            found.append(word)
+            continue
+        try:
+            found += Path(word).read_text(encoding="utf-8-sig").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"model.new_special_tokens={word} cannot be read: {error}; give a text file of tokens"
+            ) from None
+    if not found:
+        raise UserError(f"model.new_special_tokens={','.join(words)} names no token; write some into the file")
+    return list(dict.fromkeys(found))
+
+
+def _add(tokenizer: Any, tokens: list[str], view: Path) -> None:
+    """Adds special tokens, and writes the tokenizer to `view`; UserError where none is new, or files do not give it back."""
+    known = tokenizer.get_vocab()
+    if all(token in known for token in tokens):
+        raise UserError(f"model.new_special_tokens: the tokenizer has {some(tokens)} already; leave them out")
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    tokenizer.save_pretrained(view)
+    again = load_tokenizer(view)
+    broken = [
+        token
+        for token in tokens
+        if again(token, add_special_tokens=False)["input_ids"] != [again.get_vocab().get(token)]
+    ]
+    if broken or again.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer with {some(tokens)} is another one when its files are read again ({some(broken) or 'other ids'}); save it with "
+            "these tokens by transformers, and give that model"
+        )
