@@ -58,17 +58,19 @@ def end_all(pids: dict[int, Seat], *, by: BaseException | None = None) -> None:
 
     by: what ends them. A signal to this process is passed on first, so that a rank can take back an output that it has begun.
     """
-    if isinstance(by, Ended):
-        _ask(pids, by.signal)
-    for pid in pids:
-        try:
-            os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:  # started, but not yet the leader of its group
-            os.kill(pid, signal.SIGKILL)
-        except PermissionError:  # macOS says so for a group of zombies
-            pass
-    for pid in pids:
-        os.waitpid(pid, 0)
+    try:
+        if isinstance(by, Ended):
+            _ask(pids, by.signal)
+    finally:  # Ctrl-C must not stop the end
+        for pid in pids:
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:  # started, but not yet the leader of its group
+                os.kill(pid, signal.SIGKILL)
+            except PermissionError:  # macOS says so for a group of zombies
+                pass
+        for pid in pids:
+            os.waitpid(pid, 0)
 
 
 def _ask(pids: dict[int, Seat], number: signal.Signals) -> None:
