@@ -67,7 +67,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     dtype = parameter_dtype(run.model, DEVICE)
     check_engine_runs(layout.mesh, DEVICE, dtype)
-    check_run(run, family_of(run.model.path), settings, dtype)
+    check_run(run, family_of(run.model.path), settings, dtype, DEVICE)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"

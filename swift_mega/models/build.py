@@ -229,7 +229,8 @@ def build(
     vocab_divisible_by: int = 128, adapters: bool = False, tile: int | None = None,
 ) -> ModelPart:  # fmt: skip
     """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/tiles.py."""
-    specs = layer_specs(settings, device, adapters=adapters, tile=tile)
+    again = config.recompute_modules if config.recompute_granularity == "selective" else ()
+    specs = layer_specs(settings, device, adapters=adapters, tile=tile, again=again)
     norm = norm_class(settings, device, tile)
     chunks = []
     for virtual in range(layout.virtual):

@@ -1,15 +1,18 @@
 """Megatron's transformer layer with the joints that families vary: parallel branches, norms after them, a factor on them.
 
-Only the few lines between attention, MLP and residual stream are ours; both modules, and everything that cuts them over ranks,
-stay Megatron's.
+Only the few lines between attention, MLP and residual stream are ours: additions, dropout of what is added, and which norms and MLPs are
+computed again in the backward pass. Both modules, and everything that cuts them over ranks, stay Megatron's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn.functional import dropout
 
 from swift_mega.models.settings import Block
 
@@ -29,21 +32,48 @@ class Layer(TransformerLayer):
         padding_mask: Tensor | None = None, **given: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """hidden_states [tokens / s, 1, hidden] -> (the same, None), as TransformerBlock calls a layer."""
-        read = self.input_layernorm(hidden_states)
+        read, forget = self._normed(self.input_layernorm, hidden_states, self.recompute_input_layernorm)
         attended = _output(self.self_attention(read, attention_mask=None, packed_seq_params=packed_seq_params))
         if self.block.post_norms:
             attended = self.post_self_attn_layernorm(attended)
+        if self.block.parallel and self.block.shared_norm:
+            both = self._dropped(attended) + self._dropped(self._transformed(read, padding_mask))
+            forget(both)
+            return hidden_states + self._scaled(both), None
+        forget(attended)
         if self.block.parallel:
-            again = read if self.block.shared_norm else self.pre_mlp_layernorm(hidden_states)
-            return hidden_states + self._scaled(attended + self._transformed(again, padding_mask)), None
-        hidden_states = hidden_states + self._scaled(attended)
-        return hidden_states + self._scaled(
-            self._transformed(self.pre_mlp_layernorm(hidden_states), padding_mask)
-        ), None
+            both = self._dropped(attended) + self._dropped(self._second(hidden_states, padding_mask))
+            return hidden_states + self._scaled(both), None
+        hidden_states = hidden_states + self._scaled(self._dropped(attended))
+        return hidden_states + self._scaled(self._dropped(self._second(hidden_states, padding_mask))), None
+
+    def _second(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """What the MLP adds, through its own norm."""
+        read, forget = self._normed(self.pre_mlp_layernorm, hidden_states, self.recompute_pre_mlp_layernorm)
+        out = self._transformed(read, padding_mask)
+        forget(out)
+        return out
 
     def _transformed(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        out = _output(self.mlp(x, padding_mask=padding_mask))
+        def mlp(x: Tensor) -> Tensor:
+            # The sum, not the bias beside it: a parameter that leaves a checkpoint gets that as its history, and backward never ends.
+            return _output(self.mlp(x, padding_mask=padding_mask))
+
+        out = checkpoint(mlp, False, x) if self.recompute_mlp else mlp(x)
         return self.post_mlp_layernorm(out) if self.block.post_norms else out
+
+    def _normed(self, norm: Any, x: Tensor, again: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
+        """x normalised, and what to call with a tensor made of all that read it: then its memory is free until that one's backward.
+
+        again: the norm is computed anew there. `norm` may stand for none, whose output is x itself and stays.
+        """
+        if not again or isinstance(norm, NoNorm):
+            return norm(x), lambda after: None
+        kept = CheckpointWithoutOutput(fp8=self.config.fp8)
+        return kept.checkpoint(norm, x), kept.discard_output_and_register_recompute
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
 
     def _scaled(self, x: Tensor) -> Tensor:
         factor = self.block.residual_multiplier

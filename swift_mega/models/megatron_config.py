@@ -1,6 +1,7 @@
 """Megatron's config of a model in a layout."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,57 +13,52 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.experts import check_biases
+from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, Asked
 from swift_mega.models.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 
-DERIVED = frozenset(
-    "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size "
-    "expert_model_parallel_size expert_tensor_parallel_size sequence_parallel num_layers hidden_size ffn_hidden_size "
-    "num_attention_heads num_query_groups kv_channels params_dtype pipeline_dtype bf16 fp16 recompute_granularity "
-    "recompute_method recompute_num_layers calculate_per_token_loss variable_seq_lengths num_moe_experts moe_ffn_hidden_size "
-    "pipeline_model_parallel_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage cp_comm_type "
-    "hierarchical_context_parallel_sizes".split()
-)
-"""Fields of TransformerConfig that follow from the model and the layout."""
 
-_ATTENTION = "attention here is not Megatron's (models/attention.py), and "
-UNREAD: dict[str, tuple[tuple[Any, ...], str]] = {
-    "attention_dropout": ((0, 0.0), _ATTENTION + "has no dropout; leave it out"),
-    "window_size": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
-    "window_attn_skip_freq": ((), _ATTENTION + "takes windows from the model's config.json; leave it out"),
-    "softmax_type": ((), _ATTENTION + "takes sinks from the model's config.json; leave it out"),
-    "no_rope_freq": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
-    "rotary_interleaved": ((), _ATTENTION + "takes rotations from the model's config.json; leave it out"),
-    "apply_rope_fusion": ((False,), _ATTENTION + "rotates by itself; leave it out"),
-    "apply_query_key_layer_scaling": (
-        (False,),
-        _ATTENTION + "takes its scale from the model's config.json; leave it out",
-    ),
-    "attention_softmax_in_fp32": ((True,), _ATTENTION + "always has its softmax in float32; leave it out"),
-    "attention_backend": ((), _ATTENTION + "chooses its kernels by device and dtype; leave it out"),
-    "cpu_offloading": ((False,), "it excludes recomputation; set train.offload_activations"),
-}
-"""Fields that would have no effect, the values that change nothing, and why."""
-
-
-def check_passthrough(given: Mapping[str, Any]) -> None:
-    """`model.megatron` names fields of TransformerConfig, and none that follow from the model or the layout."""
-    fields = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
-    for key in given:
+def check_passthrough(given: Mapping[str, Any], settings: Settings, train: Train, device: Device | None = None) -> None:
+    """UserError for a field of `model.megatron` that Megatron does not have, that follows from something else, or that would not be
+    obeyed in every layer (models/megatron_fields.py). device: None where it is not known yet."""
+    fields = {f.name: f for f in dataclasses.fields(MLATransformerConfig) if f.init}
+    asked = Asked(given=given, settings=settings, train=train)
+    for key, value in given.items():
         if key not in fields:
-            import difflib
-
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"model.megatron.{key}: Megatron's TransformerConfig has no such field{hint}")
-        if key in DERIVED:
+        if key in OURS:
             raise UserError(
-                f"model.megatron.{key}={given[key]!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
+                f"model.megatron.{key}={value!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
             )
-        harmless, reason = UNREAD.get(key, ((given[key],), ""))
-        if given[key] not in harmless:
-            raise UserError(f"model.megatron.{key}={given[key]!r} would have no effect: {reason}")
+        if key in HANDED_ON or key in ON_CUDA:
+            _check_obeyed(key, asked, device)
+        elif value != settings.megatron.get(key, fields[key].default):
+            raise UserError(f"model.megatron.{key}={value!r} {_why_not(key)}")
+
+
+def _check_obeyed(key: str, asked: Asked, device: Device | None) -> None:
+    value = asked.given[key]
+    if key in ON_CUDA and device is not None and device.kind != "cuda" and value:
+        raise UserError(f"model.megatron.{key}={value!r} needs CUDA, and ranks run on the CPU; leave it out")
+    if reason := (HANDED_ON.get(key) or ON_CUDA[key])(asked):
+        raise UserError(f"model.megatron.{key}={value!r} cannot take effect: {reason}; leave it out, or correct it")
+
+
+def _why_not(key: str) -> str:
+    """The rest of the message for a field that is not handed on."""
+    if key in MODEL:
+        return (
+            "would train another model than config.json states, with which it is exported and run: this follows from the model; change "
+            "config.json, or leave it out"
+        )
+    if key in UNREAD:
+        return f"would have no effect: {UNREAD[key]}"
+    if key in REFUSED:
+        return f"is refused: {REFUSED[key]}"
+    return "is refused: this field of a newer Megatron is not known here, nor whether all layers obey it; leave it out"
 
 
 def transformer_config(
@@ -70,7 +66,7 @@ def transformer_config(
     aux_loss: float = 0.0,
 ) -> TransformerConfig:  # fmt: skip
     """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
-    check_passthrough(given)
+    check_passthrough(given, settings, train, device)
     if is_latent(settings):
         check_cut(settings, layout.tensor)
     check_biases(settings, layout.expert_tensor)

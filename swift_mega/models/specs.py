@@ -4,6 +4,7 @@ Everything that knows whether layers are Transformer Engine's (CUDA) or Megatron
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -25,12 +26,21 @@ from swift_mega.models.settings import Block, NormKind, Settings
 from swift_mega.models.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 
 
-def layer_specs(settings: Settings, device: Device, *, adapters: bool, tile: int | None = None) -> list[ModuleSpec]:
-    """One Megatron layer spec per layer of the whole model. adapters: linears must see their real input; tile: of models/tiles.py."""
+def layer_specs(
+    settings: Settings, device: Device, *, adapters: bool, tile: int | None = None, again: Sequence[str] = ()
+) -> list[ModuleSpec]:  # fmt: skip
+    """One Megatron layer spec per layer of the whole model.
+
+    adapters: linears must see their real input; tile: of models/tiles.py; again: modules that are computed anew in the backward pass.
+    Megatron's own layer cannot do that for norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor for MLPs with a
+    bias, which has no end (0.16.1 and 0.19.2).
+    """
     norm, made, engine = norm_class(settings, device, tile), {}, context_engine(device)
     spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, norm, adapters=adapters)
     for moe, delta in set(settings.layer_kinds):
         made[moe, delta] = _joined(spec(moe=moe), settings, norm, engine, moe=moe)
+        if ("layernorm" in again and device.kind != "cuda") or ("mlp" in again and settings.biases.mlp):
+            made[moe, delta].module = bound(Layer, block=settings.block, norm=norm)
         if tile is not None:
             _tile(made[moe, delta], tile, moe=moe)
         if delta:

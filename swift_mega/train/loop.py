@@ -73,11 +73,19 @@ def make_batches(
     return train, make(prepared.validation, True) if prepared.validation else None
 
 
-def check_run(run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype) -> None:
-    """What can be known before ranks start, for training and for a plan of it; UserError where model, tuner and data settings do not
-    fit together. dtype: of the weights.
-    """
+def check_run(
+    run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype, device: Device | None = None
+) -> None:  # fmt: skip
+    """`check_training`, and whether settings fit weights of `dtype`: for training and for a plan of it."""
     check_dtype(run, dtype)
+    check_training(run, family, settings, device)
+
+
+def check_training(run: schema.Run, family: Family, settings: Settings, device: Device | None = None) -> None:
+    """What can be known before ranks start; UserError where model, tuner and data settings do not fit together.
+
+    device: that ranks will run on; None: what depends on it is not looked at.
+    """
     tuner = find_tuner(run.tuner)
     if tuner.adapters:
         check_targets(family, settings, run.tuner.target_modules)
@@ -93,7 +101,12 @@ def check_run(run: schema.Run, family: Family, settings: Settings, dtype: torch.
         )
     balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
     parse_size(run.export.max_shard_size)
-    check_passthrough(run.model.megatron)
+    check_passthrough(run.model.megatron, settings, run.train, device)
+    if tuner.adapters and run.model.megatron.get("moe_router_enable_expert_bias"):
+        raise UserError(
+            f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
+            "adapter does not hold; leave it out, or set tuner.type=full"
+        )
     check_tiles(settings, run.train, run.model.megatron)
 
 
