@@ -13,6 +13,7 @@ from swift_mega.config.schema import Model
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.resized import SEED
 from swift_mega.data.chat import load_tokenizer
+from tests.convert.test_mcore import same_bits
 from tests.train.test_vocabulary import VOCAB, refused, rows, small  # noqa: F401
 
 LARGER = VOCAB + 2
@@ -101,6 +102,12 @@ def test_new_special_tokens(small, tmp_path):  # noqa: F811
     assert tokenizer("".join(names), add_special_tokens=False)["input_ids"] == list(range(LARGER, LARGER + 4))
     assert tokenizer.decode([LARGER, LARGER + 3], skip_special_tokens=True) == ""
     assert Checkpoint(tmp_path / "out").entries["lm_head.weight"].shape[0] == LARGER + 4
+    added = Model(new_special_tokens=("<|zero|>", str(tmp_path / "tokens.txt")))
+    api.convert(
+        source=str(small), to="mcore", output=str(tmp_path / "mcore"), rows=added, parallel=api.Parallel(tensor=2)
+    )
+    api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "back"))
+    same_bits(tmp_path / "back", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
