@@ -14,6 +14,7 @@ from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
 from swift_mega.convert.padding import check_padding
+from swift_mega.convert.which_files import unread
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
@@ -147,6 +148,8 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         config = path
     known = read_config(config)["model_type"] in families()
     quantised = quantization_of(config) is not None
+    if not files and (said := unread(path)):
+        notes.append(said)
     engine: Engine = given.engine or ("mcore" if known or files else "hf")
     if engine not in ("mcore", "hf"):
         raise UserError(f"--{letter}_engine={engine}: expected mcore | hf")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from swift_mega import device as devices
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
 from swift_mega.convert import plan_report, stream
+from swift_mega.convert.check import carried_of
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest
 from swift_mega.convert.padding import check_padding
 from swift_mega.convert.plan import draw
-from swift_mega.convert.plan_report import Plan
+from swift_mega.convert.plan_report import Plan, rest_of
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.convert.save import save
+from swift_mega.convert.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
@@ -74,6 +76,7 @@ def convert(
         if is_first_rank():
             for note in load_settings(source, dequantize=dequantize).notes:
                 print(note)
+        say_of_source(source, checkpoint, dequantize)
         wide = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
         if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
@@ -81,13 +84,20 @@ def convert(
             run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = _opened(run, source, kind)
+        derived: Callable[[str], bool] = _nothing
         if read_config(source)["model_type"] in families():
             plan(source=source, dtype=dtype, dequantize=dequantize)
+            derived = family_of(source).named_like(checkpoint.entries).derived
+            say_of_source(source, checkpoint, dequantize)
         else:
+            say_of_source(source)
             print(
                 f"model_type {read_config(source)['model_type']} is not known: tensors are copied, not checked against it"
             )
-        stream.restream(checkpoint, output, dtype=kind, max_shard_bytes=parse_size(max_shard_size), overwrite=overwrite)
+        shard_bytes = parse_size(max_shard_size)
+        stream.restream(
+            checkpoint, output, dtype=kind, max_shard_bytes=shard_bytes, overwrite=overwrite, derived=derived
+        )
     else:
         iteration_directory(source)
         if dequantize:
@@ -116,6 +126,23 @@ def convert(
             )
 
 
+def say_of_source(
+    source: str, checkpoint: Checkpoint | None = None, dequantize: bool = False, *, trained: bool = False
+) -> None:
+    """One line on what of a directory is not read, and one on what is kept but not computed. checkpoint: of a family that is known."""
+    if not is_first_rank():
+        return
+    if said := unread(source):
+        print(said)
+    kept = carried_of(load_settings(source, dequantize=dequantize), checkpoint.entries) if checkpoint else {}
+    if kept:
+        print(f"{rest_of(kept, {})}{', and not trained' if trained else ''}")
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
 def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> Checkpoint:
     return open_checkpoint(source, dequantised_dtype(run.model, kind or stored_dtype(source)))
 
@@ -129,13 +156,18 @@ def plan(
     """
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     layout, kind = _layout_for(run, source), getattr(torch, dtype) if dtype else None
-    checkpoint = _opened(run, source, kind) if any(Path(source).glob("*.safetensors")) else None
+    checkpoint = _opened(run, source, kind) if has_weights(source) or _other_weights(source) else None
     if checkpoint is not None:
         kind = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
     blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
     return plan_report.make(
         blueprint, layout, dtype=kind or torch.bfloat16, directory=Path(source), checkpoint=checkpoint
     )
+
+
+def _other_weights(source: str) -> bool:
+    """Files that `convert` would refuse to take for the model's weights; to read them says why."""
+    return any(file.suffix in (".safetensors", *PICKLES) for file in Path(source).glob("*"))
 
 
 def _layout_for(run: schema.Run, directory: str) -> Layout:
@@ -196,7 +228,9 @@ def _to_hf(
         family = family_of(directory).named_like(names)
         part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
         load_mcore(part, groups, source)
-        save(part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite)
+        save(
+            part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite, convert_carried=True
+        )  # fmt: skip
     finally:
         parallel_groups.close()
 
@@ -211,6 +245,7 @@ def export(
     """
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
+    say_of_source(model)
     merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
 
 
@@ -222,6 +257,7 @@ def quantize(
 
     dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
     """
+    say_of_source(model)
     quantized.quantize(
         model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize
     )

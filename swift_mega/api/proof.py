@@ -22,6 +22,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.engine import check_engine_runs
+from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate
@@ -107,7 +108,8 @@ def verify(
         plain = Path(model)
         if dequantize:
             plain = found / "plain"
-            stream.restream(open_checkpoint(model, torch.float32), plain, max_shard_bytes=1 << 62)
+            derived = family_of(model).derived
+            stream.restream(open_checkpoint(model, torch.float32), plain, max_shard_bytes=1 << 62, derived=derived)
         run_ranks(1, validate.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
         differences: list[validate.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):

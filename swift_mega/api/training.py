@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from swift_mega import device as devices
+from swift_mega.api.conversion import say_of_source
 from swift_mega.api.resizing import resized
 from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
 from swift_mega.config.load import Resolved, load
+from swift_mega.convert.hf_write import companions
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
@@ -78,8 +81,11 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
         print(f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); {padded}")
     if (note := check_tiles(settings, run.train, run.model.megatron)) and is_first_rank():
         print(note)
-    if run.model.dequantize:
-        open_checkpoint(run.model.path, torch.float32)  # what is wrong with it is found before ranks start
+    # What is wrong with the files is found before ranks start.
+    checkpoint = open_checkpoint(run.model.path, torch.float32 if run.model.dequantize else None)
+    companions(Path(run.model.path))
+    whole = run.tuner.type == "full"
+    say_of_source(run.model.path, checkpoint if whole else None, run.model.dequantize, trained=whole)
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
     prepared = _prepare(run, tokenizer, layout.mesh.example_multiple, settings)

@@ -4,15 +4,17 @@ Each rank knows which Hugging Face tensors its parameters need. Together they mu
 that the family lists as derived, and the checkpoint must hold every tensor they need, at the shape they expect.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from swift_mega.convert.causes import Misfit, cause_of
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.hf_files import Checkpoint, read_json, some
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -22,6 +24,8 @@ from swift_mega.models.settings import Settings
 
 VALUE_HEAD = re.compile(r"v_head\..*|score\.weight")
 """TRL's value head on a language model, and transformers' reward head."""
+PREDICT_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Fields of config.json that count layers of multi-token prediction. transformers does not compute them, and drops them when it saves."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +80,7 @@ def check_coverage(
             f"{checkpoint.directory}: shapes differ from config.json: {some(shapes, 4)}; {_rows_cause(family, checkpoint, wanted)}"
             "use the config.json of this checkpoint"
         )
-    refuse_quantised(checkpoint, wanted)
+    refuse_quantised(checkpoint, (*wanted, *carried))
     return Coverage(tuple(wanted), carried, left)
 
 
@@ -94,6 +98,25 @@ def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
         elif VALUE_HEAD.fullmatch(name):
             found[name] = "a value head"
     return found
+
+
+def count_predicted(path: Path, settings: Settings, names: Collection[str]) -> str | None:
+    """Makes a config.json count the layers of multi-token prediction that are there; returns what to say where it counted others.
+
+    names: of the tensors beside those that the model computes with.
+    """
+    layers = {int(found[1]) for name in names if (found := re.match(r"(?:.*\.)?layers\.(\d+)\.", name))}
+    there = sum(layer >= settings.shape.layers for layer in layers)
+    config = read_json(path) if path.is_file() else {}
+    counts = [key for key in PREDICT_FIELDS if isinstance(config.get(key), int) and config[key] > there]
+    if not counts or (settings.predict_prefix and any(name.startswith(settings.predict_prefix) for name in names)):
+        return None
+    said = ", ".join(f"{key}={config[key]}" for key in counts)
+    path.write_text(json.dumps({**config, **dict.fromkeys(counts, there)}, indent=2) + "\n")
+    return (
+        f"config.json says {said}, and {there or 'none'} of these layers of multi-token prediction {'is' if there == 1 else 'are'} in "
+        f"the files; what is written says {there}"
+    )
 
 
 def _rows_cause(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,32 @@ import torch
 from torch import Tensor
 
 from swift_mega.config.parse import size_in_bytes
+from swift_mega.convert.finite import check_finite, is_finite
 from swift_mega.convert.hf_files import NAMES
 from swift_mega.convert.spans import BUFFER, MOST, flat, stacked
+from swift_mega.convert.which_files import NAMED_BY_CONFIG, check_link
 from swift_mega.errors import UserError
+from swift_mega.text_files import parse_json
 
-WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)$|.*\.index\.json$|(report|source_dtypes|resized)\.json$"
+LEFT = re.compile(
+    # weights in any format, lists of their files, and the settings of other formats' readers
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|npy|ot|pkl|pickle|tflite|mlmodel|nemo|distcp|tar|zip)"
+    r"|.*\.index\.json|.*\.index|.*\.data-\d+-of-\d+|(tf_model|flax_model|consolidated|ggml-model)[.-].*|params\.json"
+    # an adapter: transformers would load its base, or apply it
+    r"|adapter_(config|model).*"
+    # the state of a training run
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|training_args|pytorch_model_fsdp|zero_pp_rank)([._-].*)?"
+    r"|trainer_state\.json|zero_to_fp32\.py|latest(_checkpointed_iteration\.txt)?"
+    # what is of one directory alone: hidden files, compiled code, our own report
+    r"|\..*|.*\.pyc|.*~|(report|source_dtypes|resized)\.json",
+    re.IGNORECASE,
 )
+"""Files of a Hugging Face directory that do not go on into what is made of it. Everything else does: config, tokenizer, chat
+template, processor, generation settings, code, model card, licence."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers looks for further chat templates (*.jinja)."""
+MODULES = "modules.json"
+"""What sentence-transformers reads first: a list of modules, each with the folder (`path`) that it is in."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +128,15 @@ class Writer:
     """Puts tensors, whole or by rows, where a plan says; any number of processes may do so at once, once the headers are there.
 
     sharers: processes that do so on this machine. A tensor that this one wrote to its end is read back and hashed while the next
-    ones are written.
+    ones are written. Numbers that are not finite are not written, but where `any_number` says of a name that they may be: masks
+    that follow from config.json hold -inf.
     """
 
-    def __init__(self, directory: Path, planned: Mapping[str, Planned], *, sharers: int = 1) -> None:
-        self.directory, self.planned = directory, planned
+    def __init__(
+        self, directory: Path, planned: Mapping[str, Planned], *, sharers: int = 1,
+        any_number: Callable[[str], bool] = lambda name: False,
+    ) -> None:  # fmt: skip
+        self.directory, self.planned, self.any_number = directory, planned, any_number
         self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
         self._handles: dict[str, int] = {}
         self._written: dict[str, int] = {}
@@ -138,7 +161,10 @@ class Writer:
         return found
 
     def write(self, name: str, value: Tensor, first_row: int = 0) -> None:
-        """`value` is tensor `name` from row `first_row` on; `X[3]` is number 3 of the stacked tensor X."""
+        """`value` is tensor `name` from row `first_row` on; `X[3]` is number 3 of the stacked tensor X.
+
+        UserError with the name where a number is not finite, or would not be in the dtype that is written.
+        """
         whole, index = stacked(name)
         place = self.planned[whole]
         shape = place.shape if index is None else place.shape[1:]
@@ -149,11 +175,16 @@ class Writer:
         handle = self._handle(place.file)
         numbers = flat(value.detach().contiguous())
         same = numbers.dtype == place.dtype and numbers.device.type == "cpu"
+        checked = not self.any_number(whole)
         if same:
+            if checked and not is_finite(numbers):
+                check_finite(name, value, first_row=first_row)
             _write_all(handle, numbers, begin)
         for part in () if same else numbers.split(BUFFER // place.dtype.itemsize):
             converted = self._buffer[: part.numel() * place.dtype.itemsize].view(place.dtype)
-            begin += _write_all(handle, converted.copy_(part), begin)
+            if not is_finite(converted.copy_(part)) and checked:
+                check_finite(name, value.cpu(), place.dtype, first_row)
+            begin += _write_all(handle, converted, begin)
         self._note(whole, numbers.numel() * place.dtype.itemsize)
 
     def _note(self, name: str, size: int) -> None:
@@ -197,14 +228,49 @@ def hashing_threads(sharers: int) -> int:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face directory but its weights: config, tokenizer, chat template, generation settings."""
+    """Everything that belongs to the model of a directory but its weights (see LEFT); of links, the files that they lead to."""
     for file in companions(source):
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(file, copy)
+        except OSError as error:
+            if error.filename != str(file):
+                raise
+            raise UserError(f"{file} cannot be read: {error.strerror}; copy it from the source again") from None
+    _forget_file_of_weights(target / "config.json")
 
 
-def companions(source: Path) -> Iterator[Path]:
-    """The files that `copy_companions` copies."""
-    return (file for file in sorted(source.iterdir()) if file.is_file() and not WEIGHTS.match(file.name))
+def companions(source: Path) -> list[Path]:
+    """The files that `copy_companions` copies; UserError where one is a link to nothing."""
+    found = [file for file in sorted(source.iterdir()) if not LEFT.fullmatch(file.name)]
+    templates = sorted((source / TEMPLATES).glob("*.jinja"))
+    modules = [
+        file for folder in _modules(source) for file in sorted(folder.rglob("*")) if not file.name.startswith(".")
+    ]
+    for file in (*found, *templates, *modules):
+        check_link(file)
+    return [file for file in (*found, *templates, *modules) if file.is_file()]
+
+
+def _modules(source: Path) -> list[Path]:
+    """Folders of further modules of a sentence-transformers model. Their weights, if any, are no language model's: they go along."""
+    try:
+        listed = parse_json((source / MODULES).read_bytes())
+        paths = {str(module["path"]) for module in listed}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [source / path for path in sorted(paths) if re.fullmatch(r"\w[\w.-]*", path) and (source / path).is_dir()]
+
+
+def _forget_file_of_weights(path: Path) -> None:
+    """Files that we write have the names that transformers looks for where config.json names none."""
+    try:
+        config = parse_json(path.read_bytes()) if path.is_file() else {}
+    except ValueError:  # who needs it says so
+        return
+    if isinstance(config, dict) and config.pop(NAMED_BY_CONFIG, None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def parse_size(text: str) -> int:

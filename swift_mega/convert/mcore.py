@@ -28,6 +28,7 @@ from swift_mega.convert.places import spellings
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.save import staged_together
 from swift_mega.convert.torch_dist import read_metadata
+from swift_mega.convert.which_files import CARRIED, has_weights
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family
@@ -127,7 +128,7 @@ def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
     """Tensors that no parameter holds, as safetensors beside the checkpoint: they belong to the model on the way back."""
     entries = {name: source.entries[name] for name in names}
     if entries:
-        planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, 1 << 62, "carried")
+        planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, 1 << 62, CARRIED)
         write_headers(folder, planned)
         with Writer(folder, planned) as writer:
             for name in planned:
@@ -217,7 +218,7 @@ def companions_of(
     model: the folder, for a checkpoint that something else wrote, such as a Megatron-LM run.
     """
     if model is not None:
-        if not any(Path(model).glob("*.safetensors")):
+        if not has_weights(model):
             return Path(model), None
         # Megatron's weights are plain: of a quantised original they are what it dequantises to.
         quantised = quantization_of(model) is not None

@@ -12,6 +12,7 @@ from swift_mega.convert.check import Coverage, check_coverage
 from swift_mega.convert.hf_files import Checkpoint, some
 from swift_mega.convert.plan import Blueprint, Share, byte_ranges, check_tiling, shares
 from swift_mega.convert.quantised import Dequantised
+from swift_mega.convert.which_files import unread
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
@@ -49,6 +50,8 @@ class Plan:
     stages: tuple[Stage, ...]
     notes: tuple[str, ...] = ()
     """What config.json says and nothing does."""
+    beside: str | None = None
+    """What lies beside the weights and is not read."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -67,9 +70,11 @@ class Plan:
         ]
         if self.source_bytes is not None:
             lines.append(
-                f"coverage  all {self.tensors:,} tensors are there, none twice; {_unread(self.carried, self.left)}"
+                f"coverage  all {self.tensors:,} tensors are there, none twice; {rest_of(self.carried, self.left)}"
             )
         lines += [f"note      {note}" for note in self.notes]
+        if self.beside is not None:
+            lines.append(f"beside    {self.beside}")
         lines.append("check     every number is held by exactly one rank of a replica")
         lines.append(
             f"{'stage':>5} {'ranks':>6} {'layers':>12} {'parameters/rank':>16} {'size/rank':>10} {'reads/rank':>11} {'runs':>7}"
@@ -101,6 +106,7 @@ def make(
             _stage(blueprint, layout, stage, dtype, checkpoint, vocab_divisible_by) for stage in range(layout.pipeline)
         ),
         notes=blueprint.settings.notes,
+        beside=unread(directory) if checkpoint is not None else None,
     )  # fmt: skip
 
 
@@ -130,7 +136,8 @@ def _reads(checkpoint: Checkpoint, held: Sequence[Share]) -> tuple[int, int]:
     return sum(span.bytes for span in spans), sum(span.runs for span in spans)
 
 
-def _unread(carried: Mapping[str, str], left: Mapping[str, str]) -> str:
+def rest_of(carried: Mapping[str, str], left: Mapping[str, str]) -> str:
+    """What becomes of the tensors that the model does not compute with."""
     said = [
         f"{count} {word} ({why})"
         for found, word in ((carried, "kept as they are"), (left, "left out"))

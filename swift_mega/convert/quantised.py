@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import swift_mega.convert.formats as folder
-from swift_mega.convert.finite import check_finite
+from swift_mega.convert.finite import check_finite, is_finite
 from swift_mega.convert.formats.format import Box, Format, Quantised, ceil
 from swift_mega.convert.hf_files import Checkpoint
 from swift_mega.convert.resized import open_resized
@@ -86,6 +86,9 @@ class Dequantised(Checkpoint):
             boxes = weight.boxes(piece)
             chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
             value = weight.dequantise(chunk, piece).to(dtype)  # before it moves: a copy of one dtype is fast
+            if dtype == torch.float16 and not is_finite(value):
+                name = next(iter(weight.parts.values()))
+                check_finite(f"{self.directory}: {name}, dequantised,", weight.dequantise(chunk, piece), dtype)
             _within(target, box, piece).copy_(value)
 
     def _part(self, name: str, box: Box) -> Tensor:
@@ -153,10 +156,10 @@ def _format(config: Mapping[str, Any]) -> Format:
     return formats[config["quant_method"]]
 
 
-def written_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
-    """The dtype of every tensor where plain weights are written of it: dequantised ones have the one that config.json names."""
+def written_dtypes(checkpoint: Checkpoint, dequantised: torch.dtype | None = None) -> dict[str, torch.dtype]:
+    """The dtype of every tensor where plain weights are written of it: dequantised ones have this one, or what config.json names."""
     quantised = checkpoint.weights.keys() if isinstance(checkpoint, Dequantised) else ()
-    plain = stored_dtype(checkpoint.directory)
+    plain = dequantised or stored_dtype(checkpoint.directory)
     return {name: plain if name in quantised else entry.dtype for name, entry in checkpoint.entries.items()}
 
 

@@ -16,19 +16,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.convert.check import carried_of
+from swift_mega.convert.check import FLOATS, carried_of, count_predicted
 from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import Planned, Writer, bytes_needed, copy_companions, plan_files, write_headers
+from swift_mega.convert.hf_write import (
+    Planned,
+    Writer,
+    bytes_needed,
+    companions,
+    copy_companions,
+    plan_files,
+    write_headers,
+)
 from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.quantised import drop_quantization
+from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import checksums, write_report
 from swift_mega.convert.slices import slices, together
 from swift_mega.convert.stream import set_dtype
+from swift_mega.convert.which_files import CARRIED, MODEL, has_weights
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.quantization import quantization_of
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, staged, staging_of
-from swift_mega.parallel.agree import agree, on_first_rank
+from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -45,14 +55,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Carried:
-    """Tensors of a Hugging Face directory that no parameter holds and that go on unchanged."""
+    """Tensors of a Hugging Face directory that no parameter holds and that go on, by name, with the dtype that they are written in."""
 
     checkpoint: Checkpoint
-    names: tuple[str, ...]
+    dtypes: Mapping[str, torch.dtype]
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's turns."""
-        for name in self.names[dist.get_rank() :: dist.get_world_size()]:
+        for name in tuple(self.dtypes)[dist.get_rank() :: dist.get_world_size()]:
             yield Piece(name, self.checkpoint.read(name))
 
 
@@ -122,91 +132,120 @@ def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[in
 def save(
     part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path,
     dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False,
-    edit: Callable[[Path], None] = lambda staging: None,
+    edit: Callable[[Path], None] = lambda staging: None, convert_carried: bool = False,
 ) -> None:  # fmt: skip
     """Writes a complete Hugging Face directory. Collective; `source` gives config, tokenizer and chat template.
 
     dtypes: of the tensors by Hugging Face name, or one for all. edit: changes the files that came from `source`, on rank 0.
+    convert_carried: as for `carried_tensors`.
     """
-    copy = companions_from(source, dtypes)
+    settings, origin = part.settings, Path(source)
+    carried = on_every_rank(lambda: carried_tensors(settings, origin, dtypes, convert=convert_carried))
+    copy = on_every_rank(lambda: companions_from(source, dtypes, settings, carried))
 
-    def companions(staging: Path) -> None:
+    def beside(staging: Path) -> None:
         copy(staging)
         edit(staging)
 
     write_directory(
         part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-        companions=companions, carried=carried_tensors(part.settings, Path(source)),
+        companions=beside, carried=carried,
     )  # fmt: skip
 
 
-def companions_from(source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> Callable[[Path], None]:
-    """Writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes."""
+def companions_from(
+    source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, settings: Settings, carried: Carried | None
+) -> Callable[[Path], None]:  # fmt: skip
+    """Writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes.
+
+    UserError at once, before a weight is written, where one of them is a link to nothing.
+    """
+    companions(Path(source))
 
     def write(staging: Path) -> None:
         copy_companions(Path(source), staging)
         drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             set_dtype(staging / "config.json", dtypes)
+        if said := count_predicted(staging / "config.json", settings, carried.dtypes if carried else ()):
+            print(f"{source}: {said}", flush=True)
 
     return write
 
 
-def carried_tensors(settings: Settings, source: Path) -> Carried | None:
-    """What a source directory holds that is not computed but kept: its own weights, or those beside a Megatron checkpoint."""
-    if not any(source.glob("*.safetensors")):
+def carried_tensors(
+    settings: Settings, source: Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, *, convert: bool
+) -> Carried | None:  # fmt: skip
+    """What a source directory holds that is not computed but kept: of its own weights, or what lies beside a Megatron checkpoint.
+
+    Plain tensors keep their numbers and dtype, or get that of `dtypes` where it is one for all and `convert` says so. Quantised ones
+    are dequantised into it, since what is written says of all its weights that they are plain.
+    """
+    stem = MODEL if has_weights(source) else CARRIED
+    if not has_weights(source, stem):
         return None
-    checkpoint = Checkpoint(source)
+    one = dtypes if isinstance(dtypes, torch.dtype) else None
+    if stem == MODEL and quantization_of(source) is not None:
+        checkpoint = open_checkpoint(source, torch.float32)
+    else:
+        checkpoint = Checkpoint(source, stem=stem)
+    kinds = written_dtypes(checkpoint, one)
     names = carried_of(settings, checkpoint.entries)
-    return Carried(checkpoint, tuple(names)) if names else None
+    if one is not None and convert:
+        kinds.update({name: one for name in names if kinds[name] in FLOATS})
+    return Carried(checkpoint, {name: kinds[name] for name in names}) if names else None
 
 
 def write_directory(
     part: ModelPart, groups: Groups, target: Path, exported: Sequence[Held], *, dtypes: Mapping[str, torch.dtype] | torch.dtype,
     max_shard_bytes: int, companions: Callable[[Path], None], overwrite: bool = False, stem: str = "model",
-    value: Value = lambda held: held.parameter, carried: Carried | None = None,
+    value: Value = lambda held: held.parameter, carried: Carried | None = None, any_number: bool = False,
 ) -> None:  # fmt: skip
     """Writes `exported` of all ranks as one safetensors directory; rank 0 adds the files that `companions` writes.
 
-    value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are.
+    value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are. any_number: NaN and
+    infinity too, which no model may hold.
     """
     write_pieces(
         pieces(part, groups, exported, value), _gather_owned(part, exported), target, dtypes=dtypes,
         max_shard_bytes=max_shard_bytes, companions=companions, overwrite=overwrite, stem=stem, carried=carried,
+        any_number=any_number,
     )  # fmt: skip
 
 
 def write_pieces(
     mine: Iterable[Piece], whole: Mapping[str, tuple[int, ...]], target: Path, *,
     dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, companions: Callable[[Path], None],
-    overwrite: bool = False, stem: str = "model", carried: Carried | None = None,
+    overwrite: bool = False, stem: str = "model", carried: Carried | None = None, any_number: bool = False,
 ) -> None:  # fmt: skip
     """`mine` of all ranks, which are the tensors of these whole shapes, as one safetensors directory. Collective."""
     shapes = together(_in_order(whole))
     kinds = _kinds(shapes, dtypes)
     if carried is not None:
-        entries = {name: carried.checkpoint.entries[name] for name in carried.names}
-        shapes.update({name: entry.shape for name, entry in entries.items()})
-        kinds.update({name: entry.dtype for name, entry in entries.items()})
+        shapes.update({name: carried.checkpoint.entries[name].shape for name in carried.dtypes})
+        kinds.update(carried.dtypes)
     planned = plan_files({name: (kinds[name], shape) for name, shape in shapes.items()}, max_shard_bytes, stem)
     tensors = itertools.chain(mine, carried.pieces() if carried else ())
     total = sum(place.bytes for place in planned.values()) // dist.get_world_size()
     with staged_together(target, overwrite=overwrite, needed=bytes_needed(planned)) as staging:
         agree(on_first_rank(lambda: write_headers(staging, planned), target))
         with bytes_bar(total, "writing") as bar:
-            found = _write(tensors, staging, planned, bar.update)
+            found = _write(tensors, staging, planned, bar.update, any_number)
         agree(on_first_rank(lambda: companions(staging), target))
         agree(on_first_rank(lambda: write_report(staging, planned, found), target))
 
 
 def _write(
-    tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned], written: Callable[[int], object]
-) -> dict[str, str]:
+    tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned], written: Callable[[int], object], any_number: bool
+) -> dict[str, str]:  # fmt: skip
     """Writes this rank's tensors; returns the sha256 of all ranks'. Collective: who cannot write goes on taking tensors, which
     other ranks wait for in `_gather`.
     """  # fmt: skip
     problem, found = None, {}
-    with torch.no_grad(), Writer(staging, planned, sharers=dist.get_world_size()) as writer:
+    with (
+        torch.no_grad(),
+        Writer(staging, planned, sharers=dist.get_world_size(), any_number=lambda name: any_number) as writer,
+    ):
         try:
             for piece in tensors:
                 if problem is None:
@@ -215,6 +254,8 @@ def _write(
                         written(piece.value.nbytes)
                     except OSError as error:
                         problem = cannot_write(staging, error)
+                    except UserError as error:  # a number that is not finite
+                        problem = str(error)
                 del piece  # or it would stay beside the next one while that is made
         except UserError as error:  # a source that cannot be read to its end
             problem = problem or str(error)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,8 +29,12 @@ def restream(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int,
     overwrite: bool = False,
+    derived: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), and its other files."""
+    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), and its other files.
+
+    derived: whether a tensor follows from config.json, such as a mask, and may hold infinity. UserError where another one does.
+    """
     target = Path(output)
     if source.directory.resolve().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds {source.directory}, which is read; choose another path")
@@ -42,7 +46,7 @@ def restream(
     with staged(target, overwrite=overwrite, needed=bytes_needed(planned, source.directory)) as staging:
         write_headers(staging, planned)
         with (
-            Writer(staging, planned) as writer,
+            Writer(staging, planned, any_number=derived) as writer,
             bytes_bar(sum(place.bytes for place in planned.values()), "writing") as bar,
         ):
             # One buffer for all: freed ones of many sizes stay in the allocator's heap, which then grows with the checkpoint.

@@ -155,13 +155,17 @@ def write_fp8(
     *,
     max_shard_bytes: int,
     block: tuple[int, int] = BLOCK,
+    derived: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Writes a checkpoint with `linears` in FP8 to the empty directory `target`, one tensor in memory at a time."""
+    """Writes a checkpoint with `linears` in FP8 to the empty directory `target`, one tensor in memory at a time.
+
+    derived: whether a tensor follows from config.json, such as a mask, and may hold infinity.
+    """
     tensors = {tensor.name: tensor for tensor in fp8_tensors(checkpoint, linears, block)}
     planned = plan_files({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, max_shard_bytes)
     check_space(target, bytes_needed(planned, checkpoint.directory))
     write_headers(target, planned)
-    with Writer(target, planned) as writer:
+    with Writer(target, planned, any_number=derived) as writer:
         for name in planned:
             writer.write(name, tensors[name].value())
         found = writer.finish()

@@ -148,6 +148,9 @@ class TorchDist:
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...] | None, list[ChunkStorageMetadata]]] = {}
         self._handles: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}  # a number that means another file, or none, to another process
+
     def bytes_of(self, prefixes: Sequence[str]) -> tuple[int, int]:
         """How many tensors and objects there are whose keys begin so, and the bytes they take in the files."""
         keys, size = set(), 0

@@ -173,9 +173,10 @@ def read_mcore(
         stored.check_files(SKIPPED)
     except UNREADABLE as error:
         raise _unreadable(folder, error) from error
+    carried = carried_tensors(blueprint.settings, Path(source), dtypes, convert=True)
     write_pieces(
         _pieces(blueprint, stored, boxes, most), blueprint.wanted, Path(output), dtypes=dtypes, max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite, companions=companions_from(source, dtypes), carried=carried_tensors(blueprint.settings, Path(source)),
+        overwrite=overwrite, companions=companions_from(source, dtypes, blueprint.settings, carried), carried=carried,
     )  # fmt: skip
     return stored.bytes_of(TRAINING)
 

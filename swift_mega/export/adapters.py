@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import some
-from swift_mega.convert.load import fill, slices_of
+from swift_mega.convert.load import fill, not_finite, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
@@ -55,6 +55,8 @@ def load_adapter(
             for held in exported:
                 pieces = slices_of(part, adapter.checkpoint, held)
                 fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
+                if said := not_finite(held.parameter, adapter.checkpoint, pieces):
+                    raise UserError(said)
 
     on_every_rank(read)
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, check_same_head, refuse_quantised
+from swift_mega.convert.finite import check_finite
 from swift_mega.convert.hf_files import Checkpoint, Entry, some
 from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, parse_size, plan_files, write_headers
 from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.report import write_report
 from swift_mega.convert.views import Untied
+from swift_mega.convert.which_files import ADAPTER
 from swift_mega.errors import UserError
 from swift_mega.export.companions import of_adapter
 from swift_mega.models.config_json import read_config
@@ -57,10 +59,14 @@ class PeftAdapter:
     """Module -> the whole weight of it that PEFT saved beside the factors (save_embedding_layers)."""
 
     def delta(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * B @ A, computed in `dtype`, [out, in]."""
-        down = self.checkpoint.read(f"{PREFIX}{module}.lora_A.weight").to(dtype)
-        up = self.checkpoint.read(f"{PREFIX}{module}.lora_B.weight").to(dtype)
+        """scale * B @ A, computed in `dtype`, [out, in]; UserError where a factor is not finite."""
+        down, up = (self._factor(f"{PREFIX}{module}.lora_{letter}.weight", dtype) for letter in "AB")
         return (up @ down).mul_(self.scale)
+
+    def _factor(self, name: str, dtype: torch.dtype) -> Tensor:
+        value = self.checkpoint.read(name)
+        check_finite(f"{self.checkpoint.directory}: {name}", value)
+        return value.to(dtype)
 
 
 def read_adapter(directory: str | Path) -> PeftAdapter:
@@ -78,7 +84,7 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
             raise UserError(
                 f"{path}: {key}={config[key]!r} is not supported here; merge this adapter with PEFT's merge_and_unload"
             )
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory, stem=ADAPTER)
     factors = {name for name in checkpoint.entries if ".lora_" in name}
     copies = {
         name.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer"): name
@@ -138,10 +144,13 @@ def merge(
     )
     with staged(target, overwrite=overwrite, needed=bytes_needed(planned, Path(model))) as staging:
         write_headers(staging, planned)
-        with Writer(staging, planned) as writer:
+        derived = base_family.derived if (base_family := _known_family(base)) else lambda name: False
+        with Writer(staging, planned, any_number=derived) as writer:
             for name, place in planned.items():
                 value = base.read(name)
-                writer.write(name, sums.added(name, value, place.dtype) if name in sums.linears else value)
+                # summed in float32 or wider; the writer rounds, and says what is beyond the range of its dtype
+                wide = torch.promote_types(place.dtype, torch.float32)
+                writer.write(name, sums.added(name, value, wide) if name in sums.linears else value)
             found = writer.finish()
         copy_companions(Path(model), staging)
         trained.write(staging)
@@ -213,10 +222,12 @@ class Merge:
         self.adapter, self.linears = adapter, _linears(self.base, adapter)
 
     def added(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """`value` of the tensor `name` with the adapter, summed in float32 or wider and rounded to `dtype`."""
+        """`value` of the tensor `name` with the adapter, summed in float32 or wider and rounded to `dtype`; all finite."""
         linear, wide = self.linears[name], torch.promote_types(dtype, torch.float32)
         delta = self.adapter.delta(linear.module, wide)
-        return (value.to(wide) + (delta.t() if linear.turned else delta)).to(dtype)
+        total = value.to(wide) + (delta.t() if linear.turned else delta)
+        check_finite(name, total, dtype)
+        return total.to(dtype)
 
 
 def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
@@ -257,14 +268,20 @@ def _check_copies(base: Checkpoint, adapter: PeftAdapter, names: Mapping[str, st
 
 def _family(base: Checkpoint, adapter: PeftAdapter) -> Family | None:
     """The family of the base. Other models are merged too, name by name, where nothing has to be known of them."""
-    if (base.directory / "config.json").is_file() and read_config(base.directory)["model_type"] in families():
+    if known := _known_family(base):
         # Here fan_in_fan_out says nothing new: PEFT, too, sets it by the kind of module that it meets.
-        return family_of(base.directory).named_like(base.entries)
+        return known
     if adapter.config.get("fan_in_fan_out"):
         raise UserError(
             f"the adapter has fan_in_fan_out=True, and which weights of {base.directory} are stored [in, out] is not known for "
             "its model_type; merge this adapter with PEFT's merge_and_unload"
         )
+    return None
+
+
+def _known_family(base: Checkpoint) -> Family | None:
+    if (base.directory / "config.json").is_file() and read_config(base.directory)["model_type"] in families():
+        return family_of(base.directory).named_like(base.entries)
     return None
 
 

@@ -27,6 +27,14 @@ def quantize(
         raise UserError(f"output {target} holds {model}, which is read; choose another path")
     settings = load_settings(model, dequantize=dequantize)
     checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
-    linears = fp8_linears(family_of(model).named_like(checkpoint.entries), settings, checkpoint)
+    family = family_of(model).named_like(checkpoint.entries)
+    linears = fp8_linears(family, settings, checkpoint)
     with staged(target, overwrite=overwrite) as staging:
-        write_fp8(checkpoint, linears, staging, max_shard_bytes=parse_size(max_shard_size), block=block)
+        write_fp8(
+            checkpoint,
+            linears,
+            staging,
+            max_shard_bytes=parse_size(max_shard_size),
+            block=block,
+            derived=family.derived,
+        )

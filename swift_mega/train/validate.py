@@ -225,7 +225,7 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
     trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
     write_directory(
         training.part, groups, output / "gradients", trained, dtypes=training.part.config.params_dtype,
-        max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient,
+        max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient, any_number=True,
     )  # fmt: skip
 
 
