@@ -20,6 +20,7 @@ from swift_mega.convert.padding import check_padding
 from swift_mega.convert.plan import draw
 from swift_mega.convert.plan_report import Plan, rest_of
 from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.resized import weights_of
 from swift_mega.convert.save import save
 from swift_mega.convert.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.whole import read_mcore, write_mcore
@@ -132,7 +133,7 @@ def say_of_source(
     """One line on what of a directory is not read, and one on what is kept but not computed. checkpoint: of a family that is known."""
     if not is_first_rank():
         return
-    if said := unread(source):
+    if said := unread(weights_of(source)):
         print(said)
     kept = carried_of(load_settings(source, dequantize=dequantize), checkpoint.entries) if checkpoint else {}
     if kept:
