@@ -25,6 +25,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import stop_tokens
 from swift_mega.export.merged import read_adapter
+from swift_mega.models.translate import load_settings
 
 WORDS = [
     "",
@@ -391,3 +392,18 @@ def test_a_field_of_another_type_is_named(place: Path) -> None:
     write_json(path, json.loads(path.read_text()) | {"target_modules": 131})
     with pytest.raises(UserError, match="target_modules=131 is neither a name nor a list of names"):
         tuner_of(folder)
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("num_hidden_layers", 2**70, "num_hidden_layers=1180591620717411303424 is more than 100,000; correct it"),
+    ("vocab_size", 2**40, "vocab_size=1099511627776 is more than 268,435,456; correct it"),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"}, "give no frequencies"),
+    ("dtype", [], "transformers cannot read"),
+])  # fmt: skip
+def test_a_config_beyond_all_models(place: Path, field: str, value: Any, said: str) -> None:
+    folder = copy_of(place, "model")
+    path = folder / "config.json"
+    write_json(path, json.loads(path.read_text()) | {field: value})
+    with pytest.raises(UserError) as caught:
+        load_settings(folder)
+    assert said in str(caught.value)

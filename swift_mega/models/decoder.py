@@ -4,6 +4,7 @@ A family file is a diff from `translate` and `RULES`; it does not know which mod
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -180,11 +181,24 @@ def windows(config: Any) -> tuple[int | None, ...]:
 def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: str | None = None) -> Rope:
     """Rotary frequencies of a transformers config, by transformers' own formulas for its scaled kinds.
 
-    layer_type: whose frequencies, in a config that has some for each type of layer.
+    layer_type: whose frequencies, in a config that has some for each type of layer. UserError where a parameter is of another type than
+    the formulas expect, which transformers only warns of.
     """
+    parameters = config.rope_parameters
+    try:
+        parameters = dict(parameters if layer_type is None else parameters[layer_type])
+        return _rope(config, parameters, head_dim, interleaved, layer_type)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"config.json: rope parameters {parameters!r} give no frequencies ({error}); correct them"
+        ) from None
+
+
+def _rope(config: Any, parameters: Mapping[str, Any], head_dim: int, interleaved: bool, layer_type: str | None) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = dict(config.rope_parameters if layer_type is None else config.rope_parameters[layer_type])
     kind = parameters.get("rope_type", "default")
     if kind in ("default", "dynamic"):
         # `dynamic` stretches only rows longer than the trained length, by the longest row of a batch: with examples of many

@@ -132,7 +132,12 @@ def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
         value = raw[key]
         unset = value is None and key in MAY_BE_NONE
         if not unset and (type(value) is not int or value < 1):
-            raise UserError(f"{directory}/config.json: {key}={value!r} is not a whole number of at least 1; correct it")
+            raise UserError(
+                f"{directory}/config.json: {key}={_short(value)} is not a whole number of at least 1; correct it"
+            )
+        most = MOST_LAYERS if key in LAYERS else LARGEST
+        if not unset and value > most:
+            raise UserError(f"{directory}/config.json: {key}={_short(value)} is more than {most:,}; correct it")
 
 
 def _check_fit(directory: str | Path, settings: Settings) -> None:
@@ -152,6 +157,9 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
 MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_size n_inner n_group topk_group".split())
 
 
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+MOST_LAYERS, LARGEST = 100_000, 2**28
+"""Far beyond any model: what is more is a damaged file, and would end in a list that no memory holds."""
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
     "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
