@@ -23,14 +23,14 @@ def read_text(path: str | Path, *, what: str) -> str:
     """The text of a file, its line ends as they are. `what` begins every error: which setting or file this is."""
     try:
         content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist; give the path of a file") from None
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}; give the path of a readable file") from None
+        raise UserError(f"{what} cannot be read: {error.strerror}; check its path and its permissions") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{what}: byte {error.start} is not UTF-8 text ({error.reason}); convert the file to UTF-8"
-        ) from None
+        raise UserError(f"{what}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from None
 
 
 def lines(text: str) -> list[str]:

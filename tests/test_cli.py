@@ -57,6 +57,9 @@ class Recorder(types.ModuleType):
         self.answers.append(list(messages))
         return f"answer {len(self.answers)} in {max_new_tokens}"
 
+    def prompt(self, messages: list[dict[str, str]]) -> str:
+        return str(messages)
+
     def table(self) -> str:
         return "the table"
 
@@ -127,7 +130,7 @@ MISTAKES = [
         "tuner.rank=4 (override) has no effect, since tuner.type=full has no adapter",
     ),
     # recipes
-    (["sft", "absent.yaml"], "recipe absent.yaml: No such file or directory"),
+    (["sft", "absent.yaml"], "recipe absent.yaml does not exist"),
     (["sft", "recipe"], "sft: 'recipe' is neither a recipe (.yaml) nor a setting (key=value, --flag value)"),
     (["sft", "recipe.yaml", "recipe.yml"], "sft: two recipes, recipe.yaml and recipe.yml"),
     (["sft", "recipe.yaml", "nothing=1"], "unknown setting nothing"),
@@ -215,8 +218,19 @@ MISTAKES = [
     (["infer", "--adapters", "adapter", "adapter"], "infer: give one --adapters DIR, not 2"),
     ([*INFER, "--prompt", "a", "--input", "data.jsonl"], "infer: --prompt and --input both say what to answer"),
     ([*INFER, "--output", "o.jsonl"], "infer: --output needs --input FILE.jsonl"),
-    ([*INFER, "--input", "no.jsonl"], "--input=no.jsonl: No such file or directory"),
+    ([*INFER, "--input", "no.jsonl"], "data set no.jsonl does not exist"),
     ([*INFER, "--input", "data.jsonl", "--output", "data.jsonl"], "--output=data.jsonl exists; give another file"),
+    ([*INFER, "--input", "data.jsonl", "--output", "model"], "--output=model is a directory; give a file name in it"),
+    (
+        [*INFER, "--input", "data.jsonl", "--output", "data.jsonl", "--overwrite", "true"],
+        "--output=data.jsonl is the file of --input",
+    ),
+    (
+        [*INFER, "--input", "data.jsonl", "--output", "data.jsonl/o.jsonl"],
+        "--output=data.jsonl/o.jsonl: data.jsonl cannot be made",
+    ),
+    ([*INFER, "--prompt", " "], "infer: --prompt is empty"),
+    ([*INFER, "--prompt", "a", "--model_name", "M"], "infer: --model_name says how rows are read"),
     ([*INFER, "--max_new_tokens", "0"], "--max_new_tokens=0: expected a whole number of at least 1"),
     # verify, config
     (["verify"], "verify: no model; give --model DIR"),
@@ -255,12 +269,18 @@ def test_a_mistake_is_one_line_and_status_2(
 
 
 QUESTION_MISTAKES = [
-    ("", "--input=q.jsonl: no rows to answer"),
-    ('{"query": "a"}\n{"query"', "q.jsonl:2: not JSON: "),
-    ("\n[1]", "q.jsonl:2: a row is a JSON object, not list"),
-    ('{"text": "a"}', "q.jsonl:1: neither messages (a list) nor query (text) is in the row"),
-    ('{"messages": ["a"]}', "q.jsonl:1: a message is an object with role and content"),
-    ('{"messages": [{"role": "assistant", "content": "a"}]}', "q.jsonl:1: no message to answer"),
+    ("", "q.jsonl is empty"),
+    ('{"query": "a"}\n{"query"', "q.jsonl:2: not valid JSON at character "),
+    ("[1]", "q.jsonl:1: a row is a list ([1]); write a JSON object"),
+    ('{"query": "a"}\n\n{"query": "b"}', "q.jsonl:2: an empty line between rows"),
+    ('{"query": "a", "history": 5}', "q.jsonl:1: history is a number (5)"),
+    ('{"messages": [{"role": "user", "content": null}]}', "q.jsonl:1: turn 1 (user) is empty"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "q.jsonl:1: turn 1: role 'tool' is tool use"),
+    ('{"messages": [{"role": "narrator", "content": "x"}]}', "q.jsonl:1: turn 1: unknown role 'narrator'"),
+    ('{"query": "a", "tools": ["t"]}', "q.jsonl:1: column 'tools' is tool use"),
+    ('{"text": "a"}', "q.jsonl:1: a document, in which nothing is asked"),
+    ('{"messages": ["a"]}', "q.jsonl:1: turn 1 is a string ('a')"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "q.jsonl:1: there is no question in it"),
 ]
 
 
@@ -434,7 +454,7 @@ def test_infer_a_file(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None
         {"query": "c", "history": [["a", "b"]], "system": "own"},
         {"query": "d"},
     ]
-    Path("q.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    Path("q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert main([*INFER, "--input", "q.jsonl", "--output", "out.jsonl", "--system", "given"]) == 0
     written = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert written == [row | {"response": f"answer {i} in 256"} for i, row in enumerate(rows, start=1)]
@@ -447,6 +467,27 @@ def test_infer_a_file(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None
     assert not capsys.readouterr().out
     assert main([*INFER, "--input", "q.jsonl"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["id"] == 7
+
+
+def test_infer_reads_rows_as_training_does(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a line feed ends a row; a byte order mark, sharegpt columns, mapped ones and placeholders are training's."""
+    rows = [
+        {"ask": "a\u2028b\x0c{{NAME}}"},
+        {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
+    ]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    Path("q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    flags = ("--columns.ask", "query", "--model_name", "Mega", "--system", "")
+    assert main([*INFER, "--input", "q.jsonl", *flags, "--output", "new/folder/o.jsonl"]) == 0, capsys.readouterr().err
+    system = {"role": "system", "content": ""}
+    assert api.answers == [
+        [system, {"role": "user", "content": "a\u2028b\x0cMega"}],
+        [system, {"role": "user", "content": "c"}],
+    ]
+    written = Path("new/folder/o.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in written[:-1]] == [
+        row | {"response": f"answer {number} in 256"} for number, row in enumerate(rows, 1)
+    ]
 
 
 def test_infer_in_conversation(

@@ -1,18 +1,24 @@
 """Asking a model."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from swift_mega import device as devices
+from swift_mega.convert import stream
+from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
+from swift_mega.errors import UserError
 from swift_mega.export import merged
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.export.in_memory import load_merged
 from swift_mega.models.family import family_of
+from swift_mega.models.quantization import FLAG, quantization_of, stored_dtype
 from swift_mega.models.translate import hf_config
 
 DEVICE = devices.setup()
@@ -25,9 +31,13 @@ class Answerer:
     reply, and where generation_config.json says. The weights are read when the first answer is due: prompts can be made before.
     """
 
-    def __init__(self, model: str, adapters: str | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self, model: str, adapters: str | None = None, chat_template: str | None = None, dequantize: bool = False
+    ) -> None:  # fmt: skip
         family_of(model)
-        self._model, self._adapters = model, adapters
+        self._model, self._adapters, self._dequantize = model, adapters, dequantize
+        if dequantize and quantization_of(model) is None:
+            raise UserError(f"{FLAG}: {model} is not quantised; leave it out")
         before = UNCHANGED
         if adapters is not None:
             merged.read_adapter(adapters)
@@ -40,15 +50,33 @@ class Answerer:
     @cached_property
     def network(self) -> Any:
         """The model on its device."""
+        if self._dequantize:
+            with tempfile.TemporaryDirectory(prefix="swift-mega-infer-") as folder:
+                plain = Path(folder) / "plain"
+                weights = open_checkpoint(self._model, stored_dtype(self._model))
+                stream.restream(weights, plain, max_shard_bytes=1 << 62)
+                return self._load(str(plain))
+        if quantization_of(self._model) is None:
+            return self._load(self._model)
+        try:
+            return self._load(self._model)
+        except (ImportError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"transformers cannot run the quantised weights of {self._model} here ({reason[:300]}); pass {FLAG} to read them as "
+                "plain weights"
+            ) from error
+
+    def _load(self, model: str) -> Any:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        config = hf_config(self._model)
+        config = hf_config(model)
         network: Any = (
-            AutoModelForCausalLM.from_pretrained(self._model, config=config, dtype="auto", trust_remote_code=False)
+            AutoModelForCausalLM.from_pretrained(model, config=config, dtype="auto", trust_remote_code=False)
             if self._adapters is None
-            else load_merged(self._model, self._adapters, config)
+            else load_merged(model, self._adapters, config)
         )
         return network.to(DEVICE.device).eval()
 
@@ -71,6 +99,12 @@ class Answerer:
         return self.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def infer(*, model: str, adapters: str | None = None, chat_template: str | None = None) -> Answerer:
-    """Opens a model; `.answer(messages)` asks it. chat_template: a .jinja file in place of the one that the model carries."""
-    return Answerer(model, adapters, chat_template)
+def infer(
+    *, model: str, adapters: str | None = None, chat_template: str | None = None, dequantize: bool = False
+) -> Answerer:
+    """Opens a model; `.answer(messages)` asks it.
+
+    chat_template: a .jinja file in place of the one that the model carries. dequantize: read a quantised model as plain weights,
+    of the dtype that its config.json names.
+    """
+    return Answerer(model, adapters, chat_template, dequantize)

@@ -16,6 +16,7 @@ from swift_mega.convert.mcore import companions_of, is_mcore, iteration_director
 from swift_mega.convert.padding import check_padding
 from swift_mega.convert.which_files import unread
 from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
@@ -57,8 +58,9 @@ def compare(
     tolerance: float | None = None, top_k: int = 5, dequantize: bool = False, scratch: str | None = None, json: str | None = None,
     plot: str | None = None,
 ) -> Comparison:  # fmt: skip
-    """Runs `b` beside `a` on fixed sentences or the lines of `prompts`, and measures every layer's output, the final norm's and the logits.
+    """Runs `b` beside `a` on fixed sentences or on `prompts`, and measures every layer's output, the final norm's and the logits.
 
+    prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
     dtype: of both, float32, float64 or bfloat16. tolerance: of the relative difference; default: by dtype (train/compare.py). top_k: how
     many of the likeliest tokens are compared. dequantize: a quantised side is read as plain weights. scratch: an existing folder for the
     states of `a` meanwhile; on several machines one that all of them see. json, plot: files to write.
@@ -262,27 +264,14 @@ def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
     """Tokens of every prompt; random ones without a tokenizer."""
     if tokenizer is None:
         return validate.example_rows(vocab)
-    lines = list(SENTENCES) if prompts is None else _lines(prompts)
     rows = []
-    for line in lines:
-        row = tokenizer(line)["input_ids"]
-        remedy = "give their own tokenizer with --tokenizer DIR"
-        check_tokens(row, vocab, tokenizer, where=f"the prompt {line[:40]!r}", remedy=remedy)
+    for where, row in line_rows(SENTENCES, tokenizer) if prompts is None else prompt_rows(prompts, tokenizer):
+        check_tokens(row, vocab, tokenizer, where=where, remedy="give their own tokenizer with --tokenizer DIR")
         if row:
             rows.append(row)
     if not rows:
-        raise UserError(f"--prompts={prompts}: no line with a token in it; give a text file with one prompt a line")
+        raise UserError(f"--prompts={prompts}: no prompt with a token in it; give a text file with one prompt a line")
     return rows
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--prompts={path}: {error.strerror}; give a text file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts={path}: not UTF-8 text (byte {error.start})") from None
-    return [line for line in text.splitlines() if line.strip()]
 
 
 def _check_file(path: str | None, ending: str | None) -> None:

@@ -17,6 +17,7 @@ from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
+from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
@@ -85,7 +86,8 @@ def verify(
 ) -> Report:  # fmt: skip
     """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
 
-    prompts: a text file, one prompt a line. tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
+    prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
+    tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
     the one in `adapters`, or a random one on `target_modules`. dtype: of both sides. In float32 both round, and
     deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
     dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
@@ -160,17 +162,16 @@ def _fitting(shape: Any, dtype: str) -> list[tuple[schema.Parallel, Layout]]:
 
 def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[int]]:
     """`count` rows of tokens, or a multiple of it: sentences where the model has a tokenizer, random tokens where not."""
-    if prompts is not None:
-        lines = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif (Path(model) / "tokenizer_config.json").is_file() or (Path(model) / "tokenizer.json").is_file():
-        lines = list(SENTENCES)
-    else:
+    held = any((Path(model) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if prompts is None and not held:
         return validate.example_rows(vocab, examples=count)
     tokenizer = load_tokenizer(model)
-    found = [tokenizer(line)["input_ids"] for line in lines]
-    for line, row in zip(lines, found, strict=True):
-        check_tokens(row, vocab, tokenizer, where=f"the prompt {line[:40]!r}")
-    rows = [row for row in found if len(row) > 1]
+    found = prompt_rows(prompts, tokenizer) if prompts is not None else line_rows(SENTENCES, tokenizer)
+    for where, row in found:
+        check_tokens(row, vocab, tokenizer, where=where)
+    rows = [row for _, row in found if len(row) > 1]
     if not rows:
-        raise UserError(f"{prompts} has no line of two tokens or more; give a text file with one prompt a line")
+        raise UserError(
+            f"{prompts} has no prompt of two tokens or more; give a text file with one prompt a line, or a data set"
+        )
     return [rows[number % len(rows)] for number in range(-(-len(rows) // count) * count)]

@@ -1,13 +1,26 @@
 """Files at the edge of a verb: outputs that must not be clobbered, base models that adapters name, rows to answer."""
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swift_mega.config.check import check_model_directory
+from swift_mega.config.schema import Data
 from swift_mega.errors import UserError
 from swift_mega.text_files import read_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A row to answer. record: as it stands in the file; where: file:line."""
+
+    record: dict[str, Any]
+    messages: list[dict[str, str]]
+    where: str
+
 
 # One of these is in every directory that swift-mega writes; without one, --overwrite must not delete a directory.
 OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt", "COMMIT")
@@ -47,50 +60,44 @@ def model_of(adapters: str, model: str | None) -> str:
     return model
 
 
-def read_questions(path: str, *, system: str | None) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """JSONL rows with the messages to answer: `messages` without the replies at their end, or `query` and `history`.
+def read_questions(path: str, data: Data) -> list[Question]:
+    """The questions of a data set, read as training reads it: `messages` without the replies at their end, or `query` and `history`.
 
-    Returns (row, messages) in file order. Raises UserError with file:line.
+    data: the system text for rows without one, columns, and what fills placeholders. Raises UserError with file:line.
     """
+    from swift_mega.data.sources import load_questions  # numpy, which mistakes in a command must not wait for
+
+    return [
+        Question(
+            record=record,
+            messages=[{"role": turn.role, "content": turn.content} for turn in row.turns],
+            where=row.where,
+        )
+        for record, row in load_questions(path, data, reply="dropped")
+        if _is_asked(row)
+    ]
+
+
+def _is_asked(row: Any) -> bool:
+    if row.text is not None:
+        raise UserError(f"{row.where}: a document, in which nothing is asked; write messages, or query")
+    return True
+
+
+def check_answers(path: str, *, overwrite: bool, source: str) -> None:
+    """Raises UserError, before a model is loaded, where answers cannot be written to `path`."""
+    output = Path(path)
+    if output.is_dir():
+        raise UserError(f"--output={path} is a directory; give a file name in it")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output={path} exists; give another file, or --overwrite true")
+    if output.exists() and source and Path(source).exists() and output.samefile(source):
+        raise UserError(f"--output={path} is the file of --input; give another file")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--input={path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--input={path}: not UTF-8 text (byte {error.start})") from None
-    found = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        found.append((row, _messages(row, system, where=f"{path}:{number}")))
-    if not found:
-        raise UserError(f"--input={path}: no rows to answer")
-    return found
-
-
-def _messages(row: Any, system: str | None, *, where: str) -> list[dict[str, str]]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row is a JSON object, not {type(row).__name__}")
-    if isinstance(messages := row.get("messages"), list):
-        messages = list(messages)
-    elif isinstance(row.get("query"), str):
-        turns = [text for pair in row.get("history") or [] for text in pair]
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*turns, row["query"]])]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
-    else:
-        raise UserError(f"{where}: neither messages (a list) nor query (text) is in the row")
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise UserError(f"{where}: a message is an object with role and content")
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError(f"{where}: no message to answer")
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+        raise UserError(
+            f"--output={path}: {output.parent} cannot be made: {error.strerror}; give another file"
+        ) from None
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output={path}: {output.absolute().parent} cannot be written to; give another file")

@@ -148,12 +148,15 @@ _ALL = (
         ),
         options=(
             Option(name="prompt", value="TEXT", help="one question"),
-            Option(name="input", value="FILE", help="JSONL rows with messages or query"),
+            Option(name="input", value="FILE", help="JSONL rows with messages or query, read as training reads them"),
             Option(name="output", value="FILE", help="the rows with their response; default: printed"),
             Option(name="max_new_tokens", value="N", help=f"tokens of an answer at most; default {MAX_NEW_TOKENS}"),
             OVERWRITE,
         ),
-        takes=_only("model.path", "model.adapters", "data.system", "data.chat_template"),
+        takes=_only(
+            *("model.path", "model.adapters", "model.dequantize", "data.system", "data.chat_template", "data.columns"),
+            *("data.dataset_info", "data.model_name", "data.model_author"),
+        ),
         run=infer,
     ),
     Verb(
@@ -169,7 +172,7 @@ _ALL = (
         options=(
             Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),
             Option(name="tolerance", value="X", help="largest difference that passes"),
-            Option(name="prompts", value="FILE", help="texts to compare on"),
+            Option(name="prompts", value="FILE", help="text file, one prompt a line, or a .jsonl data set"),
             Option(
                 name="files",
                 value="true|false",
@@ -198,7 +201,11 @@ _ALL = (
         options=(
             *_side("a", "the reference"),
             *_side("b", "the one that is measured"),
-            Option(name="prompts", value="FILE", help="text file, one prompt a line; default: a few sentences"),
+            Option(
+                name="prompts",
+                value="FILE",
+                help="text file, one prompt a line, or a .jsonl data set; default: a few sentences",
+            ),
             Option(name="tokenizer", value="DIR", help="the tokenizer for both; default: their own"),
             Option(
                 name="tolerance",

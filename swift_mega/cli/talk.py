@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from swift_mega.cli.arguments import Arguments
-from swift_mega.cli.files import model_of, read_questions
+from swift_mega.cli.files import Question, check_answers, model_of, read_questions
 from swift_mega.config.check import check_model_directory
+from swift_mega.config.schema import Data
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import refuse_joined
 
 MAX_NEW_TOKENS = 256
+OF_ROWS = ("columns", "dataset_info", "model_name", "model_author")
 END_OF_CHAT = ("exit", "quit")
 
 
@@ -32,17 +34,26 @@ def infer(arguments: Arguments) -> int:
     if model is None:
         raise UserError("infer: no model; give --model DIR, or --adapters DIR")
     check_model_directory(model, what="--model")
-    if output is not None and Path(output).exists() and not arguments.switch("overwrite"):
-        raise UserError(f"--output={output} exists; give another file, or --overwrite true")
-    questions = read_questions(source, system=run.data.system) if source is not None else []
+    if prompt is not None and not prompt.strip():
+        raise UserError("infer: --prompt is empty; write a question")
+    _refuse_of_rows(run.data, asked=source is not None)
+    questions = read_questions(source, run.data) if source is not None else []
+    if output is not None:
+        check_answers(output, overwrite=arguments.switch("overwrite"), source=source or "")
     from swift_mega import api
 
-    answerer = api.infer(model=model, adapters=adapters, chat_template=run.data.chat_template)
+    options: dict[str, Any] = {"dequantize": True} if run.model.dequantize else {}
+    answerer = api.infer(model=model, adapters=adapters, chat_template=run.data.chat_template, **options)
 
     def answer(messages: list[dict[str, str]]) -> str:
         return answerer.answer(messages, max_new_tokens=tokens)
 
-    opening = [{"role": "system", "content": run.data.system}] if run.data.system else []
+    for question in questions:
+        try:
+            answerer.prompt(question.messages)
+        except UserError as error:
+            raise UserError(f"{question.where}: {error}") from error
+    opening = [{"role": "system", "content": run.data.system}] if run.data.system is not None else []
     if prompt is not None:
         print(answer([*opening, {"role": "user", "content": prompt}]))
     elif questions:
@@ -52,16 +63,24 @@ def infer(arguments: Arguments) -> int:
     return 0
 
 
-def _answer_rows(questions: list[Any], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
+def _refuse_of_rows(data: Data, *, asked: bool) -> None:
+    """Settings that say how rows are read do nothing without rows."""
+    for name in OF_ROWS:
+        if not asked and getattr(data, name) != getattr(Data(), name):
+            raise UserError(f"infer: --{name} says how rows are read; give --input FILE.jsonl, or leave it out")
+
+
+def _answer_rows(questions: list[Question], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
     """One row at a time, so that a look at the unfinished file shows how far it is."""
     if output is None:
-        for row, messages in questions:
-            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), flush=True)
+        for question in questions:
+            print(json.dumps(question.record | {"response": answer(question.messages)}, ensure_ascii=False), flush=True)
         return
     scratch = Path(output + ".part")
     with scratch.open("w", encoding="utf-8") as file:
-        for row, messages in questions:
-            print(json.dumps(row | {"response": answer(messages)}, ensure_ascii=False), file=file, flush=True)
+        for question in questions:
+            line = json.dumps(question.record | {"response": answer(question.messages)}, ensure_ascii=False)
+            print(line, file=file, flush=True)
     scratch.rename(output)
 
 

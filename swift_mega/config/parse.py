@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
 
 from swift_mega.config.tree import Setting, sections, settings, suggest
 from swift_mega.errors import UserError
-from swift_mega.text_files import parse_json
+from swift_mega.text_files import parse_json, read_text
 
 # What SWIFT calls a choice, where we call it otherwise.
 SWIFT_VALUES = {"data.loss_on": {"default": "assistant", "last_round": "last"}}
@@ -48,12 +47,7 @@ class Given:
 
 def read_recipe(path: str) -> list[Given]:
     """The (possibly dotted) keys of a YAML file and their lines, sections opened up. Raises UserError with file:line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path}: not UTF-8 text (byte {error.start}); is it a YAML file?") from None
+    text = read_text(path, what=f"recipe {path}")
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -8,7 +8,7 @@ but is not supported stops the run.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from swift_mega.errors import UserError
 
@@ -79,7 +79,13 @@ class Tags:
     roles: Mapping[str, str] = field(default_factory=dict)
 
 
-def to_row(record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None) -> Row:
+Reply = Literal["required", "optional", "dropped"]
+"""Of the last reply in a row: training needs it, a prompt to compare on may have it, and a question to answer is asked without it."""
+
+
+def to_row(
+    record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None, reply: Reply = "required"
+) -> Row:  # fmt: skip
     """The row that `record` describes; names of columns without a use are counted in `ignored`.
 
     Raises UserError that begins with `where` for anything that does not add up.
@@ -92,7 +98,7 @@ def to_row(record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags
             )
     present = {name for name in record if not _is_empty(record[name])}
     try:
-        row, used = _shape(record, present, where, ignored, tags or Tags())
+        row, used = _shape(record, present, where, ignored, tags or Tags(), reply)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     ignored.update(present - used)
@@ -100,22 +106,22 @@ def to_row(record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags
 
 
 def _shape(
-    record: Mapping[str, Any], present: set[str], where: str, ignored: Counter[str], tags: Tags
-) -> tuple[Row, set[str]]:
+    record: Mapping[str, Any], present: set[str], where: str, ignored: Counter[str], tags: Tags, reply: Reply
+) -> tuple[Row, set[str]]:  # fmt: skip
     system = None if record.get("system") is None else _text(record["system"], "system")
     if "messages" in present:
         turns = [
             _turn(message, index, Tags(role="role", content="content"), ignored)
             for index, message in _each(record, "messages")
         ]
-        return _row(turns, system, where), {"messages", "system"}
+        return _row(turns, system, where, reply), {"messages", "system"}
     if name := _first(CONVERSATIONS, present):
         turns = []
         for index, item in _each(record, name):
             turns += _share_turns(item, index, tags, ignored)
-        return _row(turns, system, where), {name, "system"}
+        return _row(turns, system, where, reply), {name, "system"}
     if "instruction" in present or (name := _first(QUERY, present)) or _first(RESPONSE, present):
-        return _query_row(record, present, system, where)
+        return _query_row(record, present, system, where, reply)
     if "text" in present:
         return Row(text=_text(record["text"], "text"), where=where), {"text"}
     raise UserError(
@@ -124,14 +130,16 @@ def _shape(
     )
 
 
-def _query_row(record: Mapping[str, Any], present: set[str], system: str | None, where: str) -> tuple[Row, set[str]]:
+def _query_row(
+    record: Mapping[str, Any], present: set[str], system: str | None, where: str, reply: Reply
+) -> tuple[Row, set[str]]:
     response = _first(RESPONSE, present)
-    if response is None:
+    if response is None and reply == "required":
         asked = "instruction" if "instruction" in present else _first(QUERY, present)
         raise UserError(
             f"column {asked!r} has no reply beside it; add one of {', '.join(RESPONSE)}, or map one with data.columns"
         )
-    used = {response, "history", "system"}
+    used = {"history", "system", *([response] if response else ())}
     if "instruction" in present:
         parts = [_text(record.get(name), name) for name in ("instruction", "input")]
         query = "\n".join(part for part in parts if part)
@@ -148,8 +156,10 @@ def _query_row(record: Mapping[str, Any], present: set[str], system: str | None,
     turns = []
     for asked, replied in _history(record.get("history")):
         turns += [Turn(role="user", content=asked), Turn(role="assistant", content=replied)]
-    turns += [Turn(role="user", content=query), Turn(role="assistant", content=_text(record[response], response))]
-    return _row(turns, system, where), used
+    turns.append(Turn(role="user", content=query))
+    if response is not None:
+        turns.append(Turn(role="assistant", content=_text(record[response], response)))
+    return _row(turns, system, where, reply), used
 
 
 def _history(history: Any) -> Iterator[tuple[str, str]]:
@@ -211,7 +221,9 @@ def _role(name: Any, at: str, tags: Tags) -> str:
     return role
 
 
-def _row(turns: list[Turn], system: str | None, where: str) -> Row:
+def _row(turns: list[Turn], system: str | None, where: str, reply: Reply) -> Row:
+    while reply == "dropped" and turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
     if len(turns) == 1 and turns[0].role == "assistant" and not system:
         # SWIFT writes a document to pretrain on as one lone assistant turn.
         return Row(text=turns[0].content, where=where)
@@ -231,7 +243,9 @@ def _row(turns: list[Turn], system: str | None, where: str) -> Row:
             )
         if not turn.content.strip():
             raise UserError(f"turn {index + 1} ({turn.role}) is empty; fill it in or remove the row")
-    if len(turns) == first or turns[-1].role != "assistant":
+    if len(turns) == first and reply != "required":
+        raise UserError("there is no question in it; write a user turn")
+    if reply == "required" and (len(turns) == first or turns[-1].role != "assistant"):
         last = turns[-1].role if turns else "nothing"
         raise UserError(
             f"the conversation ends with {last}, so there is no reply to train; end it with an assistant turn"

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from swift_mega.config.schema import Data
 from swift_mega.data.dataset_info import File, find
-from swift_mega.data.formats import COLUMNS, Row, Tags, Turn, kind, to_row
+from swift_mega.data.formats import COLUMNS, Reply, Row, Tags, Turn, kind, to_row
 from swift_mega.data.shuffle import shuffled
 from swift_mega.errors import UserError
-from swift_mega.text_files import parse_json
+from swift_mega.text_files import parse_json, read_text
 
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR)\}\}")
 _SPLIT, _SAMPLE = 1, 2
@@ -73,6 +73,18 @@ def load(settings: Data) -> Rows:
     return _fill(rows, settings)
 
 
+def load_questions(name: str, settings: Data, *, reply: Reply) -> list[tuple[dict[str, Any], Row]]:
+    """(the record as it stands in the file, its row) of one data set, read as training reads it, in the order of the file.
+
+    reply: what becomes of the last reply of a row. Raises UserError as `load` does.
+    """
+    one = _open_set(name, settings)
+    key, nothing = (settings.seed, 0), np.zeros(0, dtype=np.int64)
+    chosen = _train(len(one.records), one.file.rows, nothing, ratio=0.0, key=key)
+    rows = Rows(train=one.rows(chosen, Counter(), reply=reply), validation=[])
+    return list(zip((one.records[index][1] for index in chosen), _fill(rows, settings).train, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Set:
     """One entry of data.dataset, read. identity: device and inode, the same for every name of one file."""
@@ -87,15 +99,15 @@ class _Set:
         mine, theirs = ((dict(one.file.columns), one.file.tags or Tags()) for one in (self, other))
         return self.identity == other.identity and mine == theirs
 
-    def rows(self, indices: list[int], ignored: Counter[str]) -> list[Row]:
+    def rows(self, indices: list[int], ignored: Counter[str], *, reply: Reply = "required") -> list[Row]:
         """The rows at `indices`; each that occurs several times is read, and counted, once."""
-        made = {index: self._row(index, ignored) for index in sorted(set(indices))}
+        made = {index: self._row(index, ignored, reply) for index in sorted(set(indices))}
         return [made[index] for index in indices]
 
-    def _row(self, index: int, ignored: Counter[str]) -> Row:
+    def _row(self, index: int, ignored: Counter[str], reply: Reply) -> Row:
         where, record = self.records[index]
         unused: Counter[str] = Counter()
-        row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags)
+        row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags, reply=reply)
         for source, target in self.file.columns.items():
             # One of our own names is mapped away to make room for another, and may have no use where it goes.
             if target in unused and source in record and source not in COLUMNS:
@@ -197,14 +209,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         )
     if path.suffix not in (".jsonl", ".json"):
         raise UserError(f"data set {path}: files of kind {path.suffix or 'none'!r} are not read; convert it to .jsonl")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"data set {path} cannot be read: {error.strerror}; check its permissions") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: byte {error.start} is not UTF-8 ({error.reason}); convert the file to UTF-8"
-        ) from error
+    content = read_text(path, what=f"data set {path}")
     if not content.strip():
         raise UserError(f"{path} is empty; write one JSON object per line")
     if path.suffix == ".json" and content.lstrip().startswith("["):

@@ -185,12 +185,12 @@ def test_a_wrong_recipe_says_where(recipe: Recipe, text: str, message: str) -> N
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe .*absent.yaml: No such file"):
+    with pytest.raises(UserError, match=r"recipe .*absent.yaml does not exist"):
         load(str(tmp_path / "absent.yaml"))
     with pytest.raises(UserError, match="Is a directory"):
         load(str(tmp_path))
     (tmp_path / "model.bin").write_bytes(b"a: \xff")
-    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\); is it a YAML file\?"):
+    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 3\)"):
         load(str(tmp_path / "model.bin"))
 
 

@@ -322,7 +322,7 @@ def test_errors_around_the_tokenizer(make_tokenizer, tmp_path: Path):
     bare = make_tokenizer(None)
     refuse(lambda: Encoder(bare).encode([row(TALK)]), "no chat template", "data.chat_template")
     missing = str(tmp_path / "missing.jinja")
-    refuse(lambda: Encoder(bare, chat_template=missing), missing, "cannot be read", "give the path")
+    refuse(lambda: Encoder(bare, chat_template=missing), missing, "does not exist", "give the path")
     empty = tmp_path / "empty.jinja"
     empty.write_text(" \n")
     refuse(lambda: Encoder(bare, chat_template=str(empty)), "empty.jinja", "is empty", "write the Jinja text")

@@ -392,10 +392,10 @@ def test_bad_files(write, tmp_path):
     refuse(write("a,b", name="rows.csv"), "'.csv' are not read", "convert it to .jsonl")
     refuse(write(HELLO, "", HELLO, name="gap.jsonl"), "gap.jsonl:2: an empty line", "remove it")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    refuse(str(tmp_path / "latin.jsonl"), "byte 10 is not UTF-8", "convert the file")
+    refuse(str(tmp_path / "latin.jsonl"), "not UTF-8 text (byte 10)", "convert the file")
     with pytest.MonkeyPatch.context() as patch:  # root reads everything, so the refusal of the system is played
         patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-        refuse(good, "good.jsonl cannot be read: Permission denied", "check its permissions")
+        refuse(good, "good.jsonl cannot be read: Permission denied", "check its path and its permissions")
     refuse(f"{good}#0", "'0' is not a number of rows", "path#500")
     refuse(f"{good}#many", "'many' is not a number of rows", "path#500")
     refuse(good, "maps 'ask', which no row has", "messages", columns={"ask": "query"})

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tiny
@@ -14,6 +15,7 @@ from swift_mega.cli import main
 from swift_mega.config.schema import Data
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import prepare
+from swift_mega.errors import UserError
 from swift_mega.export.companions import of_adapter, stop_tokens
 
 MINE = (
@@ -127,3 +129,33 @@ def test_what_is_said_of_ends_when_training_starts(home: Path, tmp_path: Path) -
         data = Data(dataset=(str(home / "row.jsonl"),), chat_template=str(tmp_path / "t.jinja"))
         lines = about_ends(prepare(data, words), words, stop_tokens(home / "model"))
         assert any(said in line for line in lines) if said else not lines, lines
+
+
+def test_infer_on_our_own_fp8(home: Path) -> None:
+    """Read as plain weights, of the dtype in config.json, the answers' logits are those of the files that `convert` dequantises;
+    as transformers runs FP8 without a GPU, they are the same in bfloat16."""
+    for dtype in ("float32", "bfloat16"):
+        api.convert(source=str(home / "model"), to="hf", output=str(home / dtype), dtype=dtype)
+    api.quantize(model=str(home / "float32"), output=str(home / "fp8"))
+    api.convert(source=str(home / "fp8"), to="hf", output=str(home / "plain"), dequantize=True)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(home / "plain")(tokens).logits
+        found = api.infer(model=str(home / "fp8"), dequantize=True).network(tokens).logits
+        straight = api.infer(model=str(home / "fp8")).network(tokens).logits.float()
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert (straight - expected).norm() < 0.05 * expected.norm()
+    with pytest.raises(UserError, match="is not quantised; leave it out"):
+        api.infer(model=str(home / "model"), dequantize=True)
+
+
+def test_prompts_of_verify_and_compare_are_rows(home: Path) -> None:
+    """Rows give the numbers of the texts that the template makes of them."""
+    (home / "rows.jsonl").write_text('{"query": "hi\u2028", "response": "hello"}\n', encoding="utf-8")
+    model = str(home / "model")
+    assert api.compare(model, model, prompts=str(home / "rows.jsonl")).prompts == 1
+    assert api.verify(model, ["single"], prompts=str(home / "rows.jsonl")).passed
+    for call in (api.verify, lambda model, **options: api.compare(model, model, **options)):
+        (home / "bad.jsonl").write_text('{"query": "hi", "history": 5}\n')
+        with pytest.raises(UserError, match=r"bad\.jsonl:1: history is a number"):
+            call(model, prompts=str(home / "bad.jsonl"))
