@@ -477,7 +477,7 @@ def test_infer_reads_rows_as_training_does(api: Recorder, capsys: pytest.Capture
     ]
     text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     Path("q.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    flags = ("--columns.ask", "query", "--model_name", "Mega", "--system", "")
+    flags = ("--data.columns.ask", "query", "--model_name", "Mega", "--system", "")
     assert main([*INFER, "--input", "q.jsonl", *flags, "--output", "new/folder/o.jsonl"]) == 0, capsys.readouterr().err
     system = {"role": "system", "content": ""}
     assert api.answers == [

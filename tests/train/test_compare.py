@@ -308,7 +308,7 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     thin = str(tiny.make_chat(tmp_path / "thin", "llama", hidden_size=16, num_hidden_layers=2))
     refused("of different shape: num_hidden_layers 4 and 2, hidden_size 32 and 16; compare two", b=thin)
     (tmp_path / "empty.txt").write_text("\n  \n")
-    refused("empty.txt: no line with a token in it; give a text file", prompts=str(tmp_path / "empty.txt"))
+    refused("empty.txt: no prompt with a token in it; give a text file", prompts=str(tmp_path / "empty.txt"))
     refused("--prompts=absent.txt: No such file or directory", prompts="absent.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     refused(r"bytes.txt: not UTF-8 text \(byte 0\)", prompts=str(tmp_path / "bytes.txt"))
