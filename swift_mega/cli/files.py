@@ -1,6 +1,5 @@
 """Files at the edge of a verb: outputs that must not be clobbered, base models that adapters name, rows to answer."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -63,7 +63,7 @@ def stop_tokens(model: str | Path) -> tuple[int, ...]:
 def _template_of(folder: Path) -> str | None:
     if (folder / TEMPLATE).is_file():
         return read_text(folder / TEMPLATE, what=str(folder / TEMPLATE))
-    template = _read(folder / TOKENIZER).get("chat_template") if (folder / TOKENIZER).is_file() else None
+    template = read_object(folder / TOKENIZER).get("chat_template") if (folder / TOKENIZER).is_file() else None
     if isinstance(template, list):
         template = _named(template).get("default")
     return template.removeprefix(BOM) if isinstance(template, str) else None
@@ -74,7 +74,7 @@ def _write_template(directory: Path, template: str) -> None:
     (directory / TEMPLATE).write_bytes(template.encode())
     (directory / PROCESSOR_TEMPLATE).unlink(missing_ok=True)
     path = directory / TOKENIZER
-    config = _read(path) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     if "chat_template" not in config:
         return
     older = config.pop("chat_template")
@@ -100,7 +100,7 @@ def _write_end_tokens(directory: Path, base: Path, tokens: tuple[int, ...]) -> N
     added = [token for token in dict.fromkeys(tokens) if token not in before]
     if not added:
         return
-    config = _read(base / GENERATION) if (base / GENERATION).is_file() else _from_model(base)
+    config = read_object(base / GENERATION) if (base / GENERATION).is_file() else _from_model(base)
     together = [*before, *added]
     config["eos_token_id"] = together if len(together) > 1 else together[0]
     (directory / GENERATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def _from_model(base: Path) -> dict[str, Any]:
     """What transformers would make of config.json where there is no generation_config.json."""
     from transformers import GenerationConfig
 
-    config = _read(base / "config.json") if (base / "config.json").is_file() else {}
+    config = read_object(base / "config.json") if (base / "config.json").is_file() else {}
     made = GenerationConfig.from_model_config(config).to_diff_dict()
     return {key: value for key, value in made.items() if not key.startswith("_")}
 
@@ -119,7 +119,7 @@ def _ids_in(path: Path) -> tuple[int, ...] | None:
     """eos_token_id of a JSON file, () where it names none, None where there is no file."""
     if not path.is_file():
         return None
-    config = _read(path)
+    config = read_object(path)
     found = config.get("eos_token_id")
     if found is None and isinstance(config.get("text_config"), dict):
         found = config["text_config"].get("eos_token_id")
@@ -127,7 +127,3 @@ def _ids_in(path: Path) -> tuple[int, ...] | None:
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         raise UserError(f"{path}: eos_token_id={found!r} is neither a token id nor a list of them; correct the file")
     return tuple(ids)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path, remedy="copy it from the original model again")

@@ -309,7 +309,7 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     refused("of different shape: num_hidden_layers 4 and 2, hidden_size 32 and 16; compare two", b=thin)
     (tmp_path / "empty.txt").write_text("\n  \n")
     refused("empty.txt: no prompt with a token in it; give a text file", prompts=str(tmp_path / "empty.txt"))
-    refused("--prompts=absent.txt: No such file or directory", prompts="absent.txt")
+    refused("--prompts=absent.txt does not exist", prompts="absent.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     refused(r"bytes.txt: not UTF-8 text \(byte 0\)", prompts=str(tmp_path / "bytes.txt"))
     refused("--top_k=1000: expected 1 to 391, the number of tokens", top_k=1000)
