@@ -76,9 +76,10 @@ def convert(arguments: Arguments) -> int:
         print(found.table())
         return 0
     assert output is not None
+    rows: dict[str, Any] = {"rows": run.model} if run.model.resize_vocab or run.model.new_special_tokens else {}
     api.convert(
         source=source, to=to, output=output, model=model if source == mcore else None, parallel=run.parallel, dtype=dtype,
-        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize, rows=run.model,
+        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize, **rows,
     )  # fmt: skip
     return 0
 
