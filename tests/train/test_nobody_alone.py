@@ -89,7 +89,7 @@ def train_where_rank_0_cannot_write(recipe: list[str], folder: Path) -> dict[str
 def test_a_file_that_cannot_be_read_on(ranks, tmp_path: Path) -> None:
     directory = tiny.make(tmp_path / "model", "llama", num_hidden_layers=2)
     one, other = ranks(2, load_what_is_cut_short, directory, timeout=60)
-    assert one == other and one.endswith("was cut short while it was read; copy it from the source again")
+    assert one == other and "has changed since its header was read" in one and not one.startswith("alone")
 
 
 def test_what_rank_0_cannot_write(ranks, tmp_path: Path) -> None:
