@@ -10,6 +10,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": dict(model_type="starcoder2", sliding_window=6, **TOKENS),
     "starcoder2_plain": dict(model_type="starcoder2", use_bias=False, tie_word_embeddings=False, **TOKENS),
     "stablelm": dict(model_type="stablelm", partial_rotary_factor=0.5, **WIDE),
+    "stablelm_qk_norm": dict(
+        model_type="stablelm", use_parallel_residual=True, qk_layernorm=True, partial_rotary_factor=0.5, **WIDE
+    ),
     "stablelm_parallel": dict(
         model_type="stablelm", use_qkv_bias=True, use_parallel_residual=True, tie_word_embeddings=True, **WIDE
     ),

@@ -24,6 +24,7 @@ from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
+from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate
@@ -98,7 +99,7 @@ def verify(
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
     run = schema.Run(
         model=schema.Model(path=model, dtype=dtype, dequantize=dequantize),  # type: ignore[arg-type]
-        tuner=_verified_tuner(tuner, target_modules, adapters),
+        tuner=_verified_tuner(tuner, target_modules, adapters, model, settings),
     )
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
         found = Path(folder)
@@ -123,11 +124,13 @@ def verify(
         return Report(differences, tolerance, dtype)
 
 
-def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | None) -> schema.Tuner:
+def _verified_tuner(
+    tuner: str, target_modules: Sequence[str], adapters: str | None, model: str, settings: Settings
+) -> schema.Tuner:
     """The tuner to verify; a given adapter's own rank, scale and targets."""
     if adapters is None:
         return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
-    return tuner_of(adapters)
+    return tuner_of(adapters, family_of(model), settings)
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:

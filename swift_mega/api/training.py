@@ -1,6 +1,7 @@
 """Training, from settings or a recipe."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
+from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.engine import check_engine_runs
@@ -41,21 +43,40 @@ def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: S
     return load(path, overrides, flags)
 
 
-def train(run: schema.Run, *, nproc: int | None = None) -> TrainResult:
+def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run:
+    """The run with what the adapter that it goes on from says of the tuner, where nobody set it."""
+    if sources is None or len(run.model.adapters) != 1 or run.tuner.type != "lora" or run.model.path is None:
+        return run
+    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
+    theirs = tuner_of(run.model.adapters[0], family_of(run.model.path), settings)
+    unset = [
+        name
+        for name in ("rank", "alpha", "rslora", "target_modules")
+        if sources.get(f"tuner.{name}", "default") == "default"
+    ]
+    return dataclasses.replace(
+        run, tuner=dataclasses.replace(run.tuner, **{name: getattr(theirs, name) for name in unset})
+    )
+
+
+def train(run: schema.Run, *, nproc: int | None = None, sources: Mapping[str, str] | None = None) -> TrainResult:
     """Trains as `run` says, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1), or on torchrun's.
 
     Raises UserError before any rank starts where settings, model, data and layout do not fit together. Ranks of torchrun meet first, so
     that what one of them finds (a file that its machine has not) ends all.
+    sources: where each setting comes from (`Resolved.sources`); the tuner's that nobody set are those of the adapter that is trained on.
     """
     world = world_size(nproc)
     if joined() and world > 1:
-        return run_ranks(world, _train_joined, run, nproc)
+        return run_ranks(world, _train_joined, run, nproc, sources)
+    run = _continued(run, sources)
     with ExitStack() as stack:
         run, layout, prepared, pad = _checked(run, nproc, stack)
         return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
 
 
-def _train_joined(run: schema.Run, nproc: int | None) -> TrainResult:
+def _train_joined(run: schema.Run, nproc: int | None, sources: Mapping[str, str] | None) -> TrainResult:
+    run = on_every_rank(lambda: _continued(run, sources))
     with ExitStack() as stack:
         run, layout, prepared, pad = on_every_rank(lambda: _checked(run, nproc, stack))
         return train_rank(run, DEVICE, layout, prepared, pad)

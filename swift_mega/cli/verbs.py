@@ -21,13 +21,14 @@ LAYOUT = re.compile(
 
 def train(arguments: Arguments) -> int:
     nproc = arguments.whole("nproc")
-    run = arguments.resolved().run
+    resolved = arguments.resolved()
+    run = resolved.run
     world_size(nproc)  # a wrong environment is found before the imports
     if not joined():  # ranks of torchrun compare what they find (api.train)
         check_inputs(run, command=arguments.verb.name)
     from swift_mega import api
 
-    result = api.train(run, nproc=nproc)
+    result = api.train(run, nproc=nproc, sources=resolved.sources)
     if is_first_rank():
         print(f"checkpoint  {result.checkpoint}")
         if result.merged is not None:

@@ -1,6 +1,6 @@
 """A run's adapter started from a PEFT directory: every factor from its file, by its slice, or not at all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from swift_mega.convert.load import fill, not_finite, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.family import Family
+from swift_mega.models.linears import modules_of
+from swift_mega.models.settings import Settings
 from swift_mega.parallel.agree import on_every_rank
 
 
@@ -41,8 +44,10 @@ def load_adapter(
         )
     wanted, entries = _gather_shapes(part, exported), adapter.checkpoint.entries
     if odd := sorted(wanted.keys() ^ entries.keys()):
+        targets = tuner_of(directory, part.family, part.settings).target_modules
         raise UserError(
-            f"{directory} and tuner.target_modules differ in {len(odd)} factors: {some(odd)}; set target_modules to the adapter's"
+            f"{directory} and tuner.target_modules differ in {len(odd)} factors: {some(odd)}; set target_modules to the adapter's: "
+            f"{' '.join(targets[:20])}{' …' if len(targets) > 20 else ''}, or leave it out"
         )
     for name, shape in wanted.items():
         if entries[name].shape != shape:
@@ -61,19 +66,38 @@ def load_adapter(
     on_every_rank(read)
 
 
-def tuner_of(directory: str | Path) -> schema.Tuner:
-    """Settings of the tuner that a PEFT directory is of: its rank, scale and targets."""
-    config: dict[str, Any] = dict(read_adapter(directory).config)
-    found = config.get("target_modules")
-    targets = [found] if isinstance(found, str) else found
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schema.Tuner:
+    """Settings of the tuner that a PEFT directory is of: its rank, scale and targets.
+
+    The targets are those that its tensors name. Fields may say it by a pattern, by layers or not at all.
+    """
+    adapter, linears = read_adapter(directory), modules_of(family, settings)
+    config: dict[str, Any] = dict(adapter.config)
+    said = config.get("target_modules")
+    if not (
+        said is None or isinstance(said, str) or (isinstance(said, list) and all(isinstance(one, str) for one in said))
+    ):
         raise UserError(
-            f"{directory}: target_modules={found!r} is neither a name nor a list of names; copy the adapter again"
+            f"{directory}: target_modules={said!r} is neither a name nor a list of names; copy the adapter again"
+        )
+    if strange := sorted(adapter.modules - linears):
+        raise UserError(
+            f"{directory} has factors for {some(strange)}, which {'is' if len(strange) == 1 else 'are'} no linear of attention or MLP of "
+            "this model; give the model that it was trained on, or merge the adapter first (swift-mega export --merge_lora true) and "
+            "give what is merged"
         )
     return schema.Tuner(
         type="lora", rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
-        target_modules=tuple(targets),
+        target_modules=_targets(adapter.modules, linears),
     )  # fmt: skip
+
+
+def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:
+    """Words that choose exactly these of a model's linears: their last ones where that is so, else their whole names."""
+    last = {module.rsplit(".", 1)[-1] for module in modules}
+    if all(module in modules for module in linears if module.rsplit(".", 1)[-1] in last):
+        return tuple(sorted(last))
+    return tuple(sorted(modules))
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:

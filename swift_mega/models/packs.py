@@ -27,12 +27,14 @@ class Heads:
     """Key heads of the whole model, each with its query heads; 0 where ranks have whole ones in any case."""
     share: tuple[int, int] = (0, 1)
     """(rank, size): whose part of the tensors this is about, where ranks have parts of a group; else (0, 1)."""
+    place: tuple[int, int] = (0, 1)
+    """(rank, size) of the tensor rank whose tensors this is about."""
     channels: tuple[int, ...] = ()
     """Query, key and value channels of one key head of a gated delta net."""
 
     def on(self, rank: int, size: int) -> "Heads":
         """The same of what tensor rank `rank` of `size` holds."""
-        return self if self.groups % size == 0 else replace(self, share=(rank, size))
+        return replace(self, place=(rank, size), share=self.share if self.groups % size == 0 else (rank, size))
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...] | None:
@@ -269,6 +271,42 @@ class Turned(Pack):
 
 
 @dataclass(frozen=True)
+class PerHead(Pack):
+    """A vector [head_dim] of each query head (or key head, `keys`) in a tensor of its own; Megatron's is [heads, head_dim], cut by heads.
+
+    A rank has all of its heads' tensors and nothing of the others.
+    """
+
+    axis: int | None = 0
+    keys: bool = False
+
+    def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
+        return torch.cat(tuple(parts)).unflatten(0, (-1, heads.head_dim))
+
+    def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+        first = self._first(heads)
+        after = self._count(heads) - first - len(tensor)
+        return (*(tensor[0, :0],) * first, *tensor.unbind(), *(tensor[0, :0],) * after)
+
+    def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
+        return self.split(tensor, heads)
+
+    def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
+        size = heads.place[1]
+        if size == 1:
+            return None
+        mine = range(self._first(heads), self._first(heads) + self._count(heads) // size)
+        return tuple((0, heads.head_dim if head in mine else 0) for head in range(self._count(heads)))
+
+    def _count(self, heads: Heads) -> int:
+        return heads.groups * (1 if self.keys else heads.queries_per_group)
+
+    def _first(self, heads: Heads) -> int:
+        rank, size = heads.place
+        return self._count(heads) // size * rank
+
+
+@dataclass(frozen=True)
 class OneRow(Pack):
     """A vector, whole on every rank, that Hugging Face stores as a matrix of one row."""
 
@@ -307,6 +345,7 @@ REPLICATED = Pack(None)
 ONE_ROW = OneRow(None)
 INTERLEAVED_GATE_UP = InterleavedGateUp(1)
 INTERLEAVED_GATE_UP_BIAS = InterleavedGateUp(0)
+PER_QUERY_HEAD, PER_KEY_HEAD = PerHead(), PerHead(keys=True)
 VOCAB = Pack(0, padded=True)
 GATE_UP = GateUp()
 QKV = Qkv()

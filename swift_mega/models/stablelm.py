@@ -1,10 +1,16 @@
-"""StableLM 2 and 3B: LayerNorm with bias, some features of a head rotated; a gated MLP after attention or beside it."""
+"""StableLM 2 and 3B: LayerNorm with bias, some features of a head rotated; a gated MLP after attention or beside it.
 
+StableLM 2 12B normalises each head of queries and keys by a LayerNorm of its own, whose weights are a tensor each.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import DECODER, READS, translate
-from swift_mega.models.family import Family
+from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, READS, translate
+from swift_mega.models.family import Family, Rule
+from swift_mega.models.packs import PER_KEY_HEAD, PER_QUERY_HEAD, Pack
 from swift_mega.models.settings import Block, Settings
 from swift_mega.models.starcoder2 import LAYER_NORM
 
@@ -25,8 +31,25 @@ def _translate(config: Any) -> Settings:
         epsilon="layer_norm_eps",
         megatron={"add_qkv_bias": bool(config.use_qkv_bias)},
         norm=LAYER_NORM,
+        head_qk_norm=bool(config.qk_layernorm),
         block=Block(parallel=bool(config.use_parallel_residual)),
     )
+
+
+def _norms_of_heads(letter: str, heads: int, pack: Pack) -> Rule:
+    source = f"{HF_LAYER}self_attn.{letter}_layernorm.norms."
+    parts = tuple(f"{source}{head}.weight" for head in range(heads))
+    return Rule(f"{LAYER}self_attention.{letter}_layernorm.weight", parts, pack)
+
+
+def _variant(raw: Mapping[str, Any]) -> Family:
+    queries, keys = (
+        raw.get(key, 32) for key in ("num_attention_heads", "num_key_value_heads")
+    )  # transformers' defaults
+    if not raw.get("qk_layernorm") or type(queries) is not int or type(keys) is not int:
+        return FAMILY
+    norms = (_norms_of_heads("q", queries, PER_QUERY_HEAD), _norms_of_heads("k", keys, PER_KEY_HEAD))
+    return dataclasses.replace(FAMILY, rules=(*FAMILY.rules, *norms))
 
 
 FAMILY = Family(
@@ -34,7 +57,7 @@ FAMILY = Family(
     translate=_translate,
     rules=DECODER.rules,
     reads=(READS - {"rms_norm_eps", "sliding_window", "layer_types"})
-    | {"layer_norm_eps", "partial_rotary_factor", "use_qkv_bias", "use_parallel_residual"},
-    fixed={"qk_layernorm": (False,)},
+    | {"layer_norm_eps", "partial_rotary_factor", "use_qkv_bias", "use_parallel_residual", "qk_layernorm"},
     absent=DECODER.absent,
+    variant=_variant,
 )

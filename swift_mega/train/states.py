@@ -133,7 +133,7 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
             run, device, groups, dtype=dtype, adapters=side.adapter is not None, checkpoint=checkpoint
         )  # fmt: skip
     if side.adapter is not None:
-        tuner = find_tuner(tuner_of(side.adapter))
+        tuner = find_tuner(tuner_of(side.adapter, part.family, part.settings))
         tuner.attach(part, seed=run.train.seed)
         load_adapter(side.adapter, list(tuner.held(part)), part, tuner.adapter_config(part, str(side.config)))
     for chunk in part.chunks:

@@ -122,11 +122,21 @@ def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
+def peft_config(adapter: Path) -> Any:
+    """What PEFT reads, with targets by the tensors' names where the file has none: it would guess them by the model's type."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(adapter))
+    if config.target_modules is None:
+        config.target_modules = set(read_adapter(adapter).modules)
+    return config
+
+
 def _with_peft(network: Any, adapter: Path) -> Any:
     """PEFT's model; UserError where it does not take every factor. It says so in a warning, or not at all."""
     from peft import PeftModel
 
-    network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True)
+    network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True, config=peft_config(adapter))
     taken = {name.replace(".default.", ".") for name, _ in network.named_parameters() if ".lora_" in name}
     if lost := sorted(read_adapter(adapter).checkpoint.entries.keys() - taken):
         raise UserError(

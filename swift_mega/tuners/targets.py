@@ -3,7 +3,7 @@
 A fused linear (query, key and value; gate and up) holds several Hugging Face linears, and a name may ask for only some of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,10 @@ def linear_names(family: Family, settings: Settings) -> list[str]:
     return sorted({module.rsplit(".", 1)[1] for module in modules_of(family, settings)})
 
 
-def wanted(module: str, targets: Sequence[str]) -> bool:
+def wanted(module: str, targets: Collection[str]) -> bool:
     """Whether a Hugging Face module name is asked for: PEFT's rule, the name itself or its last words."""
-    return any(target == ALL or module == target or module.endswith(f".{target}") for target in targets)
+    words = module.split(".")
+    return ALL in targets or any(".".join(words[first:]) in targets for first in range(len(words)))
 
 
 def check_targets(family: Family, settings: Settings, targets: Sequence[str]) -> None:
@@ -44,7 +45,7 @@ def check_targets(family: Family, settings: Settings, targets: Sequence[str]) ->
     if not targets:
         raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(names)}")
     for target in targets:
-        if not any(wanted(module, (target,)) for module in modules):
+        if target not in modules and not any(wanted(module, (target,)) for module in modules):
             raise UserError(
                 f"tuner.target_modules: {target!r} names no linear of this model; choose all-linear, or from {', '.join(names)}"
             )
@@ -80,10 +81,11 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
         for module in chunk.modules()
         for parameter in module.parameters(recurse=False)
     }
+    asked = frozenset(targets)  # an adapter may name thousands of experts
     for held in part.held():
         if not LINEAR.fullmatch(held.name) or STACKED.fullmatch(held.rule.parts[0]):
             continue
-        chosen = tuple(wanted(part.family.module(name), targets) for name in held.parts)
+        chosen = tuple(wanted(part.family.module(name), asked) for name in held.parts)
         if any(chosen):
             linear = owners[id(held.parameter)]
             local = next(name for name, value in linear.named_parameters(recurse=False) if value is held.parameter)

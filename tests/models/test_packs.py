@@ -14,6 +14,8 @@ from swift_mega.models.packs import (
     FUSED_QKV,
     GATE_UP,
     GATED_QKV,
+    PER_KEY_HEAD,
+    PER_QUERY_HEAD,
     QKV,
     REPLICATED,
     ROW,
@@ -240,3 +242,23 @@ def test_an_adapter_on_a_fused_linear_is_the_fused_adapters(tensor, multiple, qu
     for rank in range(tensor):
         whole = shard(QKV, [up @ down for up in ups], heads, tensor, rank)
         torch.testing.assert_close(shard(QKV, ups, heads, tensor, rank) @ down, whole, rtol=0, atol=1e-12)
+
+
+def test_norms_of_each_head_lie_by_head():
+    """Written out for 4 query heads over 2 key heads on 2 ranks: each has its heads' tensors whole and nothing of the others."""
+    heads = Heads(2, 3, 2)
+    parts = [torch.arange(3.0) + 10 * head for head in range(4)]
+    whole = PER_QUERY_HEAD.join(parts, heads)
+    assert whole.tolist() == [[0, 1, 2], [10, 11, 12], [20, 21, 22], [30, 31, 32]]
+    assert all(torch.equal(found, part) for found, part in zip(PER_QUERY_HEAD.split(whole, heads), parts, strict=True))
+    second = heads.on(1, 2)
+    assert PER_QUERY_HEAD.rows(second) == ((0, 0), (0, 0), (0, 3), (0, 3)) and PER_KEY_HEAD.rows(second) == (
+        (0, 0),
+        (0, 3),
+    )
+    mine = PER_QUERY_HEAD.join(
+        [part[slice(*rows)] for part, rows in zip(parts, PER_QUERY_HEAD.rows(second), strict=True)], second
+    )
+    assert mine.tolist() == [[20, 21, 22], [30, 31, 32]]
+    assert [len(part) for part in PER_QUERY_HEAD.split(mine, second)] == [0, 0, 3, 3]
+    assert PER_QUERY_HEAD.rows(heads) is None

@@ -8,6 +8,7 @@ from swift_mega.models.translate import DROPOUT_NOTE, hf_config, load_settings
 from swift_mega.models.unread import read_by_transformers
 from tests import tiny
 from tests.models.test_families import write
+from tests.models.test_published_configs import write as published
 
 PIPELINES = {"text-generation": {"impl": "instruct_pipeline.InstructionTextGenerationPipeline"}}
 
@@ -106,3 +107,44 @@ def test_mpts_attention_too(tmp_path):
     fields = tiny.FAMILIES["mpt"]["attn_config"] | {"rope": False, "sliding_window_size": 0}
     newer = load_settings(write(tmp_path / "newer", "mpt", attn_config=fields))
     assert newer == plain
+
+
+VARIANTS = {
+    "gemma-2-9b": (
+        "gemma2",
+        dict(sliding_window_size=4096, hidden_size=3584, num_hidden_layers=42),
+        "sliding_window_size",
+    ),
+    "gemma-2-27b": (
+        "gemma2",
+        dict(sliding_window_size=4096, query_pre_attn_scalar=144, head_dim=128),
+        "sliding_window_size",
+    ),
+    "Phi-4-mini": (
+        "phi4",
+        dict(full_attn_mod=1, interpolate_factor=1, mlp_bias=False, lm_head_bias=False, auto_map={"AutoConfig": "x"}),
+        "full_attn_mod",
+    ),
+    "gpt2-medium": ("gpt2", dict(n_special=0, predict_special_tokens=True), "predict_special_tokens"),
+    "distilgpt2": ("gpt2", dict(n_layer=6, _num_labels=1, output_past=True), "output_past"),
+    "dolly-v2": ("pythia", dict(custom_pipelines=PIPELINES, num_hidden_layers=32), "custom_pipelines"),
+    "falcon-11B": ("falcon40b", dict(ff_factor=4, num_kv_heads=8, ffn_hidden_size=16384), "ff_factor"),
+    "granite-3b-code": (
+        "llama2old",
+        dict(attention_dropout=0.1, mlp_bias=True, attention_bias=True),
+        "attention_dropout=0.1",
+    ),
+    "gpt2 of the first years": (
+        "gpt2",
+        dict(do_sample=False, num_beams=1, bad_words_ids=None, top_p=1.0),
+        "num_beams=1",
+    ),
+}
+"""Published models by what their config.json has beside that of a sister of theirs."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants(tmp_path, name):
+    sister, fields, said = VARIANTS[name]
+    notes = load_settings(published(tmp_path, sister, **fields)).notes
+    assert said in "; ".join(notes)
