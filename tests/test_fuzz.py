@@ -25,6 +25,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import stop_tokens
 from swift_mega.export.merged import read_adapter
+from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
 
 WORDS = [
@@ -391,7 +392,7 @@ def test_a_field_of_another_type_is_named(place: Path) -> None:
     path = folder / "adapter_config.json"
     write_json(path, json.loads(path.read_text()) | {"target_modules": 131})
     with pytest.raises(UserError, match="target_modules=131 is neither a name nor a list of names"):
-        tuner_of(folder)
+        tuner_of(folder, family_of(place / "model"), load_settings(place / "model"))
 
 
 @pytest.mark.parametrize("field, value, said", [

@@ -339,7 +339,7 @@ def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
     assert routing["kimi_k2"] == Routing(score="sigmoid", added=1e-20, scale=2.827)
     assert routing["glm45air"] == Routing(score="sigmoid", added=1e-20)
     assert routing["dots1"] == Routing(score="sigmoid", added=1e-20, scale=2.5)
-    assert routing["minimax_m2"] == Routing(score="sigmoid")
+    assert routing["minimax_m2"] == Routing(score="sigmoid", balanced_score="softmax")
     assert routing["ernie45_21b"] == Routing(score="softmax", smallest=1e-12)
     for name in ("glm45air", "dots1", "ernie45_21b", "kimi_k2"):
         assert made[name].moe_layers == (False,) + (True,) * (made[name].shape.layers - 1)
