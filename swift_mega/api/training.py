@@ -150,6 +150,11 @@ def about_ends(prepared: Prepared, tokenizer: Any, before: tuple[int, ...]) -> l
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens) or "no token"
 
     ends, lines = prepared.ends, []
+    for mode, count in prepared.modes.items():
+        lines.append(
+            f"generation prompt   {count} replies follow the prompt that {mode} gives, not the default one: ask the model with it "
+            "(chat_template_kwargs)"
+        )
     if added := [token for token in prepared.trained.end_tokens if token not in before]:
         lines.append(
             f"end of turn         {named(added)} ends the replies, and the model's generation stops at {named(before)}; what this "

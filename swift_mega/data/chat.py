@@ -5,6 +5,7 @@ join differently. A token is trained when one of its characters lies in a span t
 the fast tokenizer. The pad token plays no part, since it often is the end-of-turn token.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,11 @@ class Encoder:
         if first.role == "system" and not first.content.strip() and self.template.refuses_system:
             return replace(row, turns=row.turns[1:])
         return row
+
+    @property
+    def modes(self) -> Counter[str]:
+        """Replies behind another generation prompt than the default one, by the setting of the template that gives it."""
+        return self._template.modes if self._template is not None else Counter()
 
     @property
     def new_template(self) -> str | None:

@@ -3,8 +3,8 @@
 Nothing is lost without a count: an example that is too long, or has no trained token left, appears in the report.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from swift_mega.config.schema import Data
@@ -36,6 +36,8 @@ class Prepared:
     """What checkpoints say beside the weights, because of how these examples were made."""
     ends: Ends | None = None
     """How the replies of both splits end."""
+    modes: Mapping[str, int] = field(default_factory=dict)
+    """Replies that follow another generation prompt than the default one, by the setting that gives it."""
 
 
 def prepare(
@@ -77,7 +79,9 @@ def prepare(
     if settings.loss_on == "all" and train_report.conversations:
         ends = encoder.end_of_turn()
     beside = Trained(chat_template=encoder.new_template, end_tokens=tuple(dict.fromkeys([*ends, *before.end_tokens])))
-    return Prepared(train=train, validation=validation, report=report, trained=beside, ends=encoder.ends)
+    return Prepared(
+        train=train, validation=validation, report=report, trained=beside, ends=encoder.ends, modes=dict(encoder.modes)
+    )
 
 
 def _encode(

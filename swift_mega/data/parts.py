@@ -48,6 +48,8 @@ def _not_marked(
         if not core or turn in trained:
             continue
         places = sorted(_places(core, turn, message["role"], marked))
+        if not places and message["role"] == "assistant" and _is_reasoning(core):
+            continue
         if not places:
             yield turn
         elif message["role"] != "system":
@@ -79,11 +81,17 @@ def _not_found(messages: Sequence[Message], text: str, trained: Collection[int])
         if found is not None:
             rest = rest.replace(found, _TAKEN * len(found), 1)
         elif core and turn not in trained and squeeze(core) not in squeeze(rest):
-            yield turn
+            reasoning = messages[turn]["role"] == "assistant" and _is_reasoning(core)
+            yield from () if reasoning else (turn,)
 
 
 def _forms(core: str) -> list[str]:
     return [core, json.dumps(core, ensure_ascii=False)[1:-1], json.dumps(core)[1:-1]]
+
+
+def _is_reasoning(core: str) -> bool:
+    """Whether nothing is said behind the reasoning."""
+    return any(end.end() == len(core) for end in _END_OF_REASONING.finditer(core))
 
 
 def _answers(core: str, role: str) -> list[str]:

@@ -9,6 +9,7 @@ it arrived. A template with `{% generation %}` marks says itself what is trained
 private-use characters too, which stays right inside macros and `{% set %}` blocks, where counting characters does not.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -78,6 +79,8 @@ class Template:
         self._name = name
         self._marked_source = with_generation_marks(source)
         self.has_generation_marks = has_generation_marks(source)
+        self.modes: Counter[str] = Counter()
+        """Replies that follow another generation prompt than the default one, by the setting that gives it."""
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **mode: bool) -> str:
         """The text of a conversation; UserError with the template's own words where it refuses it."""
@@ -246,9 +249,13 @@ class Template:
 
     def _prompt_of(self, messages: Sequence[Message], turn: int, text: str) -> str | None:
         """The generation prompt, in one of its modes, that the render goes on from; None where it begins the reply otherwise."""
-        modes = [mode for mode in _PROMPT_MODES if all(name in self.source for name in mode)]
-        prompts = (self.render(messages[:turn], generation_prompt=True, **mode) for mode in modes)
-        return next((prompt for prompt in prompts if text.startswith(prompt)), None)
+        for mode in _PROMPT_MODES:
+            if all(name in self.source for name in mode):
+                prompt = self.render(messages[:turn], generation_prompt=True, **mode)
+                if text.startswith(prompt):
+                    self.modes.update(f"{name}={str(value).lower()}" for name, value in mode.items())
+                    return prompt
+        return None
 
     def _other_prompt(self, turn: int, prompt: str, text: str) -> str:
         return (

@@ -122,6 +122,10 @@ def test_what_is_said_of_ends_when_training_starts(home: Path, tmp_path: Path) -
         "{% for m in messages %}" + marked + "<|im_end|>{% endfor %}": f"1 replies end with {END}",
         "{% for m in messages %}{{ m.content }}\n### End\n{% endfor %}": "1 replies end with ordinary text",
         "{% for m in messages %}{{ m.content }}</s>{% endfor %}": "",
+        # Asked with <think> by default; a reply without one follows the prompt of the other mode.
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] "
+        "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}": "1 replies follow the prompt "
+        "that enable_thinking=false gives, not the default one",
     }
     words = load_tokenizer(home / "model")
     for template, said in templates.items():
