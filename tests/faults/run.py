@@ -134,7 +134,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-sound", action="store_true", help="do not run the tests without the fault first")
     arguments = parser.parse_args(given)
     faults, wrong = read(), 0
-    if arguments.smoke:  # tests/test_faults.py tries every edit
+    if arguments.smoke:  # tests/test_known_faults.py tries every edit
         faults, arguments.no_sound = [fault for fault in faults if fault.quick], True
     elif arguments.words:
         faults = [fault for fault in faults if any(word in fault.name for word in arguments.words)]
