@@ -41,7 +41,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v2", {"n_shared_experts": None}, "n_shared_experts=None is not a whole number"),
     ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
     ("kimi_k2", {"topk_method": "greedy"}, "topk_method='greedy'"),
-    ("kimi_k2", {"field_of_tomorrow": 1}, "field_of_tomorrow=1"),
     ("glm45air", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
     ("glm45air", {"num_experts_per_tok": 129}, "129 experts of 1 groups"),
     ("dots1", {"use_sliding_window": True}, "use_sliding_window=True"),
