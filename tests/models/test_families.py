@@ -232,8 +232,8 @@ def test_fields_that_change_nothing_are_accepted(tmp_path):
         (b"{", "is not valid JSON .* copy it from the original"),
         (b"", "is not valid JSON"),
         (b"\xff\xfe{}", "is not valid JSON"),
-        (b"[1]", "has no model_type"),
-        (b"null", "has no model_type"),
+        (b"[1]", "holds list, not an object; copy it"),
+        (b"null", "holds NoneType, not an object; copy it"),
         (b"[" * 100_000, "is not valid JSON"),
     ],
 )
