@@ -30,7 +30,7 @@ TYPED = $(wildcard swift_mega scripts tools benchmarks)
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
 # Seconds: one test, and the whole suite, which is made for 10 minutes of 2 cores (tests/budget.toml).
 TEST_TIMEOUT ?= 300
-SUITE_TIMEOUT ?= 1200
+SUITE_TIMEOUT ?= 1800
 PYTEST_FLAGS ?=
 # Two files at a time: ranks of a test wait for one another as much as they compute.
 WORKERS ?= 2

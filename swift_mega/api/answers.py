@@ -84,19 +84,24 @@ class Answerer:
         """The text that a conversation of {"role", "content"} messages asks with; UserError where the template refuses it."""
         return self.template.prompt([dict(message) for message in messages])
 
+    def tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """What the model is asked; UserError where the template refuses it, or a token has no row in the embedding."""
+        # The template has written every special token, the first one included.
+        asked: list[int] = self.tokenizer(self.prompt(messages), add_special_tokens=False)["input_ids"]
+        vocab = hf_config(self._model).get_text_config().vocab_size
+        check_tokens(asked, vocab, self.tokenizer, where="the conversation")
+        return asked
+
     def answer(self, messages: Sequence[Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
         """The reply to a conversation of {"role", "content"} messages."""
-        # The template has written every special token, the first one included.
-        asked = self.tokenizer(self.prompt(messages), add_special_tokens=False, return_tensors="pt").to(DEVICE.device)
-        vocab = self.network.get_input_embeddings().weight.shape[0]
-        check_tokens(asked["input_ids"][0].tolist(), vocab, self.tokenizer, where="the conversation")
+        asked = torch.tensor([self.tokens(messages)], device=DEVICE.device)
         with torch.inference_mode():
             made = self.network.generate(
-                input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False,
+                input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=max_new_tokens, do_sample=False,
                 eos_token_id=self.stop_tokens or None, pad_token_id=self.tokenizer.eos_token_id, temperature=None, top_p=None,
                 top_k=None,
             )  # fmt: skip
-        return self.tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return self.tokenizer.decode(made[0, asked.shape[1] :], skip_special_tokens=True).strip()
 
 
 def infer(

@@ -50,7 +50,7 @@ def infer(arguments: Arguments) -> int:
 
     for question in questions:
         try:
-            answerer.prompt(question.messages)
+            answerer.tokens(question.messages)  # before the weights are read
         except UserError as error:
             raise UserError(f"{question.where}: {error}") from error
     opening = [{"role": "system", "content": run.data.system}] if run.data.system is not None else []

@@ -124,6 +124,7 @@ def _shape(
         return _query_row(record, present, system, where, reply)
     if "text" in present:
         return Row(text=_text(record["text"], "text"), where=where), {"text"}
+    _refuse_empty(record, COLUMNS)
     raise UserError(
         f"no known column among {sorted(record) or 'none'}; a row needs messages, conversations, query + response, "
         "instruction + output, or text: rename the columns with data.columns"
@@ -135,6 +136,7 @@ def _query_row(
 ) -> tuple[Row, set[str]]:
     response = _first(RESPONSE, present)
     if response is None and reply == "required":
+        _refuse_empty(record, RESPONSE)
         asked = "instruction" if "instruction" in present else _first(QUERY, present)
         raise UserError(
             f"column {asked!r} has no reply beside it; add one of {', '.join(RESPONSE)}, or map one with data.columns"
@@ -147,6 +149,7 @@ def _query_row(
     else:
         name = _first(QUERY, present)
         if name is None:
+            _refuse_empty(record, QUERY)
             raise UserError(
                 f"column {response!r} has no question beside it; add one of {', '.join(QUERY)}, or write "
                 '{"text": …} for plain text to pretrain on'
@@ -279,6 +282,12 @@ def _text(value: Any, name: str) -> str:
 
 def _first(names: tuple[str, ...], present: set[str]) -> str | None:
     return next((name for name in names if name in present), None)
+
+
+def _refuse_empty(record: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """UserError where a column that is asked for is there, and empty: the value is at fault, and not the name of the column."""
+    if there := [name for name in names if name in record]:
+        raise UserError(f"column {there[0]!r} is empty ({kind(record[there[0]])}); fill it in, or remove the row")
 
 
 def _is_empty(value: Any) -> bool:

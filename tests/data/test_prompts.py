@@ -36,7 +36,7 @@ def test_lines_of_text_end_at_line_feeds_only(chatml, tmp_path):
         ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
         ({"query": "a", "history": 5}, "history is a number (5)"),
         ({"query": 3}, "query is a number (3)"),
-        ({"messages": []}, "no known column"),
+        ({"messages": []}, "column 'messages' is empty (a list ([]))"),
         ({"messages": [{"role": "system", "content": "x"}]}, "there is no question in it"),
     ],
 )

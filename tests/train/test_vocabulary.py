@@ -72,6 +72,10 @@ def test_plain_text_is_checked_too(small, tmp_path, capfd):
 def test_infer_verify_and_compare_refuse_it_too(small, tmp_path, capfd):
     said = refused(capfd, "infer", "--model", small, "--prompt", "say <new>")
     assert "token 400 ('<new>') has no row" in said and "swift-mega convert --to hf" in said
+    asked = rows(tmp_path / "asked.jsonl", "one", "two")
+    asked.write_text(asked.read_text().replace("Who?", "Who is <new>?", 2).replace("Who is <new>?", "Who?", 1))
+    said = refused(capfd, "infer", "--model", small, "--input", asked)
+    assert f"{asked}:2: the conversation: token 400" in said  # before a row is answered
     text = tmp_path / "prompts.txt"
     text.write_text("fine\nsay <new>\n")
     said = refused(capfd, "verify", "--model", small, "--layouts", "tp2", "--prompts", text)
