@@ -167,6 +167,8 @@ def companions_from(
         drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             set_dtype(staging / "config.json", dtypes)
+        if has_weights(Path(source)):
+            return  # all that it holds goes on, so its config.json is as right as it was
         if said := count_predicted(staging / "config.json", settings, carried.dtypes if carried else ()):
             print(f"{source}: {said}", flush=True)
 
