@@ -14,14 +14,11 @@ class Budget:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        """Of processor time where conftest.py noted it, else by the clock."""
+        """Of processor time, which conftest.py notes when a test is torn down."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        noted = dict(report.user_properties).get("cpu_seconds")
         if report.when == "teardown":
-            self.seconds[folder_of(report.nodeid)] += float(str(noted)) if noted is not None else report.duration
-        elif noted is None:
-            self.seconds[folder_of(report.nodeid)] += report.duration
+            self.seconds[folder_of(report.nodeid)] += float(str(dict(report.user_properties)["cpu_seconds"]))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if len(self.seconds) > 1:

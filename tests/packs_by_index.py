@@ -213,12 +213,21 @@ def fused(inner: Reference) -> Reference:
     return replace(inner, together=0)
 
 
+def per_head(s: Sizes, heads: int) -> Reference:
+    """A tensor [head_dim] of each head; a rank's parameter has its own heads' as rows."""
+    share = heads // s.size
+    parts = ((s.head_dim,),) * heads
+    return Reference(parts, (share, s.head_dim), lambda rank, index: (rank * share + index[0], index[1:]))
+
+
 MATRIX, VECTOR = "matrix", "vector"
 REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
     packs.COLUMN: (lambda s: even(s, 0), (MATRIX, VECTOR)),
     packs.ROW: (lambda s: even(s, 1), (MATRIX,)),
     packs.REPLICATED: (same, (MATRIX, VECTOR)),
     packs.ONE_ROW: (one_row, (VECTOR,)),
+    packs.PER_QUERY_HEAD: (lambda s: per_head(s, s.groups * s.queries), (VECTOR,)),
+    packs.PER_KEY_HEAD: (lambda s: per_head(s, s.groups), (VECTOR,)),
     packs.VOCAB: (vocabulary, (MATRIX, VECTOR)),
     packs.GATE_UP: (gate_up, (MATRIX, VECTOR)),
     packs.QKV: (qkv, (MATRIX, VECTOR)),

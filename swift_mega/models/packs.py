@@ -298,6 +298,9 @@ class PerHead(Pack):
         mine = range(self._first(heads), self._first(heads) + self._count(heads) // size)
         return tuple((0, heads.head_dim if head in mine else 0) for head in range(self._count(heads)))
 
+    def shares(self, heads: Heads) -> tuple[int, ...]:
+        return (1,) * self._count(heads)
+
     def _count(self, heads: Heads) -> int:
         return heads.groups * (1 if self.keys else heads.queries_per_group)
 

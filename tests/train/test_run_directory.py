@@ -127,7 +127,7 @@ def test_a_run_outlives_its_plots(place: Path, capfd: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "size, said", [(2_500, "checkpoint-2: File too large"), (900, "args.json cannot be written (File too large)")]
+    "size, said", [(3_500, "checkpoint-2: File too large"), (900, "args.json cannot be written (File too large)")]
 )
 def test_a_run_does_not_outlive_its_checkpoints(
     place: Path, size: int, said: str, capfd: pytest.CaptureFixture[str]
