@@ -110,7 +110,6 @@ def test_compare_logits(model: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.full  # torchrun starts a script in test_there_and_back; forked ranks compare in the test above
 def test_compare_logits_in_ranks_of_torchrun(model: Path, tmp_path: Path) -> None:
     """Both sides in the same two ranks: transformers on the first one, and a layout; once each on standard output."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
@@ -122,7 +121,6 @@ def test_compare_logits_in_ranks_of_torchrun(model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.full
-@pytest.mark.full  # torchrun starts a script in test_there_and_back; forked ranks compare in the test above
 def test_compare_logits_in_ranks_of_torchrun_of_other_layouts(model: Path, tmp_path: Path) -> None:
     """Copies where one side has fewer ranks; a layout that does not fit. By default in ranks that were forked, below."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
