@@ -157,8 +157,8 @@ def about_ends(prepared: Prepared, tokenizer: Any, before: tuple[int, ...]) -> l
         )
     if added := [token for token in prepared.trained.end_tokens if token not in before]:
         lines.append(
-            f"end of turn         {named(added)} ends the replies, and the model's generation stops at {named(before)}; what this "
-            "run writes stops at both (eos_token_id in generation_config.json)"
+            f"end of turn         {named(added)} ends the replies, and the model's generation stops at {named(before)}; what this run "
+            f"writes stops at {named(dict.fromkeys([*before, *added]))} (eos_token_id in generation_config.json)"
         )
     if ends is not None and ends.untrained:
         lines.append(
