@@ -95,7 +95,7 @@ def alive(pid: int) -> bool:
     """Whether a process runs; a zombie that waits for its reaper does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went between opening and reading
         return False
 
 
