@@ -84,6 +84,9 @@ def process_group(seat: Seat) -> Iterator[None]:
         torch.cuda.set_device(seat.local_rank)
     backend = "nccl" if seat.kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store(seat), rank=seat.rank, world_size=seat.world)
+    if backend == "gloo" and seat.world > 1:
+        # A rank whose body ends at once would close connections that its peers are still making ("connectFullMesh failed").
+        dist.barrier()
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
