@@ -70,6 +70,11 @@ def convert(
             )  # fmt: skip
         return
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
+    if run.parallel.context > 1:
+        raise UserError(
+            f"parallel.context={run.parallel.context}: context ranks have the same weights, so a checkpoint is the same for every "
+            "context size; leave it out"
+        )
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
         checkpoint = _opened(run, source, kind)
@@ -100,31 +105,34 @@ def convert(
             checkpoint, output, dtype=kind, max_shard_bytes=shard_bytes, overwrite=overwrite, derived=derived
         )
     else:
-        iteration_directory(source)
-        if dequantize:
-            raise UserError(
-                f"dequantize=True, but the weights of {source} are Megatron's, which are plain; leave it out"
-            )
-        folder, kinds = companions_of(source, model)
-        if kinds is None and kind is None:
-            raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
-        # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
-        run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
-        layout = _layout_for(run, str(folder))
-        if (
-            said := check_padding(source, folder, load_settings(folder, dequantize=run.model.dequantize).shape.vocab)
-        ) and is_first_rank():
-            print(said)
-        rest = (source, tuple(kinds or ()), kind or kinds, parse_size(max_shard_size), overwrite)
-        if not is_alone():
-            wide = _promoted(kinds) if kinds else kind
-            run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
-            return
-        number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
-        if number:
-            print(
-                f"{number} tensors and objects of a training run's state ({size / 1e9:.3f} GB) in {source} were not read"
-            )
+        _from_megatron(run, source, output, model, kind, parse_size(max_shard_size), overwrite)
+
+
+def _from_megatron(
+    run: schema.Run, source: str, output: str, model: str | None, kind: torch.dtype | None, shard_bytes: int, overwrite: bool
+) -> None:  # fmt: skip
+    """A Megatron checkpoint as a Hugging Face directory. model, kind: as `convert`'s model and dtype."""
+    iteration_directory(source)
+    if run.model.dequantize:
+        raise UserError(f"dequantize=True, but the weights of {source} are Megatron's, which are plain; leave it out")
+    folder, kinds = companions_of(source, model)
+    if kinds is None and kind is None:
+        raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
+    # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
+    run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
+    layout = _layout_for(run, str(folder))
+    if (
+        said := check_padding(source, folder, load_settings(folder, dequantize=run.model.dequantize).shape.vocab)
+    ) and is_first_rank():
+        print(said)
+    rest = (source, tuple(kinds or ()), kind or kinds, shard_bytes, overwrite)
+    if not is_alone():
+        wide = _promoted(kinds) if kinds else kind
+        run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+        return
+    number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
+    if number:
+        print(f"{number} tensors and objects of a training run's state ({size / 1e9:.3f} GB) in {source} were not read")
 
 
 def say_of_source(

@@ -227,3 +227,12 @@ def test_numbers_that_are_none_stop_it(tmp_path):
     with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight .* 1 number that are not finite"):
         api.convert(source=str(directory), to="mcore", output=str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_checkpoint_has_no_context_size(tmp_path: Path) -> None:
+    directory = tiny.make(tmp_path / "hf", "llama")
+    with pytest.raises(UserError, match=r"parallel.context=2: context ranks have the same weights.*leave it out"):
+        api.convert(
+            source=str(directory), to="mcore", output=str(tmp_path / "out"), parallel=schema.Parallel(context=2)
+        )
+    assert not (tmp_path / "out").exists()
