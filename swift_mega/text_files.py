@@ -39,7 +39,11 @@ def lines(text: str) -> list[str]:
     return found[:-1] if found[-1] == "" else found
 
 
-def parse_json(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> Any:
+Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+"""json's object_pairs_hook."""
+
+
+def parse_json(text: str | bytes, *, pairs: Pairs | None = None) -> Any:
     """The value of a JSON text; ValueError, whatever is wrong with it. Integers beyond LONGEST_INTEGER digits are read as floats.
 
     pairs: makes a dict of an object's pairs, as json's object_pairs_hook.
@@ -54,10 +58,17 @@ def parse_json(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], di
     return value
 
 
-def read_object(path: str | Path, *, remedy: str = "copy it from the source again") -> dict[str, Any]:
-    """The JSON object in a file of a model or an adapter; UserError where there is none, which ends with `remedy`."""
+def read_object(
+    path: str | Path, *, remedy: str = "copy it from the source again", pairs: Pairs | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """The JSON object in a file of a model or an adapter; UserError where there is none, which ends with `remedy`.
+
+    pairs: as for `parse_json`; a UserError that it raises gets the path before it and the remedy behind it.
+    """
     try:
-        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
+        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"), pairs=pairs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
     except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 
 from swift_mega.convert.spans import Entry
 from swift_mega.errors import UserError
-from swift_mega.text_files import parse_json
+from swift_mega.text_files import parse_json, read_object
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -104,17 +104,7 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError where it is none."""
-    try:
-        value = parse_json(path.read_bytes().decode("utf-8-sig"), pairs=_once)
-    except UserError as error:
-        raise UserError(f"{path}: {error}; copy it from the source again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; copy it from the source again") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it from the source again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not an object; copy it from the source again")
-    return value
+    return read_object(path, pairs=_once)
 
 
 def some(names: Sequence[str], limit: int = 6) -> str:
