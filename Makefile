@@ -32,8 +32,8 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLB
 TEST_TIMEOUT ?= 300
 SUITE_TIMEOUT ?= 1800
 PYTEST_FLAGS ?=
-# Two files at a time: ranks of a test wait for one another as much as they compute.
-WORKERS ?= 2
+# Three files at a time on two cores: ranks of a test wait for one another as much as they compute.
+WORKERS ?= 3
 PYTEST := -m pytest -q --timeout=$(TEST_TIMEOUT) -m "not gpu" -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -83,7 +83,8 @@ lint: venv ## ruff and mypy
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy $(TYPED)
 
-test: lint tests ## lint, then the tests
+test: venv ## lint and the tests, side by side: mypy is one process, and ranks of a test wait for one another
+	@$(MAKE) --no-print-directory -j2 lint tests
 
 tests: venv ## the tests alone; PYTEST_FLAGS adds to pytest's
 	$(TEST_ENV) timeout --kill-after=20 $(SUITE_TIMEOUT) $(VENV)/bin/python $(PYTEST) $(PYTEST_FLAGS)
