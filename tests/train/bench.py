@@ -69,11 +69,15 @@ class Bench:
         *,
         model: Path | None = None,
         examples: int = 8,
+        dtype: str | None = None,
     ) -> None:
-        """model: the family's, made already; the caller then asks Hugging Face itself, by `make_reference` in a rank."""
+        """model: the family's, made already; the caller then asks Hugging Face itself, by `make_reference` in a rank.
+
+        dtype: of both sides; default float32, but for the families that it rounds too much.
+        """
         self.folder, self.tuner, self.cpu = work / f"{family}-{layers}-{tuner}", tuner, cpu
         self.model = model or tiny.make(self.folder / "model", family, num_hidden_layers=layers)
-        self.dtype = "float64" if family in IN_FLOAT64 else "float32"
+        self.dtype = dtype or ("float64" if family in IN_FLOAT64 else "float32")
         self.shape = load_settings(self.model).shape
         # Eight are four microbatches: enough for four data ranks, and for a pipeline of four that fills and drains.
         self.rows = validate.example_rows(self.shape.vocab, examples=examples)
