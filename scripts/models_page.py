@@ -8,17 +8,19 @@ from swift_mega import device
 
 device.setup()
 
-import swift_mega.models as folder  # noqa: E402
+import swift_mega.models.families as folder  # noqa: E402
 from swift_mega.discover import scan  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """# Models
 
-Made by `python scripts/models_page.py` from the files in `swift_mega/models/`, one per family; the text is the family's own first lines.
+Made by `python scripts/models_page.py` from the files in `swift_mega/models/families/`, one per
+family; the text is the family's own first lines.
 
 For each family, tiny random models made by transformers are compared in `make test`: logits, loss and every gradient on one rank (all
-parameters, and LoRA on all linears beside PEFT), on TP2 with sequence parallelism and on PP2 (with EP2 for experts), in float32; and
-every tensor comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
+parameters, and LoRA on all linears beside PEFT) and on TP2 with sequence parallelism (with EP2 for experts); on PP2 two families of every
+kind there, the others in `make test-full`. All of that is in float64; further layouts and tuners are compared in float32. And every tensor
+comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
 
 With Transformer Engine's modules, which CUDA gets: constructed, covered and filled at TP1 and TP2 (and TP2 with EP2 for experts), full
 and with LoRA, for every family, and compared with Megatron's local modules parameter by parameter; Megatron checkpoints of either kind

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from swift_mega.models.gemma import TANH_GELU
+from swift_mega.models.families.gemma import TANH_GELU
 
 ERF_GELU = torch.nn.functional.gelu
 

@@ -1,7 +1,7 @@
 """What a model family is, and how the one for a Hugging Face directory is found.
 
 A family is a table: which config fields it understands, what they mean to Megatron, and which Hugging Face tensors fill which
-Megatron parameter. The registry is this folder: every module with a `FAMILY` is one.
+Megatron parameter. The registry is the folder families/: every module with a `FAMILY` is one.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import swift_mega.models as folder
+import swift_mega.models.families as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config

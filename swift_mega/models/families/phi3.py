@@ -3,8 +3,8 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, READS, translate
+from swift_mega.models.families.glm4 import MLP_RULES
 from swift_mega.models.family import Family, Rule
-from swift_mega.models.glm4 import MLP_RULES
 from swift_mega.models.packs import FUSED_QKV, ROW
 from swift_mega.models.settings import Settings
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from swift_mega.models import gpt2
+from swift_mega.models.families import gpt2
 from swift_mega.models.family import Family
 from swift_mega.models.packs import COLUMN, ROW
 from swift_mega.models.settings import Settings

@@ -13,12 +13,12 @@ from swift_mega.models.decoder import (
     translate,
     ungated_mlp_rules,
 )
+from swift_mega.models.families.gemma import TANH_GELU
+from swift_mega.models.families.stablelm import whole_heads
+from swift_mega.models.families.starcoder2 import LAYER_NORM
 from swift_mega.models.family import Family, Rule
-from swift_mega.models.gemma import TANH_GELU
 from swift_mega.models.packs import REPLICATED, ROW, VOCAB
 from swift_mega.models.settings import Biases, Block, Settings
-from swift_mega.models.stablelm import whole_heads
-from swift_mega.models.starcoder2 import LAYER_NORM
 
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, vary
-from swift_mega.models.deepseek_v3 import EXPERT_RULES, FIXED, LATENT_RULES, READS, translate_latent
+from swift_mega.models.families.deepseek_v3 import EXPERT_RULES, FIXED, LATENT_RULES, READS, translate_latent
 from swift_mega.models.settings import Routing, Settings
 
 

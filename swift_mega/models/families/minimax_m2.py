@@ -4,8 +4,8 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, expert_rules, moe, translate, vary
+from swift_mega.models.families.olmo2 import WHOLE_QK_NORM_RULES
 from swift_mega.models.family import Rule
-from swift_mega.models.olmo2 import WHOLE_QK_NORM_RULES
 from swift_mega.models.packs import REPLICATED
 from swift_mega.models.settings import Routing, Settings
 

@@ -13,8 +13,8 @@ from swift_mega.models.decoder import (
     translate,
     ungated_mlp_rules,
 )
+from swift_mega.models.families.nemotron import squared_relu
 from swift_mega.models.family import Family
-from swift_mega.models.nemotron import squared_relu
 from swift_mega.models.settings import Biases, Settings
 
 

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models import mistral
 from swift_mega.models.decoder import vary
+from swift_mega.models.families import mistral
 from swift_mega.models.settings import Scales, Settings
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, READS, translate
+from swift_mega.models.families.starcoder2 import LAYER_NORM
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import PER_KEY_HEAD, PER_QUERY_HEAD, Pack
 from swift_mega.models.settings import Block, Settings
-from swift_mega.models.starcoder2 import LAYER_NORM
 
 
 def whole_heads(config: Any) -> None:

@@ -6,7 +6,7 @@ The multi-token-prediction layer that checkpoints hold after the last layer is n
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary
-from swift_mega.models.deepseek_v3 import (
+from swift_mega.models.families.deepseek_v3 import (
     BIASED_EXPERT_RULES,
     EXPERT_READS,
     MTP_READS,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary
-from swift_mega.models.olmo2 import WHOLE_QK_NORM_RULES
+from swift_mega.models.families.olmo2 import WHOLE_QK_NORM_RULES
 from swift_mega.models.settings import Scales, Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from swift_mega.models import gemma
 from swift_mega.models.decoder import (
     DENSE_RULES,
     EMBEDDING_RULES,
@@ -14,6 +13,7 @@ from swift_mega.models.decoder import (
     translate,
     windows,
 )
+from swift_mega.models.families import gemma
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Block, NormKind, Scales, Settings
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from swift_mega.models.activations import UNGATED
 from swift_mega.models.decoder import LAYER, norm_rules, translate
+from swift_mega.models.families.starcoder2 import LAYER_NORM
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import (
     COLUMN,
@@ -19,7 +20,6 @@ from swift_mega.models.packs import (
     Pack,
 )
 from swift_mega.models.settings import Biases, Scales, Settings
-from swift_mega.models.starcoder2 import LAYER_NORM
 
 PREFIX = "transformer."
 HF_LAYER = PREFIX + "h.{i}."

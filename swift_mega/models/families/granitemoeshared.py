@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models import granitemoe
 from swift_mega.models.decoder import HF_LAYER, LAYER, vary
+from swift_mega.models.families import granitemoe
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import FUSED_GATE_UP, ROW
 from swift_mega.models.settings import Settings

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models import gemma2
 from swift_mega.models.decoder import QK_NORM_RULES, ropes_by_type, vary
+from swift_mega.models.families import gemma2
 from swift_mega.models.settings import Settings
 
 

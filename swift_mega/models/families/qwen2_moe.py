@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models import qwen2
 from swift_mega.models.decoder import HF_LAYER, LAYER, expert_rules, moe, shared_expert_rules, translate, vary, windows
+from swift_mega.models.families import qwen2
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
 from swift_mega.models.settings import Settings

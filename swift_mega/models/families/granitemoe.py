@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from swift_mega.models import granite
 from swift_mega.models.decoder import (
     EMBEDDING_RULES,
     HF_LAYER,
@@ -12,6 +11,7 @@ from swift_mega.models.decoder import (
     attention_rules,
     moe,
 )
+from swift_mega.models.families import granite
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import FUSED_GATE_UP, REPLICATED, ROW
 from swift_mega.models.settings import Settings

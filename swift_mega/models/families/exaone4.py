@@ -13,8 +13,8 @@ from swift_mega.models.decoder import (
     translate,
     windows,
 )
+from swift_mega.models.families.olmo2 import POST_NORM_RULES
 from swift_mega.models.family import Family
-from swift_mega.models.olmo2 import POST_NORM_RULES
 from swift_mega.models.settings import Block, Settings
 
 

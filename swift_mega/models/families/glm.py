@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from swift_mega.models import glm4
 from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, NORM_RULES, attention_rules
+from swift_mega.models.families import glm4
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Block, Settings
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
-from swift_mega.models.deepseek_v3 import BIASED_EXPERT_RULES, EXPERT_READS, sigmoid_routing, translate_experts
+from swift_mega.models.families.deepseek_v3 import BIASED_EXPERT_RULES, EXPERT_READS, sigmoid_routing, translate_experts
 from swift_mega.models.settings import Biases, Settings
 
 

@@ -13,8 +13,8 @@ from swift_mega.models.decoder import (
     ungated_mlp_rules,
     windows,
 )
+from swift_mega.models.families.gemma import TANH_GELU
 from swift_mega.models.family import Family
-from swift_mega.models.gemma import TANH_GELU
 from swift_mega.models.settings import Biases, NormKind, Settings
 
 LAYER_NORM = NormKind(kind="layer", bias=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models import qwen3
 from swift_mega.models.decoder import HF_LAYER, expert_rules, moe, vary
+from swift_mega.models.families import qwen3
 from swift_mega.models.settings import Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models import cohere
 from swift_mega.models.decoder import rope, windows
+from swift_mega.models.families import cohere
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from swift_mega.models.activations import UNGATED
 from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
+from swift_mega.models.families.starcoder2 import LAYER_NORM
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, VOCAB
 from swift_mega.models.settings import Biases, Block, Settings
-from swift_mega.models.starcoder2 import LAYER_NORM
 
 HF_LAYER = "gpt_neox.layers.{i}."
 

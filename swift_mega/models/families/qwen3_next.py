@@ -20,9 +20,9 @@ from swift_mega.models.decoder import (
     rope,
     translate,
 )
+from swift_mega.models.families.qwen2_moe import EXPERT_RULES
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW
-from swift_mega.models.qwen2_moe import EXPERT_RULES
 from swift_mega.models.settings import Biases, DeltaNet, NormKind, Settings
 
 ATTENTION, LINEAR = LAYER + "self_attention.", HF_LAYER + "linear_attn."
