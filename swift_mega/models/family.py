@@ -18,6 +18,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config
 from swift_mega.models.packs import Pack, Turned
 from swift_mega.models.settings import Settings
+from swift_mega.models.transformers_version import check_transformers
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,14 @@ def families() -> dict[str, Family]:
 
 
 def family_of(directory: str | Path) -> Family:
-    """The family of a Hugging Face directory; UserError with the supported types where there is none."""
+    """The family of a Hugging Face directory; UserError with the supported types where there is none, or where the installed transformers
+    is not one that they are read with."""
     raw = read_config(directory)
     hf_type = raw["model_type"]
     if hf_type not in families():
         raise UserError(
             f"model_type {hf_type!r} of {directory} is not supported; supported: {', '.join(sorted(families()))}"
         )
+    check_transformers()
     family = families()[hf_type]
     return family if family.variant is None else family.variant(raw)
