@@ -3,12 +3,12 @@
 Megatron asks torch for CUDA in few ways: a device, streams, random state, type names. The facade answers each of these for
 the CPU. It is a table: what is replaced, by what, and the line of Megatron-core 0.16.1 that needs it. Every target is
 looked up before anything is replaced, so that a Megatron or torch without one fails at once, by the name of the patch.
+Three more patches (WITHOUT_TE) are for Megatron where Transformer Engine is absent, on CUDA too.
 """
 
 import contextlib
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 import queue
@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import torch.utils._device
 from torch import Tensor
 
+from swift_mega.backends import TE_DTYPES, transformer_engine
 from swift_mega.errors import UserError
 from swift_mega.host_side import two_sides
 
@@ -61,6 +63,10 @@ class Device:
     device: torch.device
     backend: Literal["nccl", "gloo"]
     name: str
+
+    def uses_transformer_engine(self, dtype: torch.dtype) -> bool:
+        """Whether the layers of a model of this dtype are Transformer Engine's; elsewhere they are Megatron's local modules."""
+        return self.kind == "cuda" and dtype in TE_DTYPES and transformer_engine().version is not None
 
     def seed_all(self, seed: int) -> None:
         """Seed torch's generators of this process. Megatron's own are seeded by parallel.groups.init."""
@@ -108,9 +114,25 @@ def setup() -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.version.cuda and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        _install_without_te()
         return Device(kind="cuda", device=device, backend="nccl", name=torch.cuda.get_device_name(device))
     _install_facade()
+    _install_without_te()
     return Device(kind="cpu", device=CPU, backend="gloo", name="CPU")
+
+
+def unused_gpus(folder: Path = Path("/dev")) -> str | None:
+    """Where this machine has GPUs that torch does not see: that they are not used, why, and what to do about it. None where all is well.
+
+    folder: of device files. CUDA_VISIBLE_DEVICES, where it is set to nothing, says that this is meant.
+    """
+    files = sorted(str(path) for path in folder.glob("nvidia[0-9]*"))
+    if not files or torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    here = f"this machine has {', '.join(files)}, and ranks run on the CPU: torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{here} is a build without CUDA; install one with it (`make venv TORCH=...`, README.md), or set CUDA_VISIBLE_DEVICES="
+    return f"{here} cannot use them (CUDA {torch.version.cuda}); see `nvidia-smi` for the driver's version, or set CUDA_VISIBLE_DEVICES="
 
 
 # What Megatron makes Python say, over and over, about packages that are optional here and about its own use of torch.
@@ -176,7 +198,7 @@ class Patch:
             if hasattr(owner, name) or names.endswith("?"):
                 return owner, name
         raise RuntimeError(
-            f"the CPU facade's patch {self.name!r} replaces {target}, which is not there: this version of Megatron-core or "
+            f"the patch {self.name!r} (swift_mega/device.py) replaces {target}, which is not there: this version of Megatron-core or "
             f"torch is not supported. The patch is for: {self.reason}"
         )
 
@@ -200,19 +222,16 @@ def _install_facade() -> None:
         patch.install()
 
 
+@functools.cache
+def _install_without_te() -> None:
+    if transformer_engine().version is None:
+        for patch in WITHOUT_TE:
+            patch.install()
+
+
 def _is(value: Any) -> Callable[[Any], Any]:
     """A replacement that does not depend on what it replaces."""
     return lambda original: value
-
-
-def _only_with_te(original: bool) -> bool:
-    """What Megatron says of Transformer Engine, where that can be imported."""
-    return original and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _no_without_te(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Whether Transformer Engine is at least of some version: not where it is absent."""
-    return lambda *args, **options: _only_with_te(True) and original(*args, **options)
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -422,16 +441,6 @@ PATCHES = (
         },
     ),
     Patch(
-        name="MoE router",
-        reason="0.16.1 does not define this name without Transformer Engine, moe_utils.py:1192",
-        targets={_MOE + "moe_utils:te_general_gemm?": lambda original: original},
-    ),
-    Patch(
-        name="latent attention",
-        reason="says it has Transformer Engine where that is absent, and asks isinstance(…, None), multi_latent_attention.py:185",
-        targets={"megatron.core.transformer.multi_latent_attention:HAVE_TE": _only_with_te},
-    ),
-    Patch(
         name="MoE split sizes",
         reason="sizes stay tensors where they are on the CPU already, mappings.py:444 wants numbers",
         targets={
@@ -449,11 +458,6 @@ PATCHES = (
         },
     ),
     Patch(
-        name="optimizer precision",
-        reason="asks whether no version of Transformer Engine is at least 2.1 (TypeError), optimizer/optimizer_config.py:383",
-        targets={"megatron.core.optimizer.optimizer_config:is_te_min_version": _no_without_te},
-    ),
-    Patch(
         name="checkpoint queue",
         reason="the first save starts a manager process that imports the main script again, filesystem_async.py:54; "
         "saves are synchronous on the CPU",
@@ -461,5 +465,24 @@ PATCHES = (
             "megatron.core.dist_checkpointing.strategies.filesystem_async:"
             "_get_write_results_queue|get_write_results_queue": _results_queue
         },
+    ),
+)
+
+# Megatron-core 0.16.1 again. 0.19 has none of the three faults, and the patches change nothing there.
+WITHOUT_TE = (
+    Patch(
+        name="MoE router",
+        reason="0.16.1 does not define this name without Transformer Engine, moe_utils.py:1192",
+        targets={_MOE + "moe_utils:te_general_gemm?": _is(None)},
+    ),
+    Patch(
+        name="latent attention",
+        reason="says it has Transformer Engine where that is absent, and asks isinstance(…, None), multi_latent_attention.py:185",
+        targets={"megatron.core.transformer.multi_latent_attention:HAVE_TE": _is(False)},
+    ),
+    Patch(
+        name="optimizer precision",
+        reason="asks whether no version of Transformer Engine is at least 2.1 (TypeError), optimizer/optimizer_config.py:383",
+        targets={"megatron.core.optimizer.optimizer_config:is_te_min_version": _is(lambda *args, **options: False)},
     ),
 )

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from swift_mega import device
-from swift_mega.device import PATCHES, Device, Patch
+from swift_mega.device import PATCHES, WITHOUT_TE, Device, Patch
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the facade is for machines without CUDA")
 
@@ -25,7 +25,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 @no_cuda
 def test_setup_is_idempotent(cpu):
     """A second call changes nothing: no function is wrapped twice."""
-    before = {target: _current(target) for patch in PATCHES for target in patch.targets}
+    before = {target: _current(target) for patch in (*PATCHES, *WITHOUT_TE) for target in patch.targets}
     assert device.setup() == cpu == Device(kind="cpu", device=torch.device("cpu"), backend="gloo", name="CPU")
     assert all(_current(target) is was for target, was in before.items())
 
@@ -65,15 +65,17 @@ def test_a_patch_whose_target_is_gone_says_which():
         targets={"torch.cuda:synchronize": lambda _: None, "torch.cuda:gone|also_gone": lambda _: None},
     )
     with pytest.raises(
-        RuntimeError, match=r"patch 'sample' replaces torch.cuda:gone\|also_gone, .*: shown in the error"
+        RuntimeError,
+        match=r"patch 'sample' \(swift_mega/device.py\) replaces torch.cuda:gone\|also_gone, .*: shown in the error",
     ):
         patch.install()
     assert torch.cuda.synchronize is was
 
 
 def test_every_patch_has_its_own_name_and_a_place_in_megatron():
-    assert len({patch.name for patch in PATCHES}) == len(PATCHES)
-    assert all(".py:" in patch.reason for patch in PATCHES)
+    patches = (*PATCHES, *WITHOUT_TE)
+    assert len({patch.name for patch in patches}) == len(patches)
+    assert all(".py:" in patch.reason for patch in patches)
 
 
 @no_cuda

@@ -230,8 +230,9 @@ def build(
 ) -> ModelPart:  # fmt: skip
     """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/tiles.py."""
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
-    specs = layer_specs(settings, device, adapters=adapters, tile=tile, again=again)
-    norm = norm_class(settings, device, tile)
+    te = device.uses_transformer_engine(config.params_dtype)
+    specs = layer_specs(settings, te=te, adapters=adapters, tile=tile, again=again)
+    norm = norm_class(settings, te=te, tile=tile)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)

@@ -5,7 +5,6 @@ token counts as more of it, which no real token sees, since attention is causal.
 """
 
 import copy
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from swift_mega.backends import transformer_engine
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.parallel.mesh import Mesh
 
 SINCE = {"p2p": (2, 0), "a2a": (2, 11), "all_gather": (2, 18), "a2a+p2p": (2, 19)}
 """The first Transformer Engine whose way of that name takes rows of many examples, and windows where it knows windows at all."""
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
@@ -32,17 +31,16 @@ def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
         raise UserError(
             f"{asked} needs CUDA and Transformer Engine, and ranks run on the {device.kind.upper()} here; {ours}"
         )
-    try:
-        version = metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
-        raise UserError(f"{asked} needs Transformer Engine, which is not installed here; {ours}") from None
+    te = transformer_engine()
+    if te.version is None:
+        raise UserError(f"{asked} needs Transformer Engine, which {te.problem}; {ours}")
     since = SINCE[mesh.communication]
-    if tuple(int(number) for number in version.split(".")[:2]) < since:
+    if tuple(int(number) for number in te.version.split(".")[:2]) < since:
         raise UserError(
-            f"{asked} needs Transformer Engine {since[0]}.{since[1]} for rows of many examples, and {version} is installed; upgrade it, or "
-            f"choose another way: {ours}"
+            f"{asked} needs Transformer Engine {since[0]}.{since[1]} for rows of many examples, and {te.version} is installed; upgrade it, "
+            f"or choose another way: {ours}"
         )
-    if dtype not in DTYPES:
+    if not device.uses_transformer_engine(dtype):
         name = str(dtype).removeprefix("torch.")
         raise UserError(
             f"{asked} computes in bfloat16 or float16, and the model is in {name}; set model.dtype=bfloat16, or choose another way: {ours}"

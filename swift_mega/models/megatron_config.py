@@ -8,20 +8,27 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from swift_mega.backends import TE_DTYPES, transformer_engine, wgrad_kernel
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.experts import check_biases
-from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, Asked
+from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
 from swift_mega.models.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 
 
-def check_passthrough(given: Mapping[str, Any], settings: Settings, train: Train, device: Device | None = None) -> None:
+def check_passthrough(
+    given: Mapping[str, Any],
+    settings: Settings,
+    train: Train,
+    device: Device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """UserError for a field of `model.megatron` that Megatron does not have, that follows from something else, or that would not be
-    obeyed in every layer (models/megatron_fields.py). device: None where it is not known yet."""
+    obeyed in every layer (models/megatron_fields.py). device, and the model's dtype on it: None where they are not known yet."""
     fields = {f.name: f for f in dataclasses.fields(MLATransformerConfig) if f.init}
     asked = Asked(given=given, settings=settings, train=train)
     for key, value in given.items():
@@ -34,17 +41,34 @@ def check_passthrough(given: Mapping[str, Any], settings: Settings, train: Train
                 f"model.megatron.{key}={value!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
             )
         if key in HANDED_ON or key in ON_CUDA:
-            _check_obeyed(key, asked, device)
+            _check_obeyed(key, asked)
+            if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, device, dtype)):
+                raise UserError(f"model.megatron.{key}={value!r} needs {lacking}, or leave it out")
         elif value != settings.megatron.get(key, fields[key].default):
             raise UserError(f"model.megatron.{key}={value!r} {_why_not(key)}")
 
 
-def _check_obeyed(key: str, asked: Asked, device: Device | None) -> None:
-    value = asked.given[key]
-    if key in ON_CUDA and device is not None and device.kind != "cuda" and value:
-        raise UserError(f"model.megatron.{key}={value!r} needs CUDA, and ranks run on the CPU; leave it out")
+def _check_obeyed(key: str, asked: Asked) -> None:
     if reason := (HANDED_ON.get(key) or ON_CUDA[key])(asked):
-        raise UserError(f"model.megatron.{key}={value!r} cannot take effect: {reason}; leave it out, or correct it")
+        raise UserError(
+            f"model.megatron.{key}={asked.given[key]!r} cannot take effect: {reason}; leave it out, or correct it"
+        )
+
+
+def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
+    """What a kernel of ON_CUDA needs and this machine does not have, and where that is to be had."""
+    if device.kind != "cuda":
+        return "CUDA, and ranks run on the CPU; start them where GPUs are"
+    if key in WITH_TE and not device.uses_transformer_engine(dtype or TE_DTYPES[0]):
+        te = transformer_engine()
+        if te.version is None:
+            return f"Transformer Engine, which {te.problem}; install it (README.md)"
+        name = str(dtype).removeprefix("torch.")
+        return f"layers of Transformer Engine, and a model in {name} has Megatron's; set model.dtype=bfloat16"
+    # Megatron's own output layer asks for it too, so that Transformer Engine's kernel for its layers is not enough.
+    if key == "gradient_accumulation_fusion" and not wgrad_kernel():
+        return "apex's kernel fused_weight_gradient_mlp_cuda, which is not installed; build apex with --cuda_ext"
+    return None
 
 
 def _why_not(key: str) -> str:
@@ -66,7 +90,7 @@ def transformer_config(
     aux_loss: float = 0.0,
 ) -> TransformerConfig:  # fmt: skip
     """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
-    check_passthrough(given, settings, train, device)
+    check_passthrough(given, settings, train, device, dtype)
     if is_latent(settings):
         check_cut(settings, layout.tensor)
     check_biases(settings, layout.expert_tensor)

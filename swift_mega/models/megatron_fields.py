@@ -131,6 +131,12 @@ ON_CUDA: dict[str, Condition] = {
 }
 """Kernels, streams and calls between stages of Megatron and Transformer Engine, which are not there on the CPU, or wrong over gloo."""
 
+WITH_TE = _words("""
+    fp8 fp8_recipe fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad tp_only_amax_red first_last_layers_bf16
+    num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 disable_parameter_transpose_cache moe_permute_fusion moe_router_fusion
+""")
+"""Those of ON_CUDA that are Transformer Engine's kernels."""
+
 OURS = _words("""
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size sequence_parallel params_dtype pipeline_dtype bf16 fp16

@@ -1,6 +1,7 @@
 """Megatron's layer specs with what a family varies.
 
-Everything that knows whether layers are Transformer Engine's (CUDA) or Megatron's local ones (CPU) is here.
+Everything that knows whether layers are made of Transformer Engine's modules or of Megatron's local ones is here. te: the former, as
+Device.uses_transformer_engine says.
 """
 
 import functools
@@ -14,7 +15,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from swift_mega.device import Device
 from swift_mega.models.attention import CoreAttention
 from swift_mega.models.experts import BiasedRow
 from swift_mega.models.gated_delta import delta_net
@@ -27,49 +27,49 @@ from swift_mega.models.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 
 
 def layer_specs(
-    settings: Settings, device: Device, *, adapters: bool, tile: int | None = None, again: Sequence[str] = ()
-) -> list[ModuleSpec]:  # fmt: skip
+    settings: Settings, *, te: bool, adapters: bool, tile: int | None = None, again: Sequence[str] = ()
+) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
     adapters: linears must see their real input; tile: of models/tiles.py; again: modules that are computed anew in the backward pass.
     Megatron's own layer cannot do that for norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor for MLPs with a
     bias, which has no end (0.16.1 and 0.19.2).
     """
-    norm, made, engine = norm_class(settings, device, tile), {}, context_engine(device)
-    spec = functools.partial(_te_spec if device.kind == "cuda" else _local_spec, settings, norm, adapters=adapters)
+    norm, made, te_core = norm_class(settings, te=te, tile=tile), {}, te_attention(te)
+    spec = functools.partial(_te_spec if te else _local_spec, settings, norm, adapters=adapters)
     for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, engine, moe=moe)
-        if ("layernorm" in again and device.kind != "cuda") or ("mlp" in again and settings.biases.mlp):
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, te_core, moe=moe)
+        if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
             made[moe, delta].module = bound(Layer, block=settings.block, norm=norm)
         if tile is not None:
             _tile(made[moe, delta], tile, moe=moe)
         if delta:
-            column, row = _linears(device)
+            column, row = _linears(te)
             delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
     return [made[kind] for kind in settings.layer_kinds]
 
 
-def _linears(device: Device) -> tuple[type, type]:
+def _linears(te: bool) -> tuple[type, type]:
     """The linears that tensor ranks cut by columns and by rows, without a norm in them."""
-    if device.kind != "cuda":
+    if not te:
         return ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     return TEColumnParallelLinear, TERowParallelLinear
 
 
-def context_engine(device: Device) -> type | None:
-    """Transformer Engine's attention, which context ranks can share a row by; None on the CPU."""
-    if device.kind != "cuda":
+def te_attention(te: bool) -> type | None:
+    """Transformer Engine's attention, which context ranks can share a row by."""
+    if not te:
         return None
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     return TEDotProductAttention  # type: ignore[no-any-return]
 
 
-def norm_class(settings: Settings, device: Device, tile: int | None = None) -> type:
+def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type:
     """Transformer Engine's norm where it has the kind, else ours, `tile` tokens at a time."""
-    if device.kind == "cuda" and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
+    if te and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
@@ -86,7 +86,7 @@ def bound(module: Any, **fixed: Any) -> type:
 
 
 def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs CUDA."""
+    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs a package beside torch."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
@@ -126,10 +126,10 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> Mo
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, engine: type | None, *, moe: bool) -> ModuleSpec:
+def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool) -> ModuleSpec:
     """What a family varies, on either kind of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings, engine=engine)
+    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core)
     if moe:
         _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:

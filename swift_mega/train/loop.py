@@ -32,6 +32,7 @@ from swift_mega.parallel.agree import agree, attempt, on_every_rank, on_first_ra
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, check_dtype, parameter_dtype
 from swift_mega.train.flops import flops_per_token
+from swift_mega.train.header import header
 from swift_mega.train.monitor import Monitor, RunDirectory
 from swift_mega.train.step import StepResult, evaluate, train_step
 from swift_mega.tuners.targets import check_targets
@@ -78,13 +79,15 @@ def check_run(
 ) -> None:  # fmt: skip
     """`check_training`, and whether settings fit weights of `dtype`: for training and for a plan of it."""
     check_dtype(run, dtype)
-    check_training(run, family, settings, device)
+    check_training(run, family, settings, device, dtype)
 
 
-def check_training(run: schema.Run, family: Family, settings: Settings, device: Device | None = None) -> None:
+def check_training(
+    run: schema.Run, family: Family, settings: Settings, device: Device | None = None, dtype: torch.dtype | None = None
+) -> None:
     """What can be known before ranks start; UserError where model, tuner and data settings do not fit together.
 
-    device: that ranks will run on; None: what depends on it is not looked at.
+    device: that ranks will run on, with weights of `dtype`; None: what depends on it is not looked at.
     """
     tuner = find_tuner(run.tuner)
     if tuner.adapters:
@@ -101,7 +104,7 @@ def check_training(run: schema.Run, family: Family, settings: Settings, device: 
         )
     balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
     parse_size(run.export.max_shard_size)
-    check_passthrough(run.model.megatron, settings, run.train, device)
+    check_passthrough(run.model.megatron, settings, run.train, device, dtype)
     if tuner.adapters and run.model.megatron.get("moe_router_enable_expert_bias"):
         raise UserError(
             f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
@@ -122,6 +125,8 @@ def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepar
         batches, validation = make_batches(run, layout, groups.coordinate.data, prepared, pad_token)
         steps = total_steps(run.train, batches)
         training = build_training(run, device, groups, steps=steps)
+        if groups.rank == 0:
+            print(*header(training), sep="\n", flush=True)
         directory = _directory(run, steps)
         with _monitor(training, directory, steps) or nullcontext() as monitor:
             if monitor is not None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.models.on_te import ON_TE, cuda_answers, made, wrong  # isort: skip  # before Megatron: it sets the device up
+from tests.models.on_te import DTYPE, ON_TE, cuda_answers, made, wrong  # isort: skip  # before Megatron: it sets the device up
 
 import torch
 import torch.distributed as dist
@@ -83,8 +83,8 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
     plain, DotProductAttention.forward = DotProductAttention.forward, forward
     heads = part.config.num_attention_heads // layout.tensor
     shape = (len(mine.tokens), 1, heads, part.config.kv_channels)
-    what = segments(part.settings, mine.positions, starts, torch.float32, groups.row)
-    out = core(*(torch.randn(shape) for _ in range(3)), packed_seq_params=what)
+    what = segments(part.settings, mine.positions, starts, DTYPE, groups.row)
+    out = core(*(torch.randn(shape, dtype=DTYPE) for _ in range(3)), packed_seq_params=what)
     lengths = [given[f"cu_seqlens_{name}"] for name in ("q", "kv", "q_padded", "kv_padded")]
     found["call"] = {
         "out": list(out.shape), "one": len(set(map(id, lengths))) == 1, "starts": torch.equal(lengths[0], starts),
@@ -113,7 +113,7 @@ def main() -> int:
     found: Mapping[str, Any] = {}
     for name, family in MODELS.items():
         parallel, world = parse_layout(name)
-        model = tiny.make(work / name, family)
+        model = tiny.make(work / name, family, dtype=DTYPE)
         layout = plan_layout(parallel, load_settings(model).shape, world)
         found = {**found, name: run_ranks(world, everyone, model, layout, device_kind="cpu")}
     (work / "found.json").write_text(json.dumps(found, indent=1))

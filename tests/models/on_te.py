@@ -43,6 +43,7 @@ from swift_mega.train.build import build_part  # noqa: E402
 from swift_mega.tuners.tuner import find_tuner  # noqa: E402
 
 # Modules as on CUDA, tensors on the CPU.
+DTYPE = torch.bfloat16  # Transformer Engine's modules hold no float32 here
 ON_TE = device.Device(kind="cuda", device=device.CPU, backend="gloo", name="CPU")
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 TILED = ("llama", "gpt2", "apertus", "cohere", "deepseek_v3_moe", "qwen2_moe")
@@ -66,7 +67,7 @@ def made(
 ) -> ModelPart:  # fmt: skip
     """This rank's part, filled from the Hugging Face directory."""
     with cuda_answers() if where is ON_TE else contextlib.nullcontext():
-        return build_part(run, where, groups, dtype=torch.float32, adapters=adapters, checkpoint=source)
+        return build_part(run, where, groups, dtype=DTYPE, adapters=adapters, checkpoint=source)
 
 
 def wrong(part: ModelPart, local: ModelPart) -> list[str]:
@@ -148,7 +149,7 @@ def compare(
             everyone = [made_here]
             dist.broadcast_object_list(everyone)
             scratch = Path(everyone[0])
-            save(part, groups, scratch / "hf", source=directory, dtypes=torch.float32, max_shard_bytes=1 << 40)
+            save(part, groups, scratch / "hf", source=directory, dtypes=DTYPE, max_shard_bytes=1 << 40)
             found += same_files(scratch / "hf", directory)
             if groups.layout.world > 1:  # one rank's checkpoints are the same but for the shards, and take as long
                 found += exchanged(part, local, groups, scratch, source)
@@ -207,7 +208,7 @@ def main() -> int:
     given = options.parse_args()
     with cuda_answers():
         import transformer_engine.pytorch  # noqa: F401
-    models = {name: tiny.make(given.work / name, name) for name in given.families}
+    models = {name: tiny.make(given.work / name, name, dtype=DTYPE) for name in given.families}
     found: dict[str, Any] = {}
     tiled = schema.Train(tile_mlp=True)
     cases = [(name, name, list(models), schema.Train()) for name in LAYOUTS]

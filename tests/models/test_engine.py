@@ -1,6 +1,5 @@
 """Transformer Engine's attention over context ranks: which models and machines it is refused on, and what reaches Megatron."""
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import tiny
 from swift_mega import api
+from swift_mega import device as devices
 from swift_mega.api.comparison import Candidate
+from swift_mega.backends import Package
 from swift_mega.config.schema import Parallel, Train
 from swift_mega.device import CPU, Device
 from swift_mega.errors import UserError
-from swift_mega.models import specs
+from swift_mega.models import engine, specs
 from swift_mega.models.build import build
 from swift_mega.models.engine import check_engine_runs, engine_attention
 from swift_mega.models.family import family_of
@@ -59,7 +60,7 @@ def test_models_that_it_can(tmp_path: Path, family: str) -> None:
     [
         (P2P, "cpu", torch.bfloat16, "2.20.2", "parallel.cp=te:p2p needs CUDA and Transformer Engine, and ranks run on the CPU here; "
          "parallel.cp=auto does the same on any device"),
-        (A2A, "cuda", torch.bfloat16, None, "parallel.cp=te:a2a needs Transformer Engine, which is not installed here"),
+        (A2A, "cuda", torch.bfloat16, None, "parallel.cp=te:a2a needs Transformer Engine, which is not installed; parallel.cp=auto"),
         (P2P, "cuda", torch.bfloat16, "1.13.0", "te:p2p needs Transformer Engine 2.0 for rows of many examples, and 1.13.0 is installed"),
         (A2A, "cuda", torch.bfloat16, "2.10.1", "te:a2a needs Transformer Engine 2.11 "),
         (ALL, "cuda", torch.bfloat16, "2.9.0", "te:allgather needs Transformer Engine 2.18 "),
@@ -73,13 +74,8 @@ def test_models_that_it_can(tmp_path: Path, family: str) -> None:
 def test_machines(
     monkeypatch: pytest.MonkeyPatch, cpu: Device, mesh: Mesh, device: str, dtype: torch.dtype, version: str | None, message: str | None
 ) -> None:  # fmt: skip
-    def installed(name: str) -> str:
-        assert name == "transformer-engine"
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", installed)
+    for module in (devices, engine):
+        monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
     where = CUDA if device == "cuda" else cpu
     if message is None:
         return check_engine_runs(mesh, where, dtype)
@@ -129,7 +125,7 @@ def test_checkpoints_do_not_know_of_it(
     tmp_path: Path, cpu: Device, ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its modules have a state of their own beside parameters: in a checkpoint no other layout could read it."""
-    monkeypatch.setattr(specs, "context_engine", lambda device: StandIn)
+    monkeypatch.setattr(specs, "te_attention", lambda te: StandIn)
     model = tiny.make(tmp_path, "llama")
     assert ranks(2, _made, model, "cp2-te:p2p", cpu) == (load_settings(model).shape.layers, 0)
     assert ranks(2, _made, model, "cp2-ring", cpu) == (0, 0)

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from swift_mega import api  # noqa: F401 - the facade comes before Megatron
+from swift_mega import device as devices
+from swift_mega.backends import Package
 from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.errors import UserError
+from swift_mega.models import megatron_config
 from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD
 from swift_mega.models.settings import Settings
@@ -104,6 +108,31 @@ def test_refused(models: dict[str, Settings], cpu: Device, model: str, given: di
 def test_refused_on_cuda(models: dict[str, Settings], model: str, given: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_passthrough(given, models[model], schema.Train(), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "version", "said"),
+    [
+        ({"fp8": "e4m3"}, torch.bfloat16, None, "fp8='e4m3' needs Transformer Engine, which is not installed; install it"),
+        ({"moe_permute_fusion": True}, torch.bfloat16, None, "moe_permute_fusion=True needs Transformer Engine, which is not"),
+        ({"fp8": "e4m3"}, torch.float32, "2.20", "layers of Transformer Engine, and a model in float32 has Megatron's; set model.dtype"),
+        ({"gradient_accumulation_fusion": True}, torch.bfloat16, "2.20", "apex's kernel fused_weight_gradient_mlp_cuda, which is not"),
+        ({"fp8": "e4m3", "fp8_margin": 1, "moe_router_fusion": True}, torch.bfloat16, "2.20", None),
+    ],
+)  # fmt: skip
+def test_kernels_that_are_not_there(
+    models: dict[str, Settings], monkeypatch: pytest.MonkeyPatch, given: dict[str, object], dtype: torch.dtype,
+    version: str | None, said: str | None,
+) -> None:  # fmt: skip
+    """On a stand-in for CUDA, with and without Transformer Engine; apex is not there."""
+    for module in (devices, megatron_config):
+        monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
+    where = Device(kind="cuda", device=devices.CPU, backend="gloo", name="as if")
+    if said is None:
+        return check_passthrough(given, models["mixtral"], schema.Train(), where, dtype)
+    with pytest.raises(UserError) as error:
+        check_passthrough(given, models["mixtral"], schema.Train(), where, dtype)
+    assert said in str(error.value)
 
 
 def test_recompute_modules_want_selective_recomputation(models: dict[str, Settings]) -> None:

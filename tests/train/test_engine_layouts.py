@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, of which ranks are forks."""
-    monkeypatch.setattr(specs, "context_engine", lambda device: StandIn)
+    monkeypatch.setattr(specs, "te_attention", lambda te: StandIn)
 
 
 @pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), once))

@@ -1,0 +1,76 @@
+"""Optional packages that compute, and whether they are there: asked here only.
+
+CUDA needs nothing but torch and Megatron-core. Transformer Engine, flash-attn and apex are used where they are installed; without them
+Megatron's local modules and torch's kernels do the same work.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+TE_DTYPES = (torch.bfloat16, torch.float16)
+"""Weights of Transformer Engine's modules here.
+
+It has no float64. It multiplies float32 in TF32 (cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), which keeps 10 bits of the mantissa in
+place of 23: a float32 proof would then compare rounding, so float32 has Megatron's local modules.
+"""
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
+"""What an import raises where a package does not fit torch, CUDA or a library that is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An optional package: its version where it can be used, else why it cannot be."""
+
+    name: str
+    version: str | None = None
+    problem: str = "is not installed"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}" if self.version else f"{self.name} {self.problem}"
+
+
+@functools.cache
+def transformer_engine() -> Package:
+    """Transformer Engine, imported. Where the import fails, it is hidden from all later imports of this process.
+
+    Megatron catches an ImportError only, and takes a package whose torch part is missing for a whole one: it would fail in its own import.
+    """
+    name = "Transformer Engine"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return Package(name=name)
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except BROKEN as error:
+        for module in [key for key in sys.modules if key.split(".")[0] == "transformer_engine"]:
+            del sys.modules[module]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+        said = " ".join(str(error).split()) or type(error).__name__
+        return Package(name=name, problem=f"is installed and cannot be imported ({said})")
+    return Package(name=name, version=metadata.version("transformer-engine"))
+
+
+def flash_attn() -> Package:
+    """flash-attn 2; ops/attention.py imports it."""
+    if not _there("flash_attn"):
+        return Package(name="flash-attn")
+    return Package(name="flash-attn", version=metadata.version("flash-attn"))
+
+
+def apex() -> Package:
+    """NVIDIA's apex with its CUDA kernels. PyPI's package of that name is another project, and has no amp_C."""
+    return Package(name="apex", version="with kernels") if _there("amp_C") else Package(name="apex")
+
+
+def wgrad_kernel() -> bool:
+    """Whether apex's kernel is there that adds the product of a weight's gradient to the sum of gradients."""
+    return _there("fused_weight_gradient_mlp_cuda")
+
+
+def _there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,67 @@
+"""What computes in a run, said once at its start: a kernel that is missing shows here, not first in a profile."""
+
+from typing import Any
+
+import torch
+
+from swift_mega.backends import apex, flash_attn, transformer_engine
+from swift_mega.device import Device, unused_gpus
+from swift_mega.train.build import Training
+
+HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex": "apex's"}
+
+
+def header(training: Training) -> list[str]:
+    """Lines for the first rank: what layers, attention and optimizer are made of, and GPUs that nobody uses."""
+    device, config = training.device, training.part.config
+    te = training.part.layout.mesh.engine
+    attention = "Transformer Engine's" if te else _attention(device)
+    lines = [
+        f"computed by         layers: {layer_modules(device, config.params_dtype)}; attention: {attention}; optimizer: "
+        f"{optimizer_kernel(training.optimizer)}"
+    ]
+    if device.kind == "cuda":
+        lines.append(f"optional packages   {transformer_engine()}; {flash_attn()}; {apex()}")
+    return lines + ([f"GPUs                {unused}"] if (unused := unused_gpus()) else [])
+
+
+def _attention(device: Device) -> str:
+    if device.kind == "cpu":
+        return "torch's on the CPU"
+    return str(flash_attn()) if flash_attn().version else "torch's"
+
+
+def layer_modules(device: Device, dtype: torch.dtype) -> str:
+    """Whose modules the layers of a model of this dtype are; where not Transformer Engine's on CUDA, why."""
+    te = transformer_engine()
+    if device.uses_transformer_engine(dtype):
+        return str(te)
+    if device.kind == "cuda" and te.version is not None:
+        return f"Megatron's local modules ({te} is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')})"
+    return "Megatron's local modules"
+
+
+def optimizer_kernel(optimizer: Any) -> str:
+    """Which class steps, of Megatron's optimizer of this rank."""
+    found = dict.fromkeys(_named(one) for one in _leaves(optimizer))
+    return " and ".join(found) or "none (nothing is trained on this rank)"
+
+
+def _leaves(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers in Megatron's: it chains some, and splits one between device and host."""
+    inside = getattr(optimizer, "chained_optimizers", None) or getattr(optimizer, "sub_optimizers", None)
+    if inside is not None:
+        return [leaf for one in inside for leaf in _leaves(one)]
+    inner = getattr(optimizer, "optimizer", None)
+    if inner is not None:
+        return _leaves(inner)
+    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else []
+
+
+def _named(optimizer: torch.optim.Optimizer) -> str:
+    kind = type(optimizer)
+    groups = optimizer.param_groups
+    where = {parameter.device.type for group in groups for parameter in group["params"]}
+    home = HOMES.get(kind.__module__.partition(".")[0], kind.__module__)
+    fused = ", fused" if all(group.get("fused") for group in groups) else ""
+    return f"{home} {kind.__name__}{fused} on {' and '.join(sorted(where)).upper()}"
