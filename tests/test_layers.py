@@ -137,3 +137,27 @@ def test_the_check_sees_every_form_of_import(source):
 def test_the_check_sees_cycles():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "models" / "families").glob("*.py")), ids=lambda file: file.stem)
+def test_a_family_has_one_base_at_most(file: Path):
+    """A family is a difference from the common decoder or from one other family, which it imports as a module."""
+    families = module_name(file.parent) + "."
+    found = {
+        name
+        for name, _, _ in imports(file.read_text(), module_name(file), file.name == "__init__.py")
+        if name.startswith(families)
+    }
+    assert len(found) <= 1 and found <= MODULES.keys(), found
+
+
+def test_only_the_registry_knows_the_families():
+    """Outside their folder no module imports one: what several need stands beside the common decoder."""
+    families = ROOT / "models" / "families"
+    knows = {
+        module
+        for module, file in MODULES.items()
+        for name, _, _ in imports(file.read_text(), module, file.name == "__init__.py")
+        if existing(name).startswith("swift_mega.models.families") and families not in file.parents
+    }
+    assert knows == {"swift_mega.models.family"}

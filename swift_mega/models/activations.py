@@ -1,13 +1,19 @@
 """Activations by the names that config.json gives them: transformers knows tanh-GELU under several."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from swift_mega.models.families.gemma import TANH_GELU
-
 ERF_GELU = torch.nn.functional.gelu
+TANH_GELU = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2, elementwise (So et al. 2021, arXiv:2109.08668)."""
+    return x.relu().square()
+
 
 UNGATED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": ERF_GELU,

@@ -1,6 +1,6 @@
-"""The common pre-norm decoder as data: what its config means to Megatron, and which tensors fill it.
+"""The common pre-norm decoder as data: what its config means to Megatron. models/rules.py says which tensors fill it.
 
-A family file is a diff from `translate` and `RULES`; it does not know which modules Megatron builds (models/specs.py does).
+A family file is a diff from `translate` and the rules; it does not know which modules Megatron builds (models/specs.py does).
 """
 
 import dataclasses
@@ -10,80 +10,11 @@ from typing import Any
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import COLUMN, GATE_UP, QKV, REPLICATED, ROW, VOCAB, Heads
+from swift_mega.models.family import Family
+from swift_mega.models.packs import Heads
+from swift_mega.models.rules import RULES
 from swift_mega.models.settings import Rope, Routing, Settings
 from swift_mega.parallel.layout import ModelShape
-
-LAYER = "decoder.layers.{i}."
-HF_LAYER = "model.layers.{i}."
-
-EMBEDDING_RULES = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCAB),
-    *(Rule(f"decoder.final_layernorm.{leaf}", (f"model.norm.{leaf}",), REPLICATED) for leaf in ("weight", "bias")),
-    Rule("output_layer.weight", ("lm_head.weight",), VOCAB),
-)
-
-
-def attention_rules(source: str = HF_LAYER + "self_attn.") -> tuple[Rule, ...]:
-    """Grouped-query attention with separate q, k, v projections."""
-    target = LAYER + "self_attention."
-    fused = tuple(f"{source}{name}_proj" for name in "qkv")
-    return (
-        Rule(target + "linear_qkv.weight", tuple(f"{name}.weight" for name in fused), QKV),
-        Rule(target + "linear_qkv.bias", tuple(f"{name}.bias" for name in fused), QKV),
-        Rule(target + "linear_proj.weight", (source + "o_proj.weight",), ROW),
-        Rule(target + "linear_proj.bias", (source + "o_proj.bias",), REPLICATED),
-    )
-
-
-def mlp_rules(target: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """A gated MLP; the last three are Hugging Face module names."""
-    return (
-        Rule(target + "linear_fc1.weight", (gate + ".weight", up + ".weight"), GATE_UP),
-        Rule(target + "linear_fc1.bias", (gate + ".bias", up + ".bias"), GATE_UP),
-        Rule(target + "linear_fc2.weight", (down + ".weight",), ROW),
-        Rule(target + "linear_fc2.bias", (down + ".bias",), REPLICATED),
-    )
-
-
-def ungated_mlp_rules(target: str, up: str, down: str) -> tuple[Rule, ...]:
-    """An MLP of two linears with an activation between; the last two are Hugging Face module names."""
-    return (
-        Rule(target + "linear_fc1.weight", (up + ".weight",), COLUMN),
-        Rule(target + "linear_fc1.bias", (up + ".bias",), COLUMN),
-        Rule(target + "linear_fc2.weight", (down + ".weight",), ROW),
-        Rule(target + "linear_fc2.bias", (down + ".bias",), REPLICATED),
-    )
-
-
-def expert_rules(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """A mixture of experts with one set of tensors per expert {e}."""
-    experts = LAYER + "mlp.experts.local_experts.{e}."
-    return (Rule(LAYER + "mlp.router.weight", (router,), REPLICATED), *mlp_rules(experts, gate, up, down))
-
-
-def shared_expert_rules(gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """The expert that every token of a mixture passes. There is one for all expert ranks, which tensor ranks cut: no {e}."""
-    return mlp_rules(LAYER + "mlp.shared_experts.", gate, up, down)
-
-
-def norm_rules(target: str, source: str) -> tuple[Rule, ...]:
-    """A norm's weight and bias; names of the modules, Megatron's and Hugging Face's."""
-    return tuple(Rule(f"{target}.{leaf}", (f"{source}.{leaf}",), REPLICATED) for leaf in ("weight", "bias"))
-
-
-NORM_RULES = (
-    *norm_rules(LAYER + "input_layernorm", HF_LAYER + "input_layernorm"),
-    *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
-)
-QK_NORM_RULES = (
-    Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), REPLICATED),
-    Rule(LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), REPLICATED),
-)
-MLP = HF_LAYER + "mlp."
-DENSE_RULES = mlp_rules(LAYER + "mlp.", MLP + "gate_proj", MLP + "up_proj", MLP + "down_proj")
-RULES = (*EMBEDDING_RULES, *NORM_RULES, *attention_rules(), *DENSE_RULES)
 
 READS = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
@@ -166,6 +97,15 @@ def moe(
         routing=routing,
         shape=dataclasses.replace(settings.shape, experts=experts, expert_ffn=ffn, shared_ffn=shared or None),
     )
+
+
+def whole_heads(config: Any) -> None:
+    """UserError where config.json names a head_dim that a family, whose heads share out hidden_size, does not have."""
+    named, real = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
+    if named not in (None, real):
+        raise UserError(
+            f"config.json: head_dim={named}, but hidden_size / num_attention_heads is {real}; delete head_dim"
+        )
 
 
 def windows(config: Any) -> tuple[int | None, ...]:

@@ -34,6 +34,9 @@ class NormKind:
     bias: bool = False
 
 
+LAYER_NORM = NormKind(kind="layer", bias=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """How attention and MLP are joined to the residual stream; the default is Megatron's own pre-norm layer.

@@ -3,20 +3,18 @@
 from typing import Any
 
 from swift_mega.models.activation import Xielu
-from swift_mega.models.decoder import (
-    DECODER,
+from swift_mega.models.decoder import DECODER, READS, translate
+from swift_mega.models.family import Family, Rule
+from swift_mega.models.packs import REPLICATED
+from swift_mega.models.rules import (
     EMBEDDING_RULES,
     HF_LAYER,
     LAYER,
     QK_NORM_RULES,
-    READS,
     attention_rules,
     norm_rules,
-    translate,
     ungated_mlp_rules,
 )
-from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import REPLICATED
 from swift_mega.models.settings import Biases, Settings
 
 

@@ -2,19 +2,10 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    NORM_RULES,
-    READS,
-    attention_rules,
-    translate,
-    ungated_mlp_rules,
-)
-from swift_mega.models.families.nemotron import squared_relu
+from swift_mega.models.activations import squared_relu
+from swift_mega.models.decoder import DECODER, READS, translate
 from swift_mega.models.family import Family
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules, ungated_mlp_rules
 from swift_mega.models.settings import Biases, Settings
 
 

@@ -5,13 +5,12 @@ Published checkpoints are of the bare model, as GPT-2's are.
 
 from typing import Any
 
-from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
-from swift_mega.models.families.gemma import TANH_GELU
-from swift_mega.models.families.gpt_neox import fused_attention_rules
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.activations import TANH_GELU
+from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import VOCAB
-from swift_mega.models.settings import Biases, Settings
+from swift_mega.models.rules import LAYER, fused_attention_rules, norm_rules, ungated_mlp_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Settings
 from swift_mega.ops.alibi import slopes
 
 PREFIX = "transformer."

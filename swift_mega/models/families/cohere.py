@@ -3,20 +3,10 @@
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import (
-    DECODER,
-    DENSE_RULES,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    READS,
-    attention_rules,
-    norm_rules,
-    rope,
-    translate,
-)
+from swift_mega.models.decoder import DECODER, READS, rope, translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN
+from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, HF_LAYER, LAYER, attention_rules, norm_rules
 from swift_mega.models.settings import Biases, Block, NormKind, Scales, Settings
 
 HEAD_QK_NORM_RULES = (

@@ -4,7 +4,7 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, vary
-from swift_mega.models.families.deepseek_v3 import EXPERT_RULES, FIXED, LATENT_RULES, READS, translate_latent
+from swift_mega.models.families import deepseek_v3
 from swift_mega.models.settings import Routing, Settings
 
 
@@ -24,17 +24,17 @@ def _translate(config: Any) -> Settings:
         chosen_groups=config.topk_group if limited else 1,
         group_best=1,
     )
-    return translate_latent(config, interleaved=True, routing=routing)
+    return deepseek_v3.translate_latent(config, interleaved=True, routing=routing)
 
 
 FAMILY = vary(
     DECODER,
     hf_types=("deepseek_v2",),
     translate=_translate,
-    rules=(*LATENT_RULES, *EXPERT_RULES),
-    reads=(*READS, "topk_method"),
+    rules=(*deepseek_v3.LATENT_RULES, *deepseek_v3.EXPERT_RULES),
+    reads=(*deepseek_v3.READS, "topk_method"),
     fixed={
-        **FIXED,
+        **deepseek_v3.FIXED,
         "mlp_bias": (False, None),
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),

@@ -7,20 +7,10 @@ import dataclasses
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import (
-    DECODER,
-    HF_LAYER,
-    LAYER,
-    expert_rules,
-    moe,
-    norm_rules,
-    rope,
-    shared_expert_rules,
-    translate,
-    vary,
-)
+from swift_mega.models.decoder import DECODER, moe, rope, translate, vary
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import COLUMN, REPLICATED
+from swift_mega.models.rules import HF_LAYER, LAYER, expert_rules, norm_rules, shared_expert_rules
 from swift_mega.models.settings import Routing, Settings
 
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
-from swift_mega.models.families.deepseek_v3 import BIASED_EXPERT_RULES, EXPERT_READS, sigmoid_routing, translate_experts
+from swift_mega.models.decoder import DECODER, translate, vary, windows
+from swift_mega.models.families import deepseek_v3
+from swift_mega.models.rules import QK_NORM_RULES
 from swift_mega.models.settings import Biases, Settings
 
 
@@ -15,15 +16,15 @@ def _translate(config: Any) -> Settings:
         biases=Biases(attention_output=bias),
         windows=windows(config),
     )
-    return translate_experts(settings, config, sigmoid_routing(config))
+    return deepseek_v3.translate_experts(settings, config, deepseek_v3.sigmoid_routing(config))
 
 
 FAMILY = vary(
     DECODER,
     hf_types=("dots1",),
     translate=_translate,
-    rules=(*QK_NORM_RULES, *BIASED_EXPERT_RULES),
-    reads=(*EXPERT_READS, "attention_bias", "norm_topk_prob", "max_window_layers"),
+    rules=(*QK_NORM_RULES, *deepseek_v3.BIASED_EXPERT_RULES),
+    reads=(*deepseek_v3.EXPERT_READS, "attention_bias", "norm_topk_prob", "max_window_layers"),
     fixed={
         "moe_layer_freq": (1,),
         "use_sliding_window": (False, None),  # transformers does not read it: `sliding_window` alone decides

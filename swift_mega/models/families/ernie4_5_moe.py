@@ -5,19 +5,10 @@ The multi-token-prediction modules that checkpoints hold are not part of what th
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    HF_LAYER,
-    LAYER,
-    expert_rules,
-    moe,
-    rope,
-    shared_expert_rules,
-    translate,
-    vary,
-)
+from swift_mega.models.decoder import DECODER, moe, rope, translate, vary
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import ONE_ROW
+from swift_mega.models.rules import HF_LAYER, LAYER, expert_rules, shared_expert_rules
 from swift_mega.models.settings import Routing, Settings
 
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."

@@ -3,18 +3,9 @@
 import dataclasses
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    DENSE_RULES,
-    EMBEDDING_RULES,
-    QK_NORM_RULES,
-    READS,
-    attention_rules,
-    translate,
-    windows,
-)
-from swift_mega.models.families.olmo2 import POST_NORM_RULES
+from swift_mega.models.decoder import DECODER, READS, translate, windows
 from swift_mega.models.family import Family
+from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, POST_NORM_RULES, QK_NORM_RULES, attention_rules
 from swift_mega.models.settings import Block, Settings
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.activations import UNGATED
-from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
-from swift_mega.models.families.gpt_neox import fused_attention_rules
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import VOCAB
-from swift_mega.models.settings import Biases, Block, Settings
+from swift_mega.models.rules import LAYER, fused_attention_rules, norm_rules, ungated_mlp_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Block, Settings
 
 HF_LAYER = "transformer.h.{i}."
 

@@ -1,14 +1,10 @@
 """Gemma: norm weights stored minus one, embeddings times the root of the hidden size, a gate through tanh-GELU, always tied."""
 
-import functools
 from typing import Any
 
-import torch
-
+from swift_mega.models.activations import TANH_GELU
 from swift_mega.models.decoder import DECODER, translate, vary
 from swift_mega.models.settings import NormKind, Scales, Settings
-
-TANH_GELU = functools.partial(torch.nn.functional.gelu, approximate="tanh")
 
 
 def _translate(config: Any) -> Settings:

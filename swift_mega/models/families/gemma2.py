@@ -2,19 +2,11 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DENSE_RULES,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    READS,
-    attention_rules,
-    norm_rules,
-    translate,
-    windows,
-)
+from swift_mega.models.activations import TANH_GELU
+from swift_mega.models.decoder import READS, translate, windows
 from swift_mega.models.families import gemma
 from swift_mega.models.family import Family
+from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, HF_LAYER, LAYER, attention_rules, norm_rules
 from swift_mega.models.settings import Block, NormKind, Scales, Settings
 
 FOUR_NORM_RULES = (
@@ -32,7 +24,7 @@ def translate_gemma(
     return translate(
         config,
         megatron={
-            "activation_func": gemma.TANH_GELU,
+            "activation_func": TANH_GELU,
             "softmax_scale": config.query_pre_attn_scalar**-0.5,
             **megatron,
         },

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import QK_NORM_RULES, ropes_by_type, vary
+from swift_mega.models.decoder import ropes_by_type, vary
 from swift_mega.models.families import gemma2
+from swift_mega.models.rules import QK_NORM_RULES
 from swift_mega.models.settings import Settings
 
 

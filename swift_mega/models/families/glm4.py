@@ -2,25 +2,10 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    READS,
-    attention_rules,
-    norm_rules,
-    rope,
-    translate,
-)
-from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import FUSED_GATE_UP, ROW
+from swift_mega.models.decoder import DECODER, READS, rope, translate
+from swift_mega.models.family import Family
+from swift_mega.models.rules import EMBEDDING_RULES, FUSED_DENSE_RULES, HF_LAYER, LAYER, attention_rules, norm_rules
 from swift_mega.models.settings import Block, Settings
-
-MLP_RULES = (
-    Rule(LAYER + "mlp.linear_fc1.weight", (HF_LAYER + "mlp.gate_up_proj.weight",), FUSED_GATE_UP),
-    Rule(LAYER + "mlp.linear_fc2.weight", (HF_LAYER + "mlp.down_proj.weight",), ROW),
-)
 
 
 def _translate(config: Any) -> Settings:
@@ -43,7 +28,7 @@ FAMILY = Family(
         *norm_rules(LAYER + "pre_mlp_layernorm", HF_LAYER + "post_attention_layernorm"),
         *norm_rules(LAYER + "post_mlp_layernorm", HF_LAYER + "post_mlp_layernorm"),
         *attention_rules(),
-        *MLP_RULES,
+        *FUSED_DENSE_RULES,
     ),
     reads=READS | {"attention_bias", "partial_rotary_factor"},
     absent=DECODER.absent,

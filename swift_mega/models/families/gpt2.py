@@ -6,8 +6,7 @@ Published checkpoints are of the bare model: their names have no `transformer.` 
 from typing import Any
 
 from swift_mega.models.activations import UNGATED
-from swift_mega.models.decoder import LAYER, norm_rules, translate
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import (
     COLUMN,
@@ -19,7 +18,8 @@ from swift_mega.models.packs import (
     VOCAB,
     Pack,
 )
-from swift_mega.models.settings import Biases, Scales, Settings
+from swift_mega.models.rules import LAYER, norm_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Scales, Settings
 
 PREFIX = "transformer."
 HF_LAYER = PREFIX + "h.{i}."

@@ -7,11 +7,11 @@ has a key head: a plain cut.
 from typing import Any
 
 from swift_mega.models.activations import UNGATED
-from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import COLUMN, REPLICATED, ROW, VOCAB
-from swift_mega.models.settings import Biases, Block, Settings
+from swift_mega.models.packs import VOCAB
+from swift_mega.models.rules import LAYER, fused_attention_rules, norm_rules, ungated_mlp_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Block, Settings
 
 HF_LAYER = "gpt_neox.layers.{i}."
 
@@ -29,17 +29,6 @@ def _translate(config: Any) -> Settings:
         norm=LAYER_NORM,
         biases=Biases(attention_output=bias, mlp=True),
         block=Block(parallel=bool(config.use_parallel_residual), shared_norm=False),
-    )
-
-
-def fused_attention_rules(source: str, output: str) -> tuple[Rule, ...]:
-    """Attention whose one projection is in Megatron's order; names of its module and of the output's."""
-    target = LAYER + "self_attention."
-    return (
-        Rule(target + "linear_qkv.weight", (source + ".weight",), COLUMN),
-        Rule(target + "linear_qkv.bias", (source + ".bias",), COLUMN),
-        Rule(target + "linear_proj.weight", (output + ".weight",), ROW),
-        Rule(target + "linear_proj.bias", (output + ".bias",), REPLICATED),
     )
 
 

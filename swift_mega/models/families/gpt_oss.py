@@ -4,18 +4,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
-from swift_mega.models.decoder import (
-    DECODER,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    NORM_RULES,
-    READS,
-    attention_rules,
-    moe,
-    translate,
-    windows,
-)
+from swift_mega.models.decoder import DECODER, READS, moe, translate, windows
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import (
     COLUMN,
@@ -24,6 +13,7 @@ from swift_mega.models.packs import (
     REPLICATED,
     TURNED_ROW,
 )
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules
 from swift_mega.models.settings import Biases, Settings
 
 MOE, EXPERT, HF_EXPERTS = LAYER + "mlp.", LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + "mlp.experts."

@@ -3,17 +3,11 @@
 import dataclasses
 from typing import Any
 
-from swift_mega.models.decoder import (
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    NORM_RULES,
-    attention_rules,
-    moe,
-)
+from swift_mega.models.decoder import moe
 from swift_mega.models.families import granite
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import FUSED_GATE_UP, REPLICATED, ROW
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules
 from swift_mega.models.settings import Settings
 
 MOE, EXPERT = HF_LAYER + "block_sparse_moe.", LAYER + "mlp.experts.local_experts.{e}."

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import HF_LAYER, LAYER, vary
+from swift_mega.models.decoder import vary
 from swift_mega.models.families import granitemoe
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import FUSED_GATE_UP, ROW
+from swift_mega.models.rules import HF_LAYER, LAYER
 from swift_mega.models.settings import Settings
 
 SHARED, HF_SHARED = LAYER + "mlp.shared_experts.", HF_LAYER + "shared_mlp."

@@ -6,9 +6,10 @@ import torch
 
 from swift_mega.errors import UserError
 from swift_mega.models import decoder
-from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, translate, vary
+from swift_mega.models.decoder import DECODER, translate, vary
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.rules import HF_LAYER, LAYER
 from swift_mega.models.settings import Biases, Rope, Settings
 
 CORE = LAYER + "self_attention.core_attention."

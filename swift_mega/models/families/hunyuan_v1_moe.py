@@ -6,8 +6,9 @@ Its configs may list the same number for every layer; transformers has one width
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import HF_LAYER, expert_rules, moe, shared_expert_rules, vary
+from swift_mega.models.decoder import moe, vary
 from swift_mega.models.families import hunyuan_v1_dense
+from swift_mega.models.rules import HF_LAYER, expert_rules, shared_expert_rules
 from swift_mega.models.settings import Settings
 
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_mlp."

@@ -3,10 +3,10 @@
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, expert_rules, moe, translate, vary
-from swift_mega.models.families.olmo2 import WHOLE_QK_NORM_RULES
+from swift_mega.models.decoder import DECODER, moe, translate, vary
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.rules import HF_LAYER, LAYER, WHOLE_QK_NORM_RULES, expert_rules
 from swift_mega.models.settings import Routing, Settings
 
 MOE = HF_LAYER + "block_sparse_moe."

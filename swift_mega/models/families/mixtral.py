@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary, windows
+from swift_mega.models.decoder import DECODER, moe, translate, vary, windows
+from swift_mega.models.rules import HF_LAYER, expert_rules
 from swift_mega.models.settings import Settings
 
 MOE = HF_LAYER + "block_sparse_moe."

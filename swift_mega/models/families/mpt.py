@@ -4,9 +4,10 @@ from typing import Any
 
 from swift_mega.errors import UserError
 from swift_mega.models.activations import ERF_GELU
-from swift_mega.models.decoder import LAYER, norm_rules, translate, ungated_mlp_rules
+from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import FUSED_QKV, ROW, VOCAB
+from swift_mega.models.rules import LAYER, norm_rules, ungated_mlp_rules
 from swift_mega.models.settings import NormKind, Scales, Settings
 from swift_mega.models.translate import NEUTRAL
 from swift_mega.ops.alibi import slopes

@@ -2,27 +2,12 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import (
-    DECODER,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    NORM_RULES,
-    READS,
-    attention_rules,
-    translate,
-    ungated_mlp_rules,
-)
+from swift_mega.models.activations import squared_relu
+from swift_mega.models.decoder import DECODER, READS, translate
 from swift_mega.models.family import Family
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules, ungated_mlp_rules
 from swift_mega.models.settings import Biases, NormKind, Settings
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2, elementwise (So et al. 2021, arXiv:2109.08668)."""
-    return x.relu().square()
 
 
 def _translate(config: Any) -> Settings:

@@ -2,15 +2,9 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    DENSE_RULES,
-    EMBEDDING_RULES,
-    READS,
-    attention_rules,
-    translate,
-)
+from swift_mega.models.decoder import DECODER, READS, translate
 from swift_mega.models.family import Family
+from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, attention_rules
 from swift_mega.models.settings import Biases, NormKind, Scales, Settings
 
 EPSILON = 1e-5

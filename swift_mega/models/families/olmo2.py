@@ -2,30 +2,10 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DENSE_RULES,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    READS,
-    attention_rules,
-    norm_rules,
-    ropes_by_type,
-    translate,
-    windows,
-)
-from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import COLUMN
+from swift_mega.models.decoder import READS, ropes_by_type, translate, windows
+from swift_mega.models.family import Family
+from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, POST_NORM_RULES, WHOLE_QK_NORM_RULES, attention_rules
 from swift_mega.models.settings import Biases, Block, Settings
-
-POST_NORM_RULES = (
-    *norm_rules(LAYER + "post_self_attn_layernorm", HF_LAYER + "post_attention_layernorm"),
-    *norm_rules(LAYER + "post_mlp_layernorm", HF_LAYER + "post_feedforward_layernorm"),
-)
-WHOLE_QK_NORM_RULES = (
-    Rule(LAYER + "self_attention.q_layernorm.weight", (HF_LAYER + "self_attn.q_norm.weight",), COLUMN),
-    Rule(LAYER + "self_attention.k_layernorm.weight", (HF_LAYER + "self_attn.k_norm.weight",), COLUMN),
-)
 
 
 def _translate(config: Any) -> Settings:

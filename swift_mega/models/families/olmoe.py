@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, HF_LAYER, expert_rules, moe, translate, vary
-from swift_mega.models.families.olmo2 import WHOLE_QK_NORM_RULES
+from swift_mega.models.decoder import DECODER, moe, translate, vary
+from swift_mega.models.rules import HF_LAYER, WHOLE_QK_NORM_RULES, expert_rules
 from swift_mega.models.settings import Scales, Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."

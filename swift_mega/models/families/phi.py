@@ -2,23 +2,12 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    DECODER,
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    READS,
-    attention_rules,
-    norm_rules,
-    translate,
-    ungated_mlp_rules,
-)
-from swift_mega.models.families.gemma import TANH_GELU
-from swift_mega.models.families.stablelm import whole_heads
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.activations import TANH_GELU
+from swift_mega.models.decoder import DECODER, READS, translate, whole_heads
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import REPLICATED, ROW, VOCAB
-from swift_mega.models.settings import Biases, Block, Settings
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, attention_rules, norm_rules, ungated_mlp_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Block, Settings
 
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
 

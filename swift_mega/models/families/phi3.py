@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, READS, translate
-from swift_mega.models.families.glm4 import MLP_RULES
+from swift_mega.models.decoder import DECODER, READS, translate
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import FUSED_QKV, ROW
+from swift_mega.models.rules import EMBEDDING_RULES, FUSED_DENSE_RULES, HF_LAYER, LAYER, NORM_RULES
 from swift_mega.models.settings import Settings
 
 
@@ -22,7 +22,7 @@ FAMILY = Family(
         *NORM_RULES,
         Rule(LAYER + "self_attention.linear_qkv.weight", (HF_LAYER + "self_attn.qkv_proj.weight",), FUSED_QKV),
         Rule(LAYER + "self_attention.linear_proj.weight", (HF_LAYER + "self_attn.o_proj.weight",), ROW),
-        *MLP_RULES,
+        *FUSED_DENSE_RULES,
     ),
     reads=READS | {"original_max_position_embeddings", "partial_rotary_factor"},
     fixed={"attention_bias": (False,)},

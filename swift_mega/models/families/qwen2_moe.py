@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import HF_LAYER, LAYER, expert_rules, moe, shared_expert_rules, translate, vary, windows
+from swift_mega.models.decoder import moe, translate, vary, windows
 from swift_mega.models.families import qwen2
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import REPLICATED
+from swift_mega.models.rules import HF_LAYER, LAYER, expert_rules, shared_expert_rules
 from swift_mega.models.settings import Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."

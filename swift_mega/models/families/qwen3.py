@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import DECODER, QK_NORM_RULES, translate, vary, windows
+from swift_mega.models.decoder import DECODER, translate, vary, windows
+from swift_mega.models.rules import QK_NORM_RULES
 from swift_mega.models.settings import Settings
 
 

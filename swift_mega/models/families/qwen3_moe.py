@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import HF_LAYER, expert_rules, moe, vary
+from swift_mega.models.decoder import moe, vary
 from swift_mega.models.families import qwen3
+from swift_mega.models.rules import HF_LAYER, expert_rules
 from swift_mega.models.settings import Settings
 
 EXPERT = HF_LAYER + "mlp.experts.{e}."

@@ -7,22 +7,19 @@ import dataclasses
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.decoder import (
+from swift_mega.models.decoder import READS, moe, rope, translate
+from swift_mega.models.families import qwen2_moe
+from swift_mega.models.family import Family, Rule
+from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW
+from swift_mega.models.rules import (
     DENSE_RULES,
     EMBEDDING_RULES,
     HF_LAYER,
     LAYER,
     NORM_RULES,
     QK_NORM_RULES,
-    READS,
     attention_rules,
-    moe,
-    rope,
-    translate,
 )
-from swift_mega.models.families.qwen2_moe import EXPERT_RULES
-from swift_mega.models.family import Family, Rule
-from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW
 from swift_mega.models.settings import Biases, DeltaNet, NormKind, Settings
 
 ATTENTION, LINEAR = LAYER + "self_attention.", HF_LAYER + "linear_attn."
@@ -113,7 +110,7 @@ FAMILY = Family(
         *QK_NORM_RULES,
         *DELTA_RULES,
         *DENSE_RULES,
-        *EXPERT_RULES,
+        *qwen2_moe.EXPERT_RULES,
     ),
     reads=(READS - {"sliding_window"})
     | {

@@ -7,21 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from swift_mega.errors import UserError
-from swift_mega.models.decoder import DECODER, HF_LAYER, LAYER, READS, translate
-from swift_mega.models.families.starcoder2 import LAYER_NORM
+from swift_mega.models.decoder import DECODER, READS, translate, whole_heads
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import PER_KEY_HEAD, PER_QUERY_HEAD, Pack
-from swift_mega.models.settings import Block, Settings
-
-
-def whole_heads(config: Any) -> None:
-    """UserError where config.json names a head_dim that a family, whose heads share out hidden_size, does not have."""
-    named, real = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if named not in (None, real):
-        raise UserError(
-            f"config.json: head_dim={named}, but hidden_size / num_attention_heads is {real}; delete head_dim"
-        )
+from swift_mega.models.rules import HF_LAYER, LAYER
+from swift_mega.models.settings import LAYER_NORM, Block, Settings
 
 
 def _translate(config: Any) -> Settings:

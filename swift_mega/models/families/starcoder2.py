@@ -2,22 +2,12 @@
 
 from typing import Any
 
-from swift_mega.models.decoder import (
-    EMBEDDING_RULES,
-    HF_LAYER,
-    LAYER,
-    NORM_RULES,
-    READS,
-    attention_rules,
-    translate,
-    ungated_mlp_rules,
-    windows,
-)
-from swift_mega.models.families.gemma import TANH_GELU
+from swift_mega.models.activations import TANH_GELU
+from swift_mega.models.decoder import READS, translate, windows
 from swift_mega.models.family import Family
-from swift_mega.models.settings import Biases, NormKind, Settings
+from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules, ungated_mlp_rules
+from swift_mega.models.settings import LAYER_NORM, Biases, Settings
 
-LAYER_NORM = NormKind(kind="layer", bias=True)
 UNGATED = READS - {"rms_norm_eps", "layer_types"}
 
 
