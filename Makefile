@@ -26,8 +26,9 @@ PYTHON312 ?= $(shell for version in "" 3.12 $$(pyenv versions --bare 2>/dev/null
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-input
 SOURCES = $(wildcard setup.py swift_mega scripts tools benchmarks tests)
 TYPED = $(wildcard swift_mega scripts tools benchmarks)
-# Tests run several ranks on few cores: more than one thread each is five times slower. Nothing may wait for a network.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
+# Tests run several ranks on few cores: more than one thread each is five times slower. Nothing may wait for a network, and all of it
+# is of the CPU, also where there is a GPU.
+TEST_ENV := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
 # Seconds: one test, and the whole suite, which is made for 10 minutes of 2 cores (tests/budget.toml).
 TEST_TIMEOUT ?= 300
 SUITE_TIMEOUT ?= 1800
@@ -37,7 +38,7 @@ WORKERS ?= 3
 PYTEST := -m pytest -q --timeout=$(TEST_TIMEOUT) -m "not gpu" -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test tests test-full test-the-tests smoke lint newest-venv newest test-newest benchmark clean distclean
+.PHONY: help venv demo test tests test-full test-the-tests smoke lint newest-venv newest test-newest benchmark gpu-check clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -122,6 +123,13 @@ endif
 benchmark: venv ## tokens/s of LoRA fine-tuning beside transformers + peft, then conversion beside a plain copy
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/train_step.py
 	@$(VENV)/bin/python benchmarks/convert.py
+
+# Without `make venv`: a machine with a GPU has its own torch. The script says which packages are missing.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+GPU_FLAGS ?=
+
+gpu-check: ## on a machine with a GPU: right, as small as `plan` says, and as fast as transformers + peft (docs/gpu.md)
+	@$(GPU_PYTHON) benchmarks/gpu_session.py $(GPU_FLAGS)
 
 clean: ## caches and builds; environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

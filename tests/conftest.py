@@ -4,6 +4,7 @@ Forks are kept, not a pool of waiting ranks: a start costs 0.02 s of CPU for one
 to inherited pages 0.04 s a rank. A job takes 0.5 to 4 s, and a fork needs no proof that nothing is left of the job before.
 """
 
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,22 +15,17 @@ import pytest
 
 from swift_mega import device
 
-# Before any test module is imported, since those import Megatron, which binds CUDA functions when it is imported. Ranks are
-# forks, and inherit the imports.
-HERE = device.setup()
-import megatron.core.distributed  # noqa: E402
-import megatron.core.models.gpt  # noqa: E402
-import megatron.core.optimizer  # noqa: E402
-import megatron.core.pipeline_parallel  # noqa: E402, F401
-import peft  # noqa: E402, F401  0.4 s, paid once here and not in every rank that asks PEFT
-from transformers.models.llama import modeling_llama  # noqa: E402, F401  as peft: most oracles need it
-
 # Ranks that wait for one another should not interrupt whoever computes: one all_reduce of four ranks on two cores takes
 # 1.7 ms of system time per rank by the default policy, 0.4 ms by this one. Children inherit it.
 if hasattr(os, "SCHED_BATCH"):
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 pytest_plugins = ["budget"]
+IMPORTED_ONCE = (
+    "megatron.core.distributed", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.pipeline_parallel",
+    "peft", "transformers.models.llama.modeling_llama",  # most oracles need these
+)  # fmt: skip
+"""Here, and not in every rank: ranks are forks, and inherit the imports."""
 Ranks = Callable[..., Any]
 
 
@@ -52,6 +48,15 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the device, before any test module is imported: those import Megatron, which binds CUDA functions when it is imported.
+
+    Only `pytest -m gpu` sees a GPU. The other tests compare what the CPU computes, and their ranks talk over gloo.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    device.setup()
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = (
             False  # xdist's own order is by number of tests, which says little of their time
@@ -73,7 +78,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def cpu() -> device.Device:
     """The device of this process, with the facade installed."""
-    return HERE
+    return device.setup()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ RUN = (
     "tests/models/test_megatron_config.py", "tests/models/test_router.py", "tests/models/test_families.py",
     "tests/convert/test_mcore.py", "tests/convert/test_mcore_names.py", "tests/convert/test_megatron_lm.py",
     "tests/convert/test_torch_dist.py", "tests/convert/test_whole.py", "tests/convert/test_save.py",
-    "tests/train",
+    "tests/train", "tests/gpu",
 )  # fmt: skip
 LEFT_OUT = {
     "tests/train/test_monitor.py": "files that a run writes about itself",

@@ -10,10 +10,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("script", ["models_page.py", "token_layout.py"])
-def test_what_code_draws_is_current(script: str) -> None:
-    made = subprocess.run([sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True)
-    assert made.returncode == 0, f"run `python scripts/{script}`\n{made.stderr}"
+@pytest.mark.parametrize(
+    ("check", "mend"),
+    [
+        (["scripts/models_page.py", "--check"], "scripts/models_page.py"),
+        (["scripts/token_layout.py", "--check"], "scripts/token_layout.py"),
+        (["benchmarks/gpu_session.py", "--check-docs"], "benchmarks/gpu_session.py --docs"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_what_code_draws_is_current(check: list[str], mend: str) -> None:
+    made = subprocess.run([sys.executable, *check], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, f"run `python {mend}`\n{made.stderr}"
 
 
 def test_links_lead_somewhere() -> None:
