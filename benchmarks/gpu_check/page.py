@@ -17,6 +17,15 @@ anything is BAD. It needs no `make venv`: `make gpu-check GPU_PYTHON=python3` ta
 and says which are missing. `GPU_FLAGS="--stages facts,attention"` runs some stages alone. Without a GPU `--small` runs the same code on
 tiny models, with the same limits, in about half a minute (also part of `make smoke`).
 
+A machine without a network gets the wheels that it lacks (megatron-core for its Python, transformers, peft, einops: 17 MB) in a folder:
+
+```bash
+python3 -m pip install --no-index --no-deps --upgrade --target site wheels/*.whl
+PYTHONPATH=site make gpu-check GPU_PYTHON=python3 GPU_FLAGS="--output gpu.json --commit $(git rev-parse --short HEAD)"
+```
+
+A results file that was written elsewhere belongs in `benchmarks/results/` as `<gpu>-<date>.json`.
+
 | stage | what it proves | limit | seconds |
 |---|---|---|---|
 """

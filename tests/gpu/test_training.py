@@ -1,5 +1,6 @@
 """One rank on the device: it equals transformers, steps as torch's AdamW does, and offloading changes nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from benchmarks.gpu_check import lora, offload, parity
 from benchmarks.gpu_check.bench import Bench, packed
 from swift_mega.train.validate import example_rows
-from tests.gpu.conftest import OneRank
 
 LENGTHS = (40, 9)
+OneRank = Callable[..., Any]
 
 
 def in_float64(bench: Bench) -> parity.Errors:
