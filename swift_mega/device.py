@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.utils._device
+from packaging.version import Version
 from torch import Tensor
 
 from swift_mega.backends import TE_DTYPES, transformer_engine
 from swift_mega.errors import UserError
 from swift_mega.host_side import two_sides
+from swift_mega.local_rank import device_index, find_local_rank
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,10 @@ class Device:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def peak_allocated_bytes(self) -> int | None:
+        """CUDA: the most that tensors had, which is what `plan` counts; the rest of what is reserved is free for later ones. CPU: None."""
+        return torch.cuda.max_memory_allocated(self.device) if self.kind == "cuda" else None
+
     def peak_flops(self) -> float | None:
         """Dense bfloat16 FLOP/s of this device, or None where it is not known (a CPU, another GPU)."""
         return next((flops for name, flops in PEAK_FLOPS.items() if name in self.name), None)
@@ -89,10 +95,14 @@ class Device:
         Interleaving of two stages with batched point-to-point calls gives a wrong loss on gloo without an error, so
         calls are made one by one, and overlapped. Freed outputs are corrupted by such calls on the CPU (0.16.1). The
         fusions are CUDA kernels.
+
+        On CUDA Megatron waits for the whole device after each batched call (batch_p2p_sync, p2p_communication.py:398), against a race of
+        torch before 1.13: work objects took note of NCCL's streams before the calls were issued, so that waiting for them waited for
+        nothing (pytorch #82450). Megatron-core needs torch 2.6, where waiting for the calls is enough.
         """
         interleaved = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if virtual > 1 else {}
         if self.kind == "cuda":
-            return interleaved
+            return interleaved | {"batch_p2p_sync": False}
         fusions = (
             "gradient_accumulation_fusion",
             "bias_activation_fusion",
@@ -104,18 +114,23 @@ class Device:
         return interleaved | {"deallocate_pipeline_outputs": False} | dict.fromkeys(fusions, False)
 
 
-def setup() -> Device:
+def setup(*, starts_ranks: bool = False) -> Device:
     """This process's device; without CUDA, installs the facade first. Call it before Megatron is imported; again is free.
 
+    The device is the one of the local rank, and becomes torch's current device.
+    starts_ranks: a process that is no rank itself leaves the GPUs alone, and the device has no name: a context takes some hundred MB of
+    the first GPU, and one in exclusive mode would be taken from its rank.
     Raises UserError where Megatron was imported too early, RuntimeError where a patch no longer fits it.
     """
     _quiet()
     # One queue to the GPU, so that a collective starts before the product it overlaps with (tensor_parallel/layers.py:727).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if torch.version.cuda and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if has_cuda():
+        _set_allocator(os.environ)
         _install_without_te()
-        return Device(kind="cuda", device=device, backend="nccl", name=torch.cuda.get_device_name(device))
+        if starts_ranks and not _is_rank():
+            return Device(kind="cuda", device=_cuda(0), backend="nccl", name="CUDA")
+        return _own_device()
     _install_facade()
     _install_without_te()
     return Device(kind="cpu", device=CPU, backend="gloo", name="CPU")
@@ -133,6 +148,47 @@ def unused_gpus(folder: Path = Path("/dev")) -> str | None:
     if torch.version.cuda is None:
         return f"{here} is a build without CUDA; install one with it (`make venv TORCH=...`, README.md), or set CUDA_VISIBLE_DEVICES="
     return f"{here} cannot use them (CUDA {torch.version.cuda}); see `nvidia-smi` for the driver's version, or set CUDA_VISIBLE_DEVICES="
+
+
+def has_cuda() -> bool:
+    """Whether this torch is built for CUDA and there is a GPU. Asks the driver's library (NVML), which makes no context."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+def _set_allocator(environ: MutableMapping[str, str]) -> None:
+    """Let torch's CUDA allocator grow its segments, unless the user configures it; it reads the environment when CUDA is first used.
+
+    Rows differ in length. With segments of fixed size a longer row finds no room in the pieces that shorter ones left.
+    """
+    if not any(environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        # 2.9 introduced the shorter name and warned of the longer one.
+        name = "PYTORCH_ALLOC_CONF" if Version(torch.__version__) >= Version("2.9") else "PYTORCH_CUDA_ALLOC_CONF"
+        environ[name] = "expandable_segments:True"
+
+
+def _is_rank() -> bool:
+    return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_group()
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _own_device() -> Device:
+    """The GPU of this process, which becomes the current one: NCCL takes the current device, and hangs where two ranks have the same."""
+    environ = dict(os.environ)
+    if "RANK" not in environ and _in_group():  # a caller's own
+        environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    index = device_index(find_local_rank(environ), torch.cuda.device_count())
+    if torch.cuda.is_initialized() and torch.cuda.current_device() > 0:
+        index = torch.cuda.current_device()  # somebody chose it
+    torch.cuda.set_device(index)
+    return Device(kind="cuda", device=_cuda(index), backend="nccl", name=torch.cuda.get_device_name(index))
+
+
+def _cuda(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 # What Megatron makes Python say, over and over, about packages that are optional here and about its own use of torch.

@@ -56,6 +56,38 @@ def test_setup_and_imports_print_nothing(cpu):
     assert "others are heard" in lines[0] and len(lines) <= 2, ran.stderr
 
 
+def test_only_ranks_touch_their_gpu(monkeypatch):
+    """Whoever starts ranks asks no GPU anything; a rank makes the one of its local rank current, unless a caller chose another."""
+    calls = []
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU number {index}")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert device.setup(starts_ranks=True).kind == "cuda" and calls == []
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.setup(starts_ranks=True) == Device(
+        kind="cuda", device=torch.device("cuda", 3), backend="nccl", name="GPU number 3"
+    )
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert device.setup().device.index == 2 and calls == [3, 2]
+
+
+def test_the_allocator_grows_its_segments_unless_it_is_configured():
+    environ = {}
+    device._set_allocator(environ)
+    assert list(environ.values()) == ["expandable_segments:True"]
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        environ = {name: "max_split_size_mb:64"}
+        device._set_allocator(environ)
+        assert environ == {name: "max_split_size_mb:64"}
+
+
 def test_a_patch_whose_target_is_gone_says_which():
     """An upgrade of Megatron that renames something stops at the patch's name, before anything is replaced."""
     was = torch.cuda.synchronize
@@ -158,7 +190,7 @@ def test_schedule_settings_are_fields_of_megatrons_config(cpu):
     assert set(here.safe_schedule(2)) <= names
     assert here.safe_schedule()["deallocate_pipeline_outputs"] is False
     assert "batch_p2p_comm" not in here.safe_schedule(1)
-    assert there.safe_schedule(1) == {}
+    assert there.safe_schedule(1) == {"batch_p2p_sync": False}
     for each in (here, there):
         assert each.safe_schedule(2).items() >= {"overlap_p2p_comm": True, "batch_p2p_comm": False}.items()
 

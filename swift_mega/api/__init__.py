@@ -6,7 +6,7 @@ Everything that can be checked before a rank starts is checked before.
 
 from swift_mega import device as devices
 
-devices.setup()  # before Megatron is imported by anything below
+devices.setup(starts_ranks=True)  # before Megatron is imported by anything below
 
 from swift_mega.api.answers import Answerer, infer  # noqa: E402
 from swift_mega.api.comparison import Candidate, compare  # noqa: E402

@@ -21,7 +21,7 @@ from swift_mega.models.family import family_of
 from swift_mega.models.quantization import FLAG, quantization_of, stored_dtype
 from swift_mega.models.translate import hf_config
 
-DEVICE = devices.setup()
+DEVICE = devices.setup(starts_ranks=True)
 
 
 class Answerer:

@@ -12,6 +12,7 @@ import torch
 
 from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES
+from swift_mega.api.ranks import on_device
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
 from swift_mega.convert.padding import check_padding
 from swift_mega.convert.which_files import unread
@@ -26,13 +27,14 @@ from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import families
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.models.translate import load_settings
+from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train import compare as comparing
 from swift_mega.train import validate
 from swift_mega.train.compare import Comparison
 from swift_mega.train.states import Rows, Side
 
-DEVICE = devices.setup()
+DEVICE = devices.setup(starts_ranks=True)
 Engine = Literal["mcore", "hf"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -111,8 +113,8 @@ def _both(
 ) -> Any:
     """One side after the other, each in ranks of its own, or both in those that torchrun started."""
     with _folder(scratch) as folder:
-        run_ranks(worlds[0], comparing.record, sides[0], DEVICE, rows, dtype, folder)
-        return run_ranks(worlds[1], comparing.measure, sides[1], DEVICE, rows, dtype, folder, top_k)
+        run_ranks(worlds[0], on_device, comparing.record, sides[0], rows, dtype, folder)
+        return run_ranks(worlds[1], on_device, comparing.measure, sides[1], rows, dtype, folder, top_k)
 
 
 @contextmanager
@@ -125,10 +127,8 @@ def _folder(parent: str | None) -> Iterator[Path]:
             yield Path(made)
         return
     with tempfile.TemporaryDirectory(prefix="swift-mega-compare-", dir=parent) as made:
-        told = [made]
-        dist.broadcast_object_list(told, src=0)
-        yield Path(told[0])
-        dist.barrier()
+        yield Path(gather(made)[0])
+        agree(None)  # the folder stays until all are done with it
 
 
 # ------------------------------------------------------------------------------------------------ what is compared

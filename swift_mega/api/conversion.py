@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swift_mega import device as devices
+from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
 from swift_mega.convert import plan_report, stream
@@ -24,6 +24,7 @@ from swift_mega.convert.resized import weights_of
 from swift_mega.convert.save import save
 from swift_mega.convert.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.whole import read_mcore, write_mcore
+from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
 from swift_mega.launch.torchrun import is_alone, is_first_rank, run_ranks
@@ -36,8 +37,6 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import build_part, dequantised_dtype
-
-DEVICE = devices.setup()
 
 
 def convert(
@@ -87,7 +86,7 @@ def convert(
         if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
         else:
-            run_ranks(layout.world, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+            run_ranks(layout.world, on_device, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = _opened(run, source, kind)
         derived: Callable[[str], bool] = _nothing
@@ -128,7 +127,7 @@ def _from_megatron(
     rest = (source, tuple(kinds or ()), kind or kinds, shard_bytes, overwrite)
     if not is_alone():
         wide = _promoted(kinds) if kinds else kind
-        run_ranks(layout.world, _to_hf, run, layout, wide, str(folder), output, *rest)
+        run_ranks(layout.world, on_device, _to_hf, run, layout, wide, str(folder), output, *rest)
         return
     number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
     if number:
@@ -211,6 +210,7 @@ def _whole_to_hf(
 
 def _to_mcore(
     run: schema.Run,
+    device: Device,
     layout: Layout,
     kind: torch.dtype,
     directory: str,
@@ -220,22 +220,22 @@ def _to_mcore(
 ) -> None:
     groups = parallel_groups.init(layout)
     try:
-        part = build_part(run, DEVICE, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
+        part = build_part(run, device, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
         save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
     finally:
         parallel_groups.close()
 
 
 def _to_hf(
-    run: schema.Run, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
+    run: schema.Run, device: Device, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
     dtypes: Any, shard_bytes: int, overwrite: bool,
 ) -> None:  # fmt: skip
     groups = parallel_groups.init(layout)
     try:
         settings = load_settings(directory)
-        config = transformer_config(settings, layout, device=DEVICE, dtype=kind, train=run.train, given={})
+        config = transformer_config(settings, layout, device=device, dtype=kind, train=run.train, given={})
         family = family_of(directory).named_like(names)
-        part = build(family, settings, layout, groups.coordinate, device=DEVICE, config=config)
+        part = build(family, settings, layout, groups.coordinate, device=device, config=config)
         load_mcore(part, groups, source)
         save(
             part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite, convert_carried=True

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from swift_mega import device as devices
+from swift_mega.api.ranks import on_device
 from swift_mega.config import schema
 from swift_mega.convert import stream
 from swift_mega.convert.quantised import open_checkpoint
@@ -29,7 +30,7 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train import validate
 
-DEVICE = devices.setup()
+DEVICE = devices.setup(starts_ranks=True)
 
 LAYOUTS = (
     *("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2"),
@@ -107,7 +108,7 @@ def verify(
         if run.tuner.type == "lora" and adapter is None:
             adapter = found / "adapter"
             alone = plan_layout(schema.Parallel(), settings.shape, 1)
-            run_ranks(1, validate.random_adapter, _for(run, schema.Parallel()), DEVICE, alone, adapter)
+            run_ranks(1, on_device, validate.random_adapter, _for(run, schema.Parallel()), alone, adapter)
         plain = Path(model)
         if dequantize:
             plain = found / "plain"
@@ -118,7 +119,7 @@ def verify(
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
             mine = _for(run, parallel, (str(adapter),) if adapter else ())
             output = found / f"layout{len(differences)}"
-            run_ranks(layout.world, validate.measure, mine, DEVICE, layout, rows, output)
+            run_ranks(layout.world, on_device, validate.measure, mine, layout, rows, output)
             differences.append(validate.compare(layout.name, found / "reference", output))
             shutil.rmtree(output)
         return Report(differences, tolerance, dtype)

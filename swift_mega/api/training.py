@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from swift_mega import device as devices
 from swift_mega.api.conversion import say_of_source
+from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import resized
 from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
@@ -35,7 +36,7 @@ from swift_mega.train.build import parameter_dtype, warmup_steps
 from swift_mega.train.loop import TrainResult, check_run, make_batches, total_steps, train_rank
 from swift_mega.tuners.tuner import find_tuner
 
-DEVICE = devices.setup()
+DEVICE = devices.setup(starts_ranks=True)
 
 
 def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
@@ -68,18 +69,22 @@ def train(run: schema.Run, *, nproc: int | None = None, sources: Mapping[str, st
     """
     world = world_size(nproc)
     if joined() and world > 1:
-        return run_ranks(world, _train_joined, run, nproc, sources)
+        return run_ranks(
+            world, _train_joined, run, nproc, sources, timeout_minutes=run.parallel.distributed_timeout_minutes
+        )
     run = _continued(run, sources)
     with ExitStack() as stack:
         run, layout, prepared, pad = _checked(run, nproc, stack)
-        return run_ranks(layout.world, train_rank, run, DEVICE, layout, prepared, pad)
+        return run_ranks(
+            layout.world, on_device, train_rank, run, layout, prepared, pad, timeout_minutes=run.parallel.distributed_timeout_minutes
+        )  # fmt: skip
 
 
 def _train_joined(run: schema.Run, nproc: int | None, sources: Mapping[str, str] | None) -> TrainResult:
     run = on_every_rank(lambda: _continued(run, sources))
     with ExitStack() as stack:
         run, layout, prepared, pad = on_every_rank(lambda: _checked(run, nproc, stack))
-        return train_rank(run, DEVICE, layout, prepared, pad)
+        return on_device(train_rank, run, layout, prepared, pad)
 
 
 def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[schema.Run, Layout, Prepared, int]:

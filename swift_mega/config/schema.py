@@ -7,6 +7,8 @@ name, one type and one default wherever it comes from. A field whose metadata ha
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+TIMEOUT_MINUTES = 60
+
 
 def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None, empty: bool = False) -> Any:
     """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: "" is a value of its own."""
@@ -106,6 +108,11 @@ class Parallel:
     )
     ddp_bucket_size: int | None = setting(
         flag="ddp_bucket_size", help="numbers per bucket of overlapped communication; default: Megatron's"
+    )
+    distributed_timeout_minutes: int = setting(
+        TIMEOUT_MINUTES,
+        flag="distributed_timeout_minutes",
+        help="minutes after which a collective that a rank has not joined ends the run",
     )
 
 

@@ -16,28 +16,30 @@ from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import Heads
-from swift_mega.parallel.agree import agree, attempt
+from swift_mega.parallel.agree import agree, attempt, gather
 from swift_mega.parallel.groups import Groups
 
 
 def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
     """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike.
 
-    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all. A rank that
-    cannot read goes on with the broadcasts.
+    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all. They wait for
+    the files in `agree`, since a broadcast would end the run where the files take longer than a collective may.
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
-    mine, problem = list(part.held()), None
-    with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held in mine), "loading") as bar:
-        for held in mine:
-            replicas, first = _replicas(part, held, groups)
+    problem: str | None = None
+    mine = [(held, *_replicas(part, held, groups)) for held in part.held()]
+    with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held, *_ in mine), "loading") as bar:
+        for held, _, first in mine:
             if first and problem is None:
                 said, broken = attempt(partial(_read, part, checkpoint, held))
                 problem = broken or said
+                bar.update(held.parameter.nbytes)
+        agree(problem)
+        for held, replicas, first in mine:
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
-            bar.update(held.parameter.nbytes)
-    agree(problem)
+            bar.update(0 if first else held.parameter.nbytes)
 
 
 def _read(part: ModelPart, checkpoint: Checkpoint, held: Held) -> str | None:
@@ -98,10 +100,8 @@ def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
     mine = needs(part) if part.coordinate.expert_tensor == 0 and part.coordinate.expert_data == 0 else {}
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine
-    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
     union: dict[str, tuple[int, ...]] = {}
-    for wanted in gathered:
+    for wanted in gather(mine):
         for name, shape in wanted.items():
             if union.setdefault(name, shape) != shape:
                 raise UserError(

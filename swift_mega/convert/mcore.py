@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -35,7 +34,7 @@ from swift_mega.models.family import Family
 from swift_mega.models.quantization import quantization_of
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import free_bytes
-from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
+from swift_mega.parallel.agree import agree, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
 from swift_mega.text_files import read_object
 
@@ -119,9 +118,7 @@ def _bytes_in_all(part: ModelPart) -> int:
         whole = held.rule.pack.axis is None and part.tensor_axis(held)[0] != 0
         if not (held.copy or replica or whole):
             mine += held.parameter.nbytes
-    counted = [0] * dist.get_world_size()
-    dist.all_gather_object(counted, mine)
-    return sum(counted)
+    return sum(gather(mine))
 
 
 def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:

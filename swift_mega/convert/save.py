@@ -38,7 +38,7 @@ from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.quantization import quantization_of
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, staged, staging_of
-from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
+from swift_mega.parallel.agree import agree, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
 
 Value = Callable[[Held], Tensor]
@@ -284,9 +284,7 @@ def _share_checksums(staging: Path, planned: Mapping[str, Planned], mine: dict[s
 
 
 def _united(mine: dict[str, str]) -> dict[str, str]:
-    shared: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shared, mine)
-    return {name: value for one in shared for name, value in one.items()}
+    return {name: value for one in gather(mine) for name, value in one.items()}
 
 
 @contextmanager
@@ -315,10 +313,8 @@ def _kinds(
 
 
 def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
-    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, _spoken_for(part, exported))
     shapes: dict[str, tuple[int, ...]] = {}
-    for mine in gathered:
+    for mine in gather(_spoken_for(part, exported)):
         twice = shapes.keys() & mine.keys()
         assert not twice, f"two ranks own {sorted(twice)[:3]}"
         shapes.update(mine)

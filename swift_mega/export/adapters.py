@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from swift_mega.config import schema
 from swift_mega.convert.hf_files import some
@@ -16,7 +15,7 @@ from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Family
 from swift_mega.models.linears import modules_of
 from swift_mega.models.settings import Settings
-from swift_mega.parallel.agree import on_every_rank
+from swift_mega.parallel.agree import gather, on_every_rank
 
 
 def load_adapter(
@@ -103,6 +102,4 @@ def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
     """Whole shapes of every rank's factors: all ranks then find the same fault, and none goes on alone."""
     mine = {name: shape for held in exported for name, shape in zip(held.parts, part.part_shapes(held), strict=True)}
-    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
-    return {name: shape for shapes in gathered for name, shape in shapes.items()}
+    return {name: shape for shapes in gather(mine) for name, shape in shapes.items()}

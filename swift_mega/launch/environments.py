@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from swift_mega.errors import UserError
+from swift_mega.local_rank import whole
 
 PROCESSES = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
@@ -93,13 +94,3 @@ def _tasks_of_slurm(environ: Mapping[str, str]) -> tuple[str, int]:
     if first and environ.get("SLURM_JOB_ID") and not environ.get("SLURM_STEP_ID"):
         return "SLURM_NTASKS", 1
     return "SLURM_NTASKS", whole(environ, "SLURM_NTASKS", 1, least=1)
-
-
-def whole(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:
-    """A whole number from the environment."""
-    text = environ.get(name, "")
-    if not text:
-        return default
-    if not text.strip().isdecimal() or int(text) < least:
-        raise UserError(f"{name}={text!r} in the environment: expected a whole number of at least {least}")
-    return int(text)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -38,6 +39,8 @@ class Seat:
     kind: DeviceKind
     threads: int
     rendezvous: str
+    timeout_minutes: int
+    """How long a collective may take, before it ends the run."""
 
     def environment(self) -> dict[str, str]:
         """What torchrun would have set, and threads for libraries that read them when they are loaded."""
@@ -77,13 +80,19 @@ def loopback() -> str | None:
 @contextmanager
 def process_group(seat: Seat) -> Iterator[None]:
     """torch.distributed's default group for this rank; destroyed if the body succeeds (a failed NCCL group may hang)."""
-    import torch
     import torch.distributed as dist
 
     if seat.kind == "cuda":
-        torch.cuda.set_device(seat.local_rank)
+        from swift_mega import device as devices
+
+        devices.setup()  # makes this rank's device the current one, before NCCL asks for it
     backend = "nccl" if seat.kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store(seat), rank=seat.rank, world_size=seat.world)
+    timeout = timedelta(minutes=seat.timeout_minutes)
+    dist.init_process_group(
+        backend, store=_store(seat, timeout), rank=seat.rank, world_size=seat.world, timeout=timeout
+    )
+    if seat.kind == "cuda" and seat.world > 1:
+        _check_own_device()
     if backend == "gloo" and seat.world > 1:
         # A rank whose body ends at once would close connections that its peers are still making ("connectFullMesh failed").
         dist.barrier()
@@ -92,7 +101,7 @@ def process_group(seat: Seat) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _store(seat: Seat) -> Any:
+def _store(seat: Seat, timeout: timedelta) -> Any:
     """Where ranks find each other. None: torchrun's environment says, since it may serve the store itself."""
     import torch.distributed as dist
 
@@ -102,8 +111,31 @@ def _store(seat: Seat) -> Any:
         return dist.HashStore()
     if seat.rendezvous.startswith("tcp://"):
         host, _, port = seat.rendezvous.removeprefix("tcp://").rpartition(":")
-        return open_store(host, int(port), seat.world, serve=seat.rank == 0)
-    return dist.FileStore(seat.rendezvous, seat.world)
+        store = open_store(host, int(port), seat.world, serve=seat.rank == 0)
+    else:
+        store = dist.FileStore(seat.rendezvous, seat.world)
+    # NCCL makes its communicators at their first use, through the store: whoever comes first there waits for the others.
+    store.set_timeout(timeout)
+    return store
+
+
+def _check_own_device() -> None:
+    """UserError on all ranks where two of them have the same GPU. Collective."""
+    import torch
+
+    from swift_mega.parallel.agree import gather
+
+    refuse_shared_devices(gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)))
+
+
+def refuse_shared_devices(devices: list[str]) -> None:
+    """UserError where two ranks have one GPU, which NCCL refuses only at the first collective. devices: of each rank, unique names."""
+    for number, device in enumerate(devices):
+        if (first := devices.index(device)) != number:
+            raise UserError(
+                f"ranks {first} and {number} have the same GPU ({device}), and NCCL refuses two ranks on one: start as many ranks on a "
+                "machine as it has GPUs, and set LOCAL_RANK in each, as torchrun and srun do"
+            )
 
 
 def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:

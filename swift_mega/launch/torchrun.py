@@ -19,11 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from swift_mega.config.schema import TIMEOUT_MINUTES
 from swift_mega.errors import UserError
 from swift_mega.launch import rank, watch
 from swift_mega.launch.ended import SIGNALS, signals_raise
-from swift_mega.launch.environments import Nodes, joined, port_of, refuse_copies, whole
+from swift_mega.launch.environments import Nodes, joined, port_of, refuse_copies
 from swift_mega.launch.rank import DeviceKind, Seat
+from swift_mega.local_rank import find_local_rank, whole
 
 Result = TypeVar("Result")
 Start = Literal["auto", "fork", "exec", "here"]
@@ -37,7 +39,8 @@ def is_first_rank() -> bool:
 
 def speaks() -> bool:
     """Whether this process says on its machine what all ranks have to say: of those that were started the first one there."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def rank_prefix() -> str:
@@ -83,6 +86,7 @@ def run_ranks(
     device_kind: DeviceKind | Literal["auto"] = "auto",
     start: Start = "auto",
     logs: Path | None = None,
+    timeout_minutes: int = TIMEOUT_MINUTES,
 ) -> Result:
     """Run `body(*args)` in `world` ranks, each with torch.distributed initialised, and return the first rank's result.
 
@@ -92,6 +96,7 @@ def run_ranks(
     start: "here" runs one rank inside this process, for a debugger. Group and environment are taken away afterwards, but
     what gloo leaves behind makes later forks of this process crash or hang, so that one rank is a process too otherwise.
     logs: a folder that keeps rank<N>.log, the output of every rank but the machine's first; None keeps nothing.
+    timeout_minutes: how long a collective of the default group may take.
 
     Raises UserError as the rank raised it; RankError with the rank and its traceback, or the signal that killed it.
     Whatever happens, Ctrl-C and SIGKILL of this process included, no rank outlives the call. SIGTERM and SIGHUP are passed on to
@@ -101,13 +106,13 @@ def run_ranks(
     if _group_exists(world):
         return body(*args)
     if joined():
-        with signals_raise(), _joined_seat(world, kind) as seat, rank.process_group(seat):
+        with signals_raise(), _joined_seat(world, kind, timeout_minutes) as seat, rank.process_group(seat):
             return body(*args)
     refuse_copies(os.environ)
     nodes = Nodes.from_environment(os.environ)
     if world % nodes.count:
         raise UserError(f"{world} ranks cannot be spread evenly over NNODES={nodes.count} machines")
-    seats = _seats(world, nodes, kind)
+    seats = _seats(world, nodes, kind, timeout_minutes)
     if start == "here":
         assert world == 1, "only one rank runs inside this process"
         return _run_here(seats[0], body, args)
@@ -189,7 +194,7 @@ def _exec(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
             "move it into a module, or start the ranks with torchrun"
         )
     job = folder / f"job{seat.local_rank}"
-    job.write_bytes(pickle.dumps((seat, folder, body, args)))
+    job.write_bytes(pickle.dumps((seat, folder, pickle.dumps((body, args)))))
     environment = os.environ | _started_environment(seat)
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-m", "swift_mega.launch.worker", str(job), str(os.getpid())]
@@ -205,7 +210,7 @@ def _exec(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
     return os.posix_spawn(sys.executable, command, environment, file_actions=actions, setpgroup=0, setsigmask=())
 
 
-def _seats(world: int, nodes: Nodes, kind: DeviceKind) -> list[Seat]:
+def _seats(world: int, nodes: Nodes, kind: DeviceKind, timeout_minutes: int) -> list[Seat]:
     """This machine's ranks; the rendezvous of a single machine is a file that `_run_there` names."""
     local = world // nodes.count
     if kind == "cuda":
@@ -219,6 +224,7 @@ def _seats(world: int, nodes: Nodes, kind: DeviceKind) -> list[Seat]:
             kind=kind,
             threads=_threads(local),
             rendezvous=f"tcp://{nodes.address}:{nodes.port}" if nodes.count > 1 else "",
+            timeout_minutes=timeout_minutes,
         )
         for local_rank in range(local)
     ]
@@ -233,7 +239,7 @@ def _started_environment(seat: Seat) -> dict[str, str]:
 
 
 @contextmanager
-def _joined_seat(world: int, kind: DeviceKind) -> Iterator[Seat]:
+def _joined_seat(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator[Seat]:
     started = whole(os.environ, "WORLD_SIZE", 1, least=1)
     number = whole(os.environ, "RANK", 0, least=0)
     if started != world:
@@ -250,16 +256,16 @@ def _joined_seat(world: int, kind: DeviceKind) -> Iterator[Seat]:
         world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     ):  # torchrun's agent serves the store itself
         rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{port_of(os.environ, Nodes.port)}"
-    local_rank = whole(os.environ, "LOCAL_RANK", 0 if world == 1 else number, least=0)
     local_world = whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1)
     yield Seat(
         rank=number,
         world=world,
-        local_rank=local_rank,
+        local_rank=find_local_rank(os.environ),
         local_world=local_world,
         kind=kind,
         threads=_threads(local_world),
         rendezvous=rendezvous,
+        timeout_minutes=timeout_minutes,
     )
 
 
@@ -277,16 +283,18 @@ def _group_exists(world: int) -> bool:
 
 
 def _device_kind() -> DeviceKind:
-    import torch
+    from swift_mega.device import has_cuda
 
-    return "cuda" if torch.version.cuda and torch.cuda.is_available() else "cpu"
+    return "cuda" if has_cuda() else "cpu"
 
 
 def _check_devices(local: int) -> None:
     import torch
 
     if (there := torch.cuda.device_count()) < local:
-        raise UserError(f"{local} ranks on this machine, which has {there} CUDA devices: use --nproc {there} or fewer")
+        raise UserError(
+            f"{local} ranks on this machine, which has {there} GPUs, and NCCL refuses two ranks on one: use --nproc {there} or fewer"
+        )
 
 
 def _threads(local_world: int) -> int:

@@ -2,12 +2,17 @@
 
 A rank that raised on its own would leave its peers in the next collective: they wait, or fail with a broken connection in place
 of the reason. So code between two collectives keeps its problem as text, goes on taking part, and calls `agree`.
+
+What ranks tell one another here goes through the host, in a gloo group of its own: one of them may come hours after the others (rank 0
+merges an adapter, a reader waits for a slow disk). In a collective of NCCL they would be ended as hung after its timeout.
 """
 
 import errno
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -17,11 +22,34 @@ from swift_mega.outputs import FULL, cannot_write
 Result = TypeVar("Result")
 
 
+LONGEST_WAIT = timedelta(days=2)
+"""How long a rank waits for the others on the host. One that died ends the wait at once: its connections close."""
+
+
+def gather(mine: Result) -> list[Result]:
+    """What each rank has to tell, in the order of ranks; it is pickled, and stays on the host. Collective."""
+    if dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=_host_group(dist.group.WORLD))
+    return everyone
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All ranks of `world`, over gloo. Collective where it is not made yet."""
+    try:
+        return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    except RuntimeError as error:
+        raise UserError(
+            f"ranks cannot connect over gloo, with which they wait for one another ({str(error).splitlines()[0]}); set "
+            "GLOO_SOCKET_IFNAME on every machine to the network interface that reaches the others (`ip addr` lists them)"
+        ) from None
+
+
 def agree(problem: str | None) -> None:
     """Every rank raises the error of the first rank that has a problem; none is left waiting. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    said = next((text for text in problems if text is not None), None)
+    said = next((text for text in gather(problem) if text is not None), None)
     if said is not None:
         raise AgreedError(said)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,17 +26,17 @@ class Context:
     ring: dist.ProcessGroup
 
 
-def make_context(ranks: list[list[int]], mesh: Mesh) -> Context:
+def make_context(ranks: list[list[int]], mesh: Mesh, *, timeout: timedelta | None = None) -> Context:
     """The groups of the mesh for this rank. Collective over all ranks of the job.
 
-    ranks: the ranks of every context group, in the order of the axis.
+    ranks: the ranks of every context group, in the order of the axis. timeout: of a collective; None: the backend's.
     """
     mine, me = None, dist.get_rank()
     for group in ranks:
         assert len(group) == mesh.size, (group, mesh)
         inner = [group[first : first + mesh.ulysses] for first in range(0, mesh.size, mesh.ulysses)]
         outer = [group[place :: mesh.ulysses] for place in range(mesh.ulysses)]
-        made = [[dist.new_group(each) for each in some] for some in (inner, outer)]
+        made = [[dist.new_group(each, timeout=timeout) for each in some] for some in (inner, outer)]
         if me in group:
             place, position = mesh.place(group.index(me))
             mine = Context(mesh, group.index(me), made[0][position], made[1][place])

@@ -5,6 +5,7 @@ coordinates (byte ranges, layers, seeds) is true of the groups that communicate.
 """
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state as state
@@ -12,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from torch.distributed import ProcessGroup
 
+from swift_mega.config.schema import TIMEOUT_MINUTES
 from swift_mega.parallel.context import Context, make_context
 from swift_mega.parallel.layout import Coordinate, Layout
 from swift_mega.parallel.mesh import Mesh
@@ -49,10 +51,11 @@ class Groups:
         return self.coordinate.pipeline == self.layout.pipeline - 1
 
 
-def init(layout: Layout, *, seed: int = 42) -> Groups:
-    """Make Megatron's groups for this layout and seed its random states (one per tensor and expert rank).
+def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUTES) -> Groups:
+    """Make Megatron's groups for this layout and seed this rank's random states.
 
     torch.distributed must be initialised with layout.world ranks; every rank calls this. `close` undoes it.
+    timeout_minutes: how long a collective of these groups may take.
     """
     world = dist.get_world_size()
     assert world == layout.world, f"{world} ranks run, the layout is for {layout.world}"
@@ -64,6 +67,8 @@ def init(layout: Layout, *, seed: int = 42) -> Groups:
         hierarchical_context_parallel_sizes=_of_engine(layout.mesh),
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,  # for saving the optimizer's state in a format that we do not write
     )
     coordinate = layout.coordinate(dist.get_rank())
     _compare(coordinate)
@@ -83,7 +88,7 @@ def init(layout: Layout, *, seed: int = 42) -> Groups:
         expert_tensor=state.get_expert_tensor_parallel_group(),
         expert_data=state.get_expert_data_parallel_group(),
         embedding=state.get_embedding_group(check_initialized=False),
-        row=_row(layout) if layout.context > 1 else None,
+        row=_row(layout, timedelta(minutes=timeout_minutes)) if layout.context > 1 else None,
     )
 
 
@@ -92,12 +97,12 @@ def _of_engine(mesh: Mesh) -> list[int] | None:
     return [mesh.ulysses, mesh.ring] if mesh.engine and mesh.communication == "a2a+p2p" else None
 
 
-def _row(layout: Layout) -> Context:
+def _row(layout: Layout, timeout: timedelta) -> Context:
     together: dict[Coordinate, list[int]] = {}
     for rank in range(layout.world):
         where = layout.coordinate(rank)
         together.setdefault(replace(where, context=0, expert=0, expert_tensor=0, expert_data=0), []).append(rank)
-    return make_context(list(together.values()), layout.mesh)
+    return make_context(list(together.values()), layout.mesh, timeout=timeout)
 
 
 def _whole_world() -> ProcessGroup:

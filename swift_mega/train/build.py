@@ -99,7 +99,7 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     with (
         torch.no_grad()
     ):  # float32 shards are views of weights, and offloading makes a torch optimizer of them, which wants leaves
-        optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks)
+        optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks, use_gloo_process_groups=False)
     if device.kind == "cpu":
         _fuse(optimizer)
     _connect(run, part, chunks, optimizer)

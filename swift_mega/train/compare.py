@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from swift_mega.device import Device
-from swift_mega.parallel.agree import agree, on_first_rank
+from swift_mega.parallel.agree import agree, gather, on_first_rank
 from swift_mega.train.states import Rows, Side, Take, point_names, run_side
 
 BLOCK = 1 << 22
@@ -270,8 +269,7 @@ def measure(
     kept = _Kept(take, folder)
     run_side(side, device, rows, dtype, kept, scratch)
     agree(kept.problem)
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (distances, agreement))
+    every = gather((distances, agreement))
     merged = {point: distance for found, _ in every for point, distance in found.items()}
     assert len(merged) == sum(len(found) for found, _ in every) == len(names), sorted(merged)
     spoke = next(found for _, found in every if found.positions)

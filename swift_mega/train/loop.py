@@ -28,7 +28,7 @@ from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.settings import Settings
 from swift_mega.models.tiles import check_tiles
 from swift_mega.parallel import groups as parallel_groups
-from swift_mega.parallel.agree import agree, attempt, on_every_rank, on_first_rank
+from swift_mega.parallel.agree import agree, attempt, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.layout import Layout, check_microbatches
 from swift_mega.train.build import Training, build_training, check_dtype, parameter_dtype
 from swift_mega.train.flops import flops_per_token
@@ -120,7 +120,7 @@ def total_steps(train: schema.Train, batches: Batches) -> int:
 
 def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
     """One rank of a run, from groups to the last checkpoint."""
-    groups = parallel_groups.init(layout, seed=run.train.seed)
+    groups = parallel_groups.init(layout, seed=run.train.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
         batches, validation = make_batches(run, layout, groups.coordinate.data, prepared, pad_token)
         steps = total_steps(run.train, batches)
@@ -146,9 +146,8 @@ def _directory(run: schema.Run, steps: int) -> RunDirectory:
         _put_aside(run, made[0], steps)
 
     agree(on_first_rank(make))
-    said = [str(made[0].path) if made else ""]
-    dist.broadcast_object_list(said, src=0)
-    return on_every_rank(lambda: made[0] if made else RunDirectory(said[0], False))
+    path = gather(str(made[0].path) if made else "")[0]
+    return on_every_rank(lambda: made[0] if made else RunDirectory(path, False))
 
 
 def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:

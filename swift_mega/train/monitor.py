@@ -242,7 +242,7 @@ class Monitor:
 
     def _standing(self, iteration: int, now: float) -> Record:
         """Where the run stands, and how long the rest will take at the speed so far."""
-        elapsed = now - self._begin
+        elapsed, allocated = now - self._begin, self._device.peak_allocated_bytes()
         done = iteration - self._first
         speed = (elapsed - self._paused) / done if done > 0 else None
         return {
@@ -250,6 +250,7 @@ class Monitor:
             "elapsed_time": format_time(elapsed),
             "remaining_time": None if speed is None else format_time(speed * (self._steps - iteration)),
             "memory(GiB)": round(self._device.peak_memory_bytes() / 2**30, 2),
+            **({} if allocated is None else {"memory_allocated(GiB)": round(allocated / 2**30, 2)}),
             "train_speed(s/it)": speed,
         }
 

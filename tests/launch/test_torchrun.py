@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.errors import UserError
+from swift_mega.launch.rank import refuse_shared_devices
 from swift_mega.launch.torchrun import Nodes, is_alone, joined, run_ranks, world_size
 from swift_mega.launch.watch import RankError
+from swift_mega.local_rank import device_index, find_local_rank
+from swift_mega.parallel.agree import gather
 
 LAUNCH_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -42,6 +46,12 @@ def sum_of_ranks(scale: int) -> dict[str, object]:
         "pid": os.getpid(),
         "threads": torch.get_num_threads(),
     }
+
+
+def seats_of_all() -> tuple[dict[str, object], list[tuple[int, timedelta]]]:
+    assert dist.group.WORLD is not None
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    return sum_of_ranks(10), gather((device_index(find_local_rank(os.environ), 2), timeout))
 
 
 def fail_on(rank: int, error: type[Exception]) -> None:
@@ -130,9 +140,10 @@ def test_result_of_the_first_rank(world: int) -> None:
 
 
 def test_fresh_interpreters_do_the_same() -> None:
-    """The way that CUDA ranks start: by a new interpreter each."""
-    result = run_ranks(2, sum_of_ranks, 10, start="exec", device_kind="cpu")
+    """The way that CUDA ranks start: by a new interpreter each. Each one finds its own device and the timeout."""
+    result, seats = run_ranks(2, seats_of_all, start="exec", device_kind="cpu", timeout_minutes=7)
     assert result["total"] == 10 and result["environment"] == ["0", "2", "0", "2"]
+    assert seats == [(0, timedelta(minutes=7)), (1, timedelta(minutes=7))]
 
 
 def test_fresh_interpreters_report_a_user_error() -> None:
@@ -428,8 +439,18 @@ def test_too_few_ranks_are_refused() -> None:
 
 def test_missing_cuda_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="2 ranks on this machine, which has 1 CUDA devices: use --nproc 1 or fewer"):
+    with pytest.raises(
+        UserError, match="2 ranks on this machine, which has 1 GPUs, and NCCL refuses two ranks on one: use --nproc 1"
+    ):
         run_ranks(2, talk, device_kind="cuda")
+
+
+def test_two_ranks_on_one_gpu_are_refused() -> None:
+    refuse_shared_devices(["GPU-a", "GPU-b"])
+    with pytest.raises(
+        UserError, match=r"ranks 1 and 2 have the same GPU \(GPU-b\), and NCCL refuses.*set LOCAL_RANK in each"
+    ):
+        refuse_shared_devices(["GPU-a", "GPU-b", "GPU-b"])
 
 
 def test_one_machine_is_the_default() -> None:

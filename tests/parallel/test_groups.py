@@ -1,8 +1,11 @@
 """Groups: Megatron's parallel state agrees with the Layout, on real ranks, again and again in one process."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as state
 
 from swift_mega.parallel import groups
 from swift_mega.parallel.layout import Layout
@@ -11,7 +14,7 @@ from swift_mega.parallel.mesh import Mesh
 
 def _layouts_in_turn(layouts: list[Layout]) -> list[str]:
     for layout in layouts:
-        here = groups.init(layout, seed=7)
+        here = groups.init(layout, seed=7, timeout_minutes=11)
         sizes = {name: getattr(here, name).size() for name in ("tensor", "pipeline", "data", "expert", "expert_data")}
         assert sizes == {
             "tensor": layout.tensor,
@@ -26,8 +29,22 @@ def _layouts_in_turn(layouts: list[Layout]) -> list[str]:
         dist.all_reduce(total, group=here.tensor)
         assert total.item() == sum(mates)
         assert (here.embedding is not None) == (here.is_first_stage or here.is_last_stage)
+        _timeouts(here)
         groups.close()
     return [layout.name for layout in layouts]
+
+
+def _timeouts(here: groups.Groups) -> None:
+    """Of every group that communicates while a step is taken; and there are no second ones, over gloo."""
+    names = "model tensor pipeline context data data_context expert expert_tensor expert_data embedding"
+    made = [getattr(here, name) for name in names.split()]
+    if here.row is not None:
+        made += [here.row.ulysses, here.row.ring]
+    for group in made:
+        if group is not None:
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=11)
+    gloo = {name: group for name, group in vars(state).items() if name.endswith("_GLOO")}
+    assert len(gloo) >= 4 and not any(gloo.values())
 
 
 def _same(layout: Layout, one: int, other: int, free: str) -> bool:

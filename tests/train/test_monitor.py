@@ -128,6 +128,9 @@ def test_a_line_has_every_number_exactly(tmp_path):
         def peak_memory_bytes(self) -> int:
             return 3 * 2**29
 
+        def peak_allocated_bytes(self) -> int:
+            return 2**30
+
     device = Known(kind="cpu", device=torch.device("cpu"), backend="gloo", name="known")
     clock, directory = Clock(), RunDirectory(tmp_path, now=NOON)
     with Monitor(
@@ -147,6 +150,7 @@ def test_a_line_has_every_number_exactly(tmp_path):
         "elapsed_time": "4s",
         "remaining_time": "1m 16s",
         "memory(GiB)": 1.5,
+        "memory_allocated(GiB)": 1.0,
         "train_speed(s/it)": 4.0,
         "tokens_per_s": 250.0,
         "tflops": 0.375,
@@ -165,6 +169,7 @@ def test_mfu_is_null_where_the_peak_is_unknown(tmp_path):
         give(monitor, 1)
     (line,) = lines(directory)
     assert line["mfu"] is None and line["tflops"] == 1.0 and line["memory(GiB)"] > 0.05
+    assert "memory_allocated(GiB)" not in line  # torch counts it on CUDA only
 
 
 def test_lines_between_are_averaged_and_first_and_last_are_written(tmp_path):

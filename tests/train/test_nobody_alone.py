@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups
+from swift_mega.parallel.agree import gather
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.monitor import Monitor
 
@@ -84,6 +87,34 @@ def train_where_rank_0_cannot_write(recipe: list[str], folder: Path) -> dict[str
     found["log"] = run_with(recipe, f"train.output_dir={folder / 'log'}", stays)
     Monitor.step = step  # type: ignore[method-assign]
     return found
+
+
+def wait_on_the_host(folder: Path) -> tuple[list[int], list[str]]:
+    """A rank that comes later than a collective may take; and machines that do not find one another."""
+    here = dist.get_rank()
+    again = {"backend": "gloo", "rank": here, "world_size": 2, "timeout": timedelta(seconds=1)}
+    dist.destroy_process_group()
+    dist.init_process_group(store=dist.FileStore(str(folder / "one"), 2), **again)
+    gather(here)
+    if here == 0:
+        time.sleep(1.5)
+    came = gather(here)
+    dist.destroy_process_group()
+    dist.init_process_group(store=dist.FileStore(str(folder / "other"), 2), **again)
+    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
+    with pytest.raises(UserError) as error:
+        gather(here)
+    every = [""] * 2
+    dist.all_gather_object(every, str(error.value))
+    return came, every
+
+
+def test_ranks_wait_for_one_another_on_the_host(ranks, tmp_path: Path) -> None:
+    came, errors = ranks(2, wait_on_the_host, tmp_path, timeout=60)
+    assert came == [0, 1]
+    assert all(
+        "cannot connect over gloo" in said and "set GLOO_SOCKET_IFNAME on every machine" in said for said in errors
+    )
 
 
 def test_a_file_that_cannot_be_read_on(ranks, tmp_path: Path) -> None:
