@@ -70,10 +70,6 @@ class Device:
         """Whether the layers of a model of this dtype are Transformer Engine's; elsewhere they are Megatron's local modules."""
         return self.kind == "cuda" and dtype in TE_DTYPES and transformer_engine().version is not None
 
-    def seed_all(self, seed: int) -> None:
-        """Seed torch's generators of this process. Megatron's own are seeded by parallel.groups.init."""
-        torch.manual_seed(seed)
-
     def peak_memory_bytes(self) -> int:
         """CUDA: the most that torch had reserved. CPU: the most that this process had resident."""
         if self.kind == "cuda":

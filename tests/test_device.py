@@ -219,14 +219,6 @@ def test_peak_memory_counts_what_was_resident(cpu):
 
 
 @no_cuda
-def test_seed_all(cpu):
-    cpu.seed_all(3)
-    first = torch.rand(2)
-    cpu.seed_all(3)
-    assert torch.equal(torch.rand(2), first)
-
-
-@no_cuda
 def test_device_contexts_still_work(cpu):
     """`with torch.device(...)` reaches factories under the facade: transformers builds models on "meta" with it, and a context
     that did nothing left rotary frequencies unset, without an error."""

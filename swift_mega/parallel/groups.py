@@ -7,6 +7,7 @@ coordinates (byte ranges, layers, seeds) is true of the groups that communicate.
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as state
 from megatron.core import tensor_parallel
@@ -72,7 +73,7 @@ def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUT
     )
     coordinate = layout.coordinate(dist.get_rank())
     _compare(coordinate)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    seed_dropout(layout, coordinate, seed)
     return Groups(
         layout=layout,
         coordinate=coordinate,
@@ -90,6 +91,27 @@ def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUT
         embedding=state.get_embedding_group(check_initialized=False),
         row=_row(layout, timedelta(minutes=timeout_minutes)) if layout.context > 1 else None,
     )
+
+
+EXPERT_INPUT = "expert-input-rng"
+"""The random state, beside Megatron's, for dropout of what all expert-tensor ranks of an expert hold whole."""
+SEEDS_OF_A_RANK = 1 << 20
+"""Seeds that belong to one rank: Megatron adds at most 2718 + tensor rank, or 1024 + 100 * expert rank + expert-tensor rank."""
+
+
+def seed_dropout(layout: Layout, coordinate: Coordinate, seed: int) -> None:
+    """Seeds torch's and Megatron's generators of this rank, so that dropout differs wherever activations do.
+
+    Ranks of one tensor group share the default generator, since they hold the same tokens; Megatron's tracker has states that differ on
+    them, for what is cut. Ranks with other tokens or layers (data, context and pipeline rank) differ in all of them: Megatron-LM itself
+    tells stages apart (100 * stage), but neither data nor context ranks, which would drop the same features of their tokens.
+    """
+    where = (coordinate.pipeline * layout.data + coordinate.data) * layout.context + coordinate.context
+    mine = seed + SEEDS_OF_A_RANK * where
+    torch.manual_seed(mine)
+    tensor_parallel.model_parallel_cuda_manual_seed(mine, force_reset_rng=True)
+    experts = (coordinate.pipeline * layout.expert + coordinate.expert) * layout.expert_data + coordinate.expert_data
+    tensor_parallel.get_cuda_rng_tracker().add(EXPERT_INPUT, seed + SEEDS_OF_A_RANK * experts + SEEDS_OF_A_RANK // 2)
 
 
 def _of_engine(mesh: Mesh) -> list[int] | None:

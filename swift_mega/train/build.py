@@ -21,6 +21,7 @@ from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.tiles import tile_size
 from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
+from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout, plan_layout
@@ -85,7 +86,6 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     """Everything that `steps` optimizer steps need. Collective."""
     assert run.model.path is not None
     tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
-    device.seed_all(run.train.seed)
     dtype = parameter_dtype(run.model, device)
     path = run.model.path
     checkpoint = on_every_rank(lambda: open_checkpoint(path, dequantised_dtype(run.model, dtype)))
@@ -105,6 +105,7 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     _connect(run, part, chunks, optimizer)
     scheduler = _scheduler(run.optim, optimizer, steps)
     head = Head(part, groups, run.train.loss_chunk_size)
+    parallel_groups.seed_dropout(groups.layout, groups.coordinate, run.train.seed)  # building may have drawn numbers
     return Training(run, device, groups, part, tuner, objective, head, chunks, optimizer, scheduler)
 
 

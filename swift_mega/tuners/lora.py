@@ -25,6 +25,7 @@ from swift_mega.config import schema
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Fused, Heads, Pack
+from swift_mega.parallel.groups import EXPERT_INPUT
 from swift_mega.tuners.targets import ALL, Target, check_targets, find_targets, linear_names
 
 
@@ -293,7 +294,15 @@ class Adapter(nn.Module):
         return self.pack.join(blocks, self.heads)
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout that is the same on ranks that see the same input, and different on ranks that see different ones."""
+        """Dropout that is the same on ranks that see the same input, and different on ranks that see different ones.
+
+        Experts have states of their own: how much they draw depends on the tokens that come, and tensor ranks may be different experts,
+        whose default generators must stay in step.
+        """
+        if self.expert:
+            state = tensor_parallel.random.get_expert_parallel_rng_tracker_name() if self.row else EXPERT_INPUT
+            with tensor_parallel.get_cuda_rng_tracker().fork(state):
+                return F.dropout(x, self.dropout)
         if self.size > 1 and (self.row or self.sequence):
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 return F.dropout(x, self.dropout)
