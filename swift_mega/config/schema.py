@@ -215,6 +215,11 @@ class Train:
         flag="num_train_epochs max_epochs", help="passes over the data; default 1 where steps is not set"
     )
     seed: int = setting(42, flag="seed", help="of initial adapter values and dropout")
+    deterministic: bool = setting(
+        False,
+        flag="deterministic deterministic_mode",
+        help="repeat to the last bit: every op in its deterministic form, or an error that names the op which has none",
+    )
     recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
     recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")
     recompute_layers: int = setting(1, flag="recompute_num_layers", help="layers per recomputed block")

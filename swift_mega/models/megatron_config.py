@@ -102,7 +102,8 @@ def transformer_config(
         sequence_parallel=layout.sequence, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True, variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
-        perform_initialization=False, use_cpu_initialization=device.kind == "cpu", **layout.pipeline_settings(),
+        perform_initialization=False, use_cpu_initialization=device.kind == "cpu", deterministic_mode=train.deterministic,
+        **layout.pipeline_settings(),
     )  # fmt: skip
     if layout.mesh.engine:
         fields["cp_comm_type"] = layout.mesh.communication

@@ -145,7 +145,7 @@ OURS = _words("""
     hierarchical_context_parallel_sizes account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
     moe_extended_tp moe_grouped_gemm moe_token_dispatcher_type use_cpu_initialization perform_initialization
     pipeline_model_parallel_comm_backend microbatch_group_size_per_vp_stage max_seqlen_per_dp_cp_rank hybrid_context_parallel
-    transformer_impl enable_autocast autocast_dtype
+    transformer_impl enable_autocast autocast_dtype deterministic_mode
 """)
 """Fields that follow from the layout and our own settings."""
 
@@ -260,7 +260,7 @@ def _refused() -> dict[str, str]:
             use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert moe_use_legacy_grouped_gemm mlp_chunks_for_training
             moe_router_padding_for_quantization moe_router_padding_for_fp8 fp32_residual_connection""",
         "layers here do not obey it in all their parts; leave it out": """
-            deterministic_mode batch_invariant_mode disable_bf16_reduced_precision_matmul async_tensor_model_parallel_allreduce""",
+            batch_invariant_mode disable_bf16_reduced_precision_matmul async_tensor_model_parallel_allreduce""",
     }
     return _by_name(groups)
 

@@ -50,7 +50,17 @@ def backward_by_heads(
     for mine, theirs in _parts(query, key):
         q, k, v = query[:, mine], key[:, theirs], value[:, theirs]
         towards = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernel(grad[:, mine], q, k, v, out[:, mine], lse[mine], *towards, **settings, deterministic=False)
+        kernel(
+            grad[:, mine],
+            q,
+            k,
+            v,
+            out[:, mine],
+            lse[mine],
+            *towards,
+            **settings,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
         yield mine, theirs, towards
 
 

@@ -73,12 +73,19 @@ def gated_delta_reference(
     return out.transpose(1, 2).flatten(0, 1).index_select(0, place).to(dtype)
 
 
+def _running_sums(x: Tensor) -> Tensor:
+    """Along the last dim. cumsum has no deterministic form on CUDA, a product with ones has."""
+    if torch.are_deterministic_algorithms_enabled():
+        return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
+    return x.cumsum(-1)
+
+
 def _by_chunk(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, chunks: Sequence[int]) -> Tensor:
     """q, k [chunks, heads, size, key_dim], v [..., value_dim], decay, beta [chunks, heads, size] -> [..., value_dim].
 
     chunks: how many of them each example has.
     """
-    kept = decay.cumsum(-1)  # log of what is left at a token of the state before the chunk
+    kept = _running_sums(decay)  # log of what is left at a token of the state before the chunk
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     between = (kept[..., :, None] - kept[..., None, :]).masked_fill(later, float("-inf")).exp()
     left, until_end = kept.exp()[..., None], (kept[..., -1:] - kept).exp()[..., None]

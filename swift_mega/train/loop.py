@@ -17,6 +17,7 @@ from swift_mega.convert.hf_write import parse_size
 from swift_mega.convert.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
+from swift_mega.deterministic import deterministic
 from swift_mega.device import Device
 from swift_mega.errors import AgreedError, UserError
 from swift_mega.export.checkpoint import save_checkpoint
@@ -120,6 +121,11 @@ def total_steps(train: schema.Train, batches: Batches) -> int:
 
 def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
     """One rank of a run, from groups to the last checkpoint."""
+    with deterministic(run.train.deterministic):
+        return _train(run, device, layout, prepared, pad_token)
+
+
+def _train(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
     groups = parallel_groups.init(layout, seed=run.train.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
         batches, validation = make_batches(run, layout, groups.coordinate.data, prepared, pad_token)
