@@ -90,7 +90,7 @@ def make_checkpoint(directory: Path, gigabytes: float) -> None:
     """Random numbers, none of them NaN, in files of 500 MB."""
     import torch
 
-    from swift_mega.convert.hf_write import Writer, plan_files, write_headers
+    from swift_mega.convert.files.hf_write import Writer, plan_files, write_headers
 
     vocabulary, layer = (
         2 * VOCABULARY * HIDDEN * 2,
@@ -191,7 +191,7 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
 
     from swift_mega import device as devices
     from swift_mega.config import schema
-    from swift_mega.convert.hf_files import Checkpoint
+    from swift_mega.convert.files.hf_files import Checkpoint
     from swift_mega.convert.save import save
     from swift_mega.parallel import groups as parallel_groups
     from swift_mega.train.build import build_part
@@ -340,7 +340,7 @@ def measure(
 
 def _compare(source: Path, target: Path) -> None:
     """The tensors of both, bit for bit, whatever their order in the files."""
-    from swift_mega.convert.hf_files import Checkpoint
+    from swift_mega.convert.files.hf_files import Checkpoint
 
     if [file.name for file in weights(source)] == [file.name for file in weights(target)] and all(
         filecmp.cmp(file, target / file.name, shallow=False) for file in weights(source)

@@ -16,7 +16,7 @@ from prepare_smollm2 import prepare
 from smoke_model import smoke_model
 
 from swift_mega import api
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ("Who are you?", "Who made you?", "What is the capital of France?")

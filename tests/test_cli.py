@@ -19,8 +19,8 @@ from swift_mega.cli import main
 from swift_mega.cli.table import VERBS
 from swift_mega.config.schema import Parallel
 from swift_mega.config.tree import settings
-from swift_mega.convert.hf_write import plan_files, write_headers
-from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.files.hf_write import plan_files, write_headers
+from swift_mega.convert.files.report import checksums, write_report
 from swift_mega.errors import UserError
 from swift_mega.launch.watch import RankError
 

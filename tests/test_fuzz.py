@@ -17,7 +17,7 @@ import tiny
 from swift_mega.cli import main
 from swift_mega.config.schema import Data
 from swift_mega.config.tree import settings as all_settings
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.formats import COLUMNS
 from swift_mega.data.loader import prepare

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from tests.forked import run_script as run
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools" / "convert"

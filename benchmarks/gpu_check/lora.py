@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.gpu_check.bench import OPTIM, Bench, DtypeName, examples, network, packed, relative, run_of, summed_loss
 from benchmarks.gpu_check.record import Stage
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.data.pack import Microbatch
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import merge

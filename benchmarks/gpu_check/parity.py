@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check.bench import Bench, DtypeName, network, relative, run_of, summed_loss
 from benchmarks.gpu_check.record import Stage
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.train import validate
 
 FACTOR = 1.5

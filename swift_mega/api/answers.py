@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from swift_mega import device as devices
-from swift_mega.convert import stream
-from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.files import stream
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError

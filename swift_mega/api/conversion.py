@@ -11,18 +11,19 @@ import torch
 from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
-from swift_mega.convert import plan_report, stream
+from swift_mega.convert import plan_report
 from swift_mega.convert.check import carried_of
-from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.hf_write import parse_size
+from swift_mega.convert.files import stream
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.convert.files.quantised import open_checkpoint
+from swift_mega.convert.files.resized import weights_of
+from swift_mega.convert.files.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest
 from swift_mega.convert.padding import check_padding
 from swift_mega.convert.plan import draw
 from swift_mega.convert.plan_report import Plan, rest_of
-from swift_mega.convert.quantised import open_checkpoint
-from swift_mega.convert.resized import weights_of
 from swift_mega.convert.save import save
-from swift_mega.convert.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.device import Device
 from swift_mega.errors import UserError

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from swift_mega import device as devices
 from swift_mega.api.ranks import on_device
 from swift_mega.config import schema
-from swift_mega.convert import stream
-from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.files import stream
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens

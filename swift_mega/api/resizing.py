@@ -9,9 +9,9 @@ from typing import Any
 
 from swift_mega.config import schema
 from swift_mega.convert.check import carried_of
-from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import copy_companions
-from swift_mega.convert.resized import write_resized
+from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_write import copy_companions
+from swift_mega.convert.files.resized import write_resized
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of

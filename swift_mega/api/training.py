@@ -16,8 +16,8 @@ from swift_mega.api.resizing import resized
 from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
 from swift_mega.config.load import Resolved, load
-from swift_mega.convert.hf_write import companions
-from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.files.hf_write import companions
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note

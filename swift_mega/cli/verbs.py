@@ -205,7 +205,7 @@ def _side(arguments: Arguments, letter: str) -> dict[str, Any]:
 def _verify_files(directory: str) -> int:
     if not Path(directory).is_dir():
         raise UserError(f"--model={directory}: no such directory")
-    from swift_mega.convert.report import problems
+    from swift_mega.convert.files.report import problems
 
     tensors, found = problems(directory)
     for line in found:

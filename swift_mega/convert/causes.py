@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings

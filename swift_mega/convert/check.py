@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from swift_mega.convert.causes import Misfit, cause_of
-from swift_mega.convert.hf_files import Checkpoint, read_json, some
+from swift_mega.convert.files.hf_files import Checkpoint, read_json, some
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart

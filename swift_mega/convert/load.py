@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.convert.check import check_coverage, needs
-from swift_mega.convert.finite import check_finite, is_finite
-from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.progress import bytes_bar
+from swift_mega.convert.files.finite import check_finite, is_finite
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart

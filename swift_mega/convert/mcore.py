@@ -20,14 +20,14 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import carried_of, refuse_quantised
-from swift_mega.convert.hf_files import DTYPES as TORCH_DTYPES
-from swift_mega.convert.hf_files import NAMES, Checkpoint, some
-from swift_mega.convert.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.files.hf_files import DTYPES as TORCH_DTYPES
+from swift_mega.convert.files.hf_files import NAMES, Checkpoint, some
+from swift_mega.convert.files.hf_write import Writer, copy_companions, plan_files, write_headers
+from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
+from swift_mega.convert.files.which_files import CARRIED, has_weights
 from swift_mega.convert.places import spellings
-from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.save import staged_together
 from swift_mega.convert.torch_dist import read_metadata
-from swift_mega.convert.which_files import CARRIED, has_weights
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family

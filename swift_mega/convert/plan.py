@@ -15,11 +15,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.spans import Span, spans, stacked
 from swift_mega.convert.load import fill
 from swift_mega.convert.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
-from swift_mega.convert.spans import Span, spans, stacked
 from swift_mega.device import Device
 from swift_mega.models.build import build
 from swift_mega.models.family import Family, Rule, family_of

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from swift_mega.convert.check import Coverage, check_coverage
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.quantised import Dequantised
+from swift_mega.convert.files.which_files import unread
 from swift_mega.convert.plan import Blueprint, Share, byte_ranges, check_tiling, shares
-from swift_mega.convert.quantised import Dequantised
-from swift_mega.convert.which_files import unread
 from swift_mega.parallel.layout import Coordinate, Layout
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, carried_of, count_predicted
-from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.hf_write import (
+from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_write import (
     Planned,
     Writer,
     bytes_needed,
@@ -27,12 +27,12 @@ from swift_mega.convert.hf_write import (
     plan_files,
     write_headers,
 )
-from swift_mega.convert.progress import bytes_bar
-from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
-from swift_mega.convert.report import checksums, write_report
+from swift_mega.convert.files.progress import bytes_bar
+from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
+from swift_mega.convert.files.report import checksums, write_report
+from swift_mega.convert.files.stream import set_dtype
+from swift_mega.convert.files.which_files import CARRIED, MODEL, has_weights
 from swift_mega.convert.slices import slices, together
-from swift_mega.convert.stream import set_dtype
-from swift_mega.convert.which_files import CARRIED, MODEL, has_weights
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
 from swift_mega.models.quantization import quantization_of

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from swift_mega.convert.spans import stacked
+from swift_mega.convert.files.spans import stacked
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import Heads
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from swift_mega.convert.spans import SHORT, Span, flat, read_spans
+from swift_mega.convert.files.spans import SHORT, Span, flat, read_spans
 from swift_mega.errors import UserError
 
 METADATA, SUFFIX = ".metadata", ".distcp"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import check_coverage
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.load import fill, not_finite
 from swift_mega.convert.mcore import (
     RELEASE,
@@ -29,7 +30,6 @@ from swift_mega.convert.mcore import (
 )
 from swift_mega.convert.places import Box, Place
 from swift_mega.convert.plan import Blueprint, Slot
-from swift_mega.convert.progress import bytes_bar
 from swift_mega.convert.save import Piece, carried_tensors, companions_from, staged_together, write_pieces
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist

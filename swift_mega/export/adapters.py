@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.load import fill, not_finite, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.convert.hf_files import Checkpoint, some
-from swift_mega.convert.quantised import open_checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.errors import UserError
 from swift_mega.export.merged import Merge, read_adapter
 from swift_mega.models.quantization import KEYS, quantization_of

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS, check_same_head, refuse_quantised
-from swift_mega.convert.finite import check_finite
-from swift_mega.convert.hf_files import Checkpoint, Entry, some
-from swift_mega.convert.hf_write import Writer, bytes_needed, copy_companions, parse_size, plan_files, write_headers
-from swift_mega.convert.quantised import drop_quantization, open_checkpoint, written_dtypes
-from swift_mega.convert.report import write_report
-from swift_mega.convert.views import Untied
-from swift_mega.convert.which_files import ADAPTER
+from swift_mega.convert.files.finite import check_finite
+from swift_mega.convert.files.hf_files import Checkpoint, Entry, some
+from swift_mega.convert.files.hf_write import (
+    Writer,
+    bytes_needed,
+    copy_companions,
+    parse_size,
+    plan_files,
+    write_headers,
+)
+from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
+from swift_mega.convert.files.report import write_report
+from swift_mega.convert.files.views import Untied
+from swift_mega.convert.files.which_files import ADAPTER
 from swift_mega.errors import UserError
 from swift_mega.export.companions import of_adapter
 from swift_mega.models.config_json import read_config

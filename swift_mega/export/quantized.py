@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from swift_mega.convert.hf_write import parse_size
-from swift_mega.convert.quantised import open_checkpoint
-from swift_mega.convert.to_fp8 import BLOCK, fp8_linears, write_fp8
+from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.convert.files.quantised import open_checkpoint
+from swift_mega.convert.files.to_fp8 import BLOCK, fp8_linears, write_fp8
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings

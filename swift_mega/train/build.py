@@ -9,9 +9,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.load import load
-from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_write import parse_size
-from swift_mega.convert.resized import weights_of
+from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.convert.files.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.deterministic import deterministic

@@ -18,9 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert import stream
+from swift_mega.convert.files import stream
+from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.mcore import companions_of, load_mcore
-from swift_mega.convert.quantised import open_checkpoint
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError

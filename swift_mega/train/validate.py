@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.convert.save import write_directory
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device

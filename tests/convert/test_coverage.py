@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.mcore import widest
 from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.mcore import widest
 from swift_mega.convert.save import save
 from swift_mega.errors import UserError

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.convert import plan, plan_report
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.models.build import build
 from swift_mega.models.family import family_of

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.hf_write import Writer, plan_files, write_headers
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.hf_write import Writer, plan_files, write_headers
 from swift_mega.convert.save import save
 from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from swift_mega import api
 from swift_mega.cli import main
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.export.in_memory import load_merged
 from swift_mega.models.translate import hf_config

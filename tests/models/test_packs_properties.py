@@ -21,8 +21,8 @@ from torch import Tensor
 
 import swift_mega
 from swift_mega.convert import save
-from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.hf_write import Writer, plan_files, write_headers
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.hf_write import Writer, plan_files, write_headers
 from swift_mega.convert.load import fill
 from swift_mega.convert.save import Piece
 from swift_mega.convert.slices import rows_of
@@ -134,7 +134,7 @@ def test_places_take_what_a_rank_reads(pack, data):
 def test_a_file_fills_every_rank(pack, data):
     """Through a file, in the file's dtype and in float64; what was in memory before does not matter."""
     case = data.draw(cases(pack))
-    # A file holds finite numbers only (tests/convert/test_not_finite.py).
+    # A file holds finite numbers only (tests/convert/files/test_not_finite.py).
     case = replace(case, tensors=[torch.where(one.isfinite(), one, one.new_ones(())) for one in case.tensors])
     with tempfile.TemporaryDirectory() as folder:
         planned = plan_files(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.device import Device
 from swift_mega.export.merged import merge
 from swift_mega.models.translate import load_settings

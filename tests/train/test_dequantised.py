@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from swift_mega import api
 from swift_mega.cli import main
-from swift_mega.convert.hf_files import Checkpoint
-from swift_mega.convert.quantised import drop_quantization
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.quantised import drop_quantization
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings

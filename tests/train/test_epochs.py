@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from swift_mega import api
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 
 ROWS = 7
 

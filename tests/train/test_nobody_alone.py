@@ -14,7 +14,7 @@ import torch.distributed as dist
 import tiny
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.load import load
 from swift_mega.errors import AgreedError, UserError
 from swift_mega.models.build import build

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_mega.convert.hf_files import Checkpoint
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings

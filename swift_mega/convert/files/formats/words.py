@@ -1,0 +1,36 @@
+"""Small unsigned integers packed into int32 words, as GPTQ and AWQ pack them along one dim of a matrix."""
+
+import torch
+from torch import Tensor
+
+from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.errors import UserError
+
+WORD = 32
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unpack(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """int32 words [..., n, ...] -> their unsigned integers [..., n * 32 / bits, ...] along `dim`, int32.
+
+    order: which place in its word each integer has; default: from the lowest bits.
+    """
+    shifts = torch.tensor(order or range(WORD // bits), dtype=torch.int32) * bits
+    shape = [1] * (words.dim() + 1)
+    shape[dim + 1] = len(shifts)
+    return (words.unsqueeze(dim + 1) >> shifts.view(shape)).bitwise_and_((1 << bits) - 1).flatten(dim, dim + 1)
+
+
+def trim(values: Tensor, dim: int, wanted: tuple[int, int], each: int) -> Tensor:
+    """What was asked for, of whole words that hold it."""
+    return values.narrow(dim, wanted[0] % each, wanted[1] - wanted[0])
+
+
+def matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """The sizes of a stored matrix; UserError where it is none."""
+    shape = checkpoint.entries[name].shape
+    if len(shape) != 2:
+        raise UserError(
+            f"{checkpoint.directory}: {name} has shape {list(shape)}, not a matrix of words; copy the checkpoint again"
+        )
+    return shape[0], shape[1]
