@@ -42,7 +42,7 @@ LONGEST = (
     "train/test_compare.py", "train/test_few_key_heads.py", "plan/test_memory.py", "test_tools.py", "train/test_context_layouts.py",
     "train/test_offload.py", "convert/test_whole.py", "train/test_loop.py", "convert/test_plan.py", "export/test_adapters.py",
     "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_engine_layouts.py",
-    "train/test_delta_layouts.py", "convert/test_megatron_lm.py",
+    "train/test_delta_layouts.py", "convert/megatron/test_megatron_lm.py",
 )  # fmt: skip
 """Files of more than 15 CPU seconds. Workers take files in this order, so that none is left with a long one at the end."""
 

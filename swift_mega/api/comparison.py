@@ -14,8 +14,8 @@ from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES
 from swift_mega.api.ranks import on_device
 from swift_mega.convert.files.which_files import unread
-from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory
-from swift_mega.convert.padding import check_padding
+from swift_mega.convert.megatron.mcore import companions_of, is_mcore, iteration_directory
+from swift_mega.convert.megatron.padding import check_padding
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens

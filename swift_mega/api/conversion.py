@@ -19,8 +19,15 @@ from swift_mega.convert.files.hf_write import parse_size
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.files.resized import weights_of
 from swift_mega.convert.files.which_files import PICKLES, has_weights, unread
-from swift_mega.convert.mcore import companions_of, is_mcore, iteration_directory, load_mcore, save_mcore, widest
-from swift_mega.convert.padding import check_padding
+from swift_mega.convert.megatron.mcore import (
+    companions_of,
+    is_mcore,
+    iteration_directory,
+    load_mcore,
+    save_mcore,
+    widest,
+)
+from swift_mega.convert.megatron.padding import check_padding
 from swift_mega.convert.plan import draw
 from swift_mega.convert.plan_report import Plan, rest_of
 from swift_mega.convert.save import save

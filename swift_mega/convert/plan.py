@@ -18,7 +18,7 @@ from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.spans import Span, spans, stacked
 from swift_mega.convert.load import fill
-from swift_mega.convert.places import Place, layer_of, object_of_layer, places_of
+from swift_mega.convert.megatron.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.device import Device
 from swift_mega.models.build import build

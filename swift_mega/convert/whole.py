@@ -17,7 +17,7 @@ from swift_mega.convert.check import check_coverage
 from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.load import fill, not_finite
-from swift_mega.convert.mcore import (
+from swift_mega.convert.megatron.mcore import (
     RELEASE,
     SKIPPED,
     TRAINING,
@@ -28,11 +28,11 @@ from swift_mega.convert.mcore import (
     reason_of,
     save_state,
 )
-from swift_mega.convert.places import Box, Place
+from swift_mega.convert.megatron.places import Box, Place
+from swift_mega.convert.megatron.torch_dist import UNREADABLE, ChunkWriter, TorchDist
 from swift_mega.convert.plan import Blueprint, Slot
 from swift_mega.convert.save import Piece, carried_tensors, companions_from, staged_together, write_pieces
 from swift_mega.convert.slices import Slice, slices
-from swift_mega.convert.torch_dist import UNREADABLE, ChunkWriter, TorchDist
 from swift_mega.errors import UserError
 from swift_mega.models.packs import Fused, GateUp, Pack, Qkv
 from swift_mega.models.settings import Settings, padded_vocabulary

@@ -20,7 +20,7 @@ from torch import Tensor
 from swift_mega.config import schema
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.quantised import open_checkpoint
-from swift_mega.convert.mcore import companions_of, load_mcore
+from swift_mega.convert.megatron.mcore import companions_of, load_mcore
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.convert.mcore import widest
+from swift_mega.convert.megatron.mcore import widest
 from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups

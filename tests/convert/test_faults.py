@@ -24,7 +24,7 @@ from swift_mega.cli import main
 from swift_mega.config import schema
 from swift_mega.convert.files import to_fp8
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.convert.mcore import save_mcore
+from swift_mega.convert.megatron.mcore import save_mcore
 from swift_mega.errors import UserError
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout

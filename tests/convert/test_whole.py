@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert import plan, torch_dist, whole
+from swift_mega.convert import plan, whole
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.convert.mcore import load_mcore
+from swift_mega.convert.megatron import torch_dist
+from swift_mega.convert.megatron.mcore import load_mcore
 from swift_mega.errors import UserError
 from swift_mega.models.build import build
 from swift_mega.models.family import family_of

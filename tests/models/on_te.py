@@ -30,7 +30,7 @@ from torch import Tensor  # noqa: E402
 import tiny  # noqa: E402
 from swift_mega.config import schema  # noqa: E402
 from swift_mega.convert.files.hf_files import Checkpoint  # noqa: E402
-from swift_mega.convert.mcore import load_mcore, save_mcore  # noqa: E402
+from swift_mega.convert.megatron.mcore import load_mcore, save_mcore  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.launch.torchrun import run_ranks  # noqa: E402

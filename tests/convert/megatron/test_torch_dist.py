@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from swift_mega import api
-from swift_mega.convert.torch_dist import ChunkWriter, TorchDist, read_metadata
+from swift_mega.convert.megatron.torch_dist import ChunkWriter, TorchDist, read_metadata
 from swift_mega.errors import UserError
 from tests import tiny
 

@@ -25,9 +25,9 @@ from swift_mega.convert.files.hf_files import NAMES, Checkpoint, some
 from swift_mega.convert.files.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.files.which_files import CARRIED, has_weights
-from swift_mega.convert.places import spellings
+from swift_mega.convert.megatron.places import spellings
+from swift_mega.convert.megatron.torch_dist import read_metadata
 from swift_mega.convert.save import staged_together
-from swift_mega.convert.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import Family

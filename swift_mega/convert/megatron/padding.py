@@ -12,9 +12,9 @@ import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
 from torch import Tensor
 
-from swift_mega.convert.mcore import COMPANIONS, UNREADABLE, iteration_directory
-from swift_mega.convert.torch_dist import UNREADABLE as UNREADABLE_FILES
-from swift_mega.convert.torch_dist import TorchDist
+from swift_mega.convert.megatron.mcore import COMPANIONS, UNREADABLE, iteration_directory
+from swift_mega.convert.megatron.torch_dist import UNREADABLE as UNREADABLE_FILES
+from swift_mega.convert.megatron.torch_dist import TorchDist
 from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config
 from swift_mega.models.settings import padded_vocabulary

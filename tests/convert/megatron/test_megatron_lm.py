@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 
 from swift_mega import api
 from swift_mega.config.schema import Parallel
-from swift_mega.convert.mcore import SKIPPED
-from swift_mega.convert.torch_dist import read_metadata
+from swift_mega.convert.megatron.mcore import SKIPPED
+from swift_mega.convert.megatron.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from tests import by_hand, tiny
 from tests.convert.test_mcore import same_bits

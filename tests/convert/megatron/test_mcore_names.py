@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.convert.mcore import load_mcore
+from swift_mega.convert.megatron.mcore import load_mcore
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
