@@ -11,7 +11,9 @@ import torch
 from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
-from swift_mega.convert import plan_report
+from swift_mega.convert import blueprint_report
+from swift_mega.convert.blueprint import draw
+from swift_mega.convert.blueprint_report import Plan, rest_of
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.hf_files import Checkpoint
@@ -28,8 +30,6 @@ from swift_mega.convert.megatron.mcore import (
     widest,
 )
 from swift_mega.convert.megatron.padding import check_padding
-from swift_mega.convert.plan import draw
-from swift_mega.convert.plan_report import Plan, rest_of
 from swift_mega.convert.save import save
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.device import Device
@@ -176,7 +176,7 @@ def plan(
     if checkpoint is not None:
         kind = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
     blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
-    return plan_report.make(
+    return blueprint_report.make(
         blueprint, layout, dtype=kind or torch.bfloat16, directory=Path(source), checkpoint=checkpoint
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swift_mega.convert.blueprint import Blueprint, Slot
 from swift_mega.convert.check import check_coverage
 from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.convert.files.progress import bytes_bar
@@ -30,7 +31,6 @@ from swift_mega.convert.megatron.mcore import (
 )
 from swift_mega.convert.megatron.places import Box, Place
 from swift_mega.convert.megatron.torch_dist import UNREADABLE, ChunkWriter, TorchDist
-from swift_mega.convert.plan import Blueprint, Slot
 from swift_mega.convert.save import Piece, carried_tensors, companions_from, staged_together, write_pieces
 from swift_mega.convert.slices import Slice, slices
 from swift_mega.errors import UserError

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert import plan, whole
+from swift_mega.convert import blueprint as blueprints
+from swift_mega.convert import whole
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron import torch_dist
 from swift_mega.convert.megatron.mcore import load_mcore
@@ -106,7 +107,7 @@ def test_what_the_ranks_would_have_written(ranks, tmp_path, name, layout_name):
     assert names[0] == names[1]
 
 
-def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any) -> int:
+def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: blueprints.Blueprint, cpu: Any) -> int:
     """One rank: what Megatron's loader gives it, beside the bytes of the Hugging Face files."""
     groups = parallel_groups.init(layout)
     checkpoint, settings = Checkpoint(directory), load_settings(directory)
@@ -118,10 +119,10 @@ def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: plan.Bluepri
         held.parameter.data.fill_(7)
     load_mcore(part, groups, mcore)
     where = layout.coordinate(dist.get_rank())
-    planned = {(share.slot.name, share.copy): share for share in plan.shares(blueprint, layout, where)}
+    planned = {(share.slot.name, share.copy): share for share in blueprints.shares(blueprint, layout, where)}
     for held in part.held():
         share = planned.pop(("embedding.word_embeddings.weight" if held.copy else held.name, held.copy))
-        assert torch.equal(held.parameter, plan.value_of(checkpoint, share, settings, torch.float32)), held.name
+        assert torch.equal(held.parameter, blueprints.value_of(checkpoint, share, settings, torch.float32)), held.name
     assert not planned
     parallel_groups.close()
     return 1
@@ -142,13 +143,13 @@ def test_megatron_reads_it_in_any_layout(ranks, cpu, tmp_path, name, written, la
     api.convert(source=str(directory), to="mcore", output=str(tmp_path / "mcore"), parallel=parallel)
     for word in layouts:
         _, layout = layout_of(directory, word)
-        blueprint = ranks(1, plan.draw, directory)
+        blueprint = ranks(1, blueprints.draw, directory)
         # a vocabulary is padded for the layout that a checkpoint is written in; Megatron allows another length when it loads
         ranks(layout.world, loaded, directory, tmp_path / "mcore", layout, blueprint, cpu)
 
 
 def streamed(directory: Path, output: Path, layout: Layout, most: int) -> None:
-    blueprint = plan.draw(directory, dtype=torch.bfloat16)
+    blueprint = blueprints.draw(directory, dtype=torch.bfloat16)
     checkpoint = Checkpoint(directory)
     whole.write_mcore(blueprint, layout, output, checkpoint, most=most)
     kinds = {name: entry.dtype for name, entry in checkpoint.entries.items()}
@@ -181,7 +182,7 @@ def peak(directory: Path, output: Path, layout: Layout) -> tuple[int, int]:
     for step in ("there", "back"):
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = _status("VmRSS")
-        blueprint = plan.draw(directory, dtype=torch.float32)
+        blueprint = blueprints.draw(directory, dtype=torch.float32)
         if step == "there":
             whole.write_mcore(blueprint, layout, output, Checkpoint(directory), most=8 << 20)
         else:

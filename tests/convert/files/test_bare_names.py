@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert import plan
+from swift_mega.convert import blueprint as blueprints
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
@@ -124,12 +124,12 @@ def test_the_prefix_is_transformers(tmp_path):
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
     """By arithmetic alone, what tensor rank `rank` of two holds."""
     checkpoint = Checkpoint(directory)
-    blueprint = plan.draw(directory, checkpoint.entries)
+    blueprint = blueprints.draw(directory, checkpoint.entries)
     layout = plan_layout(parse_layout("tp2")[0], blueprint.settings.shape, 2)
-    assert plan.check_tiling(blueprint, layout) == sum(value.numel() for value in weights(directory).values())
+    assert blueprints.check_tiling(blueprint, layout) == sum(value.numel() for value in weights(directory).values())
     return {
-        share.slot.name: plan.value_of(checkpoint, share, blueprint.settings, torch.float32)
-        for share in plan.shares(blueprint, layout, layout.coordinate(rank))
+        share.slot.name: blueprints.value_of(checkpoint, share, blueprint.settings, torch.float32)
+        for share in blueprints.shares(blueprint, layout, layout.coordinate(rank))
     }
 
 

@@ -12,7 +12,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert import plan, plan_report
+from swift_mega.convert import blueprint as blueprints
+from swift_mega.convert import blueprint_report
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.errors import UserError
 from swift_mega.models.build import build
@@ -42,7 +43,7 @@ LAYOUTS = {
 }
 
 
-def compare(directory: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any) -> int:
+def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cpu: Any) -> int:
     """One rank: what it was given by its own loader, beside what the plan says that it holds."""
     groups = parallel_groups.init(layout)
     checkpoint = Checkpoint(directory)
@@ -50,7 +51,7 @@ def compare(directory: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any
     part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, checkpoint=checkpoint)
     planned = {
         (share.slot.name, share.copy): share
-        for share in plan.shares(blueprint, layout, layout.coordinate(dist.get_rank()))
+        for share in blueprints.shares(blueprint, layout, layout.coordinate(dist.get_rank()))
     }
     held = {
         ("embedding.word_embeddings.weight" if one.copy else one.name, one.copy): one.parameter for one in part.held()
@@ -58,7 +59,7 @@ def compare(directory: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any
     assert planned.keys() == held.keys(), planned.keys() ^ held.keys()
     for key, share in planned.items():
         assert share.shape == tuple(held[key].shape), key
-        value = plan.value_of(checkpoint, share, blueprint.settings, torch.float32)
+        value = blueprints.value_of(checkpoint, share, blueprint.settings, torch.float32)
         assert torch.equal(value, held[key]), key
     parallel_groups.close()
     return len(held)
@@ -67,12 +68,12 @@ def compare(directory: Path, layout: Layout, blueprint: plan.Blueprint, cpu: Any
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_ranks_hold_what_is_planned(ranks, cpu, tmp_path, family):
     directory = tiny.make(tmp_path, family)
-    blueprint = ranks(1, plan.draw, directory)
+    blueprint = ranks(1, blueprints.draw, directory)
     for name in LAYOUTS[family]:
         parallel, world = parse_layout(name)
         layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
         assert ranks(world, compare, directory, layout, blueprint, cpu) > 5
-        assert plan.check_tiling(blueprint, layout) == sum(
+        assert blueprints.check_tiling(blueprint, layout) == sum(
             torch.Size(entry.shape).numel() for entry in Checkpoint(directory).entries.values()
         )
 
@@ -90,10 +91,12 @@ def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, 
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = load_settings(directory)
     config = transformer_config(
-        settings, layout, device=plan.META, dtype=torch.bfloat16, train=schema.Train(), given={}
+        settings, layout, device=blueprints.META, dtype=torch.bfloat16, train=schema.Train(), given={}
     )
     with torch.device("meta"):
-        part = build(family_of(directory), settings, layout, layout.coordinate(rank), device=plan.META, config=config)
+        part = build(
+            family_of(directory), settings, layout, layout.coordinate(rank), device=blueprints.META, config=config
+        )
     return {one.name: tuple(one.parameter.shape) for one in part.held()}
 
 
@@ -133,11 +136,13 @@ def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
     parallel, world, parameters, looked_at = LARGE[name]
     config = LLAMA_405B if name.startswith("llama") else json.loads(CONFIGS[name])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    blueprint = ranks(1, plan.draw, tmp_path)
+    blueprint = ranks(1, blueprints.draw, tmp_path)
     layout = plan_layout(parallel, blueprint.settings.shape, world, training=False)
-    assert plan.check_tiling(blueprint, layout) == parameters
+    assert blueprints.check_tiling(blueprint, layout) == parameters
     for rank in looked_at:
-        planned = {share.slot.name: share.shape for share in plan.shares(blueprint, layout, layout.coordinate(rank))}
+        planned = {
+            share.slot.name: share.shape for share in blueprints.shares(blueprint, layout, layout.coordinate(rank))
+        }
         assert ranks(1, shapes_by_megatron, tmp_path, layout, rank) == planned
 
 
@@ -183,4 +188,4 @@ def test_vocabulary_rows_have_a_likely_cause(tmp_path):
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345_678, "12.35 MB"), (7.1e15, "7100.00 TB")]
 )
 def test_sizes(count, text):
-    assert plan_report._size(count) == text
+    assert blueprint_report._size(count) == text

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from swift_mega.convert.blueprint import Blueprint, Share, byte_ranges, check_tiling, shares
 from swift_mega.convert.check import Coverage, check_coverage
 from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.convert.files.quantised import Dequantised
 from swift_mega.convert.files.which_files import unread
-from swift_mega.convert.plan import Blueprint, Share, byte_ranges, check_tiling, shares
 from swift_mega.parallel.layout import Coordinate, Layout
 
 
