@@ -1,6 +1,6 @@
 """Long context in numbers: `python benchmarks/long_context.py [--parts a b c d e] [--json FILE] [--plot FILE.png]`.
 
-a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of plan/memory.py;
+a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of memory/memory.py;
    the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (twenty minutes on one core that others use too)
 b  work of the ranks of a ring, the slowest over the mean: as ours, and with the row cut zigzag or contiguous whatever its examples
 c  seconds of blocks and merging over plain attention on the same row, one process playing every rank

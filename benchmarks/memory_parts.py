@@ -102,10 +102,10 @@ def _run(choice: str, folder: str) -> Any:
 def _formula(choice: str, folder: str) -> tuple[Callable[[int], int], Callable[[int], int]]:
     """Bytes beside weights, gradients and optimizer for so many tokens, and the most tokens for so many bytes."""
     from swift_mega.config import schema
+    from swift_mega.memory.choices import choices_of
+    from swift_mega.memory.memory import longest, memory
     from swift_mega.models.translate import load_settings
     from swift_mega.parallel.layout import plan_layout
-    from swift_mega.plan.choices import choices_of
-    from swift_mega.plan.memory import longest, memory
 
     settings = load_settings(folder)
     layout = plan_layout(schema.Parallel(), settings.shape, 1)
@@ -209,7 +209,7 @@ PUBLISHED = {1: 0.5e6, 8: 3.7e6, 32: 15e6}
 
 def ladder() -> list[tuple[str, Any]]:
     """Techniques, one on top of the other."""
-    from swift_mega.plan.choices import Choices
+    from swift_mega.memory.choices import Choices
 
     steps: list[tuple[str, Any]] = [("bfloat16, FlashAttention, context parallelism", Choices(whole_loss=True))]
     for name, change in (
@@ -226,7 +226,7 @@ def plan() -> dict[str, Any]:
     from swift_mega import device as devices
 
     devices.setup()
-    from swift_mega.plan.published import llama_3_1_8b
+    from swift_mega.memory.published import llama_3_1_8b
 
     settings, steps = llama_3_1_8b(), ladder()
     best = steps[-1][1]
@@ -251,8 +251,8 @@ def _best(settings: Any, choices: Any, ranks: int, *, cut: bool, spare: int = 0)
     """The longest row over layouts of one data rank; `cut`: also those that cut weights. spare: bytes of the model that are elsewhere."""
     from swift_mega.config.schema import Parallel
     from swift_mega.errors import UserError
+    from swift_mega.memory.memory import longest
     from swift_mega.parallel.layout import plan_layout
-    from swift_mega.plan.memory import longest
 
     found, sizes = [(0, "-")], (1, 2, 4, 8) if cut else (1,)
     host = int(HOST if ranks == 1 else HOST / 8)

@@ -12,7 +12,7 @@ RUN = (
     "tests/test_device.py", "tests/test_backends.py", "tests/test_host_side.py", "tests/test_ranks.py",
     "tests/launch/test_torchrun.py",  # forks, signals, gloo
     "tests/config/test_load.py",  # fields of TransformerConfig
-    "tests/ops", "tests/parallel", "tests/plan", "tests/tuners", "tests/export",
+    "tests/ops", "tests/parallel", "tests/memory", "tests/tuners", "tests/export",
     "tests/models/test_engine.py", "tests/models/test_engine_on_te.py", "tests/models/test_te_spec.py",
     "tests/models/test_megatron_config.py", "tests/models/test_router.py", "tests/models/test_families.py",
     "tests/convert/megatron/test_mcore.py", "tests/convert/megatron/test_mcore_names.py", "tests/convert/megatron/test_megatron_lm.py",
@@ -27,7 +27,7 @@ LEFT_OUT = {
     "tests/train/test_vocabulary.py": "token ids against config.json",
     "tests/train/test_compare.py": "test_layouts and test_every_family build and run the same models",
     "tests/train/test_dequantised.py": "how files are read",
-    "tests/plan/test_longest.py": "arithmetic",
+    "tests/memory/test_longest.py": "arithmetic",
     "tests/parallel/test_mesh.py": "arithmetic",
     "tests/parallel/test_sequence.py": "arithmetic",
     "tests/export/test_companions.py": "files that are copied",

@@ -9,10 +9,10 @@ import torch
 from benchmarks.gpu_check.bench import Bench, packed, run_of
 from benchmarks.gpu_check.record import Stage
 from swift_mega.config import schema
+from swift_mega.memory.choices import choices_of
+from swift_mega.memory.live import LiveBytes
+from swift_mega.memory.memory import Memory, memory
 from swift_mega.models.translate import load_settings
-from swift_mega.plan.choices import choices_of
-from swift_mega.plan.live import LiveBytes
-from swift_mega.plan.memory import Memory, memory
 from swift_mega.train.build import layout_of
 from swift_mega.train.step import train_step
 

@@ -1,10 +1,10 @@
 """What a run would need of its GPUs, without one."""
 
 from swift_mega.config import schema
+from swift_mega.memory.report import Plan, plan_run
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.plan.report import Plan, plan_run
 from swift_mega.train.build import parameter_dtype
 from swift_mega.train.loop import check_run
 from swift_mega.tuners.targets import adapted_linears

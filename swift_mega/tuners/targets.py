@@ -58,7 +58,7 @@ _PARTS = {
 
 
 def adapted_linears(family: Family, settings: Settings, targets: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-    """Per layer the linears that `targets` asks for, by the names of plan/weights.py; None for a model with other linears than those."""
+    """Per layer the linears that `targets` asks for, by the names of memory/weights.py; None for a model with other linears than those."""
     found: list[list[str]] = [[] for _ in settings.layer_kinds]
     present = modules_of(family, settings)
     for rule in family.rules:

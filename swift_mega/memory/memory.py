@@ -3,7 +3,7 @@
 A training step has a few moments at which much is alive at once: the loss, and in the backward pass of the layer that is recomputed (or
 of the last one) its MLP and its attention. What lies there is counted, and the largest moment is the peak. Two paths go through
 one formula: on the CPU local modules and the attention of ops/attention.py, in float32; on CUDA Transformer Engine's linears and
-flash-attn's kernels. The first is measured (benchmarks/long_context.py, tests/plan/test_memory.py). The second follows from reading that
+flash-attn's kernels. The first is measured (benchmarks/long_context.py, tests/memory/test_memory.py). The second follows from reading that
 code and has not been measured on a GPU.
 
 Widths: h hidden, q and k features of queries and of keys, f of the MLP between its linears, all of one tensor rank. Tokens: t of this
@@ -12,11 +12,11 @@ context rank; with sequence parallelism residual streams have t / tensor, s for 
 
 from dataclasses import dataclass, fields, replace
 
+from swift_mega.memory.choices import Choices
+from swift_mega.memory.weights import Widths, adapter_numbers, stage_numbers, widths
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import key_copies
-from swift_mega.plan.choices import Choices
-from swift_mega.plan.weights import Widths, adapter_numbers, stage_numbers, widths
 
 CHUNK_NUMBERS, CPU_TOKENS, CPU_COLUMNS, WIDE = 1 << 25, 256, 2048, 1024  # of parallel/vocab.py
 QUERY_BLOCK = 96  # of ops/attention.py

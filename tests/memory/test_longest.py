@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from swift_mega.cli import main
-from swift_mega.plan.published import LLAMA_3_1_8B
+from swift_mega.memory.published import LLAMA_3_1_8B
 
 FITTING = [
     "--tuner_type", "full", "--recompute_granularity", "full", "--tile_mlp", "true", "--offload_activations", "true",
@@ -55,9 +55,9 @@ def test_a_plan_needs_a_model(capsys):
 
 
 def test_sizes_of_blocks_are_those_of_the_code() -> None:
+    from swift_mega.memory import memory
     from swift_mega.ops import attention, flash
     from swift_mega.parallel import vocab
-    from swift_mega.plan import memory
 
     for name, owner in (
         ("AT_ONCE", flash), ("QUERY_BLOCK", attention), ("CHUNK_NUMBERS", vocab),

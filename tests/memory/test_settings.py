@@ -10,7 +10,7 @@ from swift_mega import api
 from swift_mega.cli.table import VERBS
 from swift_mega.config.tree import settings
 from swift_mega.errors import UserError
-from swift_mega.plan.report import Plan
+from swift_mega.memory.report import Plan
 
 BASE = ("data.max_length=512", "tuner.type=lora", "tuner.rank=4")
 CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {

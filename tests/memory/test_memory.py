@@ -8,11 +8,11 @@ import pytest
 import tiny
 from swift_mega.config import schema
 from swift_mega.errors import UserError
+from swift_mega.memory.choices import Choices, choices_of
+from swift_mega.memory.memory import Memory, bytes_per_token, longest, memory
+from swift_mega.memory.weights import stage_numbers
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.plan.choices import Choices, choices_of
-from swift_mega.plan.memory import Memory, bytes_per_token, longest, memory
-from swift_mega.plan.weights import stage_numbers
 
 TOKENS, EXAMPLE = 512, 256
 SIZES = dict(
@@ -63,8 +63,8 @@ def live_peak(
 
     from swift_mega import device as devices
     from swift_mega.data.pack import Example, collate
+    from swift_mega.memory.live import LiveBytes
     from swift_mega.parallel import groups
-    from swift_mega.plan.live import LiveBytes
     from swift_mega.train.build import build_training
     from swift_mega.train.step import train_step
 
@@ -113,7 +113,7 @@ def test_weights_are_those_of_the_published_model():
 
 
 def llama8b():
-    from swift_mega.plan.published import llama_3_1_8b
+    from swift_mega.memory.published import llama_3_1_8b
 
     return llama_3_1_8b()
 

@@ -17,7 +17,7 @@ class Choices:
     rank: int | None = None
     """Of LoRA; None: every parameter is trained."""
     adapted: tuple[tuple[str, ...], ...] | None = None
-    """Per layer the linears that LoRA goes to, as PARTS of plan/weights.py calls them; None: all of all layers."""
+    """Per layer the linears that LoRA goes to, as PARTS of memory/weights.py calls them; None: all of all layers."""
     vocab_divisible_by: int = 128
     distributed_optimizer: bool = True
     gradients_in_float32: bool = True

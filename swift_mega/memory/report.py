@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from swift_mega.config.schema import Run
+from swift_mega.memory.choices import choices_of
+from swift_mega.memory.memory import Memory, longest, memory
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
-from swift_mega.plan.choices import choices_of
-from swift_mega.plan.memory import Memory, longest, memory
 
 RESERVE = 4 << 30
 """Bytes of a GPU for CUDA's context, NCCL's buffers, workspaces of libraries and fragments: a guess, not measured."""
