@@ -8,5 +8,5 @@ __version__ = "0.1.0"
 
 LAYERS = (
     "errors", "text_files", "outputs", "discover", "local_rank", "config", "host_side", "backends", "device", "deterministic", "ops",
-    "parallel", "models", "memory", "convert", "tuners", "export", "data", "objectives", "train", "launch", "api", "cli",
+    "parallel", "models", "memory", "convert", "tuners", "export", "data", "objectives", "train", "verify", "launch", "api", "cli",
 )  # fmt: skip

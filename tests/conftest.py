@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 LONGEST = (
     "train/test_every_family.py", "train/test_layouts.py", "convert/test_layouts_of_weights.py", "train/test_tiles.py",
-    "train/test_compare.py", "train/test_few_key_heads.py", "memory/test_memory.py", "test_tools.py", "train/test_context_layouts.py",
+    "verify/test_distance.py", "train/test_few_key_heads.py", "memory/test_memory.py", "test_tools.py", "train/test_context_layouts.py",
     "train/test_offload.py", "convert/test_whole.py", "train/test_loop.py", "convert/test_blueprint.py", "export/test_adapters.py",
     "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_engine_layouts.py",
     "train/test_delta_layouts.py", "convert/megatron/test_megatron_lm.py",

@@ -25,7 +25,6 @@ LEFT_OUT = {
     "tests/train/test_epochs.py": "which rows a step gets",
     "tests/train/test_trained_form.py": "templates and generation_config.json",
     "tests/train/test_vocabulary.py": "token ids against config.json",
-    "tests/train/test_compare.py": "test_layouts and test_every_family build and run the same models",
     "tests/train/test_dequantised.py": "how files are read",
     "tests/memory/test_longest.py": "arithmetic",
     "tests/parallel/test_mesh.py": "arithmetic",

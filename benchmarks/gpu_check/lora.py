@@ -13,9 +13,9 @@ from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.data.pack import Microbatch
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import merge
-from swift_mega.train import validate
 from swift_mega.train.build import layout_of
 from swift_mega.train.step import evaluate, train_step
+from swift_mega.verify import parity
 
 STEPS, MORE_STEPS = 3, 8
 UPDATE_LIMIT, LOSS_LIMIT = 1e-3, 1e-4
@@ -40,7 +40,7 @@ def random_adapter(bench: Bench, size: str) -> Path:
     folder = bench.folder / f"adapter-{size}"
     if not folder.exists():
         run = run_of(bench.model(size), "float32", "lora")
-        validate.random_adapter(run, bench.device, layout_of(run, 1), folder)
+        parity.random_adapter(run, bench.device, layout_of(run, 1), folder)
         bench.free()
     return folder
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu_check.bench import Bench, DtypeName, network, relative, run_of, summed_loss
 from benchmarks.gpu_check.record import Stage
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.train import validate
+from swift_mega.verify import parity
 
 FACTOR = 1.5
 """Of transformers' error in the same dtype."""
@@ -52,7 +52,7 @@ def run(bench: Bench, stage: Stage) -> None:
     """The stage."""
     size = bench.size("smol")
     lengths = SMALL_LENGTHS if bench.small else LENGTHS
-    rows = [validate.example_rows(bench.vocab(size), examples=1, shortest=n, longest=n, seed=n)[0] for n in lengths]
+    rows = [parity.example_rows(bench.vocab(size), examples=1, shortest=n, longest=n, seed=n)[0] for n in lengths]
     exact = theirs(bench, size, rows, torch.float64)
     for dtype in LEAST:
         judge(stage, dtype, *errors(bench, size, rows, dtype, exact))
@@ -107,7 +107,7 @@ def ours(bench: Bench, size: str, rows: Sequence[list[int]], dtype: Any) -> Foun
     """Two examples packed into a row, through the code that `swift-mega verify` runs."""
     folder = bench.folder / f"parity-{size}-{dtype}"
     with bench.training(run_of(bench.model(size), dtype, "full")) as training:
-        validate.write_measured(training, rows, folder)
+        parity.write_measured(training, rows, folder)
     return _read(folder, len(rows))
 
 

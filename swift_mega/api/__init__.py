@@ -15,8 +15,8 @@ from swift_mega.api.memory import plan_memory  # noqa: E402
 from swift_mega.api.proof import Report, verify  # noqa: E402
 from swift_mega.api.training import load_recipe, train  # noqa: E402
 from swift_mega.config.schema import Parallel  # noqa: E402
-from swift_mega.train.compare import Comparison  # noqa: E402
 from swift_mega.train.loop import TrainResult  # noqa: E402
+from swift_mega.verify.distance import Comparison  # noqa: E402
 
 __all__ = [
     "Answerer", "Candidate", "Comparison", "Parallel", "Report", "TrainResult", "compare", "convert", "export", "infer", "load_recipe",

@@ -29,10 +29,10 @@ from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import compare as comparing
-from swift_mega.train import validate
-from swift_mega.train.compare import Comparison
-from swift_mega.train.states import Rows, Side
+from swift_mega.verify import distance as comparing
+from swift_mega.verify import parity
+from swift_mega.verify.distance import Comparison
+from swift_mega.verify.states import Rows, Side
 
 DEVICE = devices.setup(starts_ranks=True)
 Engine = Literal["mcore", "hf"]
@@ -63,7 +63,7 @@ def compare(
     """Runs `b` beside `a` on fixed sentences or on `prompts`, and measures every layer's output, the final norm's and the logits.
 
     prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
-    dtype: of both, float32, float64 or bfloat16. tolerance: of the relative difference; default: by dtype (train/compare.py). top_k: how
+    dtype: of both, float32, float64 or bfloat16. tolerance: of the relative difference; default: by dtype (verify/distance.py). top_k: how
     many of the likeliest tokens are compared. dequantize: a quantised side is read as plain weights. scratch: an existing folder for the
     states of `a` meanwhile; on several machines one that all of them see. json, plot: files to write.
     Joins the ranks of torchrun where there are some; a layout that needs fewer is run by copies of it.
@@ -263,7 +263,7 @@ def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) ->
 def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
     """Tokens of every prompt; random ones without a tokenizer."""
     if tokenizer is None:
-        return validate.example_rows(vocab)
+        return parity.example_rows(vocab)
     rows = []
     for where, row in line_rows(SENTENCES, tokenizer) if prompts is None else prompt_rows(prompts, tokenizer):
         check_tokens(row, vocab, tokenizer, where=where, remedy="give their own tokenizer with --tokenizer DIR")

@@ -28,7 +28,7 @@ from swift_mega.models.family import family_of
 from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.train import validate
+from swift_mega.verify import parity
 
 DEVICE = devices.setup(starts_ranks=True)
 
@@ -56,7 +56,7 @@ SENTENCES = (
 class Report:
     """What `verify` measured."""
 
-    differences: list[validate.Difference]
+    differences: list[parity.Difference]
     tolerance: float
     dtype: str
 
@@ -108,19 +108,19 @@ def verify(
         if run.tuner.type == "lora" and adapter is None:
             adapter = found / "adapter"
             alone = plan_layout(schema.Parallel(), settings.shape, 1)
-            run_ranks(1, on_device, validate.random_adapter, _for(run, schema.Parallel()), alone, adapter)
+            run_ranks(1, on_device, parity.random_adapter, _for(run, schema.Parallel()), alone, adapter)
         plain = Path(model)
         if dequantize:
             plain = found / "plain"
             derived = family_of(model).derived
             stream.restream(open_checkpoint(model, torch.float32), plain, max_shard_bytes=1 << 62, derived=derived)
-        run_ranks(1, validate.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
-        differences: list[validate.Difference] = []
+        run_ranks(1, parity.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
+        differences: list[parity.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
             mine = _for(run, parallel, (str(adapter),) if adapter else ())
             output = found / f"layout{len(differences)}"
-            run_ranks(layout.world, on_device, validate.measure, mine, layout, rows, output)
-            differences.append(validate.compare(layout.name, found / "reference", output))
+            run_ranks(layout.world, on_device, parity.measure, mine, layout, rows, output)
+            differences.append(parity.compare(layout.name, found / "reference", output))
             shutil.rmtree(output)
         return Report(differences, tolerance, dtype)
 
@@ -168,7 +168,7 @@ def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[
     """`count` rows of tokens, or a multiple of it: sentences where the model has a tokenizer, random tokens where not."""
     held = any((Path(model) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     if prompts is None and not held:
-        return validate.example_rows(vocab, examples=count)
+        return parity.example_rows(vocab, examples=count)
     tokenizer = load_tokenizer(model)
     found = prompt_rows(prompts, tokenizer) if prompts is not None else line_rows(SENTENCES, tokenizer)
     for where, row in found:

@@ -21,11 +21,11 @@ from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
+from swift_mega.verify import parity
 from tests import tiny
 
-ROWS = validate.example_rows(131, examples=8, longest=16)
+ROWS = parity.example_rows(131, examples=8, longest=16)
 TOLERANCE = 1e-4
 Logits = dict[int, Tensor]
 
@@ -59,7 +59,7 @@ def export_and_logits(run: schema.Run, layout: Any, output: Path, cpu: Any, rows
     found: Logits = {}
     if rows:
         where = groups.coordinate
-        collected = validate.collect_logits(training, validate.microbatches(rows, layout, where.data))
+        collected = parity.collect_logits(training, parity.microbatches(rows, layout, where.data))
         if groups.is_last_stage and where.tensor == 0:
             for number, examples in enumerate(collected):
                 for place, value in enumerate(examples[:2]):
@@ -123,7 +123,7 @@ def test_peft_computes_what_megatron_computes(ranks, cpu, tmp_path, name, layout
     model = tiny.make(tmp_path / "hf", name)
     adapter = tmp_path / "adapter"
     run, layout = in_layout("single", run_of(model, **tuner))
-    ranks(1, validate.random_adapter, run, cpu, layout, adapter)
+    ranks(1, parity.random_adapter, run, cpu, layout, adapter)
     peft = with_peft(model, adapter)
     expected, plain = through_transformers(peft), through_transformers(base(model))
     assert largest(expected, plain) > 0.01, "the adapter does nothing, so nothing is tested"

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu_check import lora, offload, parity
 from benchmarks.gpu_check.bench import Bench, packed
-from swift_mega.train.validate import example_rows
+from swift_mega.verify.parity import example_rows
 
 LENGTHS = (40, 9)
 OneRank = Callable[..., Any]

@@ -28,8 +28,8 @@ from swift_mega.parallel.groups import init
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.parallel.mesh import Mesh
 from swift_mega.parallel.sequence import held_tokens
-from swift_mega.train import validate
 from swift_mega.train.step import held_part
+from swift_mega.verify import parity
 from tests import engine_stand_in
 
 MODELS = {
@@ -64,7 +64,7 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
         real, stand_in = (getattr(kind, name) for kind in (TEDotProductAttention, engine_stand_in.StandIn))
         found[name] = engine_stand_in.parameters(real) == engine_stand_in.parameters(stand_in)
 
-    row = validate.microbatches(validate.example_rows(97, examples=4 * layout.data), layout, 0)[0]
+    row = parity.microbatches(parity.example_rows(97, examples=4 * layout.data), layout, 0)[0]
     starts = row.cu_seqlens
     cut = context_parallel.get_batch_on_this_cp_rank(starts, row.tokens, row.labels, row.positions, groups.context)
     mine = held_part(row, groups.row)

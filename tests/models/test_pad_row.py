@@ -13,7 +13,7 @@ from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
+from swift_mega.verify import parity
 from tests.train.bench import settings
 
 ONE_OF_A_TYPE = {fields.get("written_as", fields["model_type"]): name for name, fields in tiny.FAMILIES.items()}
@@ -71,15 +71,15 @@ def test_a_row_that_transformers_has_no_embedding_for(tmp_path):
 def test_a_pad_token_that_is_the_end_of_text(tmp_path: Path, cpu: Device, tied: bool) -> None:
     """The last row, on the second tensor rank, in rows that end in it: gradients are transformers', in which the head alone moves it."""
     model = tiny.make(tmp_path / "model", "llama", tie_word_embeddings=tied, pad_token_id=-1, eos_token_id=130)
-    rows = [[*row, 130, *row[:3]] for row in validate.example_rows(131, examples=8)]
-    run_ranks(1, validate.reference, model, None, rows, tmp_path / "reference")
+    rows = [[*row, 130, *row[:3]] for row in parity.example_rows(131, examples=8)]
+    run_ranks(1, parity.reference, model, None, rows, tmp_path / "reference")
     parallel, world = parse_layout("tp2-pp2-sp")
     run = settings(model, schema.Parallel(tensor=2, pipeline=2, sequence=True, distributed_optimizer=False), "full")
     layout = plan_layout(parallel, load_settings(model).shape, world)
-    run_ranks(world, validate.measure, run, cpu, layout, rows, tmp_path / "found")
-    found = validate.compare("tp2-pp2-sp", tmp_path / "reference", tmp_path / "found")
+    run_ranks(world, parity.measure, run, cpu, layout, rows, tmp_path / "found")
+    found = parity.compare("tp2-pp2-sp", tmp_path / "reference", tmp_path / "found")
     assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, found
-    embedding = {name: have for name, _, have in validate.gradients(tmp_path / "reference", tmp_path / "found")}[
+    embedding = {name: have for name, _, have in parity.gradients(tmp_path / "reference", tmp_path / "found")}[
         "model.embed_tokens.weight"
     ]
     assert bool(embedding[130].any()) is tied

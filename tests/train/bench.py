@@ -19,9 +19,9 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import train_step
+from swift_mega.verify import parity
 
 STEPS = 3
 IN_FLOAT64 = {
@@ -80,7 +80,7 @@ class Bench:
         self.dtype = dtype or ("float64" if family in IN_FLOAT64 else "float32")
         self.shape = load_settings(self.model).shape
         # Eight are four microbatches: enough for four data ranks, and for a pipeline of four that fills and drains.
-        self.rows = validate.example_rows(self.shape.vocab, examples=examples)
+        self.rows = parity.example_rows(self.shape.vocab, examples=examples)
         self.adapter = self.folder / "adapter" if tuner == "lora" else None
         if model is None:  # in a rank of its own: this process must stay one that can fork ranks
             run_ranks(1, self.make_reference)
@@ -91,9 +91,9 @@ class Bench:
     def make_reference(self) -> None:
         if self.adapter:
             run = settings(self.model, schema.Parallel(), self.tuner)
-            validate.random_adapter(run, self.cpu, self.layout(schema.Parallel(), 1), self.adapter)
+            parity.random_adapter(run, self.cpu, self.layout(schema.Parallel(), 1), self.adapter)
         kind = getattr(torch, self.dtype)
-        validate.reference(self.model, self.adapter, self.rows, self.folder / "reference", kind)
+        parity.reference(self.model, self.adapter, self.rows, self.folder / "reference", kind)
 
     @functools.cached_property
     def one(self) -> tuple[list[float], Checkpoint]:
@@ -103,10 +103,10 @@ class Bench:
     def layout(self, parallel: schema.Parallel, world: int) -> Layout:
         return plan_layout(parallel, self.shape, world)
 
-    def difference(self, name: str, parallel: schema.Parallel, world: int, **train: Any) -> validate.Difference:
+    def difference(self, name: str, parallel: schema.Parallel, world: int, **train: Any) -> parity.Difference:
         run = self.run(parallel, **train)
-        run_ranks(world, validate.measure, run, self.cpu, self.layout(parallel, world), self.rows, self.folder / name)
-        return validate.compare(name, self.folder / "reference", self.folder / name)
+        run_ranks(world, parity.measure, run, self.cpu, self.layout(parallel, world), self.rows, self.folder / name)
+        return parity.compare(name, self.folder / "reference", self.folder / name)
 
     def steps(self, name: str, parallel: schema.Parallel, world: int, **train: Any) -> tuple[list[float], Checkpoint]:
         """Losses and weights of three steps."""
@@ -117,14 +117,14 @@ class Bench:
 
     def both(
         self, name: str, parallel: schema.Parallel, world: int, **train: Any
-    ) -> tuple[validate.Difference, list[float], Checkpoint]:
+    ) -> tuple[parity.Difference, list[float], Checkpoint]:
         """`difference` and `steps` in one start of the ranks, and by one training where one dtype serves both."""
         if self.dtype != "float32":
             return self.difference(name, parallel, world, **train), *self.steps(name, parallel, world, **train)
         run = self.run(parallel, **train)
         layout, output, measured = self.layout(parallel, world), self.folder / f"{name}-steps", self.folder / name
         losses = run_ranks(world, three_steps, run, self.cpu, layout, self.rows, output, measured)
-        return validate.compare(name, self.folder / "reference", measured), losses, Checkpoint(output)
+        return parity.compare(name, self.folder / "reference", measured), losses, Checkpoint(output)
 
 
 _BENCHES: dict[tuple[str, str, int], Bench] = {}
@@ -138,20 +138,20 @@ def bench(work: Path, cpu: Device, family: str, tuner: str, layers: int = 4) -> 
 
 
 def three_steps(
-    run: schema.Run, device: Device, layout: Layout, rows: validate.Rows, output: Path, measured: Path | None = None
+    run: schema.Run, device: Device, layout: Layout, rows: parity.Rows, output: Path, measured: Path | None = None
 ) -> list[float]:
     """One rank: trains on `rows`, a different order in every step, checks replicas, writes what was trained; returns losses.
 
-    measured: where what `validate.measure` writes goes, before the first step.
+    measured: where what `parity.measure` writes goes, before the first step.
     """
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
     if measured is not None:
-        validate.write_measured(training, rows, measured)
+        parity.write_measured(training, rows, measured)
     losses = []
     for step in range(STEPS):
         turned = [*rows[2 * step :], *rows[: 2 * step]]
-        losses.append(train_step(training, validate.microbatches(turned, layout, groups.coordinate.data)).loss)
+        losses.append(train_step(training, parity.microbatches(turned, layout, groups.coordinate.data)).loss)
     for chunk in training.chunks:
         if run.parallel.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

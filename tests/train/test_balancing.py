@@ -26,9 +26,9 @@ from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import read_router_losses, run_schedule
+from swift_mega.verify import parity
 
 BALANCE, Z = 0.7, 0.03
 FAMILIES = ("mixtral", "qwen2_moe_mixed", "granitemoe", "gpt_oss", "minimax_m2", "ernie4_5_moe", "deepseek_v3_moe")
@@ -85,7 +85,7 @@ def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int)
             trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
             write_directory(
                 training.part, groups, output / "gradients", trained, dtypes=torch.float32, max_shard_bytes=1 << 40,
-                companions=lambda staging: None, overwrite=True, value=validate._gradient,
+                companions=lambda staging: None, overwrite=True, value=parity._gradient,
             )  # fmt: skip
         finally:
             parallel_groups.close()
@@ -96,7 +96,7 @@ def oracle(model: Path, *, by_paper: bool = False) -> tuple[dict[str, Tensor], d
     """Gradients and losses of transformers. by_paper: its type has no balancing loss there; arXiv:2412.19437 eq. 17 to 20."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    network = validate.network_of(model, None, torch.float32)
+    network = parity.network_of(model, None, torch.float32)
     config = load_settings(model).megatron
     experts, top_k = config["num_moe_experts"], config["moe_router_topk"]
     rows = examples()
@@ -127,7 +127,7 @@ def oracle(model: Path, *, by_paper: bool = False) -> tuple[dict[str, Tensor], d
         parts = (loss / count, *(one / len(pairs) / len(out.router_logits) for one in (balance, z)))
         found = {name: found[name] + float(part.detach()) for name, part in zip(found, parts, strict=True)}
     total.backward()
-    return validate._model_gradients(network), found
+    return parity._model_gradients(network), found
 
 
 def equal(want: dict[str, Tensor], found: Path, line: float = 1e-5) -> None:
@@ -156,7 +156,7 @@ def one(work: Path, cpu: Device) -> dict[str, dict[str, float]]:
 
 def measure_one(device: Device, adapter: schema.Run, where: Path, runs: Sequence[tuple[schema.Run, Path]]) -> Any:
     alone = plan_layout(schema.Parallel(), load_settings(adapter.model.path or "").shape, 1)
-    validate.random_adapter(adapter, device, alone, where)
+    parity.random_adapter(adapter, device, alone, where)
     return measure(device, runs, 1)
 
 
@@ -172,7 +172,7 @@ def test_adapters_see_it_through_a_frozen_router(work: Path, one: dict[str, dict
     merge(work / "mixtral-model", work / "adapter", work / "merged")
     gradients, losses = oracle(work / "merged")
     assert one["lora"] == pytest.approx(losses, rel=1e-5)
-    equal(validate._chain_rule(read_adapter(work / "adapter"), gradients), work / "lora")
+    equal(parity._chain_rule(read_adapter(work / "adapter"), gradients), work / "lora")
 
 
 def test_layouts_are_one_rank(work: Path, cpu: Device, one: dict[str, dict[str, float]]) -> None:

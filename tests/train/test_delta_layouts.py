@@ -16,8 +16,8 @@ from swift_mega.models.translate import load_settings
 from swift_mega.ops.gated_delta import CHUNK
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_part
+from swift_mega.verify import parity
 from tests import tiny
 from tests.train.bench import bench, check, check_steps, settings
 
@@ -94,7 +94,7 @@ def test_an_adapter_of_attention_is_pefts(ranks: Any, cpu: Device, tmp_path: Pat
     run = settings(model, schema.Parallel(), "lora")
     run = dataclasses.replace(run, tuner=dataclasses.replace(run.tuner, target_modules=ATTENTION))
     layout = plan_layout(schema.Parallel(), load_settings(model).shape, 1)
-    ranks(1, validate.random_adapter, run, cpu, layout, tmp_path / "adapter")
+    ranks(1, parity.random_adapter, run, cpu, layout, tmp_path / "adapter")
     merge(model, tmp_path / "adapter", tmp_path / "merged")
     moved, apart = ranks(1, pefts_logits, model, tmp_path / "adapter", tmp_path / "merged")
     assert moved > 0.1 and apart < 1e-4

@@ -20,7 +20,7 @@ from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
+from swift_mega.verify import parity
 
 
 def pair(folder: Path, format: str, family: str = "llama", **changes: Any) -> tuple[Path, Path]:
@@ -39,10 +39,10 @@ def check(folder: Path, cpu: Any, quantised: Path, meant: Path, layout: str) -> 
     run = bench.settings(quantised, parallel, "full")
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, dequantize=True))
     shape = load_settings(quantised, dequantize=True).shape
-    rows = validate.example_rows(shape.vocab, examples=8)
-    run_ranks(1, validate.reference, meant, None, rows, folder / "reference")
-    run_ranks(world, validate.measure, run, cpu, plan_layout(parallel, shape, world), rows, folder / layout)
-    found = validate.compare(layout, folder / "reference", folder / layout)
+    rows = parity.example_rows(shape.vocab, examples=8)
+    run_ranks(1, parity.reference, meant, None, rows, folder / "reference")
+    run_ranks(world, parity.measure, run, cpu, plan_layout(parallel, shape, world), rows, folder / layout)
+    found = parity.compare(layout, folder / "reference", folder / layout)
     assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, found
 
 

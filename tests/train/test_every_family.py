@@ -15,7 +15,7 @@ from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel.layout import parse_layout
-from swift_mega.train import validate
+from swift_mega.verify import parity
 from tests.pairs import kind
 from tests.train.bench import Bench
 
@@ -64,7 +64,7 @@ def measured(bench: Bench, *others: Bench) -> None:
     """One rank: what Hugging Face says and what this rank says, of every bench in turn."""
     for one in (bench, *others):
         one.make_reference()
-        validate.measure(one.run(ONE), one.cpu, one.layout(ONE, 1), one.rows, one.folder / "single")
+        parity.measure(one.run(ONE), one.cpu, one.layout(ONE, 1), one.rows, one.folder / "single")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -74,7 +74,7 @@ def test_one_rank_full_and_lora(benches: Benches, family: str) -> None:
     lora = benches.make(family, "lora", one.model)
     run_ranks(1, measured, one, lora)
     for each in (one, lora):
-        found = validate.compare("single", each.folder / "reference", each.folder / "single")
+        found = parity.compare("single", each.folder / "reference", each.folder / "single")
         assert found.logits < 1e-4 and found.loss < 2e-6 and found.gradient < 1e-5, (each.tuner, found)
         assert found.tensors > 20
 

@@ -15,9 +15,9 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.verify import parity
 
 PLAIN = ("llama", "starcoder2")
 JOINED = ("gemma2", "glm4", "cohere", "granite", "falcon_new", "phi")
@@ -153,7 +153,7 @@ def step(training: Training) -> tuple[dict[str, Tensor], dict[str, int]]:
     layer, calls = training.part.chunks[0].decoder.layers[0], {"mlp": 0, "layernorm": 0}
     for part, module in (("mlp", layer.mlp), ("layernorm", layer.input_layernorm)):
         module.register_forward_pre_hook(lambda *_, part=part: calls.__setitem__(part, calls[part] + 1))
-    rows = validate.microbatches(validate.example_rows(131, examples=4), training.groups.layout, 0)
+    rows = parity.microbatches(parity.example_rows(131, examples=4), training.groups.layout, 0)
     for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()

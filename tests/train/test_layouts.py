@@ -15,7 +15,7 @@ from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel.layout import parse_layout
-from swift_mega.train import validate
+from swift_mega.verify import parity
 from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import OPTIM, STEPS, bench, check, check_steps
 
@@ -120,7 +120,7 @@ def test_one_rank_steps_equal_torch(work: Path, cpu: Device, family: str) -> Non
         torch.testing.assert_close(one.one[1].read(name), weights[name], atol=1e-5, rtol=0)
 
 
-def torch_steps(model: Path, rows: validate.Rows) -> tuple[list[float], dict[str, torch.Tensor]]:
+def torch_steps(model: Path, rows: parity.Rows) -> tuple[list[float], dict[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -133,7 +133,7 @@ def torch_steps(model: Path, rows: validate.Rows) -> tuple[list[float], dict[str
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        found = validate._backward(network, rows)  # order of rows does not matter on one device
+        found = parity._backward(network, rows)  # order of rows does not matter on one device
         torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIM.clip_grad)
         optimizer.step()
         losses.append(float(found["loss"]))

@@ -162,8 +162,8 @@ def one_has_a_problem(rank: int) -> list[str]:
 def record_where_one_rank_is_full(folder: Path) -> list[str]:
     """The last stage of two holds the norm and the head; what it cannot write is asked for by nobody before the end."""
     from swift_mega.device import setup
-    from swift_mega.train import compare
-    from swift_mega.train.states import Side
+    from swift_mega.verify import distance as compare
+    from swift_mega.verify.states import Side
 
     model = folder / "model"
     parallel = schema.Parallel(pipeline=2)

@@ -16,9 +16,10 @@ from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout
-from swift_mega.train import offload, validate
+from swift_mega.train import offload
 from swift_mega.train.build import build_training
 from swift_mega.train.step import evaluate, run_schedule
+from swift_mega.verify import parity
 from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import bench, settings
 
@@ -53,12 +54,12 @@ class Counted(offload.Bus):
         return target, copied
 
 
-def one_step(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) -> list[dict[str, Any]]:
+def one_step(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) -> list[dict[str, Any]]:
     """What every rank computed, and moved: loss, gradients, bytes of each tensor that left, what of it is still there."""
     offload.Bus = Counted  # type: ignore[misc]  # of this rank's process alone
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)
-    batches = validate.microbatches(rows, layout, groups.coordinate.data)
+    batches = parity.microbatches(rows, layout, groups.coordinate.data)
     evaluated = evaluate(training, [batches])
     moved_by_evaluation = sum(len(bus.bytes) for bus in Counted.made)
     for chunk in training.chunks:

@@ -13,9 +13,9 @@ from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import train_step
+from swift_mega.verify import parity
 from tests.pairs import all_pairs, covering
 from tests.train.bench import OPTIM, Bench, bench, settings
 
@@ -47,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("optimizer_offload")
 
 
-def steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) -> dict[str, Any]:
+def steps(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) -> dict[str, Any]:
     """The first rank's losses, gradient norms and trained weights, and who stepped how many numbers at which rate."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
@@ -60,7 +60,7 @@ def steps(run: schema.Run, device: Device, layout: Layout, rows: validate.Rows) 
     ]
     for step in range(STEPS):
         turned = [*rows[2 * step :], *rows[: 2 * step]]
-        result = train_step(training, validate.microbatches(turned, layout, groups.coordinate.data))
+        result = train_step(training, parity.microbatches(turned, layout, groups.coordinate.data))
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
         used = {group["lr"] for hybrid in hybrids for each in hybrid.sub_optimizers for group in each.param_groups}

@@ -17,8 +17,8 @@ from swift_mega.models.tiles import TiledNorm, check_tiles, tile_size
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
+from swift_mega.verify import parity
 from tests.largest import Largest
 from tests.pairs import both_tuners, covering, kind, of_layouts
 
@@ -70,9 +70,9 @@ def measure(work: Path, cpu: Device, name: str, run: schema.Run, world: int) -> 
             bare = dataclasses.replace(
                 run, model=dataclasses.replace(run.model, adapters=()), parallel=ONE, train=schema.Train()
             )
-            run_ranks(1, validate.random_adapter, bare, cpu, plan_layout(ONE, shape, 1), Path(run.model.adapters[0]))
-        rows = validate.example_rows(shape.vocab, examples=8)
-        run_ranks(world, validate.measure, run, cpu, plan_layout(run.parallel, shape, world), rows, output)
+            run_ranks(1, parity.random_adapter, bare, cpu, plan_layout(ONE, shape, 1), Path(run.model.adapters[0]))
+        rows = parity.example_rows(shape.vocab, examples=8)
+        run_ranks(world, parity.measure, run, cpu, plan_layout(run.parallel, shape, world), rows, output)
     return output
 
 
@@ -84,7 +84,7 @@ def check(work: Path, cpu: Device, family: str, tuner: str, layout: str, *, name
     want = measure(work, cpu, f"{family}-{tuner}-{layout}", run_of(work, family, tuner, parallel), world)
     given = {"tile_mlp": True, "mlp_tile_size": TILE} | train
     have = measure(work, cpu, f"{want.name}-tiled{name}", run_of(work, family, tuner, parallel, **given), world)
-    found = validate.compare(layout, want, have)
+    found = parity.compare(layout, want, have)
     assert found.logits < 1e-10 and found.loss < 1e-10 and found.gradient < 1e-10, found
     assert found.tensors > 10
 

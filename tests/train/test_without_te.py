@@ -16,9 +16,9 @@ from swift_mega.device import CPU, Device
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.header import header
+from swift_mega.verify import parity
 
 AS_IF = Device(kind="cuda", device=CPU, backend="gloo", name="as if")
 LAYOUTS = {
@@ -31,17 +31,17 @@ LAYOUTS = {
 TWO_LAYERS = {family: {"num_hidden_layers": 2} for family in LAYOUTS if family != "qwen3_next"}  # which names its four
 
 
-def measured(run: schema.Run, where: Device, layout: Layout, rows: validate.Rows, output: Path) -> list[str]:
+def measured(run: schema.Run, where: Device, layout: Layout, rows: parity.Rows, output: Path) -> list[str]:
     """Writes logits and gradients of one rank; returns what a run says at its start."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, where, groups, steps=1)
-    validate.write_measured(training, rows, output)
+    parity.write_measured(training, rows, output)
     said = header(training)
     parallel_groups.close()
     return said
 
 
-def both(run: schema.Run, cpu: Device, layout: Layout, rows: validate.Rows, folder: Path) -> list[list[str]]:
+def both(run: schema.Run, cpu: Device, layout: Layout, rows: parity.Rows, folder: Path) -> list[list[str]]:
     """On the CPU, then on the stand-in for CUDA."""
     return [measured(run, where, layout, rows, folder / where.kind) for where in (cpu, AS_IF)]
 
@@ -54,9 +54,9 @@ def test_the_same_numbers(tmp_path: Path, cpu: Device, ranks: Any, family: str) 
     shape = load_settings(model).shape
     parallel, world = parse_layout(LAYOUTS[family])
     run = schema.Run(model=schema.Model(path=str(model), dtype="bfloat16"), parallel=parallel)
-    layout, rows = plan_layout(parallel, shape, world), validate.example_rows(shape.vocab, examples=4)
+    layout, rows = plan_layout(parallel, shape, world), parity.example_rows(shape.vocab, examples=4)
     here, there = ranks(world, both, run, cpu, layout, rows, tmp_path)
-    found = validate.compare(family, tmp_path / "cpu", tmp_path / "cuda")
+    found = parity.compare(family, tmp_path / "cpu", tmp_path / "cuda")
     assert found.logits < 0.05 and found.gradient < 0.05, found
     assert "layers: Megatron's local modules; attention: " in here[0] and len(here) == 1
     assert here[0].split(";")[0] == there[0].split(";")[0] and "torch's AdamW" in there[0]

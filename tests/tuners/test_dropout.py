@@ -13,10 +13,10 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import gather
 from swift_mega.parallel.layout import Coordinate, parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_training
 from swift_mega.train.step import run_schedule
 from swift_mega.tuners.lora import Adapter
+from swift_mega.verify import parity
 
 Masks = dict[str, list[list[bool]]]
 """By linear, the first of what is dropped in each of its calls."""
@@ -49,8 +49,8 @@ def dropped(model: Path, device: Device, layout_name: str) -> list[tuple[Coordin
     Adapter._drop = noted  # type: ignore[method-assign]
     for chunk in training.chunks:
         chunk.train()
-    rows = validate.example_rows(training.part.settings.shape.vocab, examples=4 * layout.data)
-    run_schedule(training, validate.microbatches(rows, layout, groups.coordinate.data)[:2], forward_only=False)
+    rows = parity.example_rows(training.part.settings.shape.vocab, examples=4 * layout.data)
+    run_schedule(training, parity.microbatches(rows, layout, groups.coordinate.data)[:2], forward_only=False)
     Adapter._drop = drop  # type: ignore[method-assign]
     told = gather((groups.coordinate, found))
     parallel_groups.close()

@@ -24,8 +24,8 @@ from swift_mega.models.family import families, family_of
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_part
+from swift_mega.verify import parity
 from tests import tiny
 
 PREFIX = "transformer."
@@ -171,7 +171,7 @@ def random_adapter(model: Path, output: Path, cpu: object) -> Path:
         model=schema.Model(path=str(model), dtype="float32"), tuner=schema.Tuner(type="lora", rank=4, alpha=8.0)
     )
     layout = plan_layout(schema.Parallel(), load_settings(model).shape, 1)
-    run_ranks(1, validate.random_adapter, run, cpu, layout, output)
+    run_ranks(1, parity.random_adapter, run, cpu, layout, output)
     return output
 
 

@@ -35,10 +35,10 @@ from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout
-from swift_mega.train import validate
 from swift_mega.train.build import build_part, dequantised_dtype
 from swift_mega.train.step import held_part
 from swift_mega.tuners.tuner import find_tuner
+from swift_mega.verify import parity
 
 Rows = Sequence[Sequence[int]]
 Take = Callable[[int, int, Tensor], None]
@@ -236,8 +236,8 @@ def _first(result: Any) -> Tensor:
 def _run_transformers(
     side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path
 ) -> None:  # fmt: skip
-    network = validate.network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
-    inner = network.get_base_model() if validate.is_peft(network) else network
+    network = parity.network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
+    inner = network.get_base_model() if parity.is_peft(network) else network
     prompt = 0
 
     def hand(point: int, value: Tensor) -> None:

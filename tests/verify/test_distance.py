@@ -14,9 +14,9 @@ import tiny
 from swift_mega import api
 from swift_mega.api import Candidate, comparison
 from swift_mega.errors import UserError
-from swift_mega.train import compare as comparing
-from swift_mega.train import states
-from swift_mega.train.states import point_names
+from swift_mega.verify import distance as comparing
+from swift_mega.verify import states
+from swift_mega.verify.states import point_names
 
 FAMILIES = ("llama", "qwen3_moe", "deepseek_v3_moe")
 POINTS = point_names(4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swift_mega.device import Device
 from swift_mega.parallel.agree import agree, gather, on_first_rank
-from swift_mega.train.states import Rows, Side, Take, point_names, run_side
+from swift_mega.verify.states import Rows, Side, Take, point_names, run_side
 
 BLOCK = 1 << 22
 """Numbers of a state that are compared at a time, in float64."""
