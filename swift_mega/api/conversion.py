@@ -16,10 +16,10 @@ from swift_mega.convert.blueprint import draw
 from swift_mega.convert.blueprint_report import Plan, rest_of
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files import stream
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.hf_write import parse_size
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.files.resized import weights_of
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import PICKLES, has_weights, unread
 from swift_mega.convert.megatron.mcore import (
     companions_of,
@@ -143,7 +143,7 @@ def _from_megatron(
 
 
 def say_of_source(
-    source: str, checkpoint: Checkpoint | None = None, dequantize: bool = False, *, trained: bool = False
+    source: str, checkpoint: TensorSource | None = None, dequantize: bool = False, *, trained: bool = False
 ) -> None:
     """One line on what of a directory is not read, and one on what is kept but not computed. checkpoint: of a family that is known."""
     if not is_first_rank():
@@ -159,7 +159,7 @@ def _nothing(name: str) -> bool:
     return False
 
 
-def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> Checkpoint:
+def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> TensorSource:
     return open_checkpoint(source, dequantised_dtype(run.model, kind or stored_dtype(source)))
 
 
@@ -200,7 +200,7 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
 
 
 def _whole_to_mcore(
-    layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: Checkpoint, overwrite: bool, dequantize: bool
+    layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: TensorSource, overwrite: bool, dequantize: bool
 ) -> None:  # fmt: skip
     blueprint = draw(directory, checkpoint.entries, dequantize, kind)
     write_mcore(blueprint, layout, output, checkpoint, overwrite=overwrite)
@@ -223,7 +223,7 @@ def _to_mcore(
     kind: torch.dtype,
     directory: str,
     output: str,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     overwrite: bool,
 ) -> None:
     groups = parallel_groups.init(layout)

@@ -15,8 +15,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.spans import Span, spans, stacked
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.load import fill
 from swift_mega.convert.megatron.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
@@ -208,7 +208,7 @@ def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible
     return Share(slot, tuple(shape), tuple(pieces), cut, copy)
 
 
-def value_of(checkpoint: Checkpoint, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
+def value_of(checkpoint: TensorSource, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
     """The parameter that a share is, as the rank's own loader fills it; no rank is there."""
     made = torch.empty(share.shape, dtype=dtype)
     fill(made, checkpoint, share.slot.rule, share.slices, settings.heads.on(*share.cut))
@@ -250,7 +250,7 @@ def _check_whole(name: str, shape: Sequence[int], axis: int | None, pieces: Sequ
     assert reached == shape[axis], f"{name} {shape}: {ends[:8]}"
 
 
-def byte_ranges(checkpoint: Checkpoint, share: Share) -> list[tuple[Path, Span]]:
+def byte_ranges(checkpoint: TensorSource, share: Share) -> list[tuple[Path, Span]]:
     """Where in the files the bytes of a share lie."""
     found = []
     for piece in share.slices:

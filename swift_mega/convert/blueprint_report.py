@@ -10,8 +10,9 @@ import torch
 
 from swift_mega.convert.blueprint import Blueprint, Share, byte_ranges, check_tiling, shares
 from swift_mega.convert.check import Coverage, check_coverage
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.quantised import Dequantised
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import unread
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -89,7 +90,7 @@ class Plan:
 
 
 def make(
-    blueprint: Blueprint, layout: Layout, *, dtype: torch.dtype, directory: Path, checkpoint: Checkpoint | None,
+    blueprint: Blueprint, layout: Layout, *, dtype: torch.dtype, directory: Path, checkpoint: TensorSource | None,
     vocab_divisible_by: int = 128,
 ) -> Plan:  # fmt: skip
     """The plan for a layout; UserError where the checkpoint (None: there is only a config) does not fit its config."""
@@ -115,7 +116,7 @@ def _stage(
     layout: Layout,
     stage: int,
     dtype: torch.dtype,
-    checkpoint: Checkpoint | None,
+    checkpoint: TensorSource | None,
     divisible_by: int,
 ) -> Stage:
     where = Coordinate(tensor=0, pipeline=stage, context=0, data=0, expert=0, expert_tensor=0, expert_data=0)
@@ -131,7 +132,7 @@ def _stage(
     )
 
 
-def _reads(checkpoint: Checkpoint, held: Sequence[Share]) -> tuple[int, int]:
+def _reads(checkpoint: TensorSource, held: Sequence[Share]) -> tuple[int, int]:
     spans = [span for share in held for _, span in byte_ranges(checkpoint, share)]
     return sum(span.bytes for span in spans), sum(span.runs for span in spans)
 

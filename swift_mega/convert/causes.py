@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.models.config_json import read_config
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings
@@ -39,7 +40,7 @@ class Misfit:
 
     family: Family
     settings: Settings
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     missing: Sequence[str]
     extra: Sequence[str]
 

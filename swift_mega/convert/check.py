@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from swift_mega.convert.causes import Misfit, cause_of
-from swift_mega.convert.files.hf_files import Checkpoint, read_json, some
+from swift_mega.convert.files.hf_files import read_json, some
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.slices import together
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -56,7 +57,7 @@ class Coverage:
 
 
 def check_coverage(
-    family: Family, settings: Settings, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]
+    family: Family, settings: Settings, checkpoint: TensorSource, wanted: Mapping[str, tuple[int, ...]]
 ) -> Coverage:
     """What becomes of each tensor; UserError unless `wanted`, of all ranks together, is what the checkpoint has to be read."""
     wanted = together(wanted)
@@ -119,7 +120,7 @@ def count_predicted(path: Path, settings: Settings, names: Collection[str]) -> s
     )
 
 
-def _rows_cause(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> str:
+def _rows_cause(family: Family, checkpoint: TensorSource, wanted: Mapping[str, tuple[int, ...]]) -> str:
     """Vocabularies are what most often differ, by a few rows: padded for speed, or grown by added tokens."""
     for name in (family.embedding, family.head):
         shape = wanted.get(name, ())
@@ -130,7 +131,7 @@ def _rows_cause(family: Family, checkpoint: Checkpoint, wanted: Mapping[str, tup
     return ""
 
 
-def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+def refuse_quantised(checkpoint: TensorSource, names: Iterable[str]) -> None:
     """UserError where one of these tensors is not of a plain floating-point dtype."""
     strange = [
         f"{name} ({checkpoint.entries[name].dtype})" for name in names if checkpoint.entries[name].dtype not in FLOATS
@@ -142,7 +143,7 @@ def refuse_quantised(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         )
 
 
-def check_same_head(family: Family, checkpoint: Checkpoint) -> None:
+def check_same_head(family: Family, checkpoint: TensorSource) -> None:
     """A tied model's checkpoint may hold the output layer too, but only as a copy of the embedding."""
     head, embedding = checkpoint.read(family.head), checkpoint.read(family.embedding)
     if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head, embedding):
@@ -153,7 +154,7 @@ def check_same_head(family: Family, checkpoint: Checkpoint) -> None:
 
 
 def _differences(
-    family: Family, settings: Settings, checkpoint: Checkpoint, missing: list[str], extra: list[str]
+    family: Family, settings: Settings, checkpoint: TensorSource, missing: list[str], extra: list[str]
 ) -> list[str]:
     said = []
     if missing:

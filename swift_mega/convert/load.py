@@ -9,8 +9,8 @@ from torch import Tensor
 
 from swift_mega.convert.check import check_coverage, needs
 from swift_mega.convert.files.finite import check_finite, is_finite
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.progress import bytes_bar
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
 from swift_mega.models.build import Held, ModelPart
@@ -20,7 +20,7 @@ from swift_mega.parallel.agree import agree, attempt, gather
 from swift_mega.parallel.groups import Groups
 
 
-def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
+def load(part: ModelPart, checkpoint: TensorSource, groups: Groups) -> None:
     """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike.
 
     The first data replica reads; the others get its numbers over the network, which is faster than the files are for all. They wait for
@@ -42,14 +42,14 @@ def load(part: ModelPart, checkpoint: Checkpoint, groups: Groups) -> None:
             bar.update(0 if first else held.parameter.nbytes)
 
 
-def _read(part: ModelPart, checkpoint: Checkpoint, held: Held) -> str | None:
+def _read(part: ModelPart, checkpoint: TensorSource, held: Held) -> str | None:
     """One parameter from its file; returns what is wrong with its numbers."""
     pieces = slices_of(part, checkpoint, held)
     fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
     return not_finite(held.parameter, checkpoint, pieces)
 
 
-def not_finite(value: Tensor, checkpoint: Checkpoint, pieces: Sequence[Slice]) -> str | None:
+def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice]) -> str | None:
     """What to say of a parameter that holds NaN or infinity, by the tensor that it is in.
 
     A rank that found one goes on: the others wait for what it sends them.
@@ -70,7 +70,7 @@ def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.Process
     return group, dist.get_rank(group) == 0
 
 
-def fill(value: Tensor, checkpoint: Checkpoint, rule: Rule, pieces: Sequence[Slice], heads: Heads) -> None:
+def fill(value: Tensor, checkpoint: TensorSource, rule: Rule, pieces: Sequence[Slice], heads: Heads) -> None:
     """One parameter from its slices, straight into place where its pack has places for them; a vocabulary's padding is zero."""
     pack = rule.pack
     if pack.padded:
@@ -87,7 +87,7 @@ def fill(value: Tensor, checkpoint: Checkpoint, rule: Rule, pieces: Sequence[Sli
         checkpoint.read_into(place, piece.name, piece.axis, piece.start, piece.stop)
 
 
-def slices_of(part: ModelPart, checkpoint: Checkpoint, held: Held) -> list[Slice]:
+def slices_of(part: ModelPart, checkpoint: TensorSource, held: Held) -> list[Slice]:
     """What this rank reads for a parameter."""
     return slices(
         held.rule, {name: checkpoint.shape(name) for name in held.parts}, cut=part.tensor_axis(held), heads=part.heads,

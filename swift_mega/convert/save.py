@@ -31,6 +31,7 @@ from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.files.report import checksums, write_report
 from swift_mega.convert.files.stream import set_dtype
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import CARRIED, MODEL, has_weights
 from swift_mega.convert.slices import slices, together
 from swift_mega.errors import UserError
@@ -57,7 +58,7 @@ class Piece:
 class Carried:
     """Tensors of a Hugging Face directory that no parameter holds and that go on, by name, with the dtype that they are written in."""
 
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     dtypes: Mapping[str, torch.dtype]
 
     def pieces(self) -> Iterator[Piece]:

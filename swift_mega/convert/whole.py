@@ -15,8 +15,9 @@ from torch import Tensor
 
 from swift_mega.convert.blueprint import Blueprint, Slot
 from swift_mega.convert.check import check_coverage
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.progress import bytes_bar
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.load import fill, not_finite
 from swift_mega.convert.megatron.mcore import (
     RELEASE,
@@ -88,7 +89,7 @@ def _count(slot: Slot, settings: Settings, size: int, most: int) -> int:
 
 
 def write_mcore(
-    blueprint: Blueprint, layout: Layout, output: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False,
+    blueprint: Blueprint, layout: Layout, output: str | Path, checkpoint: TensorSource, *, overwrite: bool = False,
     vocab_divisible_by: int = 128, most: int = MOST,
 ) -> None:  # fmt: skip
     """What `save_mcore` of the ranks of `layout` writes, by this process alone. In a group of one rank."""
@@ -105,7 +106,7 @@ def write_mcore(
 
 
 def _write_slots(
-    writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: Checkpoint, rows: int, most: int
+    writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: TensorSource, rows: int, most: int
 ) -> None:  # fmt: skip
     """Every parameter in bands, from the Hugging Face tensors; rows: of the padded vocabulary."""
     settings = blueprint.settings

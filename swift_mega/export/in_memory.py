@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.quantised import open_checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.export.merged import Merge, read_adapter
 from swift_mega.models.quantization import KEYS, quantization_of
@@ -62,7 +63,9 @@ def load_merged(
 class _Stored:
     """A tensor in files, merged when it is read: what transformers takes for a safetensors slice."""
 
-    def __init__(self, base: Checkpoint, name: str, kind: torch.dtype, merge: Merge, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, base: TensorSource, name: str, kind: torch.dtype, merge: Merge, dtype: torch.dtype | None
+    ) -> None:
         self._base, self._name, self._kind, self._merge, self._dtype = base, name, kind, merge, dtype
         self.read = False
 

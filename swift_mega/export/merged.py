@@ -25,6 +25,7 @@ from swift_mega.convert.files.hf_write import (
 )
 from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.files.report import write_report
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.views import Untied
 from swift_mega.convert.files.which_files import ADAPTER
 from swift_mega.errors import UserError
@@ -58,7 +59,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
 class PeftAdapter:
     """A LoRA adapter directory: its factors by Hugging Face module name, and its scale."""
 
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     scale: float
     modules: frozenset[str]
     config: dict[str, object]
@@ -168,7 +169,7 @@ def merge(
         write_report(staging, planned, found)
 
 
-def untied_for(base: Checkpoint, adapter: PeftAdapter) -> Untied | None:
+def untied_for(base: TensorSource, adapter: PeftAdapter) -> Untied | None:
     """`base` with an output layer of its own, where it is a tied model and `adapter` changes that layer; None where not.
 
     The adapter changes logits alone: PEFT adds its product to them, and embeddings are looked up as they were.
@@ -191,7 +192,7 @@ def untied_for(base: Checkpoint, adapter: PeftAdapter) -> Untied | None:
     return Untied(base, head=family.head, embedding=family.embedding)
 
 
-def _refuse_head(base: Checkpoint, adapter: PeftAdapter, config: Mapping[str, object]) -> None:
+def _refuse_head(base: TensorSource, adapter: PeftAdapter, config: Mapping[str, object]) -> None:
     heads = sorted(adapter.modules & OUTPUT_LAYERS)
     if heads and config.get("tie_word_embeddings") is not False:
         raise UserError(
@@ -221,7 +222,7 @@ class Merge:
     `base` has an output layer of its own now.
     """
 
-    def __init__(self, base: Checkpoint, adapter: PeftAdapter) -> None:
+    def __init__(self, base: TensorSource, adapter: PeftAdapter) -> None:
         self.dtypes, apart = written_dtypes(base), untied_for(base, adapter)
         if apart is not None:
             self.dtypes[apart.head] = self.dtypes[apart.embedding]
@@ -237,7 +238,7 @@ class Merge:
         return total.to(dtype)
 
 
-def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
+def _linears(base: TensorSource, adapter: PeftAdapter) -> dict[str, _Linear]:
     """What the adapter changes, by tensor of the base; UserError where it does not fit the base."""
     family = _family(base, adapter)
     names = {
@@ -259,7 +260,7 @@ def _linears(base: Checkpoint, adapter: PeftAdapter) -> dict[str, _Linear]:
     return found
 
 
-def _check_copies(base: Checkpoint, adapter: PeftAdapter, names: Mapping[str, str]) -> None:
+def _check_copies(base: TensorSource, adapter: PeftAdapter, names: Mapping[str, str]) -> None:
     """PEFT saves whole weights of embedding and output layer beside factors for them, or where it thinks that they were resized. PEFT
     loads these in place of the base's, so they must be the same."""
     for module, copy in sorted(adapter.copies.items()):
@@ -273,7 +274,7 @@ def _check_copies(base: Checkpoint, adapter: PeftAdapter, names: Mapping[str, st
             )
 
 
-def _family(base: Checkpoint, adapter: PeftAdapter) -> Family | None:
+def _family(base: TensorSource, adapter: PeftAdapter) -> Family | None:
     """The family of the base. Other models are merged too, name by name, where nothing has to be known of them."""
     if known := _known_family(base):
         # Here fan_in_fan_out says nothing new: PEFT, too, sets it by the kind of module that it meets.
@@ -286,13 +287,13 @@ def _family(base: Checkpoint, adapter: PeftAdapter) -> Family | None:
     return None
 
 
-def _known_family(base: Checkpoint) -> Family | None:
+def _known_family(base: TensorSource) -> Family | None:
     if (base.directory / "config.json").is_file() and read_config(base.directory)["model_type"] in families():
         return family_of(base.directory).named_like(base.entries)
     return None
 
 
-def _check_fit(entry: Entry, base: Checkpoint, adapter: PeftAdapter, linear: _Linear) -> None:
+def _check_fit(entry: Entry, base: TensorSource, adapter: PeftAdapter, linear: _Linear) -> None:
     down, up = (adapter.checkpoint.entries[f"{PREFIX}{linear.module}.lora_{letter}.weight"].shape for letter in "AB")
     want = entry.shape[::-1] if linear.turned else entry.shape
     if (up[0], down[1]) != want:

@@ -9,8 +9,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.quantised import open_checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.load import load
 from swift_mega.device import Device
 from swift_mega.errors import UserError
@@ -65,7 +65,7 @@ def dequantised_dtype(model: schema.Model, dtype: torch.dtype) -> torch.dtype | 
 
 
 def build_part(
-    run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, checkpoint: Checkpoint
+    run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, checkpoint: TensorSource
 ) -> ModelPart:  # fmt: skip
     """This rank's part of the run's model, filled from its Hugging Face directory. Collective."""
     directory = checkpoint.directory

@@ -9,19 +9,19 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from swift_mega.convert.files.header import DTYPES, NAMES, read_header, read_json, some, state_of
 from swift_mega.convert.files.spans import Entry, read_spans, spans, stacked
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import stem_of, weight_files
 from swift_mega.errors import UserError
 
 __all__ = ["DTYPES", "NAMES", "Checkpoint", "Entry", "read_json", "some"]
 
 
-class Checkpoint:
-    """A Hugging Face directory's tensors, by name; values are read on demand, by slice.
+class Checkpoint(TensorSource):
+    """The safetensors files of a Hugging Face directory; values are read on demand, by slice.
 
     stem: of the files, one of those in which_files.py; default: a model's, or an adapter's where the directory is PEFT's alone. It can
     be pickled: another process opens the files itself, and stops where one is no longer what it was when its header was read.
@@ -68,19 +68,10 @@ class Checkpoint:
         if extra := sorted(self.entries.keys() - listed.keys()):
             raise UserError(f"{index} does not list {some(extra)}, which the files hold; copy index and files again")
 
-    def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor `name`, or its [start, stop) along `axis`, in memory of its own. `name[3]` is the fourth of a stacked tensor."""
-        shape = list(self.shape(name))
-        if axis is not None:
-            shape[axis] = (shape[axis] if stop is None else stop) - start
-        made = torch.empty(shape, dtype=self.entries[stacked(name)[0]].dtype)
-        self.read_into(made, name, axis, start, stop)
-        return made
-
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` with what `read` would give: as many numbers in the same order, whatever its shape, strides or dtype."""
+        """Fills `target` from the file."""
         whole, _ = stacked(name)
         entry = self.entries[whole]
         span = spans(entry, name, axis, start, stop)
@@ -91,12 +82,6 @@ class Checkpoint:
             raise UserError(f"{entry.file} was cut short while it was read; copy it from the source again") from None
         except OSError as error:
             raise UserError(f"{entry.file} cannot be read: {error.strerror}; copy it from the source again") from None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, or of one of a stacked tensor's."""
-        whole, index = stacked(name)
-        shape = self.entries[whole].shape
-        return shape if index is None else shape[1:]
 
     def _handle(self, file: Path) -> int:
         if file not in self._handles:

@@ -20,6 +20,7 @@ from swift_mega.convert.files.formats.format import Box, Format, Quantised, ceil
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.resized import open_resized
 from swift_mega.convert.files.spans import stacked
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.quantization import KEYS, SIDECARS, quantization_of, stored_dtype
@@ -32,13 +33,12 @@ ALIGNED = 32
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Dequantised(Checkpoint):
+class Dequantised(TensorSource):
     """A quantised checkpoint under the names of its plain weights."""
 
     def __init__(
-        self, stored: Checkpoint, weights: Mapping[str, Quantised], unneeded: frozenset[str], dtype: torch.dtype
+        self, stored: TensorSource, weights: Mapping[str, Quantised], unneeded: frozenset[str], dtype: torch.dtype
     ):
-        # Not Checkpoint's own: it is a checkpoint to all who read one, and reads another.
         self.directory, self.stored, self.weights = stored.directory, stored, weights
         hidden = {part for weight in weights.values() for part in weight.parts.values()} | unneeded
         places = {next(iter(weight.parts.values())): name for name, weight in weights.items()}
@@ -57,7 +57,7 @@ class Dequantised(Checkpoint):
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` as Checkpoint's does, with numbers rounded to the entry's dtype. Only the blocks they lie in are read."""
+        """Fills `target` with numbers rounded to the entry's dtype. Only the blocks they lie in are read."""
         whole, index = stacked(name)
         if whole not in self.weights:
             self.stored.read_into(target, name, axis, start, stop)
@@ -124,7 +124,7 @@ def _within(value: Tensor, box: Box, piece: Box) -> Tensor:
     return value
 
 
-def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None) -> Checkpoint:
+def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None) -> TensorSource:
     """The tensors of a Hugging Face directory, by slices; quantised ones as plain ones of dtype `dequantize`, where it is given.
 
     Without it they are what is stored, and whoever needs them as weights refuses them. Raises UserError where the directory is not
@@ -156,7 +156,7 @@ def _format(config: Mapping[str, Any]) -> Format:
     return formats[config["quant_method"]]
 
 
-def written_dtypes(checkpoint: Checkpoint, dequantised: torch.dtype | None = None) -> dict[str, torch.dtype]:
+def written_dtypes(checkpoint: TensorSource, dequantised: torch.dtype | None = None) -> dict[str, torch.dtype]:
     """The dtype of every tensor where plain weights are written of it: dequantised ones have this one, or what config.json names."""
     quantised = checkpoint.weights.keys() if isinstance(checkpoint, Dequantised) else ()
     plain = dequantised or stored_dtype(checkpoint.directory)

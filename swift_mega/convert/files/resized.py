@@ -19,6 +19,7 @@ from torch.distributions.multivariate_normal import MultivariateNormal
 
 from swift_mega.convert.check import FLOATS, carried_of
 from swift_mega.convert.files.hf_files import Checkpoint, read_json
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family
 from swift_mega.models.settings import Settings
@@ -29,11 +30,10 @@ SEED = 0
 Kind = Literal["transformers", "mean"]
 
 
-class Resized(Checkpoint):
+class Resized(TensorSource):
     """`stored` with the rows of `more` after those of the same names."""
 
-    def __init__(self, directory: Path, stored: Checkpoint, more: Checkpoint | None) -> None:
-        # Not Checkpoint's own: it is a checkpoint to all who read one, and reads others.
+    def __init__(self, directory: Path, stored: TensorSource, more: TensorSource | None) -> None:
         self.directory, self.stored, self.more = directory, stored, more
         self.entries = dict(stored.entries)
         for name, added in (more.entries if more else {}).items():
@@ -43,7 +43,7 @@ class Resized(Checkpoint):
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` as Checkpoint's does."""
+        """Fills `target` from both."""
         if self.more is None or name not in self.more.entries:
             self.stored.read_into(target, name, axis, start, stop)
             return
@@ -57,7 +57,7 @@ class Resized(Checkpoint):
         target.copy_(torch.cat(parts).view(target.shape))
 
 
-def open_resized(directory: str | Path) -> Checkpoint | None:
+def open_resized(directory: str | Path) -> TensorSource | None:
     """The checkpoint of a directory that `write_resized` made; None where it is another."""
     path = Path(directory)
     if not (path / MARKER).is_file():
@@ -73,7 +73,7 @@ def weights_of(directory: str | Path) -> str:
 
 
 def write_resized(
-    view: Path, stored: Checkpoint, family: Family, settings: Settings, vocab: int, *, kind: Kind
+    view: Path, stored: TensorSource, family: Family, settings: Settings, vocab: int, *, kind: Kind
 ) -> None:
     """Makes of `view`, which has config and tokenizer of `stored`, the same model with `vocab` rows."""
     (view / MARKER).write_text(json.dumps({"weights": str(stored.directory.resolve())}))
@@ -89,7 +89,7 @@ def write_resized(
     path.write_text(json.dumps({**read_json(path), "vocab_size": vocab}, indent=2) + "\n")
 
 
-def _names(family: Family, settings: Settings, stored: Checkpoint) -> list[str]:
+def _names(family: Family, settings: Settings, stored: TensorSource) -> list[str]:
     """Tensors with a row for each word: embedding, output layer and its bias, and their copies in layers of multi-token prediction."""
     ours = [part for rule in family.rules if rule.pack.padded for part in rule.parts]
     copies = [

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.check import FLOATS
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.hf_write import Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.files.quantised import Dequantised, drop_quantization
 from swift_mega.convert.files.report import write_report
 from swift_mega.convert.files.resized import weights_of
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.outputs import staged
 
@@ -23,7 +23,7 @@ IN_FLIGHT = 64 << 20
 
 
 def restream(
-    source: Checkpoint,
+    source: TensorSource,
     output: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -63,7 +63,7 @@ def restream(
         write_report(staging, planned, found, source=str(Path(weights_of(source.directory)).resolve()))
 
 
-def rows_of(source: Checkpoint, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+def rows_of(source: TensorSource, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
     """A tensor as (first row, rows), as many at a time as `buffer` (uint8) holds, and one at least; in it, until the next are taken."""
     entry = source.entries[name]
     if not entry.shape or not math.prod(entry.shape):

@@ -17,10 +17,11 @@ from torch import Tensor
 from swift_mega.convert.files.finite import check_finite
 from swift_mega.convert.files.formats.format import ceil
 from swift_mega.convert.files.formats.fp8 import FP8, LARGEST
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.hf_write import Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.files.quantised import drop_quantization, written_dtypes
 from swift_mega.convert.files.report import write_report
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family
 from swift_mega.models.linears import modules_of
@@ -76,7 +77,7 @@ def _quantise_rows(rows: Tensor, into: Tensor, block: tuple[int, int]) -> Tensor
     return scales
 
 
-def fp8_linears(family: Family, settings: Settings, checkpoint: Checkpoint) -> set[str]:
+def fp8_linears(family: Family, settings: Settings, checkpoint: TensorSource) -> set[str]:
     """The modules that are quantised, by the checkpoint's names. A family's rules name the linears of every kind of attention it
     knows; these are there.
     """
@@ -84,7 +85,9 @@ def fp8_linears(family: Family, settings: Settings, checkpoint: Checkpoint) -> s
     return {name for name in names if f"{name}.weight" in checkpoint.entries}
 
 
-def fp8_tensors(checkpoint: Checkpoint, linears: Collection[str], block: tuple[int, int] = BLOCK) -> Iterator[Writing]:
+def fp8_tensors(
+    checkpoint: TensorSource, linears: Collection[str], block: tuple[int, int] = BLOCK
+) -> Iterator[Writing]:
     """Every tensor of a checkpoint, in its order, with FP8 and `weight_scale_inv` in place of the weights of `linears` (modules).
 
     Values are made when they are asked for, a weight's scales for free after the weight. UserError where a linear is missing.
@@ -106,7 +109,7 @@ def fp8_tensors(checkpoint: Checkpoint, linears: Collection[str], block: tuple[i
 class _Pair:
     """Codes and scales of one weight, quantised once where they are asked for in this order; the small ones are kept meanwhile."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, block: tuple[int, int]) -> None:
+    def __init__(self, checkpoint: TensorSource, name: str, block: tuple[int, int]) -> None:
         self.checkpoint, self.name, self.block = checkpoint, name, block
         self.kept: Tensor | None = None
 
@@ -124,7 +127,7 @@ class _Pair:
         return scales
 
 
-def fp8_config(checkpoint: Checkpoint, linears: Collection[str], block: tuple[int, int] = BLOCK) -> dict[str, Any]:
+def fp8_config(checkpoint: TensorSource, linears: Collection[str], block: tuple[int, int] = BLOCK) -> dict[str, Any]:
     """`quantization_config` of such files; every module with a matrix that stays as it is is named in it, and the output layer."""
     plain = {
         name.removesuffix(".weight")
@@ -149,7 +152,7 @@ def set_quantization(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_fp8(
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     linears: Collection[str],
     target: Path,
     *,

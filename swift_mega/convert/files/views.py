@@ -1,22 +1,21 @@
-"""Checkpoints seen otherwise than they are stored: what loads, converts and merges them reads a view as it reads files."""
+"""Models seen otherwise than they are stored."""
 
 from dataclasses import replace
 
 from torch import Tensor
 
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 
 
-class Untied(Checkpoint):
+class Untied(TensorSource):
     """A tied model's checkpoint with an output layer of its own, which is the embedding again."""
 
-    def __init__(self, stored: Checkpoint, *, head: str, embedding: str) -> None:
-        # Not Checkpoint's own: it is a checkpoint to all who read one, and reads another.
+    def __init__(self, stored: TensorSource, *, head: str, embedding: str) -> None:
         self.directory, self.stored, self.head, self.embedding = stored.directory, stored, head, embedding
         self.entries = {**stored.entries, head: replace(stored.entries[embedding], name=head)}
 
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` as Checkpoint's does."""
+        """Fills `target`; for the output layer, from the embedding."""
         self.stored.read_into(target, self.embedding if name == self.head else name, axis, start, stop)

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from swift_mega.convert.check import carried_of, refuse_quantised
 from swift_mega.convert.files.hf_files import DTYPES as TORCH_DTYPES
-from swift_mega.convert.files.hf_files import NAMES, Checkpoint, some
+from swift_mega.convert.files.hf_files import NAMES, some
 from swift_mega.convert.files.hf_write import Writer, copy_companions, plan_files, write_headers
 from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import CARRIED, has_weights
 from swift_mega.convert.megatron.places import spellings
 from swift_mega.convert.megatron.torch_dist import read_metadata
@@ -58,7 +59,7 @@ SKIPPED = (*TRAINING, "common_state")
 """How keys begin that hold no weight; the last is what older Megatrons have in common.pt."""
 
 
-def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:
+def widest(checkpoint: TensorSource, family: Family | None = None) -> torch.dtype:
     """The dtype that holds every tensor of a checkpoint exactly; UserError where one is quantised.
 
     family: of the checkpoint; what it derives from the config, such as masks, is not read, and may be of any dtype.
@@ -73,7 +74,7 @@ def widest(checkpoint: Checkpoint, family: Family | None = None) -> torch.dtype:
 
 
 def save_mcore(
-    part: ModelPart, groups: Groups, directory: str | Path, source: Checkpoint, *, overwrite: bool = False
+    part: ModelPart, groups: Groups, directory: str | Path, source: TensorSource, *, overwrite: bool = False
 ) -> None:
     """Writes the part's weights as a torch_dist checkpoint, which appears whole or not at all. Collective.
 
@@ -98,7 +99,7 @@ def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | N
     return None
 
 
-def begin(staging: Path, source: Checkpoint, settings: Settings) -> None:
+def begin(staging: Path, source: TensorSource, settings: Settings) -> None:
     """All of a checkpoint but its weights and its tracker file."""
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     (staging / RELEASE).mkdir()
@@ -121,7 +122,7 @@ def _bytes_in_all(part: ModelPart) -> int:
     return sum(gather(mine))
 
 
-def _keep(source: Checkpoint, names: Iterable[str], folder: Path) -> None:
+def _keep(source: TensorSource, names: Iterable[str], folder: Path) -> None:
     """Tensors that no parameter holds, as safetensors beside the checkpoint: they belong to the model on the way back."""
     entries = {name: source.entries[name] for name in names}
     if entries:

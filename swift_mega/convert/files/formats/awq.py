@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swift_mega.convert.files.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules
 from swift_mega.convert.files.formats.words import SCALES, matrix, trim, unpack
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 
 INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which place in its word each of the eight outputs has."""
@@ -39,7 +39,7 @@ class Awq:
         return values.mul_(parts["scales"].float().index_select(0, group)).t()
 
 
-def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
+def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     """Every module with qweight, qzeros and scales."""
     size = config.get("group_size", config.get("q_group_size", 128))
     weights = {}

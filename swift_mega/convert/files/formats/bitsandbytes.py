@@ -14,7 +14,8 @@ from torch import Tensor
 
 from swift_mega.convert.files.formats.format import Box, Format, Found, ceil, check_tensor
 from swift_mega.convert.files.formats.nibbles import look_up, pairs
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.text_files import parse_json
 
@@ -91,7 +92,7 @@ class Int8:
         return parts["weight"].float().mul_(parts["scale"].float()[:, None]).mul_(1 / 127)
 
 
-def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
+def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     """Weights with a quant_state (4 bits) or an SCB (8 bits) beside them."""
     weights: dict[str, FourBit | Int8] = {}
     unneeded = set()
@@ -115,7 +116,7 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
     return Found(weights=weights, unneeded=frozenset(unneeded & checkpoint.entries.keys()))
 
 
-def _four_bit(checkpoint: Checkpoint, weight: str, state_name: str, kind: str) -> FourBit:
+def _four_bit(checkpoint: TensorSource, weight: str, state_name: str, kind: str) -> FourBit:
     state = _read_state(checkpoint, state_name)
     try:
         shape, block = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
@@ -146,7 +147,7 @@ def _four_bit(checkpoint: Checkpoint, weight: str, state_name: str, kind: str) -
     return FourBit(shape, parts, block, nested)
 
 
-def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _read_state(checkpoint: TensorSource, name: str) -> dict[str, Any]:
     try:
         state = parse_json(bytes(checkpoint.read(name).view(-1).tolist()))
     except (ValueError, TypeError) as error:
@@ -156,7 +157,7 @@ def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _int8(checkpoint: Checkpoint, weight: str, scale: str) -> Int8:
+def _int8(checkpoint: TensorSource, weight: str, scale: str) -> Int8:
     rows = checkpoint.entries[scale].shape
     parts = {"weight": weight, "scale": scale}
     columns = checkpoint.entries[weight].shape[-1:] if weight in checkpoint.entries else ()
@@ -172,7 +173,7 @@ def _int8(checkpoint: Checkpoint, weight: str, scale: str) -> Int8:
 
 
 def _check(
-    checkpoint: Checkpoint, parts: Mapping[str, str], wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+    checkpoint: TensorSource, parts: Mapping[str, str], wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
     why: str,
 ) -> None:  # fmt: skip
     if missing := sorted(name for name in parts.values() if name not in checkpoint.entries):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 
 Box = tuple[tuple[int, int], ...]
@@ -51,7 +52,7 @@ class Format:
 
     methods: tuple[str, ...]
     """The `quant_method` values that mean it."""
-    find: Callable[[Checkpoint, Mapping[str, Any]], Found]
+    find: Callable[[TensorSource, Mapping[str, Any]], Found]
     """The weights of a checkpoint, given its quantisation config. UserError where a tensor is missing, left over, or of odd shape."""
 
 
@@ -65,7 +66,7 @@ def blocks(span: tuple[int, int], size: int) -> tuple[int, int]:
     return span[0] // size, ceil(span[1], size)
 
 
-def modules(checkpoint: Checkpoint, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[str]:
+def modules(checkpoint: TensorSource, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[str]:
     """Modules that have tensors with one of the suffixes `needed`; UserError where a module has only some of these."""
     suffixes = (*needed, *optional)
     names = checkpoint.entries
@@ -81,7 +82,7 @@ def modules(checkpoint: Checkpoint, needed: Sequence[str], optional: Sequence[st
 
 
 def check_tensor(
-    checkpoint: Checkpoint, name: str, shape: Sequence[int], kinds: Sequence[torch.dtype], why: str
+    checkpoint: TensorSource, name: str, shape: Sequence[int], kinds: Sequence[torch.dtype], why: str
 ) -> None:
     """UserError unless a stored tensor has this shape and one of these dtypes."""
     entry = checkpoint.entries[name]

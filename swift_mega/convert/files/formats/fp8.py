@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from swift_mega.convert.files.formats.format import Box, Format, Found, blocks, ceil, check_tensor
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.models.quantization_fields import block_size
 
@@ -64,7 +65,7 @@ def _numbers(stored: Tensor) -> Tensor:
     return _NUMBERS.index_select(0, codes).view(stored.shape)
 
 
-def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
+def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     """Weights whose numbers are FP8 (or int8, of compressed-tensors), with the scales beside them."""
     compressed, block = config["quant_method"] == "compressed-tensors", block_size(config)
     numbers = (FP8, torch.int8) if compressed else (FP8,)
@@ -91,7 +92,7 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
     return Found(weights=weights, unneeded=frozenset(unneeded))
 
 
-def _scaled(checkpoint: Checkpoint, name: str, scale: str, block: tuple[int, int] | None) -> Scaled:
+def _scaled(checkpoint: TensorSource, name: str, scale: str, block: tuple[int, int] | None) -> Scaled:
     """The weight, with the blocks that its scale's shape says: those that the config states, rows, or the whole."""
     shape, there = checkpoint.entries[name].shape, checkpoint.entries[scale].shape
     if len(shape) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swift_mega.convert.files.formats.format import Box, Format, Found, blocks, ceil, check_tensor, modules
 from swift_mega.convert.files.formats.words import SCALES, WORD, matrix, trim, unpack
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 from swift_mega.models.quantization_fields import gptq_format
 
@@ -76,7 +76,7 @@ class Gptq:
         return stored + 1
 
 
-def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
+def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     """Every module with qweight, qzeros and scales, and g_idx where there is one."""
     bits, size = config.get("bits", 4), config.get("group_size", -1)
     one_less = gptq_format(config) != "gptq_v2"

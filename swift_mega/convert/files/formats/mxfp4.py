@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swift_mega.convert.files.formats.format import Box, Format, Found, blocks, check_tensor, modules
 from swift_mega.convert.files.formats.nibbles import look_up, pairs
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 
 BLOCK = 32
@@ -45,7 +45,7 @@ class Experts:
         return wanted.transpose(-1, -2)
 
 
-def find(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Found:
+def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     """Every X_blocks with its X_scales."""
     weights: dict[str, Experts] = {}
     for name in modules(checkpoint, ("_blocks", "_scales")):

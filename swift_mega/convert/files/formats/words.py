@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
 
 WORD = 32
@@ -26,7 +26,7 @@ def trim(values: Tensor, dim: int, wanted: tuple[int, int], each: int) -> Tensor
     return values.narrow(dim, wanted[0] % each, wanted[1] - wanted[0])
 
 
-def matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+def matrix(checkpoint: TensorSource, name: str) -> tuple[int, int]:
     """The sizes of a stored matrix; UserError where it is none."""
     shape = checkpoint.entries[name].shape
     if len(shape) != 2:
