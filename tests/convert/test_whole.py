@@ -26,7 +26,7 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from tests import tiny
-from tests.convert.test_mcore import same_bits
+from tests.convert.megatron.test_mcore import same_bits
 from tests.pairs import Case, covering
 
 CASES = {

@@ -13,7 +13,7 @@ from swift_mega.config.schema import Model
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.resized import SEED
 from swift_mega.data.chat import load_tokenizer
-from tests.convert.test_mcore import same_bits
+from tests.convert.megatron.test_mcore import same_bits
 from tests.train.test_vocabulary import VOCAB, refused, rows, small  # noqa: F401
 
 LARGER = VOCAB + 2

@@ -31,7 +31,7 @@ from swift_mega.convert.megatron.mcore import SKIPPED
 from swift_mega.convert.megatron.torch_dist import read_metadata
 from swift_mega.errors import UserError
 from tests import by_hand, tiny
-from tests.convert.test_mcore import same_bits
+from tests.convert.megatron.test_mcore import same_bits
 
 LAYERS, GROUPS, QUERIES, HEAD_DIM, PADDED = 4, 4, 2, 8, 384
 """Of tests/tiny.py; a vocabulary of 131 is padded to 384, which no setting of ours does."""

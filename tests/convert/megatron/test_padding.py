@@ -11,7 +11,7 @@ import torch
 import tiny
 from swift_mega import api
 from swift_mega.errors import UserError
-from tests.convert.test_mcore import same_bits
+from tests.convert.megatron.test_mcore import same_bits
 
 
 @pytest.fixture(scope="module")
