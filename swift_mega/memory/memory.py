@@ -3,8 +3,8 @@
 A training step has a few moments at which much is alive at once: the loss, and in the backward pass of the layer that is recomputed (or
 of the last one) its MLP and its attention. What lies there is counted, and the largest moment is the peak. Two paths go through
 one formula: on the CPU local modules and the attention of ops/attention.py, in float32; on CUDA Transformer Engine's linears and
-flash-attn's kernels. The first is measured (benchmarks/long_context.py, tests/memory/test_memory.py). The second follows from reading that
-code and has not been measured on a GPU.
+flash-attn's kernels, which torch's flash op has too. The first is measured (benchmarks/long_context.py, tests/memory/test_memory.py). The
+second follows from reading that code and has not been measured on a GPU.
 
 Widths: h hidden, q and k features of queries and of keys, f of the MLP between its linears, all of one tensor rank. Tokens: t of this
 context rank; with sequence parallelism residual streams have t / tensor, s for short.
@@ -19,7 +19,7 @@ from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import key_copies
 
 CHUNK_NUMBERS, CPU_TOKENS, CPU_COLUMNS, WIDE = 1 << 25, 256, 2048, 1024  # of parallel/vocab.py
-QUERY_BLOCK = 96  # of ops/attention.py
+QUERY_BLOCK = 96  # of ops/cpu_attention.py
 AT_ONCE = 2 << 30  # of ops/flash.py
 LONGEST = 1 << 34
 
@@ -268,7 +268,7 @@ class _Step:
         return self.attention_backward(), projection
 
     def attention_block(self) -> float:
-        """Scores of a block of queries, which the CPU's backward pass holds (ops/attention.py, ops/blocks.py); CUDA's are in registers."""
+        """Scores of a block of queries, which the CPU's backward pass holds (ops/cpu_attention.py, ops/blocks.py); CUDA's are in registers."""
         if self.cuda:
             return 0
         size, mesh = self.choices.itemsize, self.layout.mesh

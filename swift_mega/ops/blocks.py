@@ -8,24 +8,33 @@ their values and the log of the sum of exp(score). Two such results over differe
 in float32 (float64 for float64), whatever the dtype of the tensors. The gradient of a block follows from the whole row's out and lse
 alone (algorithm 2 of arXiv:2307.08691), so blocks come in any order there too.
 
-On CUDA these are flash-attn's varlen kernels, one call for blocks that lie one after another; on CPU torch's flash kernel forward and
-the products of ops/attention.py backward; elsewhere tiles in torch. None makes a [tokens, tokens] matrix.
+| device | dtype | by |
+|---|---|---|
+| CUDA | bf16, fp16 | flash-attn 3 or 2, else torch's flash op, one call for blocks that lie one after another; soft-cap needs flash-attn |
+| CPU | all, without soft-cap | torch's CPU kernel forward, the products of ops/cpu_attention.py backward |
+| both | the rest | tiles in torch, in float32 (float64 for float64) |
+
+None makes a [tokens, tokens] matrix.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swift_mega.ops.attention import _flash_kernels, gradients_of_keys
-from swift_mega.ops.flash import backward_by_heads, suits
+from swift_mega.ops.attention_kernels import Call, Kernel, kernel_for_blocks
+from swift_mega.ops.cpu_attention import gradients_of_keys, part_forward
+from swift_mega.ops.flash import backward_by_heads, padded
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
+"""Queries and keys of a tile on the CPU, whose cache should hold it."""
+CUDA_QUERY_TILE, CUDA_TILE_SCORES = 1024, 1 << 26
+"""Queries of a tile on CUDA, and the scores of all heads together: each of the few launches for a tile should fill the device."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +134,22 @@ def forward(
     query: [tokens, heads, head_dim]; key: [keys, kv_heads, head_dim]; value: [keys, kv_heads, value_dim]; heads a multiple of kv_heads.
     softcap: scores s become c tanh(s / c).
     """
-    kernels = _kernels(query)
+    kernel = _kernel(query, softcap)
     for group in call_groups(blocks):
         first, last = group[0], group[-1]
         q = query[first.q : last.q + last.queries]
         k, v = (x[first.k : last.k + last.keys] for x in (key, value))
-        if kernels is not None:
-            parts.add(first.q, *_flash_forward(kernels[0], group, q, k, v, scale, softcap))
+        if kernel is not None:
+            out, lse = kernel.forward(*padded(kernel, q, k, v), _call(group, q.device, scale, softcap))
+            parts.add(first.q, out[..., : v.shape[-1]], lse)
             continue
         for one in group:
-            if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
-                parts.add(one.q, *_cpu_forward(one, query, key, value, scale))
-                continue
             q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
-            for start, first_key, last_key, hidden in _tiles(one, q.device):
-                rows = q[start : start + QUERY_TILE]
+            if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+                parts.add(one.q, *part_forward(q, k, v, scale=scale, causal=one.causal, left=one.left))
+                continue
+            for start, stop, first_key, last_key, hidden in _tiles(one, q):
+                rows = q[start:stop]
                 out, lse = _tile_forward(rows, k[first_key:last_key], v[first_key:last_key], hidden, scale, softcap)
                 parts.add(one.q + start, out, lse)
 
@@ -161,21 +171,19 @@ def backward(
 
     grad: [tokens, heads, value_dim], of out.
     """
-    kernels = _kernels(query)
+    kernel = _kernel(query, softcap)
     for group in call_groups(blocks):
         first, last = group[0], group[-1]
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
-        if kernels is not None:
-            _flash_backward(
-                kernels[1], group, towards, grad, query, key, value, out, lse, rows, columns, scale, softcap
-            )  # fmt: skip
+        if kernel is not None:
+            call = _call(group, query.device, scale, softcap)
+            _kernel_backward(kernel, call, towards, grad, query, key, value, out, lse, rows, columns)
             continue
         if softcap is None and query.device.type == "cpu":
             _cpu_backward(towards, grad, query, key, value, out, lse, group, rows, columns, scale)
             continue
         for one in group:
-            for start, first_key, last_key, hidden in _tiles(one, query.device):
-                stop = min(start + QUERY_TILE, one.queries)
+            for start, stop, first_key, last_key, hidden in _tiles(one, query):
                 rows = slice(one.q + start, one.q + stop)
                 columns = slice(one.k + first_key, one.k + last_key)
                 _tile_backward(towards, grad, query, key, value, out, lse, rows, columns, hidden, scale, softcap)
@@ -184,45 +192,36 @@ def backward(
 # ------------------------------------------------------------------------------------------------ torch
 
 
-def _tiles(one: Block, device: torch.device) -> Iterator[tuple[int, int, int, Tensor | None]]:
-    """(first query, first key, end of keys, [queries, keys] what is hidden or None) of each tile that is not all hidden."""
+def _tiles(one: Block, query: Tensor) -> Iterator[tuple[int, int, int, int, Tensor | None]]:
+    """(first query, end of queries, first key, end of keys, what is hidden) of each tile of a block that is not all hidden.
+
+    What is hidden: [queries, keys] bool, or None. query: [tokens, heads, head_dim].
+    """
     ahead = one.keys - one.queries
-    for start in range(0, one.queries, QUERY_TILE):
-        stop = min(start + QUERY_TILE, one.queries)
+    query_tile, key_tile = _tile_sizes(query)
+    for start in range(0, one.queries, query_tile):
+        stop = min(start + query_tile, one.queries)
         most = stop + ahead if one.causal else one.keys
         least = 0 if one.left is None else max(0, start + ahead - one.left)
-        for first in range(least, most, KEY_TILE):
-            last = min(first + KEY_TILE, most)
+        for first in range(least, most, key_tile):
+            last = min(first + key_tile, most)
             whole_right = not one.causal or last - 1 <= start + ahead
             whole_left = one.left is None or first >= stop - 1 + ahead - one.left
             hidden = None
             if not (whole_right and whole_left):
-                distance = torch.arange(start + ahead, stop + ahead, device=device)[:, None] - torch.arange(
-                    first, last, device=device
-                )
-                hidden = distance < 0 if one.causal else torch.zeros_like(distance, dtype=torch.bool)
+                places = torch.arange(start + ahead, stop + ahead, device=query.device)[:, None]
+                keys = torch.arange(first, last, device=query.device)
+                hidden = keys > places if one.causal else torch.zeros_like(keys > places)
                 if one.left is not None:
-                    hidden |= distance > one.left
-            yield start, first, last, hidden
+                    hidden |= keys < places - one.left
+            yield start, stop, first, last, hidden
 
 
-def _cpu_forward(one: Block, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel: the whole block where it needs no mask of its own, else a tile of queries over the keys they see."""
-    q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
-    if one.left is None and (not one.causal or one.queries == one.keys):
-        return _kernel(q, k, v, scale, one.causal, None)
-    ahead, found = one.keys - one.queries, []
-    for start in range(0, one.queries, QUERY_TILE):
-        stop = min(start + QUERY_TILE, one.queries)
-        first = 0 if one.left is None else max(0, start + ahead - one.left)
-        last = stop + ahead if one.causal else one.keys
-        distance = torch.arange(start + ahead, stop + ahead)[:, None] - torch.arange(first, last)
-        hidden = distance < 0 if one.causal else torch.zeros_like(distance, dtype=torch.bool)
-        if one.left is not None:
-            hidden |= distance > one.left
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-        found.append(_kernel(q[start:stop], k[first:last], v[first:last], scale, False, mask))
-    return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found], 1)
+def _tile_sizes(query: Tensor) -> tuple[int, int]:
+    """Queries and keys of a tile. query: [tokens, heads, head_dim]."""
+    if query.device.type == "cpu":
+        return QUERY_TILE, KEY_TILE
+    return CUDA_QUERY_TILE, max(CUDA_QUERY_TILE // 2, CUDA_TILE_SCORES // (CUDA_QUERY_TILE * query.shape[1]))
 
 
 def _cpu_backward(
@@ -245,13 +244,6 @@ def _cpu_backward(
             g, q, k, v, o, lse[:, mine], into=(into[0][mine], into[1][theirs], into[2][theirs]), scale=scale,
             window=None if one.left is None else one.left + 1, causal=one.causal, add=True,
         )  # fmt: skip
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), 0.0, causal, attn_mask=mask, scale=scale
-    )
-    return out[0].transpose(0, 1), lse[0]
 
 
 def _by_kv_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -305,12 +297,14 @@ def _tile_backward(
     towards.query[rows] += torch.bmm(inner, k).view(heads, -1, query.shape[-1]).transpose(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ flash-attn
+# ------------------------------------------------------------------------------------------------ CUDA
 
 
-def _kernels(query: Tensor) -> tuple[Any, Any] | None:
-    """flash-attn's forward and backward pass, for tensors on CUDA of a dtype that it has, where it is installed."""
-    return _flash_kernels() if suits(query) else None
+def _kernel(query: Tensor, softcap: float | None) -> Kernel | None:
+    """What takes blocks that lie one after another in one call; None: nothing does."""
+    if query.device.type == "cpu":
+        return None
+    return kernel_for_blocks(query.device, query.dtype, query.shape[-1], softcap=softcap is not None)
 
 
 def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
@@ -339,41 +333,29 @@ def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
         yield begun
 
 
-def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: float | None) -> dict[str, Any]:
-    """What both kernels are told."""
-
-    def starts(sizes: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
-
-    queries, keys = [one.queries for one in group], [one.keys for one in group]
-    left = next((one.left for one in group if one.left is not None), -1)
-    return {
-        "cu_seqlens_q": starts(queries), "cu_seqlens_k": starts(keys), "max_seqlen_q": max(queries), "max_seqlen_k": max(keys),
-        "dropout_p": 0.0, "softmax_scale": scale, "causal": group[0].causal,
-        "window_size_left": left, "window_size_right": 0 if group[0].causal else -1,
-        "softcap": softcap or 0.0, "alibi_slopes": None,
-    }  # fmt: skip
+@functools.lru_cache(maxsize=256)
+def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[blocks + 1] int32 on the device. Cached, because every layer of a row asks for the same, forward and backward."""
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
 
 
-def _flash_forward(
-    kernel: Any, group: Sequence[Block], q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    missing = q.shape[-1] - v.shape[-1]  # the kernels know one size
-    v = F.pad(v, (0, missing)) if missing else v
-    out, lse, *_ = kernel(q, k, v, **_call(group, q.device, scale, softcap), return_softmax=False)
-    return out[..., : out.shape[-1] - missing], lse
+def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: float | None) -> Call:
+    """What the kernel is told of blocks that lie one after another."""
+    queries, keys = tuple(one.queries for one in group), tuple(one.keys for one in group)
+    left = next((one.left for one in group if one.left is not None), None)
+    return Call(
+        _starts(queries, device), _starts(keys, device), max(queries), max(keys), scale, group[0].causal, left, softcap
+    )  # fmt: skip
 
 
-def _flash_backward(
-    kernel: Any, group: Sequence[Block], towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    lse: Tensor, rows: slice, columns: slice, scale: float, softcap: float | None,
+def _kernel_backward(
+    kernel: Kernel, call: Call, towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    rows: slice, columns: slice,
 ) -> None:  # fmt: skip
-    q, k, v, g, o = query[rows], key[columns], value[columns], grad[rows].to(query.dtype), out[rows].to(query.dtype)
-    missing = q.shape[-1] - v.shape[-1]
-    if missing:
-        g, v, o = (F.pad(x, (0, missing)) for x in (g, v, o))
-    settings, of_rows = _call(group, q.device, scale, softcap), lse[:, rows].contiguous()
-    for mine, theirs, found in backward_by_heads(kernel, g, q, k, v, o, of_rows, settings):
-        towards.query[rows, mine] += found[0]
-        towards.key[columns, theirs] += found[1]
-        towards.value[columns, theirs] += found[2][..., : v.shape[-1] - missing]
+    value_dim, dtype = value.shape[-1], query.dtype
+    q, k, v = padded(kernel, query[rows], key[columns], value[columns])
+    g, o = (F.pad(x, (0, v.shape[-1] - value_dim)) for x in (grad[rows].to(dtype), out[rows].to(dtype)))
+    for mine, theirs, found in backward_by_heads(kernel, g, q, k, v, o, lse[:, rows].contiguous(), call):
+        towards.query[rows, mine] += found[0][..., : query.shape[-1]]
+        towards.key[columns, theirs] += found[1][..., : query.shape[-1]]
+        towards.value[columns, theirs] += found[2][..., :value_dim]

@@ -1,26 +1,23 @@
-"""flash-attn's kernels, called one by one, which also speak of the log-sum-exp; the gradient a few heads at a time where rows are long.
+"""Attention by one of the kernels of ops/attention_kernels.py; the gradient a few heads at a time where rows are long.
 
-The backward kernel sums dQ in float32 and, where query heads share keys, makes dK and dV for every query head before it adds these up
-(mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded): for 32 heads that share 8 of 128 features each that is 32 kB a token, more than
-anything else in a layer. Heads do not depend on one another, so a row is differentiated as many key heads at a time as keep that
-within AT_ONCE. Kernels of so many tokens fill the device with a single head.
+flash-attn's backward kernel, which torch's flash op is too, sums dQ in float32 and, where query heads share keys, makes dK and dV for
+every query head before it adds these up (mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded): for 32 heads that share 8 of 128 features
+each that is 32 kB a token, more than anything else in a layer. Heads do not depend on one another, so a row is differentiated as many key
+heads at a time as keep that within AT_ONCE. Kernels of so many tokens fill the device with a single head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from swift_mega.ops.attention_kernels import Call, Kernel
 from swift_mega.ops.sinks import add_sinks, sink_gradient
 
 AT_ONCE = 2 << 30
 """Bytes of the backward kernel's own sums."""
-
-
-def suits(query: Tensor) -> bool:
-    """Whether flash-attn's kernels take such tensors."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def key_heads_at_once(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -41,58 +38,57 @@ def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def backward_by_heads(
-    kernel: Callable[..., Any], grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, settings: dict[str, Any]
-) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor, Tensor]]]:  # fmt: skip
-    """(query heads, key heads, gradients of query, key and value of these heads), call by call.
-
-    kernel: _flash_attn_varlen_backward; it wants features one after another, not heads. Shapes as in `flash`; lse: [heads, tokens].
-    """
+    kernel: Kernel, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor, Tensor]]]:
+    """(query heads, key heads, gradients of query, key and value of these heads), call by call. Shapes as in `Kernel`."""
     for mine, theirs in _parts(query, key):
-        q, k, v = query[:, mine], key[:, theirs], value[:, theirs]
-        towards = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernel(
+        found = kernel.backward(
             grad[:, mine],
-            q,
-            k,
-            v,
+            query[:, mine],
+            key[:, theirs],
+            value[:, theirs],
             out[:, mine],
             lse[mine],
-            *towards,
-            **settings,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            call.of_heads(mine),
         )
-        yield mine, theirs, towards
+        yield mine, theirs, found
 
 
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, cu_seqlens: Tensor, longest: int, scale: float,
-    window: int | None, softcap: float | None, forward: Callable[..., Any], backward: Callable[..., Any],
-) -> Tensor:  # fmt: skip
-    """Attention by the two kernels, with or without sinks; shapes as in ops.attention.
+def padded(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With as many features as the kernel wants: a multiple of 8, in values as many as in keys unless it takes others.
 
-    forward, backward: _flash_attn_varlen_forward and _flash_attn_varlen_backward of flash_attn.flash_attn_interface (2.7 and newer),
-    which take and give the log-sum-exp [heads, tokens]; its public function has no gradient for that.
+    Zeros change no score; what they add to the output is cut off again.
     """
-    settings = dict(
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=0.0,
-        softmax_scale=scale, causal=True, window_size_left=-1 if window is None else window - 1,
-        window_size_right=-1 if window is None else 0, softcap=softcap or 0.0, alibi_slopes=None,
-    )  # fmt: skip
-    return _Flash.apply(query, key, value, sinks, settings, forward, backward)  # type: ignore[no-any-return]
+    size, value_size = (x.shape[-1] + -x.shape[-1] % 8 for x in (query, value))
+    if not kernel.value_dim:
+        size = value_size = max(size, value_size)
+    wanted = (size, size, value_size)
+    query, key, value = (_padded(x, size) for x, size in zip((query, key, value), wanted, strict=True))
+    return query, key, value
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
+    x = x if size == x.shape[-1] else F.pad(x, (0, size - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def flash(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
+    """Attention within the examples of a row; shapes as in `ops.attention.attention`."""
+    value_dim = value.shape[-1]
+    out = _Flash.apply(*padded(kernel, query, key, value), sinks, call, kernel)
+    return out if out.shape[-1] == value_dim else out[..., :value_dim]  # type: ignore[no-any-return]
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, settings: dict[str, Any],
-        forward: Callable[..., Any], backward: Callable[..., Any],
-    ) -> Tensor:  # fmt: skip
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        out, lse, *_ = forward(query, key, value, **settings, return_softmax=False)
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call, kernel: Kernel
+    ) -> Tensor:
+        out, lse = kernel.forward(query, key, value, call)
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
         ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
-        ctx.settings, ctx.kernel = settings, backward
+        ctx.call, ctx.kernel = call, kernel
         return out
 
     @staticmethod
@@ -100,7 +96,7 @@ class _Flash(torch.autograd.Function):
         query, key, value, out, lse, *sinks = ctx.saved_tensors
         grad = gradients[0].contiguous()
         whole: list[Tensor] | None = None
-        for mine, theirs, found in backward_by_heads(ctx.kernel, grad, query, key, value, out, lse, ctx.settings):
+        for mine, theirs, found in backward_by_heads(ctx.kernel, grad, query, key, value, out, lse, ctx.call):
             if theirs == slice(0, key.shape[1]):
                 whole = list(found)
                 break
@@ -109,4 +105,4 @@ class _Flash(torch.autograd.Function):
             for target, heads, part in zip(whole, (mine, theirs, theirs), found, strict=True):
                 target[:, heads] = part
         assert whole is not None
-        return *whole, sink_gradient(grad, out, lse, sinks[0]) if sinks else None, None, None, None
+        return *whole, sink_gradient(grad, out, lse, sinks[0]) if sinks else None, None, None

@@ -56,11 +56,11 @@ def test_a_plan_needs_a_model(capsys):
 
 def test_sizes_of_blocks_are_those_of_the_code() -> None:
     from swift_mega.memory import memory
-    from swift_mega.ops import attention, flash
+    from swift_mega.ops import cpu_attention, flash
     from swift_mega.parallel import vocab
 
     for name, owner in (
-        ("AT_ONCE", flash), ("QUERY_BLOCK", attention), ("CHUNK_NUMBERS", vocab),
+        ("AT_ONCE", flash), ("QUERY_BLOCK", cpu_attention), ("CHUNK_NUMBERS", vocab),
         ("CPU_TOKENS", vocab), ("CPU_COLUMNS", vocab), ("WIDE", vocab),
     ):  # fmt: skip
         assert getattr(memory, name) == getattr(owner, name), name

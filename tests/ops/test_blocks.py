@@ -1,5 +1,6 @@
 """Blocks of attention put together, beside a softmax over everything at once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from swift_mega.ops.attention_kernels import TORCH_FLASH, flash_attn_2, flash_attn_3
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
 from swift_mega.parallel.cut import cut_row
 from swift_mega.parallel.sequence import ring_steps
+from tests.ops import kernel_stand_ins as stand_ins
 
 
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
@@ -99,67 +102,22 @@ def test_parts_of_the_keys_make_the_whole(heads, kv, dims, window, softcap, caus
         assert (found - wanted).abs().max() < 1e-11
 
 
-# --- flash-attn's calls, with stand-ins for its two kernels (their parameters are compared with an installed one's in test_sinks.py)
+# --- the calls of CUDA's kernels, with stand-ins for these
+
+FLASH_2 = flash_attn_2(stand_ins.flash_2_forward, stand_ins.flash_2_backward, "2.8")
+FLASH_3 = flash_attn_3(stand_ins.flash_3_forward, stand_ins.flash_3_backward)
 
 
-def flash_mask(given: dict[str, Any]) -> Tensor:
-    """[queries, keys] bool, from what flash-attn's docstring says: aligned at the bottom right, windows around the aligned key."""
-    assert given["dropout_p"] == 0 and given["alibi_slopes"] is None
-    starts_q, starts_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
-    assert starts_q.dtype == starts_k.dtype == torch.int32
-    assert given["max_seqlen_q"] == int(starts_q.diff().max()) and given["max_seqlen_k"] == int(starts_k.diff().max())
-    mask = torch.zeros(int(starts_q[-1]), int(starts_k[-1]), dtype=torch.bool)
-    left, right = given["window_size_left"], 0 if given["causal"] else given["window_size_right"]
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        aligned = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
-        key = torch.arange(k1 - k0)[None]
-        mask[q0:q1, k0:k1] = ((left < 0) | (key >= aligned - left)) & ((right < 0) | (key <= aligned + right))
-    return mask
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
-    softcap: float = 0.0, alibi_slopes: Any = None, return_softmax: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Like _flash_attn_varlen_forward: (out, softmax_lse [heads, queries], S_dmask, rng_state)."""
-    assert q.shape[-1] == k.shape[-1] == v.shape[-1], "the kernel knows one head size"
-    out, lse = whole(q, k, v, flash_mask(locals()), softmax_scale, softcap or None)
-    return out, lse, None, None
-
-
-def flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
-    causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Any, deterministic: bool,
-    rng_state: Any = None,
-) -> None:  # fmt: skip
-    """Like _flash_attn_varlen_backward: only out and softmax_lse say what the softmax was."""
-    assert all(x.stride(-1) == 1 for x in (dout, q, k, v, out, dq, dk, dv)) and softmax_lse.is_contiguous()
-    mask, groups = flash_mask(locals()), k.shape[1]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
-    slope = torch.ones_like(scores)
-    if softcap:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = bent * softcap, 1 - bent**2
-    weights = torch.exp(scores - softmax_lse[..., None]).masked_fill(~mask, 0)
-    mean = (dout * out).sum(-1).t()[..., None]
-    towards = weights * (torch.einsum("qhd,khd->hqk", dout, v) - mean) * softmax_scale * slope
-    dq.copy_(torch.einsum("hqk,khd->qhd", towards, k))
-    for target, found in (
-        (dk, torch.einsum("hqk,qhd->khd", towards, q)),
-        (dv, torch.einsum("hqk,qhd->khd", weights, dout)),
-    ):
-        target.copy_(found.view(len(found), groups, -1, found.shape[-1]).sum(2))
-
-
-@pytest.mark.parametrize("at_once", [1, 1 << 40])
+@pytest.mark.parametrize(("kernel", "at_once"), [(FLASH_2, 1), (FLASH_3, 1 << 40), (TORCH_FLASH, 1 << 40)])
 @pytest.mark.parametrize(("heads", "kv", "dims", "window", "softcap", "causal"), CASES)
-def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_once, monkeypatch):
+def test_the_calls_of_the_kernels(
+    heads, kv, dims, window, softcap, causal, kernel, at_once, monkeypatch, torch_operators
+):
     """Three examples over two ring positions; the gradient of one key head after another, or of all in one call."""
     monkeypatch.setattr("swift_mega.ops.flash.AT_ONCE", at_once)
-    monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (flash_forward, flash_backward))
+    if softcap is not None and not kernel.softcap:
+        return  # `choose` gives such calls to tiles
+    monkeypatch.setattr("swift_mega.ops.blocks._kernel", lambda query, softcap: kernel)
     torch.manual_seed(0)
     cu, scale = (0, 30, 44, 80), dims[0] ** -0.5
     q, k, v = (
@@ -205,11 +163,12 @@ def test_the_calls_of_flash_attn(heads, kv, dims, window, softcap, causal, at_on
 def test_examples_that_lie_together_are_one_call(monkeypatch):
     calls = []
 
-    def counted(*args: Any, **given: Any) -> Any:
-        calls.append(given["cu_seqlens_q"].tolist())
-        return flash_forward(*args, **given)
+    def counted(*given: Any) -> Any:
+        calls.append(given[-1].starts_q.tolist())
+        return FLASH_2.forward(*given)
 
-    monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
+    kernel = replace(FLASH_2, forward=counted)
+    monkeypatch.setattr("swift_mega.ops.blocks._kernel", lambda query, softcap: kernel)
     (step,) = ring_steps(tuple(range(0, 81, 5)), 2, 1)  # chunks of 20: four whole examples in each
     q = torch.randn(40, 2, 4)
     forward(Parts(q, 4), q, q, q, step.blocks, scale=0.5)
@@ -219,11 +178,12 @@ def test_examples_that_lie_together_are_one_call(monkeypatch):
 def test_examples_shorter_than_a_window_join_the_call_of_longer_ones(monkeypatch):
     calls = []
 
-    def counted(*args: Any, **given: Any) -> Any:
-        calls.append((given["cu_seqlens_q"].tolist(), given["window_size_left"]))
-        return flash_forward(*args, **given)
+    def counted(*given: Any) -> Any:
+        calls.append((given[-1].starts_q.tolist(), given[-1].left))
+        return FLASH_2.forward(*given)
 
-    monkeypatch.setattr("swift_mega.ops.blocks._kernels", lambda query: (counted, flash_backward))
+    kernel = replace(FLASH_2, forward=counted)
+    monkeypatch.setattr("swift_mega.ops.blocks._kernel", lambda query, softcap: kernel)
     (step,) = ring_steps((0, 5, 25, 36, 40), 1, 0, window=11)
     q = torch.randn(40, 2, 4, dtype=torch.float64)
     parts = Parts(q, 4)
@@ -234,4 +194,4 @@ def test_examples_shorter_than_a_window_join_the_call_of_longer_ones(monkeypatch
     assert (parts.out - whole(q, q, q, mask, 0.5, None)[0]).abs().max() < 1e-12
     calls.clear()
     forward(Parts(q, 4), q, q, q, [Block(0, 12, 0, 12, True), Block(12, 20, 12, 20, True, 10)], scale=0.5)
-    assert [left for _, left in calls] == [-1, 10]  # 12 keys are more than those that the second shows
+    assert [left for _, left in calls] == [None, 10]  # 12 keys are more than those that the second shows
