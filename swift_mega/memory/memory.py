@@ -268,7 +268,7 @@ class _Step:
         return self.attention_backward(), projection
 
     def attention_block(self) -> float:
-        """Scores of a block of queries, which the CPU's backward pass holds (ops/cpu_attention.py, ops/blocks.py); CUDA's are in registers."""
+        """Scores of a block of queries, in the CPU's backward pass (ops/cpu_attention.py, ops/blocks.py); CUDA's are in registers."""
         if self.cuda:
             return 0
         size, mesh = self.choices.itemsize, self.layout.mesh

@@ -19,7 +19,7 @@ from torch import Tensor
 from swift_mega.models.engine import attend, engine_attention
 from swift_mega.models.norm import Norm
 from swift_mega.models.settings import Rope, Settings
-from swift_mega.ops.attention import attention
+from swift_mega.ops.attention import attention, attention_kernel_name
 from swift_mega.ops.rope import rotate, tables
 from swift_mega.parallel.context import Context, context_attention
 from swift_mega.parallel.sequence import held_tokens
@@ -149,6 +149,16 @@ class CoreAttention(MegatronModule):
             softcap=self.softcap, alibi=self.alibi, sinks=self.softmax_offset,
         )  # fmt: skip
         return out.reshape(out.shape[0], 1, -1)
+
+    def kernel(self, device: torch.device) -> str:
+        """What attends in this layer on a device, in words; not where Transformer Engine does."""
+        config = self.config
+        latent = config.multi_latent_attention
+        head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
+        return attention_kernel_name(
+            device, config.params_dtype, head_dim, softcap=self.softcap is not None, alibi=self.alibi is not None,
+            sinks=self.softmax_offset is not None,
+        )  # fmt: skip
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ which that block sees, reach nearly all of it. A window is handled a tile of que
 [QUERY_TILE, QUERY_TILE + window].
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -22,6 +23,8 @@ QUERY_BLOCK = 96
 """Queries in one block of the backward pass: enough rows for a fast product, and few keys that no query of the block sees."""
 QUERY_TILE = 128
 """Queries in one call of the forward pass where it needs a mask."""
+SMALL_MASK = 1 << 16
+"""Numbers of a mask that is kept."""
 
 
 def row_attention(
@@ -99,9 +102,18 @@ def _kernel_forward(
 
 def _tile_mask(queries: int, keys: int, ahead: int, causal: bool, left: int | None, dtype: torch.dtype) -> Tensor:
     """[queries, keys] to add to the scores: -inf where the query does not see the key; query i stands at key i + ahead."""
+    make = _small_mask if queries * keys <= SMALL_MASK else _mask
+    return make(queries, keys, ahead, causal, left, dtype)
+
+
+def _mask(queries: int, keys: int, ahead: int, causal: bool, left: int | None, dtype: torch.dtype) -> Tensor:
     hidden = torch.full((queries, keys), -torch.inf, dtype=dtype)
     mask = hidden.triu(ahead + 1) if causal else torch.zeros_like(hidden)
     return mask if left is None else mask.add_(hidden.tril(ahead - left - 1))
+
+
+# Short examples of one length ask for the same mask again and again; making one takes as long as their attention.
+_small_mask = functools.lru_cache(maxsize=64)(_mask)
 
 
 def gradients_of_keys(

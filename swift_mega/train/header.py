@@ -6,6 +6,7 @@ import torch
 
 from swift_mega.backends import apex, flash_attn, transformer_engine
 from swift_mega.device import Device, unused_gpus
+from swift_mega.models.attention import CoreAttention
 from swift_mega.train.build import Training
 
 HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex": "apex's"}
@@ -15,7 +16,7 @@ def header(training: Training) -> list[str]:
     """Lines for the first rank: what layers, attention and optimizer are made of, and GPUs that nobody uses."""
     device, config = training.device, training.part.config
     te = training.part.layout.mesh.engine
-    attention = "Transformer Engine's" if te else _attention(device)
+    attention = "Transformer Engine's" if te else _attention(training)
     lines = [
         f"computed by         layers: {layer_modules(device, config.params_dtype)}; attention: {attention}; optimizer: "
         f"{optimizer_kernel(training.optimizer)}"
@@ -25,10 +26,11 @@ def header(training: Training) -> list[str]:
     return lines + ([f"GPUs                {unused}"] if (unused := unused_gpus()) else [])
 
 
-def _attention(device: Device) -> str:
-    if device.kind == "cpu":
-        return "torch's on the CPU"
-    return str(flash_attn()) if flash_attn().version else "torch's"
+def _attention(training: Training) -> str:
+    """The kernels of this stage's layers (ops/attention_kernels.py); most models have one."""
+    layers = (layer for chunk in training.part.chunks for layer in chunk.modules() if isinstance(layer, CoreAttention))
+    names = dict.fromkeys(layer.kernel(training.device.device) for layer in layers)
+    return " and ".join(names) or "none in this stage"
 
 
 def layer_modules(device: Device, dtype: torch.dtype) -> str:

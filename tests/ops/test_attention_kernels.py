@@ -163,6 +163,7 @@ ROWS: list[tuple[dict[str, Any], set[str]]] = [
     ({"dtype": WIDE, "softcap": 30.0}, set()),
     ({"dtype": torch.float64, "window": 64, "sinks": True}, set()),
 ]
+NAMES = [", ".join(f"{name} {value}" for name, value in case.items()) for case, _ in ROWS]
 ROW = (0, 100, 101, 6000, 16384)
 
 
@@ -206,7 +207,7 @@ def _without_data(case: dict[str, Any], device: str) -> tuple[list[Tensor], dict
     return inputs, given
 
 
-@pytest.mark.parametrize(("case", "operators"), ROWS, ids=str)
+@pytest.mark.parametrize(("case", "operators"), ROWS, ids=NAMES)
 def test_what_is_called_and_how_large_it_gets(case, operators):
     """On meta tensors, with autograd: an operator accepts our arguments, shapes fit, and no tensor is [tokens, tokens]."""
     inputs, given = _without_data(case, "meta")
@@ -251,7 +252,7 @@ def test_blocks_of_a_ring(dtype, softcap, operators):
 
 
 @pytest.mark.skipif(not torch.version.cuda, reason="a CPU build of torch makes no views of fake CUDA tensors")
-@pytest.mark.parametrize(("case", "operators"), ROWS, ids=str)
+@pytest.mark.parametrize(("case", "operators"), ROWS, ids=NAMES)
 def test_fake_cuda_tensors(case, operators, monkeypatch):
     """The same on fake tensors of device "cuda", the two halves of the autograd function called by hand: the engine wants a GPU."""
     runs: list[Any] = []
