@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
-    "tests/test_device.py", "tests/test_backends.py", "tests/test_host_side.py", "tests/test_ranks.py",
+    "tests/test_device.py", "tests/test_deterministic.py", "tests/test_backends.py", "tests/test_host_side.py", "tests/test_ranks.py",
     "tests/launch/test_torchrun.py",  # forks, signals, gloo
     "tests/config/test_load.py",  # fields of TransformerConfig
     "tests/ops", "tests/parallel", "tests/memory", "tests/tuners", "tests/export",

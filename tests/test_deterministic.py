@@ -1,17 +1,20 @@
 """train.deterministic: it reaches every rank, runs repeat to the bit, and what cannot be honoured is an error that names it."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tiny
 from swift_mega import api
 from swift_mega.deterministic import ENVIRONMENT, deterministic, set_environment
 from swift_mega.errors import UserError
 from swift_mega.objectives.next_token import NextToken
+from swift_mega.objectives.objective import Head
 from swift_mega.ops.gated_delta import _running_sums
 
 
@@ -50,7 +53,7 @@ def test_a_running_sum() -> None:
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, on two data ranks; then an objective that writes to places that may be the same ones."""
+    """With dropout, on two data ranks; then an objective that writes to places that may be the same ones, where settings have arrived."""
     model = tiny.make_chat(tmp_path / "model", "llama", num_hidden_layers=2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"query": f"{n}?", "response": f"{n}."}) for n in range(8)))
@@ -61,6 +64,7 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             [
                 f"model.path={model}", f"data.dataset={rows}", f"train.output_dir={tmp_path / name}", "train.steps=2",
                 "train.global_batch_size=4", "tuner.dropout=0.3", "monitor.progress=false", "train.deterministic=true",
+                "parallel.distributed_timeout_minutes=9",
             ],
         ).run  # fmt: skip
         result = api.train(run, nproc=2)
@@ -69,9 +73,12 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("one") == train("other")
     loss = NextToken.loss
 
-    def scattered(self: NextToken, *args: Any) -> Any:
+    def scattered(self: NextToken, head: Head, *args: Any) -> Any:
+        assert head.part.config.deterministic_mode
+        for group in (dist.group.WORLD, head.groups.tensor):
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=9)
         torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
-        return loss(self, *args)
+        return loss(self, head, *args)
 
     monkeypatch.setattr(NextToken, "loss", scattered)
     with pytest.raises(

@@ -85,7 +85,7 @@ def convert(
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
         checkpoint = _opened(run, source, kind)
-        layout = _layout_for(run, source)
+        layout, minutes = _layout_for(run, source), run.parallel.distributed_timeout_minutes
         if is_first_rank():
             for note in load_settings(source, dequantize=dequantize).notes:
                 print(note)
@@ -94,7 +94,19 @@ def convert(
         if is_alone():
             run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
         else:
-            run_ranks(layout.world, on_device, _to_mcore, run, layout, wide, source, output, checkpoint, overwrite)
+            run_ranks(
+                layout.world,
+                on_device,
+                _to_mcore,
+                run,
+                layout,
+                wide,
+                source,
+                output,
+                checkpoint,
+                overwrite,
+                timeout_minutes=minutes,
+            )
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         checkpoint = _opened(run, source, kind)
         derived: Callable[[str], bool] = _nothing
@@ -127,7 +139,7 @@ def _from_megatron(
         raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
     # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
     run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
-    layout = _layout_for(run, str(folder))
+    layout, minutes = _layout_for(run, str(folder)), run.parallel.distributed_timeout_minutes
     if (
         said := check_padding(source, folder, load_settings(folder, dequantize=run.model.dequantize).shape.vocab)
     ) and is_first_rank():
@@ -135,7 +147,9 @@ def _from_megatron(
     rest = (source, tuple(kinds or ()), kind or kinds, shard_bytes, overwrite)
     if not is_alone():
         wide = _promoted(kinds) if kinds else kind
-        run_ranks(layout.world, on_device, _to_hf, run, layout, wide, str(folder), output, *rest)
+        run_ranks(
+            layout.world, on_device, _to_hf, run, layout, wide, str(folder), output, *rest, timeout_minutes=minutes
+        )
         return
     number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
     if number:
@@ -226,7 +240,7 @@ def _to_mcore(
     checkpoint: TensorSource,
     overwrite: bool,
 ) -> None:
-    groups = parallel_groups.init(layout)
+    groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
         part = build_part(run, device, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
         save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
@@ -238,7 +252,7 @@ def _to_hf(
     run: schema.Run, device: Device, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
     dtypes: Any, shard_bytes: int, overwrite: bool,
 ) -> None:  # fmt: skip
-    groups = parallel_groups.init(layout)
+    groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
         settings = load_settings(directory)
         config = transformer_config(settings, layout, device=device, dtype=kind, train=run.train, given={})
