@@ -18,6 +18,7 @@ from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.parallel import groups
 from swift_mega.train.build import Training, build_training, layout_of
+from swift_mega.train.header import header
 
 DtypeName = Literal["bfloat16", "float32", "float64"]
 SIZES: dict[str, dict[str, int]] = {
@@ -121,6 +122,11 @@ def run_of(
         tuner=schema.Tuner(type=tuner, rank=8, alpha=16), train=schema.Train(**train),
         parallel=schema.Parallel(distributed_optimizer=False),
     )  # fmt: skip
+
+
+def computed_by(training: Training) -> str:
+    """Whose layers, attention and optimizer they are, as a run says at its start."""
+    return header(training)[0].removeprefix("computed by").strip()
 
 
 def packed(lengths: Sequence[int], vocab: int, seed: int = 0) -> Microbatch:

@@ -1,12 +1,24 @@
 """LoRA: steps beside PEFT's, and what PEFT and transformers make of the files that we write."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.bench import OPTIM, Bench, DtypeName, examples, network, packed, relative, run_of, summed_loss
+from benchmarks.gpu_check.bench import (
+    OPTIM,
+    Bench,
+    DtypeName,
+    computed_by,
+    examples,
+    network,
+    packed,
+    relative,
+    run_of,
+    summed_loss,
+)
 from benchmarks.gpu_check.record import Stage
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
@@ -21,14 +33,27 @@ STEPS, MORE_STEPS = 3, 8
 UPDATE_LIMIT, LOSS_LIMIT = 1e-3, 1e-4
 
 
+@dataclass(frozen=True)
+class Steps:
+    """STEPS steps beside torch's AdamW."""
+
+    loss: float
+    """Largest difference of a step's loss."""
+    update: float
+    """Difference of the change of all trained weights, relative."""
+    by: str
+    """What computed ours."""
+
+
 def run(bench: Bench, stage: Stage) -> None:
     """The stage."""
     size = bench.size("smol")
     lengths = (40, 9) if bench.small else (512, 300, 200)
     batch = [packed(lengths, bench.vocab(size), seed) for seed in range(2)]
-    loss, update = against_torch(bench, size, batch, "lora")
-    stage.check(f"{STEPS} steps beside PEFT and torch's AdamW, float32: loss", loss, LOSS_LIMIT)
-    stage.check("the change of all factors, relative", update, UPDATE_LIMIT)
+    steps = against_torch(bench, size, batch, "lora")
+    stage.fact("float32: computed by", steps.by)
+    stage.check(f"{STEPS} steps beside PEFT and torch's AdamW, float32: loss", steps.loss, LOSS_LIMIT)
+    stage.check("the change of all factors, relative", steps.update, UPDATE_LIMIT)
     _falls(bench, stage, size, batch)
     by_peft, by_transformers = exported(bench, size, batch)
     stage.check("loss of the exported adapter under PEFT, difference", by_peft, LOSS_LIMIT)
@@ -45,16 +70,13 @@ def random_adapter(bench: Bench, size: str) -> Path:
     return folder
 
 
-def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: str) -> tuple[float, float]:
-    """Largest difference of a step's loss, and the relative one of the change of all trained weights, after STEPS steps.
-
-    tuner: "full" is compared with transformers, "lora" with PEFT; both with torch's AdamW, one update for each parameter.
-    """
+def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: str) -> Steps:
+    """tuner: "full" is compared with transformers, "lora" with PEFT; both with torch's AdamW, one update for each parameter."""
     model = bench.model(size)
     start = random_adapter(bench, size) if tuner == "lora" else None
     folder = bench.folder / f"steps-{size}-{tuner}"
     with bench.training(run_of(model, "float32", tuner, adapter=start)) as training:
-        losses = [train_step(training, batch).loss for _ in range(STEPS)]
+        losses, by = [train_step(training, batch).loss for _ in range(STEPS)], computed_by(training)
         save_checkpoint(
             training.tuner, training.part, training.groups, folder, source=model, max_shard_size="5GB", dtype=torch.float32
         )  # fmt: skip
@@ -65,7 +87,8 @@ def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: s
         torch.cat([(values(name) - before.read(name).double()).flatten() for name in sorted(weights)])
         for values in (lambda name: after.read(name).double(), lambda name: weights[name])
     ]
-    return max(abs(one - other) for one, other in zip(losses, expected, strict=True)), relative(*changes)
+    loss = max(abs(one - other) for one, other in zip(losses, expected, strict=True))
+    return Steps(loss, relative(*changes), by)
 
 
 def _by_torch(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.bench import Bench, DtypeName, network, relative, run_of, summed_loss
+from benchmarks.gpu_check.bench import Bench, DtypeName, computed_by, network, relative, run_of, summed_loss
 from benchmarks.gpu_check.record import Stage
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.verify import parity
@@ -33,6 +33,8 @@ class Found:
     loss: float
     gradients: dict[str, Tensor]
     """By Hugging Face name."""
+    by: str = "transformers"
+    """What computed it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Errors:
     worst: float
     """The largest of one tensor."""
     tensor: str
+    by: str
 
 
 def run(bench: Bench, stage: Stage) -> None:
@@ -60,6 +63,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 def judge(stage: Stage, dtype: str, ours: Errors, theirs: Errors) -> None:
     """Writes the checks of one dtype."""
+    stage.fact(f"{dtype}: computed by", ours.by)
     for name in ("logits", "loss", "gradients", "worst"):
         mine, others = getattr(ours, name), getattr(theirs, name)
         of = f" ({ours.tensor})" if name == "worst" else ""
@@ -79,7 +83,9 @@ def errors_of(found: Found, exact: Found) -> Errors:
     by_tensor = {name: relative(found.gradients[name], grad) for name, grad in exact.gradients.items()}
     worst = max(by_tensor, key=lambda name: by_tensor[name])
     together = relative(_joined(found.gradients, exact.gradients), _joined(exact.gradients, exact.gradients))
-    return Errors(relative(found.logits, exact.logits), abs(found.loss - exact.loss), together, by_tensor[worst], worst)
+    return Errors(
+        relative(found.logits, exact.logits), abs(found.loss - exact.loss), together, by_tensor[worst], worst, found.by
+    )
 
 
 def _joined(gradients: dict[str, Tensor], order: dict[str, Tensor]) -> Tensor:
@@ -108,10 +114,11 @@ def ours(bench: Bench, size: str, rows: Sequence[list[int]], dtype: Any) -> Foun
     folder = bench.folder / f"parity-{size}-{dtype}"
     with bench.training(run_of(bench.model(size), dtype, "full")) as training:
         parity.write_measured(training, rows, folder)
-    return _read(folder, len(rows))
+        by = computed_by(training)
+    return _read(folder, len(rows), by)
 
 
-def _read(folder: Path, count: int) -> Found:
+def _read(folder: Path, count: int, by: str) -> Found:
     from safetensors.torch import load_file
 
     logits, gradients = load_file(folder / "logits-0.safetensors"), Checkpoint(folder / "gradients")
@@ -119,4 +126,5 @@ def _read(folder: Path, count: int) -> Found:
         torch.cat([logits[f"logits.{number}"] for number in range(count)]).double(),
         float(logits["loss"]),
         {name: gradients.read(name).double() for name in gradients.entries},
+        by,
     )

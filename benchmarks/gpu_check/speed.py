@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_check.bench import OPTIM, Bench, examples, network, packed, run_of
+from benchmarks.gpu_check.bench import OPTIM, Bench, computed_by, examples, network, packed, run_of
 from benchmarks.gpu_check.lora import random_adapter
 from benchmarks.gpu_check.record import Stage
 from swift_mega.data.pack import Microbatch
@@ -47,11 +47,12 @@ def run(bench: Bench, stage: Stage) -> None:
                 seconds[name].append(bench.seconds(partial(step, rows)))
 
     with bench.training(run_of(model, bench.dtype, "lora", adapter=adapter, optim=OPTIM)) as training:
+        stage.fact("ours computed by", computed_by(training))
         time_all(lambda rows: _ours(training, rows))
         work, peak = flops_per_token(training.part.settings, trained=False), bench.device.peak_flops()
         if bench.on_gpu:
-            _waits(stage, training, scenes["packed, mean 300"])
-            _kernels(stage, training, scenes["1 x 8192"])
+            _waits(stage, training, list(scenes.values())[-1])
+            _kernels(stage, training, next(iter(scenes.values())))
     time_all(_theirs(bench, model, adapter))
     bench.free()
     for name, rows in scenes.items():
