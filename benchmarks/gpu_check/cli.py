@@ -57,7 +57,7 @@ def repeated(bench: Bench, stage: Stage) -> None:
     for name in ("one", "other"):
         output = folder / name
         words = ("sft", "--model", str(model), "--dataset", str(rows), "--output_dir", str(output), *TRAINED)
-        status, last = swift_mega(*words)
-        stage.check(f"sft {' '.join(TRAINED)}: status", status, 0)
+        status, _ = swift_mega(*words)
+        stage.check(f"sft {' '.join(TRAINED)}, {name} run: status", status, 0)
         written.append([path.read_bytes() for path in sorted(output.rglob("adapter_model.safetensors"))])
     stage.check("bytes of the two adapters are the same (0)", int(not written[0] or written[0] != written[1]), 0)

@@ -36,7 +36,8 @@ STAGES = {
         "update 1e-3 relative, losses 1e-4 (float32)", 40,
     ),
     "cli": About(
-        "`swift-mega verify` on one rank, in fresh interpreters: float64, float32, LoRA", "status 0, so 1e-4 (float64), 1e-3 (float32)", 60
+        "`swift-mega verify` on one rank, in fresh interpreters: float64, float32, LoRA; `swift-mega sft --deterministic true` twice",
+        "status 0, so 1e-4 (float64), 1e-3 (float32); the same bytes", 90,
     ),
     "offload": About(
         "Layer inputs and AdamW's state in host memory, and MLPs by tiles: the same loss and gradients as without, with real streams",
