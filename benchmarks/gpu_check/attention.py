@@ -13,6 +13,7 @@ from benchmarks.gpu_check.definition import attention_in_float64
 from benchmarks.gpu_check.record import Stage
 from swift_mega.ops.alibi import slopes
 from swift_mega.ops.attention import attention
+from swift_mega.ops.attention_kernels import attention_kernel_name
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 """Relative errors. bfloat16 has 8 bits: a rounded result is off by 2e-3, and gradients pass several roundings."""
@@ -77,10 +78,23 @@ def run(bench: Bench, stage: Stage) -> None:
     """The stage."""
     bounds = SMALL_BOUNDS if bench.small else BOUNDS
     for dtype, limit in LIMITS.items():
+        for kernel, names in served(bench.device.device, dtype).items():
+            stage.fact(f"{str(dtype)[6:]} by {kernel}", "; ".join(names))
         for name, case in CASES.items():
             stage.check(f"{name}, {str(dtype)[6:]}", worst_error(bench.device.device, case, dtype, bounds), limit)
     for name, row in LONG_ROWS.items() if bench.on_gpu else ():
         stage.fact(f"{name}: forward, backward, memory beyond inputs", _speed(bench, row))
+
+
+def served(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
+    """The cases that each kernel computes, as a run's header calls it."""
+    found: dict[str, list[str]] = {}
+    for name, case in CASES.items():
+        kernel = attention_kernel_name(
+            device, dtype, case.head_dim, softcap=case.softcap is not None, alibi=case.alibi, sinks=case.sinks
+        )
+        found.setdefault(kernel, []).append(name)
+    return found
 
 
 def worst_error(device: torch.device, case: Case, dtype: torch.dtype, bounds: Sequence[int]) -> float:
