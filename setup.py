@@ -18,7 +18,7 @@ EXTRAS = {
         "ruff>=0.6",
         "types-PyYAML",
     ],
-    "cuda": ["flash-attn>=2.7", "transformer-engine[pytorch]>=2.9"],
+    # Transformer Engine and flash-attn are not among these: they want --no-build-isolation, which an extra cannot say (README.md).
     "wandb": ["wandb>=0.17"],
     "quant": ["bitsandbytes>=0.45", "nvidia-modelopt>=0.30"],
 }

@@ -22,7 +22,9 @@ parameters, and LoRA on all linears beside PEFT) and on TP2 with sequence parall
 kind there, the others in `make test-full`. All of that is in float64; further layouts and tuners are compared in float32. And every tensor
 comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
 
-With Transformer Engine's modules, which CUDA gets: constructed, covered and filled at TP1 and TP2 (and TP2 with EP2 for experts), full
+On CUDA a model in bfloat16 or float16 has Transformer Engine's modules where that is installed, and Megatron's local ones where not. One in
+float32 or float64 always has the latter: Transformer Engine multiplies float32 in TF32, with 10 bits of mantissa in place of 23, and it has
+no float64. Transformer Engine's modules are constructed, covered and filled at TP1 and TP2 (and TP2 with EP2 for experts), full
 and with LoRA, for every family, and compared with Megatron's local modules parameter by parameter; Megatron checkpoints of either kind
 fill the other (`make test-newest`, where nvcc is). Its kernels are not run. All linears are Transformer Engine's, experts in groups.
 Its norms lie inside the linears after them where a layer is joined as Megatron joins it and has RMSNorms, and stand alone in other layers

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swift_mega.api.proof import say_of_unused_gpus
 from swift_mega.backends import Package, transformer_engine
 from swift_mega.device import CPU, Device, unused_gpus
 
@@ -84,3 +85,13 @@ def test_unused_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot use them (CUDA 13.0); see `nvidia-smi`" in str(unused_gpus(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert unused_gpus(tmp_path) is None
+
+
+def test_verify_tells_of_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and none from other ranks."""
+    monkeypatch.setattr("swift_mega.device.unused_gpus", lambda: "this machine has GPUs")
+    say_of_unused_gpus()
+    assert capsys.readouterr().err == "this machine has GPUs\n"
+    monkeypatch.setenv("RANK", "1")
+    say_of_unused_gpus()
+    assert capsys.readouterr().err == ""

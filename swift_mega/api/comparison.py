@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from swift_mega import device as devices
-from swift_mega.api.proof import SENTENCES
+from swift_mega.api.proof import SENTENCES, say_of_unused_gpus
 from swift_mega.api.ranks import on_device
 from swift_mega.convert.files.which_files import unread
 from swift_mega.convert.megatron.mcore import companions_of, is_mcore, iteration_directory
@@ -68,6 +68,7 @@ def compare(
     states of `a` meanwhile; on several machines one that all of them see. json, plot: files to write.
     Joins the ranks of torchrun where there are some; a layout that needs fewer is run by copies of it.
     """
+    say_of_unused_gpus()
     one, other = (Candidate(checkpoint=c) if isinstance(c, str) else c for c in (a, b))
     if dtype not in comparing.TOLERANCES:
         raise UserError(f"dtype={dtype!r} is not one that models are compared in: {', '.join(comparing.TOLERANCES)}")

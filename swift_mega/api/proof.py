@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
-from swift_mega.launch.torchrun import run_ranks
+from swift_mega.launch.torchrun import is_first_rank, run_ranks
 from swift_mega.models.engine import check_engine_runs
 from swift_mega.models.family import family_of
 from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
+from swift_mega.train.header import layer_modules
 from swift_mega.verify import parity
 
 DEVICE = devices.setup(starts_ranks=True)
@@ -59,6 +61,8 @@ class Report:
     differences: list[parity.Difference]
     tolerance: float
     dtype: str
+    modules: str = "Megatron's local modules"
+    """Whose layers were compared; on CUDA that depends on the dtype."""
 
     @property
     def passed(self) -> bool:
@@ -78,7 +82,10 @@ class Report:
             )
         verdict = "every layout equals Hugging Face" if self.passed else "NOT EQUAL"
         return "\n".join(
-            [*lines, f"{verdict} within {self.tolerance:g} ({self.dtype}; gradients relative to the tensor's largest)"]
+            [
+                *lines,
+                f"{verdict} within {self.tolerance:g} ({self.dtype}, {self.modules}; gradients relative to the tensor's largest)",
+            ]
         )
 
 
@@ -94,6 +101,7 @@ def verify(
     deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
     dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
     """
+    say_of_unused_gpus()
     settings = load_settings(model, dequantize=dequantize)
     chosen = [_parsed(name, settings.shape, dtype) for name in layouts] if layouts else _fitting(settings.shape, dtype)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
@@ -122,7 +130,13 @@ def verify(
             run_ranks(layout.world, on_device, parity.measure, mine, layout, rows, output)
             differences.append(parity.compare(layout.name, found / "reference", output))
             shutil.rmtree(output)
-        return Report(differences, tolerance, dtype)
+        return Report(differences, tolerance, dtype, layer_modules(DEVICE, getattr(torch, dtype)))
+
+
+def say_of_unused_gpus() -> None:
+    """One line of the first rank, where ranks run on the CPU beside GPUs."""
+    if is_first_rank() and (unused := devices.unused_gpus()):
+        print(unused, file=sys.stderr)
 
 
 def _verified_tuner(
