@@ -123,10 +123,10 @@ def setup(*, starts_ranks: bool = False) -> Device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         _set_allocator(os.environ)
-        _install_without_te()
-        if starts_ranks and not _is_rank():
-            return Device(kind="cuda", device=_cuda(0), backend="nccl", name="CUDA")
-        return _own_device()
+        alone = starts_ranks and not _is_rank()
+        device = Device(kind="cuda", device=_cuda(0), backend="nccl", name="CUDA") if alone else _own_device()
+        _install_without_te()  # last, since Transformer Engine may ask the current GPU what it can do when it is imported
+        return device
     _install_facade()
     _install_without_te()
     return Device(kind="cpu", device=CPU, backend="gloo", name="CPU")
@@ -138,7 +138,7 @@ def unused_gpus(folder: Path = Path("/dev")) -> str | None:
     folder: of device files. CUDA_VISIBLE_DEVICES, where it is set to nothing, says that this is meant.
     """
     files = sorted(str(path) for path in folder.glob("nvidia[0-9]*"))
-    if not files or torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if not files or has_cuda() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
     here = f"this machine has {', '.join(files)}, and ranks run on the CPU: torch {torch.__version__}"
     if torch.version.cuda is None:
