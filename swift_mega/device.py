@@ -31,6 +31,7 @@ from swift_mega.backends import TE_DTYPES, transformer_engine
 from swift_mega.errors import UserError
 from swift_mega.host_side import two_sides
 from swift_mega.local_rank import device_index, find_local_rank
+from swift_mega.many_tensors import in_place_of, l2_norm, scale
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,13 @@ class Device:
             "persist_layer_norm",
         )
         return interleaved | {"deallocate_pipeline_outputs": False} | dict.fromkeys(fusions, False)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to CUDA through a copy in pinned memory, so that the host does not wait for the copy to arrive."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def setup(*, starts_ranks: bool = False) -> Device:
@@ -520,7 +528,7 @@ PATCHES = (
     ),
 )
 
-# Megatron-core 0.16.1 again. 0.19 has none of the three faults, and the patches change nothing there.
+# Megatron-core 0.16.1 again. 0.19 has none of the first three faults, and their patches change nothing there.
 WITHOUT_TE = (
     Patch(
         name="MoE router",
@@ -536,5 +544,15 @@ WITHOUT_TE = (
         name="optimizer precision",
         reason="asks whether no version of Transformer Engine is at least 2.1 (TypeError), optimizer/optimizer_config.py:383",
         targets={"megatron.core.optimizer.optimizer_config:is_te_min_version": _is(lambda *args, **options: False)},
+    ),
+    Patch(
+        name="gradient norm",
+        reason="the host reads the norm of each parameter's gradient where Apex is absent too, utils.py:1205",
+        targets={
+            "megatron.core.optimizer.clip_grads:l2_norm_impl": in_place_of("local_multi_tensor_l2_norm", l2_norm),
+            "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl": in_place_of(
+                "local_multi_tensor_scale", scale
+            ),
+        },
     ),
 )

@@ -45,6 +45,9 @@ class Microbatch:
     tokens: [t] int64. labels: [t] int64, the token that follows, -100 where it has no loss; the last token of an example
     has none. positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, where examples begin, and t.
     lengths: [n] int32, tokens of each example without the padding behind it.
+
+    All are on the host. Of the row that a model is given only tokens and positions are on the device: how many labels there are and where
+    examples begin decide the sizes of tensors, and the host would wait for a device that it asks.
     """
 
     tokens: Tensor

@@ -34,7 +34,7 @@ class Memory:
     optimizer: int = 0
     """AdamW's two moments, and the float32 copy of bfloat16 weights."""
     row: int = 0
-    """Tokens, labels, positions, cosines and sines."""
+    """Tokens, positions, cosines and sines, and on the CPU labels."""
     inputs: int = 0
     """Of layers that are recomputed, and everything that others keep."""
     layer: int = 0
@@ -198,8 +198,9 @@ class _Step:
         return round(self.in_flight * self.saved_inputs()) if self.choices.offload_activations else 0
 
     def row(self) -> int:
-        """Three int64 of each token, and the float32 angles' cosine and sine in the dtype of the weights, in every microbatch."""
-        return round(self.in_flight * self.t * (24 + 2 * self.w.rope * self.choices.itemsize))
+        """Two int64 of each token (labels stay on the host), and cosine and sine in the dtype of the weights, in every microbatch."""
+        numbers = 16 if self.cuda else 24
+        return round(self.in_flight * self.t * (numbers + 2 * self.w.rope * self.choices.itemsize))
 
     def kept(self) -> float:
         """What a layer keeps for its backward pass beside its input."""

@@ -5,6 +5,7 @@ every token) travels with them in `Segments`, through pipeline, recomputation an
 frequencies are computed once per microbatch, and Megatron's own packed RoPE and its [s, s] mask are never entered.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from swift_mega.device import send
 from swift_mega.models.engine import attend, engine_attention
 from swift_mega.models.norm import Norm
 from swift_mega.models.settings import Rope, Settings
@@ -52,7 +54,7 @@ def segments(
     An example's frequencies follow from its own length, not from the longest of its row: those that it has alone.
     """
     turns = tuple(
-        tables(positions, _frequencies(rope, cu_seqlens, context).to(positions.device), rope.scale, dtype)
+        tables(positions, _frequencies(rope, cu_seqlens, context, positions.device), rope.scale, dtype)
         for rope in settings.distinct_ropes
     )
     growth = None
@@ -60,21 +62,27 @@ def segments(
         slope, length = settings.scales.query_growth
         growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
     return Segments(
-        bounds=tuple(cu_seqlens.tolist()), starts=cu_seqlens.to(positions.device, torch.int32), turns=turns, growth=growth,
+        bounds=tuple(cu_seqlens.tolist()), starts=send(cu_seqlens.to(torch.int32), positions.device), turns=turns, growth=growth,
         context=context,
     )  # fmt: skip
 
 
-def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    """[rotary_dim / 2], copied once and not for every microbatch; a model has few different rotations."""
+    return torch.tensor(frequencies, device=device)
+
+
+def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None, device: torch.device) -> Tensor:
     """[rotary_dim / 2] for all tokens, or [tokens, 1, rotary_dim / 2]."""
-    usual = torch.tensor(rope.inverse_frequencies)
+    usual = _on_device(rope.inverse_frequencies, device)
     if rope.long is None:
         return usual
     lengths = cu_seqlens.diff()
     in_long = (lengths > rope.long_beyond).repeat_interleave(lengths)
     if context is not None:
         in_long = in_long[held_tokens(cu_seqlens.tolist(), context.mesh, context.rank)]
-    return torch.where(in_long[:, None, None], torch.tensor(rope.long), usual)
+    return torch.where(send(in_long, device)[:, None, None], _on_device(rope.long, device), usual)
 
 
 class CoreAttention(MegatronModule):

@@ -17,7 +17,7 @@ from swift_mega.parallel.vocab import soft_cap, token_log_probabilities
 
 @dataclass(frozen=True)
 class Loss:
-    """`sum` over this microbatch, differentiable; `count` of what it is a sum over; `metrics`, sums over the same."""
+    """`sum` over this microbatch, differentiable; `count` of what it is a sum over, on the host; `metrics`, sums over the same."""
 
     sum: Tensor
     count: Tensor
@@ -41,7 +41,7 @@ class Head:
         return soft_cap(logits, self.part.settings.scales.logit_softcap)
 
     def log_probabilities(self, chunk: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden: what the last chunk returned; targets [tokens], negative where there is none -> [tokens], 0 there."""
+        """hidden: what the last chunk returned; targets [tokens], negative where there is none, on the host -> [tokens], 0 there."""
         weight = self.part.head_weight
         assert weight is not None, "the head is on the last stage"
         tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None

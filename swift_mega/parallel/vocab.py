@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from swift_mega.device import send
+
 CHUNK_NUMBERS = 1 << 25  # logits of one chunk where nobody says: 128 MiB in float32
 # On the CPU logits are worth most while they are in its cache: 2 MiB at once, 1.15 times faster than all columns at once.
 CPU_TOKENS, CPU_COLUMNS = 256, 2048
@@ -43,7 +45,8 @@ def token_log_probabilities(
 
     hidden: [tokens, hidden], the same on every tensor rank. weight: [vocabulary / tp, hidden], this rank's rows, the first
     of which is row `first_row` of the whole. Rows from `vocab_size` on are padding: they take no part and get no gradient.
-    targets: [tokens] int64, global, the same on every rank. group: the tensor ranks; None for one rank.
+    targets: [tokens] int64, global, the same on every rank. Best on the host: of targets on a GPU the host must ask, and waits.
+    group: the tensor ranks; None for one rank.
     bias: [vocabulary / tp], cut and padded like `weight`; None: none.
     chunk: tokens whose logits exist at once; None: as many as fit CHUNK_NUMBERS. Where `weight` or `bias` is trained and one
     chunk holds all tokens, their softmax is kept for the backward pass; that of several chunks is computed twice.
@@ -56,12 +59,14 @@ def token_log_probabilities(
     cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
     if not torch.is_grad_enabled():  # autograd asks for gradients of what is trained even then
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    kept = targets >= 0
-    if bool(kept.all()):
-        return _LogProbabilities.apply(hidden, weight, bias, targets, cut)
-    rows = kept.nonzero()[:, 0]
-    chosen = _LogProbabilities.apply(hidden[rows], weight, bias, targets[rows], cut)
-    return chosen.new_zeros(len(targets)).index_put((rows,), chosen)
+    host = targets.cpu()
+    kept = (host >= 0).nonzero()[:, 0]
+    if len(kept) == len(host):
+        return _LogProbabilities.apply(hidden, weight, bias, send(host, hidden.device), host, cut)
+    host = host[kept]
+    rows, targets = send(torch.stack([kept, host]), hidden.device)
+    chosen = _LogProbabilities.apply(hidden.index_select(0, rows), weight, bias, targets, host, cut)
+    return chosen.new_zeros(len(hidden)).index_copy(0, rows, chosen)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **cut: Any) -> Tensor:
@@ -102,12 +107,6 @@ class _Cut:
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return soft_cap(F.linear(hidden, rows, bias).to(exact), self.softcap)
 
-    def own(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Tokens whose target is in this rank's rows, and the local row of each."""
-        local = targets - self.first_row
-        tokens = ((local >= 0) & (local < rows)).nonzero()[:, 0]
-        return tokens, local[tokens]
-
     def keeps(self, tokens: int, rows: Tensor) -> bool:
         """Whether the logits of all tokens may exist at once."""
         return tokens <= self.chunk if self.chunk else tokens * len(rows) <= CHUNK_NUMBERS
@@ -128,14 +127,28 @@ class _Cut:
         columns = max(1, min(len(rows), self.columns or max(numbers // max(tokens, 1), WIDE)))
         return max(1, numbers // columns), columns
 
-    def own_by_block(self, targets: Tensor, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """`own` of each block of `columns` rows, the row counted from the block's first."""
-        tokens, places = self.own(targets, rows)
-        if columns >= rows:
-            return [(tokens, places)]
-        places, order = places.sort()
-        cuts = torch.searchsorted(places, torch.arange(columns, rows, columns, device=places.device)).tolist()
-        return list(zip(tokens[order].tensor_split(cuts), (places % columns).tensor_split(cuts), strict=True))
+    def own_by_block(self, host: Tensor, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Tokens whose target is in this rank's rows, by block of `columns` rows, and the row of each from the block's first.
+
+        host: targets on the host, which must know how many there are of each block; what is returned is on `device`.
+        """
+        local = host - self.first_row
+        tokens = ((local >= 0) & (local < rows)).nonzero()[:, 0]
+        places, order = local[tokens].sort(stable=True)
+        starts = torch.arange(columns, rows, columns) if columns < rows else places.new_empty(0)
+        cuts = torch.searchsorted(places, starts).tolist()
+        tokens, places = send(torch.stack([tokens[order], places % columns]), device)
+        return list(zip(tokens.tensor_split(cuts), places.tensor_split(cuts), strict=True))
+
+
+def _found(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Where to look for each token's target among `columns` rows, [tokens, 1], and whether it is there at all.
+
+    local: [tokens], the target's row, counted from the first of these. Only tensors of fixed size: the host need not wait for the GPU
+    to say how many there are, as it must after nonzero.
+    """
+    places = local.clamp(0, columns - 1)[:, None]
+    return places, places == local[:, None]
 
 
 def _slices(whole: int, size: int) -> Iterator[slice]:
@@ -144,7 +157,10 @@ def _slices(whole: int, size: int) -> Iterator[slice]:
 
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cut: _Cut) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, host: Tensor, cut: _Cut
+    ) -> Tensor:
+        """host: `targets` on the host."""
         rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         local_lse = hidden.new_empty(len(targets), dtype=exact)
@@ -160,7 +176,7 @@ class _LogProbabilities(torch.autograd.Function):
         lse, target_logits = _over_ranks(local_lse, target_logits, cut)
         result = target_logits - lse
         ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, pull, softmax)
-        ctx.cut, ctx.slope = cut, cut.slope(target_logits)
+        ctx.cut, ctx.slope, ctx.host = cut, cut.slope(target_logits), host
         return result
 
     @staticmethod
@@ -174,9 +190,10 @@ class _LogProbabilities(torch.autograd.Function):
         away = -gradients[0] * (local_lse - lse).exp()
         hidden_gradient = weight_gradient = bias_gradient = None
         if pull is not None:
-            tokens, columns = cut.own(targets, len(rows))
             whole = pull * away[:, None]
-            whole.index_add_(0, tokens, rows[columns].to(whole.dtype) * towards[tokens, None])
+            if len(rows):
+                places, there = _found(targets - cut.first_row, len(rows))
+                whole.addcmul_(rows.index_select(0, places[:, 0]).to(whole.dtype), towards[:, None] * there)
             if cut.ranks > 1 and len(targets):
                 dist.all_reduce(whole, group=cut.group)
             hidden_gradient = whole.to(hidden.dtype)
@@ -184,14 +201,25 @@ class _LogProbabilities(torch.autograd.Function):
             weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
             bias_gradient = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
             _fill_head_gradients(
-                weight_gradient, bias_gradient, hidden, weight, bias, targets, local_lse, softmax, away, towards, cut
+                weight_gradient,
+                bias_gradient,
+                hidden,
+                weight,
+                bias,
+                targets,
+                ctx.host,
+                local_lse,
+                softmax,
+                away,
+                towards,
+                cut,
             )
-        return hidden_gradient, weight_gradient, bias_gradient, None, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 def _fill_head_gradients(
     of_weight: Tensor | None, of_bias: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    local_lse: Tensor, softmax: Tensor | None, away: Tensor, towards: Tensor, cut: _Cut,
+    host: Tensor, local_lse: Tensor, softmax: Tensor | None, away: Tensor, towards: Tensor, cut: _Cut,
 ) -> None:  # fmt: skip
     """Fills the gradients of a trained head, which are zero, a block of rows at a time. softmax: of `_whole_chunk`, or None: anew.
 
@@ -199,7 +227,7 @@ def _fill_head_gradients(
     """
     rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
     size, columns = cut.backward_sizes(len(targets), rows) if softmax is None else (len(targets), len(rows))
-    own = cut.own_by_block(targets, len(rows), columns)
+    own = cut.own_by_block(host, len(rows), columns, rows.device)
     for number, block in enumerate(_slices(len(rows), columns)):
         tokens, places = own[number]
         weights, biased = _Sum.of(of_weight, block, away.dtype), _Sum.of(of_bias, block, away.dtype)
@@ -248,13 +276,15 @@ def _whole_chunk(
 
     Where logits are capped, each number of the softmax that is returned, or that pulls, is times the slope of the cap there.
     """
-    tokens, columns = cut.own(targets, len(rows))
     logits = cut.logits(hidden, rows, biases)
     slope = cut.slope(logits)
-    target_logits[tokens] = logits[tokens, columns]
+    if len(rows):
+        places, there = _found(targets - cut.first_row, len(rows))
+        target_logits.copy_(logits.gather(1, places).masked_fill_(~there, 0)[:, 0])
     top, total = _exponentials(logits)
     lse.copy_(top + total.log())
-    logits[tokens, columns] = 0
+    if len(rows):
+        _take_out(logits, places, there)
     softmax = _by(logits.div_(total[:, None]), slope)
     if pull is not None:
         pull.copy_(softmax.to(rows.dtype) @ rows)
@@ -272,21 +302,25 @@ def _chunk_in_blocks(
     if pull is not None:
         pull.zero_()
     for block in cut.blocks(rows):
-        tokens = ((local >= block.start) & (local < block.stop)).nonzero()[:, 0]
-        columns = local[tokens] - block.start
         logits = cut.logits(hidden, rows[block], None if biases is None else biases[block])
         slope = None if pull is None else cut.slope(logits)
-        target_logits[tokens] = logits[tokens, columns]
+        places, there = _found(local - block.start, logits.shape[1])
+        target_logits.add_(logits.gather(1, places).masked_fill_(~there, 0)[:, 0])
         before, tops = tops, torch.maximum(tops, logits.amax(-1))
         logits.sub_(tops[:, None]).exp_()
         shrink = (before - tops).exp_()
         totals.mul_(shrink).add_(logits.sum(-1))
-        logits[tokens, columns] = 0
         if pull is not None:
+            _take_out(logits, places, there)
             _add_product(pull.mul_(shrink[:, None]), _by(logits, slope).to(rows.dtype), rows[block])
     lse.copy_(tops + totals.log())
     if pull is not None and len(rows):
         pull.div_(totals[:, None])
+
+
+def _take_out(numbers: Tensor, places: Tensor, there: Tensor) -> None:
+    """Sets the target's column of [tokens, rows] to 0, in place, where it is among them."""
+    numbers.scatter_(1, places, numbers.gather(1, places).masked_fill_(there, 0))
 
 
 def _by(softmax: Tensor, slope: Tensor | None) -> Tensor:
@@ -311,9 +345,8 @@ def _softmax_of_others(
     logits = cut.logits(hidden, rows, bias)
     slope = cut.slope(logits)
     softmax = _by(logits.sub_(lse[:, None]).exp_(), slope)
-    places = local.clamp(0, len(rows) - 1)[:, None]
-    elsewhere = places != local[:, None]
-    return softmax.scatter_(1, places, softmax.gather(1, places) * elsewhere)
+    _take_out(softmax, *_found(local, len(rows)))
+    return softmax
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:

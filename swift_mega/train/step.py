@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
+from swift_mega.device import send
 from swift_mega.models.balancing import BALANCE, RouterLosses, Z, has_router_losses
 from swift_mega.models.router import Router
 from swift_mega.parallel.context import Context
@@ -98,7 +99,8 @@ def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tu
     if training.run.parallel.overlap_param_gather:
         _await_head(training, model)
     loss = training.objective.loss(training.head, model.module, hidden, row)
-    return loss.sum, loss.count.to(torch.int), {"loss": loss.sum.detach(), "count": loss.count}
+    count = send(loss.count.to(torch.int), loss.sum.device)
+    return loss.sum, count, {"loss": loss.sum.detach(), "count": count}
 
 
 def _await_head(training: Training, model: DistributedDataParallel) -> None:
@@ -124,7 +126,7 @@ def _padding(training: Training, row: Microbatch) -> Tensor | None:
         return None
     if (context := training.groups.row) is not None:
         padding = padding[held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)]
-    return padding.to(training.device.device)
+    return send(padding, training.device.device)
 
 
 def start_router_losses(training: Training, batch: Sequence[Microbatch]) -> None:
@@ -142,10 +144,8 @@ def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[
         return {}
     mine, wanted = list(_router_losses(training)), training.part.config
     names = [BALANCE] * (wanted.moe_router_load_balancing_type == "aux_loss") + [Z] * bool(wanted.moe_z_loss_coeff)
-    device = training.device.device
-    sums = torch.tensor(
-        [sum(float(m.sums.get(name, 0.0)) for m in mine) for name in names], dtype=torch.float64, device=device
-    )
+    zero = torch.zeros((), dtype=torch.float64, device=training.device.device)
+    sums = torch.stack([sum((zero + m.sums[name] for m in mine if name in m.sums), zero) for name in names])
     dist.all_reduce(
         sums, group=training.groups.world
     )  # of each row, every tensor and context rank has its tokens' part
@@ -174,11 +174,8 @@ def _over_data(training: Training, numbers: Sequence[int]) -> list[int]:
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:
-    """The row on the device; cu_seqlens stays on the host, where the model wants it."""
-    if device.type == "cpu":
-        return row
-    moved = {name: getattr(row, name).to(device, non_blocking=True) for name in ("tokens", "labels", "positions")}
-    return replace(row, **moved)
+    """The row with tokens and positions on the device; the rest stays on the host, where model and loss read it."""
+    return replace(row, tokens=send(row.tokens, device), positions=send(row.positions, device))
 
 
 def _reduce(training: Training, stores: list[dict[str, Tensor]], tokens: int) -> tuple[float, int, int]:
