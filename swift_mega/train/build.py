@@ -100,8 +100,7 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
         torch.no_grad()
     ):  # float32 shards are views of weights, and offloading makes a torch optimizer of them, which wants leaves
         optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks, use_gloo_process_groups=False)
-    if device.kind == "cpu":
-        _fuse(optimizer)
+    _fuse(optimizer)
     _connect(run, part, chunks, optimizer)
     scheduler = _scheduler(run.optim, optimizer, steps)
     head = Head(part, groups, run.train.loss_chunk_size)
@@ -173,8 +172,9 @@ def _offload(run: schema.Run, part: ModelPart) -> dict[str, Any]:
 def _fuse(optimizer: Any) -> None:
     """One call per group in place of ten per parameter. torch's own AdamW takes it from its groups; Megatron has no setting for it.
 
-    An adapter has hundreds of small parameters, and their calls were most of the step on the CPU. On CUDA Megatron uses a
-    fused Adam of Transformer Engine or Apex where they are installed.
+    An adapter has hundreds of small parameters, and their calls were most of the step on the CPU. On CUDA torch would take several
+    tensors of the parameters' size for each intermediate result, which `plan` does not count. The optimizers of Transformer Engine and
+    Apex, which Megatron takes where they are installed, are always fused and have no such field.
     """
     for group in optimizer.param_groups:
         if "fused" in group:
