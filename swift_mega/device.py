@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import resource
+import shutil
 import sys
 import time
 import warnings
@@ -91,7 +92,7 @@ class Device:
 
         Interleaving of two stages with batched point-to-point calls gives a wrong loss on gloo without an error, so
         calls are made one by one, and overlapped. Freed outputs are corrupted by such calls on the CPU (0.16.1). The
-        fusions are CUDA kernels.
+        fusions are CUDA kernels; which of them are on there, models/fusions.py says.
 
         On CUDA Megatron waits for the whole device after each batched call (batch_p2p_sync, p2p_communication.py:398), against a race of
         torch before 1.13: work objects took note of NCCL's streams before the calls were issued, so that waiting for them waited for
@@ -116,6 +117,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would take: what CC names, else clang or gcc on PATH; None: there is none."""
+    return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def setup(*, starts_ranks: bool = False) -> Device:

@@ -34,8 +34,9 @@ class Choices:
     offload_activations: bool = False
     offload_fraction: float = 0.0
     """Share of the optimizer's state in host memory."""
-    fused_activation: bool = False
-    """model.megatron.bias_activation_fusion: gate and up are multiplied in one kernel, which keeps neither."""
+    fused_activation: bool | None = None
+    """model.megatron.bias_activation_fusion: gate and up are multiplied in one kernel, which keeps neither. None: as training chooses
+    where nobody says, on a machine that can compile."""
     microbatches: int = 1
     """Rows of one data-parallel rank in a step; pipeline stages hold several at once."""
     longest: int | None = None
@@ -64,7 +65,7 @@ def choices_of(
         recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
         loss_chunk=train.loss_chunk_size, offload_activations=train.offload_activations,
         offload_fraction=optim.offload_fraction if optim.cpu_offload else 0.0,
-        fused_activation=bool(run.model.megatron.get("bias_activation_fusion")), microbatches=microbatches, longest=longest,
+        fused_activation=run.model.megatron.get("bias_activation_fusion"), microbatches=microbatches, longest=longest,
     )  # fmt: skip
 
 

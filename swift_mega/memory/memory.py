@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 from swift_mega.memory.choices import Choices
 from swift_mega.memory.weights import Widths, adapter_numbers, stage_numbers, widths
+from swift_mega.models.fusions import activation_unfused
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import key_copies
@@ -92,6 +93,9 @@ def bytes_per_token(settings: Settings, layout: Layout, choices: Choices, tokens
 
 def _stage(settings: Settings, layout: Layout, choices: Choices, tokens: int, stage: int) -> Memory:
     divisible = choices.vocab_divisible_by
+    if choices.fused_activation is None:
+        fused = choices.device == "cuda" and choices.itemsize < 8 and activation_unfused(settings) is None
+        choices = replace(choices, fused_activation=fused)
     w, (numbers, layers) = widths(settings, layout, divisible), stage_numbers(settings, layout, stage, divisible)
     step = _Step(w, layout, choices, -(-tokens // layout.context), len(layers), stage)
     trained = numbers if choices.rank is None else _adapters(settings, layout, choices, layers)

@@ -14,6 +14,7 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.experts import check_biases
+from swift_mega.models.fusions import COMPILED, cannot_compile, fused
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
 from swift_mega.models.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
@@ -68,7 +69,7 @@ def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
     # Megatron's own output layer asks for it too, so that Transformer Engine's kernel for its layers is not enough.
     if key == "gradient_accumulation_fusion" and not wgrad_kernel():
         return "apex's kernel fused_weight_gradient_mlp_cuda, which is not installed; build apex with --cuda_ext"
-    return None
+    return cannot_compile() if key in COMPILED else None
 
 
 def _why_not(key: str) -> str:
@@ -115,6 +116,7 @@ def transformer_config(
     if train.recompute == "full":
         fields.update(recompute_method=train.recompute_method, recompute_num_layers=train.recompute_layers)
     fields.update(device.safe_schedule(layout.virtual))
+    fields.update(fused(settings, device, dtype, given.get("hidden_dropout", 0.0)))
     fields.update(given)
     fields.update(balancing_fields(aux_loss, given, experts=bool(settings.shape.experts)))
     try:

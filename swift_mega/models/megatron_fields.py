@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift_mega.config.schema import Train
-from swift_mega.models.settings import Block, Settings
+from swift_mega.models.fusions import activation_unfused, dropout_unfused
+from swift_mega.models.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +86,12 @@ def _fp8(asked: Asked) -> str | None:
     return None if asked.given.get("fp8") else "it needs fp8"
 
 
-def _plain_layer(asked: Asked) -> str | None:
-    return None if asked.settings.block == Block() else "this model's layers are joined otherwise (models/layer.py)"
+def _activation_fusion(asked: Asked) -> str | None:
+    return activation_unfused(asked.settings) if asked.given["bias_activation_fusion"] else None
 
 
-def _plain_activation(asked: Asked) -> str | None:
-    return (
-        None
-        if asked.settings.activation is None
-        else "this model's activation has parameters, which the kernel does not read"
-    )
+def _dropout_fusion(asked: Asked) -> str | None:
+    return dropout_unfused(asked.settings) if asked.given["bias_dropout_fusion"] else None
 
 
 def _always(asked: Asked) -> str | None:
@@ -126,8 +123,8 @@ ON_CUDA: dict[str, Condition] = {
     ),
     **dict.fromkeys(_words("moe_shared_expert_overlap moe_permute_fusion moe_router_fusion"), _experts),
     "gradient_accumulation_fusion": _always,
-    "bias_activation_fusion": _plain_activation,
-    "bias_dropout_fusion": _plain_layer,
+    "bias_activation_fusion": _activation_fusion,
+    "bias_dropout_fusion": _dropout_fusion,
 }
 """Kernels, streams and calls between stages of Megatron and Transformer Engine, which are not there on the CPU, or wrong over gloo."""
 

@@ -13,11 +13,13 @@ from swift_mega.errors import UserError
 from swift_mega.memory.report import Plan
 
 BASE = ("data.max_length=512", "tuner.type=lora", "tuner.rank=4")
+UNFUSED = 'model.megatron={"bias_activation_fusion": false}'
+"""Then the MLP, and not attention, is what a layer has most of."""
 CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {
     # setting -> another value, what it needs beside it, ranks
     "model.dtype": ("float32", (), 1),
     "model.vocab_divisible_by": ("1024", (), 1),
-    "model.megatron": ('{"bias_activation_fusion": true}', ("tuner.type=full",), 1),
+    "model.megatron": ('{"bias_activation_fusion": false}', ("tuner.type=full",), 1),
     "data.max_length": ("1024", (), 1),
     "tuner.type": ("full", (), 1),
     "tuner.rank": ("8", (), 1),
@@ -28,7 +30,11 @@ CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "train.recompute_method": ("block", ("train.recompute=full",), 1),
     "train.recompute_layers": ("2", ("train.recompute=full",), 1),
     "train.tile_mlp": ("true", (), 1),
-    "train.mlp_tile_size": ("512", ("train.tile_mlp=true", "train.recompute=full", "train.loss_chunk_size=16"), 1),
+    "train.mlp_tile_size": (
+        "512",
+        ("train.tile_mlp=true", "train.recompute=full", "train.loss_chunk_size=16", UNFUSED),
+        1,
+    ),
     "train.loss_chunk_size": ("16", ("tuner.type=full",), 1),
     "train.offload_activations": ("true", ("train.recompute=full",), 1),
     "optim.cpu_offload": ("true", (), 1),
@@ -50,7 +56,7 @@ REFUSED = {"parallel.expert": "2", "parallel.expert_tensor": "2"}
 """This model has no experts, and those that have some have no formula."""
 FREE = {
     "parallel.overlap_grad_reduce": "the same buffer, in buckets", "parallel.overlap_param_gather": "the same",
-    "parallel.ddp_bucket_size": "the same",
+    "parallel.ddp_bucket_size": "the same", "parallel.distributed_timeout_minutes": "a time",
     "model.path": "the model itself", "model.dequantize": "a quantised checkpoint is planned as it is trained, as plain weights",
 }  # fmt: skip
 

@@ -1,0 +1,69 @@
+"""Which of Megatron's fused functions compute what the model's own ones do, and so may be on by default on CUDA.
+
+Megatron has torch.compile make a kernel of each: bias, activation and gate at once, which also keeps less for the backward pass, and
+bias, dropout and residual at once. Its kernel for GELU is the tanh form whatever the model asks for, it knows no clamp or offset beside
+silu, and in experts it clamps before it adds a bias (fusions/fused_bias_geglu.py, 0.16.1 and 0.19.2). So only silu(gate) * up is fused.
+"""
+
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from swift_mega.device import Device, c_compiler
+from swift_mega.models.settings import Block, Settings
+
+COMPILED = ("bias_activation_fusion", "bias_dropout_fusion")
+"""Fields of Megatron's TransformerConfig."""
+
+
+def fused(settings: Settings, device: Device, dtype: torch.dtype, dropout: float) -> dict[str, bool]:
+    """The fields of COMPILED as they are where nobody sets them. dropout: Megatron's hidden_dropout."""
+    able = device.kind == "cuda" and dtype != torch.float64 and cannot_compile() is None
+    return {
+        "bias_activation_fusion": able and activation_unfused(settings) is None,
+        "bias_dropout_fusion": able and dropout_unfused(settings) is None and _has_more_than_a_sum(settings, dropout),
+    }
+
+
+def activation_unfused(settings: Settings) -> str | None:
+    """Why Megatron's fused activation would not be this model's; None: it is."""
+    given = settings.megatron
+    if settings.activation is not None:
+        return "this model's activation has parameters, which the kernel does not read"
+    if given.get("activation_func") is not torch.nn.functional.silu or not given.get("gated_linear_unit"):
+        return (
+            "of this model's activation Megatron has no kernel that computes the same (it has one of silu(gate) * up)"
+        )
+    if given.get("activation_func_clamp_value") is not None or given.get("glu_linear_offset"):
+        return "this model's gate is clamped or has an offset, which the kernel leaves out"
+    return _biased_experts(settings)
+
+
+def dropout_unfused(settings: Settings) -> str | None:
+    """Why Megatron's fused sum of bias, dropout and residual would not run, or not in every layer; None: it does."""
+    if settings.block != Block():
+        return "this model's layers are joined otherwise (models/layer.py)"
+    return _biased_experts(settings)
+
+
+def _biased_experts(settings: Settings) -> str | None:
+    biased = settings.shape.experts and settings.biases.mlp
+    return "this model's experts have biases, which Megatron's kernels for experts do not take" if biased else None
+
+
+def _has_more_than_a_sum(settings: Settings, dropout: float) -> bool:
+    """A residual sum alone is one kernel already, and need not be compiled."""
+    return bool(dropout) or settings.biases.mlp or settings.biases.attention_output
+
+
+def cannot_compile() -> str | None:
+    """What torch.compile would miss here for a kernel on CUDA; None: nothing."""
+    if find_spec("triton") is None:
+        return "the package triton, which is not installed; install it"
+    if c_compiler() is None:
+        return "a C compiler, and there is none on PATH; install gcc or clang, name one in CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h, which is missing; install Python's headers (python3-dev)"
+    return None
