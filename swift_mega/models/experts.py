@@ -1,11 +1,34 @@
-"""Experts that have biases: where they cannot be cut, and their second linear among Megatron's local modules."""
+"""Experts of Megatron's local modules: biases where they cannot be cut, and all experts of a rank in one product for each linear.
 
+Without Transformer Engine Megatron multiplies by one expert after another, some ten launches each. Where the experts are frozen,
+`GroupedExperts` has torch's grouped_mm do the products of all: parameters, their names and checkpoints stay as they are, since the weights
+of a rank's experts are views of one tensor. What lies between the linears is Megatron's own MLP.
+
+Trained experts keep the loop. Their weights move into the buffer of Megatron's distributed optimizer, with the linears of an expert
+side by side and the last expert first, which grouped_mm cannot read; and its gradient of the weights is wrong for an expert without a token
+on some GPUs (pytorch/pytorch#172439).
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
 
+from swift_mega.device import send
 from swift_mega.errors import UserError
 from swift_mega.models.settings import Settings
+
+LINEARS = ("linear_fc1", "linear_fc2")
+GROUPED = {"cuda": (torch.bfloat16,)}
+"""dtypes for which grouped_mm is one kernel, by the kind of device. Elsewhere it is a loop too."""
+ALIGNED = 16
+"""Bytes: a row of every tensor that grouped_mm takes is a multiple of it."""
 
 
 def check_biases(settings: Settings, expert_tensor: int) -> None:
@@ -29,3 +52,111 @@ class BiasedRow(RowParallelLinear):
         super().__init__(*args, **given)
         self.explicit_expert_comm = True  # what is left to the dispatcher is not reduced here
         self.bias.sequence_parallel = False
+
+
+class GroupedExperts(SequentialMLP):
+    """SequentialMLP whose products are grouped where the experts are frozen and grouped_mm takes their tensors."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        for name in LINEARS:
+            weights = self._of_all(name, "weight")
+            if weights[0].device.type in GROUPED:
+                for weight, place in zip(weights, torch.stack([weight.data for weight in weights]), strict=True):
+                    weight.data = place
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [tokens, hidden] sorted by expert, how many each has, and their factors [tokens]; as SequentialMLP's."""
+        stacks = self._stacks(permuted_local_hidden_states)
+        if stacks is None:
+            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)  # type: ignore[no-any-return]
+        splits = tokens_per_expert.tolist()  # of a host tensor: Megatron's dispatcher has fetched it
+        ends = send(torch.tensor(splits).cumsum(0).to(torch.int32), permuted_local_hidden_states.device)
+        first, second = (self._linear(name, stack, splits, ends) for name, stack in zip(LINEARS, stacks, strict=True))
+
+        def weighed(x: Tensor) -> tuple[Tensor, None]:
+            out, bias = second(x)
+            # MLP would do so by itself for the bias of one expert.
+            return (out if bias is None else out + bias * permuted_probs[:, None]), None
+
+        expert: Any = self.local_experts[0]
+        joined: Any = SimpleNamespace(
+            config=expert.config,
+            activation_func=expert.activation_func,
+            linear_fc1=_Linear(first),
+            linear_fc2=_Linear(weighed),
+        )
+        return MLP.forward(joined, permuted_local_hidden_states, permuted_probs)  # type: ignore[no-any-return]
+
+    def _stacks(self, x: Tensor) -> list[Tensor] | None:
+        """The weights [experts, out, in] of both linears, not copied; None where they, or tokens x, are not grouped_mm's."""
+        config = self.config
+        if x.dtype not in GROUPED.get(x.device.type, ()) or not hasattr(F, "grouped_mm") or not len(x):
+            return None
+        if config.fp8 or getattr(config, "fp4", None) or config.moe_apply_probs_on_input or self.num_local_experts == 1:
+            return None
+        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+            return None
+        stacks = []
+        for name in LINEARS:
+            weights = self._of_all(name, "weight")
+            stack = None if any(weight.requires_grad for weight in weights) else together(weights)
+            if stack is None or any(size * stack.element_size() % ALIGNED for size in stack.shape[1:]):
+                return None
+            stacks.append(stack)
+        return stacks
+
+    def _of_all(self, linear: str, name: str) -> list[Tensor]:
+        return [getattr(getattr(expert, linear), name) for expert in self.local_experts]
+
+    def _linear(
+        self, name: str, stack: Tensor, splits: list[int], ends: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """What stands for a linear of all experts: returns its output [tokens, out] and the bias of each token, or None.
+
+        ends: [experts] int32, where the tokens of each end. Adapters see their expert's tokens, as they do in the loop.
+        """
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            out = F.grouped_mm(x, stack.transpose(1, 2), offs=ends)
+            linears: list[Any] = [getattr(expert, name) for expert in self.local_experts]
+            if hasattr(linears[0], "adapter"):
+                pieces = zip(linears, x.split(splits), out.split(splits), strict=True)
+                out = torch.cat([linear.adapter(piece, result) for linear, piece, result in pieces])
+            if linears[0].bias is None:
+                return out, None
+            biases = torch.stack([linear.bias for linear in linears])
+            experts = torch.arange(len(splits), device=x.device)
+            return out, biases[
+                torch.repeat_interleave(experts, ends.diff(prepend=ends.new_zeros(1)), output_size=len(x))
+            ]
+
+        return run
+
+
+class _Linear(torch.nn.Module):
+    """A function where Megatron asks for a module."""
+
+    def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The function's."""
+        return self.run(x)
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor | None:
+    """[n, ...]: n tensors of one shape that lie at equal distances in one storage, as a view; None where they do not."""
+    first, *rest = tensors
+    if not all(each.is_contiguous() and each.shape == first.shape and each.dtype == first.dtype for each in tensors):
+        return None
+    storage = first.untyped_storage().data_ptr()
+    starts = [each.storage_offset() for each in tensors]
+    step = starts[1] - starts[0] if rest else first.numel()
+    regular = all(start == starts[0] + number * step for number, start in enumerate(starts))
+    if step < first.numel() or not regular or any(each.untyped_storage().data_ptr() != storage for each in rest):
+        return None
+    return first.detach().as_strided((len(tensors), *first.shape), (step, *first.stride()))

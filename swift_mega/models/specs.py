@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from swift_mega.models.attention import CoreAttention
-from swift_mega.models.experts import BiasedRow
+from swift_mega.models.experts import BiasedRow, GroupedExperts
 from swift_mega.models.gated_delta import delta_net
 from swift_mega.models.layer import Layer, NoNorm
 from swift_mega.models.mla import is_latent, latent
@@ -86,7 +86,7 @@ def bound(module: Any, **fixed: Any) -> type:
 
 
 def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Megatron's own modules; SequentialMLP experts, since its grouped GEMM needs a package beside torch."""
+    """Megatron's own modules, and experts of ours (models/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
@@ -98,8 +98,11 @@ def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) ->
         attention.q_layernorm = attention.k_layernorm = norm
     if is_latent(settings):
         latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
-    if moe and settings.biases.mlp:
-        _submodules(_mlp(spec).experts).linear_fc2 = BiasedRow
+    if moe:
+        experts = _mlp(spec)
+        if settings.biases.mlp:
+            _submodules(experts.experts).linear_fc2 = BiasedRow
+        experts.experts = bound(GroupedExperts, submodules=_submodules(experts.experts))
     return spec
 
 
