@@ -191,8 +191,8 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
 
     from swift_mega import device as devices
     from swift_mega.config import schema
-    from swift_mega.convert.files.hf_files import Checkpoint
     from swift_mega.convert.save import save
+    from swift_mega.convert.source import Source
     from swift_mega.parallel import groups as parallel_groups
     from swift_mega.train.build import build_part
 
@@ -201,7 +201,7 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
     startup = time.time() - float(os.environ["SWIFT_MEGA_BENCHMARK_BEGIN"])
     floor = _forget_peak()
     begin = time.perf_counter()
-    part = build_part(schema.Run(), device, groups, dtype=torch.bfloat16, adapters=False, checkpoint=Checkpoint(source))
+    part = build_part(schema.Run(), device, groups, dtype=torch.bfloat16, adapters=False, source=Source(source))
     dist.barrier()
     loaded, load_peak = time.perf_counter(), _peak() - floor
     _forget_peak()

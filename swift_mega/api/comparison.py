@@ -16,17 +16,15 @@ from swift_mega.api.ranks import on_device
 from swift_mega.convert.files.which_files import unread
 from swift_mega.convert.megatron.mcore import companions_of, is_mcore, iteration_directory
 from swift_mega.convert.megatron.padding import check_padding
+from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
-from swift_mega.models.config_json import read_config
 from swift_mega.models.engine import check_engine_runs
-from swift_mega.models.family import families
 from swift_mega.models.quantization import FLAG, quantization_of
-from swift_mega.models.translate import load_settings
 from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.verify import distance as comparing
@@ -149,7 +147,8 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         )
     else:
         config = path
-    known = read_config(config)["model_type"] in families()
+    source = Source(config)
+    known = source.is_known
     quantised = quantization_of(config) is not None
     if not files and (said := unread(path)):
         notes.append(said)
@@ -159,9 +158,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     if engine == "hf":
         _check_transformers(given, letter, files)
         if given.engine is None:
-            notes.append(
-                f"model_type {read_config(config)['model_type']} of {path} is not known here: transformers runs it"
-            )
+            notes.append(f"model_type {source.config['model_type']} of {path} is not known here: transformers runs it")
     if given.adapter is not None:
         read_adapter(given.adapter)
     dequantize = dequantize or files  # Megatron's weights are plain, whatever their original was
@@ -169,7 +166,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         raise UserError(f"{config} is quantised; pass {FLAG} to read its weights dequantised")
     layout = None
     if engine == "mcore":
-        shape = load_settings(config, dequantize=dequantize and quantised).shape
+        shape = Source(config, dequantize=dequantize and quantised).settings.shape
         layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
         if files and (said := check_padding(path, config, vocab)):
             notes.append(said)
@@ -208,8 +205,9 @@ def _sizes(config: Path) -> tuple[int, int, int]:
     """Layers, hidden size and vocabulary, by transformers' names for them."""
     from transformers import AutoConfig
 
-    if read_config(config)["model_type"] in families():
-        shape = load_settings(config, dequantize=True).shape
+    source = Source(config, dequantize=True)
+    if source.is_known:
+        shape = source.settings.shape
         return shape.layers, shape.hidden, shape.vocab
     try:
         found = AutoConfig.from_pretrained(config, trust_remote_code=False).get_text_config()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ from swift_mega.convert.blueprint_report import Plan, rest_of
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.hf_write import parse_size
-from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.files.resized import weights_of
-from swift_mega.convert.files.tensors import TensorSource
-from swift_mega.convert.files.which_files import PICKLES, has_weights, unread
+from swift_mega.convert.files.which_files import PICKLES, unread
 from swift_mega.convert.megatron.mcore import (
     companions_of,
     is_mcore,
@@ -31,17 +29,15 @@ from swift_mega.convert.megatron.mcore import (
 )
 from swift_mega.convert.megatron.padding import check_padding
 from swift_mega.convert.save import save
+from swift_mega.convert.source import Source
 from swift_mega.convert.whole import read_mcore, write_mcore
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
 from swift_mega.launch.torchrun import is_alone, is_first_rank, run_ranks
 from swift_mega.models.build import build
-from swift_mega.models.config_json import read_config
-from swift_mega.models.family import families, family_of
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.quantization import quantization_of, stored_dtype
-from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import build_part, dequantised_dtype
@@ -84,40 +80,31 @@ def convert(
         )
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
-        checkpoint = _opened(run, source, kind)
-        layout, minutes = _layout_for(run, source), run.parallel.distributed_timeout_minutes
+        model_source = _source(run, source, kind)
+        checkpoint = model_source.tensors
+        layout, minutes = _layout_for(run, model_source), run.parallel.distributed_timeout_minutes
         if is_first_rank():
-            for note in load_settings(source, dequantize=dequantize).notes:
+            for note in model_source.settings.notes:
                 print(note)
-        say_of_source(source, checkpoint, dequantize)
-        wide = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
+        say_of_source(model_source, kept=True)
+        wide = kind or widest(checkpoint, model_source.family)
         if is_alone():
-            run_ranks(1, _whole_to_mcore, layout, wide, source, output, checkpoint, overwrite, dequantize)
+            run_ranks(1, _whole_to_mcore, layout, wide, model_source, output, overwrite)
         else:
             run_ranks(
-                layout.world,
-                on_device,
-                _to_mcore,
-                run,
-                layout,
-                wide,
-                source,
-                output,
-                checkpoint,
-                overwrite,
-                timeout_minutes=minutes,
-            )
+                layout.world, on_device, _to_mcore, run, layout, wide, model_source, output, overwrite, timeout_minutes=minutes
+            )  # fmt: skip
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
-        checkpoint = _opened(run, source, kind)
+        model_source = _source(run, source, kind)
+        checkpoint = model_source.tensors
         derived: Callable[[str], bool] = _nothing
-        if read_config(source)["model_type"] in families():
+        if model_source.is_known:
             plan(source=source, dtype=dtype, dequantize=dequantize)
-            derived = family_of(source).named_like(checkpoint.entries).derived
-            say_of_source(source, checkpoint, dequantize)
-        else:
-            say_of_source(source)
+            derived = model_source.family.derived
+        say_of_source(model_source, kept=model_source.is_known)
+        if not model_source.is_known:
             print(
-                f"model_type {read_config(source)['model_type']} is not known: tensors are copied, not checked against it"
+                f"model_type {model_source.config['model_type']} is not known: tensors are copied, not checked against it"
             )
         shard_bytes = parse_size(max_shard_size)
         stream.restream(
@@ -139,42 +126,36 @@ def _from_megatron(
         raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
     # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
     run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
-    layout, minutes = _layout_for(run, str(folder)), run.parallel.distributed_timeout_minutes
-    if (
-        said := check_padding(source, folder, load_settings(folder, dequantize=run.model.dequantize).shape.vocab)
-    ) and is_first_rank():
+    original = Source(folder, dequantize=run.model.dequantize, names=kinds or ())
+    layout, minutes = _layout_for(run, original), run.parallel.distributed_timeout_minutes
+    if (said := check_padding(source, folder, original.settings.shape.vocab)) and is_first_rank():
         print(said)
-    rest = (source, tuple(kinds or ()), kind or kinds, shard_bytes, overwrite)
+    rest = (source, kind or kinds, shard_bytes, overwrite)
     if not is_alone():
         wide = _promoted(kinds) if kinds else kind
-        run_ranks(
-            layout.world, on_device, _to_hf, run, layout, wide, str(folder), output, *rest, timeout_minutes=minutes
-        )
+        run_ranks(layout.world, on_device, _to_hf, run, layout, wide, original, output, *rest, timeout_minutes=minutes)
         return
-    number, size = run_ranks(1, _whole_to_hf, str(folder), output, *rest, run.model.dequantize)
+    number, size = run_ranks(1, _whole_to_hf, original, output, *rest)
     if number:
         print(f"{number} tensors and objects of a training run's state ({size / 1e9:.3f} GB) in {source} were not read")
 
 
-def say_of_source(
-    source: str, checkpoint: TensorSource | None = None, dequantize: bool = False, *, trained: bool = False
-) -> None:
-    """One line on what of a directory is not read, and one on what is kept but not computed. checkpoint: of a family that is known."""
+def say_of_source(source: Source, *, kept: bool = False, trained: bool = False) -> None:
+    """One line on what of a directory is not read, and one, with `kept`, on tensors that are kept but not computed."""
     if not is_first_rank():
         return
-    if said := unread(weights_of(source)):
+    if said := unread(weights_of(source.directory)):
         print(said)
-    kept = carried_of(load_settings(source, dequantize=dequantize), checkpoint.entries) if checkpoint else {}
-    if kept:
-        print(f"{rest_of(kept, {})}{', and not trained' if trained else ''}")
+    if kept and (carried := carried_of(source.settings, source.tensors.entries)):
+        print(f"{rest_of(carried, {})}{', and not trained' if trained else ''}")
 
 
 def _nothing(name: str) -> bool:
     return False
 
 
-def _opened(run: schema.Run, source: str, kind: torch.dtype | None) -> TensorSource:
-    return open_checkpoint(source, dequantised_dtype(run.model, kind or stored_dtype(source)))
+def _source(run: schema.Run, directory: str, kind: torch.dtype | None) -> Source:
+    return Source(directory, dequantize=dequantised_dtype(run.model, kind or stored_dtype(directory)) or False)
 
 
 def plan(
@@ -185,11 +166,13 @@ def plan(
     Raises UserError where it could not be done, as `convert` would.
     """
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
-    layout, kind = _layout_for(run, source), getattr(torch, dtype) if dtype else None
-    checkpoint = _opened(run, source, kind) if has_weights(source) or _other_weights(source) else None
+    kind = getattr(torch, dtype) if dtype else None
+    model_source = _source(run, source, kind)
+    layout = _layout_for(run, model_source)
+    checkpoint = model_source.tensors if model_source.has_weights or _other_weights(source) else None
     if checkpoint is not None:
-        kind = kind or widest(checkpoint, family_of(source).named_like(checkpoint.entries))
-    blueprint = run_ranks(1, draw, source, tuple(checkpoint.entries) if checkpoint else (), dequantize)
+        kind = kind or widest(checkpoint, model_source.family)
+    blueprint = run_ranks(1, draw, model_source)
     return blueprint_report.make(
         blueprint, layout, dtype=kind or torch.bfloat16, directory=Path(source), checkpoint=checkpoint
     )
@@ -200,8 +183,8 @@ def _other_weights(source: str) -> bool:
     return any(file.suffix in (".safetensors", *PICKLES) for file in Path(source).glob("*"))
 
 
-def _layout_for(run: schema.Run, directory: str) -> Layout:
-    parallel, settings = run.parallel, load_settings(directory, dequantize=run.model.dequantize)
+def _layout_for(run: schema.Run, source: Source) -> Layout:
+    parallel, settings = run.parallel, source.settings
     world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
     return plan_layout(parallel, settings.shape, world, training=False)
 
@@ -213,20 +196,21 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
     return wide
 
 
-def _whole_to_mcore(
-    layout: Layout, kind: torch.dtype, directory: str, output: str, checkpoint: TensorSource, overwrite: bool, dequantize: bool
-) -> None:  # fmt: skip
-    blueprint = draw(directory, checkpoint.entries, dequantize, kind)
-    write_mcore(blueprint, layout, output, checkpoint, overwrite=overwrite)
+def _whole_to_mcore(layout: Layout, kind: torch.dtype, source: Source, output: str, overwrite: bool) -> None:
+    write_mcore(draw(source, kind), layout, output, source.tensors, overwrite=overwrite)
 
 
 def _whole_to_hf(
-    directory: str, output: str, source: str, names: Sequence[str], dtypes: Any, shard_bytes: int, overwrite: bool,
-    dequantize: bool,
-) -> tuple[int, int]:  # fmt: skip
-    blueprint = draw(directory, names, dequantize)
+    original: Source, output: str, source: str, dtypes: Any, shard_bytes: int, overwrite: bool
+) -> tuple[int, int]:
     return read_mcore(
-        blueprint, source, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite
+        draw(original),
+        source,
+        output,
+        source=original.directory,
+        dtypes=dtypes,
+        max_shard_bytes=shard_bytes,
+        overwrite=overwrite,
     )
 
 
@@ -235,33 +219,38 @@ def _to_mcore(
     device: Device,
     layout: Layout,
     kind: torch.dtype,
-    directory: str,
+    source: Source,
     output: str,
-    checkpoint: TensorSource,
     overwrite: bool,
 ) -> None:
     groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
-        part = build_part(run, device, groups, dtype=kind, adapters=False, checkpoint=checkpoint)
-        save_mcore(part, groups, output, checkpoint, overwrite=overwrite)
+        part = build_part(run, device, groups, dtype=kind, adapters=False, source=source)
+        save_mcore(part, groups, output, source.tensors, overwrite=overwrite)
     finally:
         parallel_groups.close()
 
 
 def _to_hf(
-    run: schema.Run, device: Device, layout: Layout, kind: torch.dtype, directory: str, output: str, source: str, names: Sequence[str],
+    run: schema.Run, device: Device, layout: Layout, kind: torch.dtype, original: Source, output: str, source: str,
     dtypes: Any, shard_bytes: int, overwrite: bool,
 ) -> None:  # fmt: skip
     groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
-        settings = load_settings(directory)
+        settings = original.settings
         config = transformer_config(settings, layout, device=device, dtype=kind, train=run.train, given={})
-        family = family_of(directory).named_like(names)
-        part = build(family, settings, layout, groups.coordinate, device=device, config=config)
+        part = build(original.family, settings, layout, groups.coordinate, device=device, config=config)
         load_mcore(part, groups, source)
         save(
-            part, groups, output, source=directory, dtypes=dtypes, max_shard_bytes=shard_bytes, overwrite=overwrite, convert_carried=True
-        )  # fmt: skip
+            part,
+            groups,
+            output,
+            source=original.directory,
+            dtypes=dtypes,
+            max_shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            convert_carried=True,
+        )
     finally:
         parallel_groups.close()
 
@@ -276,7 +265,7 @@ def export(
     """
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
-    say_of_source(model)
+    say_of_source(Source(model))
     merged.merge(model, adapters, output, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize)
 
 
@@ -288,7 +277,7 @@ def quantize(
 
     dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
     """
-    say_of_source(model)
+    say_of_source(Source(model))
     quantized.quantize(
         model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize
     )

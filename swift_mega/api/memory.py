@@ -1,9 +1,8 @@
 """What a run would need of its GPUs, without one."""
 
 from swift_mega.config import schema
+from swift_mega.convert.source import Source
 from swift_mega.memory.report import Plan, plan_run
-from swift_mega.models.family import family_of
-from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import parameter_dtype
 from swift_mega.train.loop import check_run
@@ -17,9 +16,9 @@ def plan_memory(run: schema.Run, *, ranks: int, gpu_bytes: int, host_bytes: int 
     Raises UserError for what training would refuse too. gpu_bytes: of one GPU; host_bytes: of host memory for one rank, None: without end.
     """
     assert run.model.path is not None
-    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
+    source = Source(run.model.path, dequantize=run.model.dequantize, names=())
+    settings, family = source.settings, source.family
     layout = plan_layout(run.parallel, settings.shape, ranks)
-    family = family_of(run.model.path)
     check_run(run, family, settings, parameter_dtype(run.model, "cuda"))
     adapted = adapted_linears(family, settings, run.tuner.target_modules) if find_tuner(run.tuner).adapters else None
     return plan_run(run, settings, layout, gpu_bytes=gpu_bytes, host_bytes=host_bytes, adapted=adapted)

@@ -17,7 +17,7 @@ from swift_mega import device as devices
 from swift_mega.api.ranks import on_device
 from swift_mega.config import schema
 from swift_mega.convert.files import stream
-from swift_mega.convert.files.quantised import open_checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
@@ -25,9 +25,6 @@ from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import is_first_rank, run_ranks
 from swift_mega.models.engine import check_engine_runs
-from swift_mega.models.family import family_of
-from swift_mega.models.settings import Settings
-from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train.header import layer_modules
 from swift_mega.verify import parity
@@ -102,13 +99,14 @@ def verify(
     dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
     """
     say_of_unused_gpus()
-    settings = load_settings(model, dequantize=dequantize)
+    source = Source(model, dequantize=dequantize)
+    settings = source.settings
     chosen = [_parsed(name, settings.shape, dtype) for name in layouts] if layouts else _fitting(settings.shape, dtype)
     microbatches = math.lcm(*(layout.data * layout.pipeline for _, layout in chosen))
     rows = _rows(model, prompts, settings.shape.vocab, 2 * microbatches * max(1, 4 // microbatches))
     run = schema.Run(
         model=schema.Model(path=model, dtype=dtype, dequantize=dequantize),  # type: ignore[arg-type]
-        tuner=_verified_tuner(tuner, target_modules, adapters, model, settings),
+        tuner=_verified_tuner(tuner, target_modules, adapters, source),
     )
     with tempfile.TemporaryDirectory(prefix="swift-mega-verify-") as folder:
         found = Path(folder)
@@ -120,8 +118,7 @@ def verify(
         plain = Path(model)
         if dequantize:
             plain = found / "plain"
-            derived = family_of(model).derived
-            stream.restream(open_checkpoint(model, torch.float32), plain, max_shard_bytes=1 << 62, derived=derived)
+            stream.restream(source.tensors, plain, max_shard_bytes=1 << 62, derived=source.family.derived)
         run_ranks(1, parity.reference, plain, adapter, rows, found / "reference", getattr(torch, dtype))
         differences: list[parity.Difference] = []
         for parallel, layout in tqdm(chosen, desc="layouts", unit="layout"):
@@ -139,13 +136,11 @@ def say_of_unused_gpus() -> None:
         print(unused, file=sys.stderr)
 
 
-def _verified_tuner(
-    tuner: str, target_modules: Sequence[str], adapters: str | None, model: str, settings: Settings
-) -> schema.Tuner:
+def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | None, source: Source) -> schema.Tuner:
     """The tuner to verify; a given adapter's own rank, scale and targets."""
     if adapters is None:
         return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
-    return tuner_of(adapters, family_of(model), settings)
+    return tuner_of(adapters, source.family, source.settings)
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:

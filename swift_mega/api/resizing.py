@@ -9,14 +9,13 @@ from typing import Any
 
 from swift_mega.config import schema
 from swift_mega.convert.check import carried_of
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.hf_write import copy_companions
 from swift_mega.convert.files.resized import write_resized
+from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
-from swift_mega.models.family import family_of
 from swift_mega.models.quantization import quantization_of
-from swift_mega.models.translate import load_settings
 
 CONVERT = "make the model first with swift-mega convert --to hf --resize_vocab true --output NEW, and give --model NEW"
 
@@ -54,7 +53,8 @@ def resized(run: schema.Run, *, training: bool = False) -> Iterator[schema.Run]:
 
 def _make(model: schema.Model, view: Path, *, training: bool) -> None:
     assert model.path is not None
-    stored, settings = Checkpoint(model.path), load_settings(model.path)
+    source = Source(model.path)
+    stored, settings = source.tensors, source.settings
     if training and (kept := carried_of(settings, stored.entries)):
         raise UserError(
             f"{model.path} holds {some(sorted(kept), 2)}, which are kept and not trained, and need the new rows too; {CONVERT}"
@@ -69,8 +69,7 @@ def _make(model: schema.Model, view: Path, *, training: bool) -> None:
             f"model.resize_vocab=true, but the tokenizer's {needed} tokens have rows in {model.path} (vocab_size={settings.shape.vocab}); "
             "leave it out"
         )
-    family = family_of(model.path).named_like(stored.entries)
-    write_resized(view, stored, family, settings, needed, kind=model.new_rows)
+    write_resized(view, stored, source.family, settings, needed, kind=model.new_rows)
 
 
 def tokens_of(words: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from swift_mega import device as devices
@@ -17,7 +16,6 @@ from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
 from swift_mega.config.load import Resolved, load
 from swift_mega.convert.files.hf_write import companions
-from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
@@ -25,14 +23,12 @@ from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.engine import check_engine_runs
-from swift_mega.models.family import family_of
 from swift_mega.models.settings import Settings
 from swift_mega.models.tiles import check_tiles
-from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
-from swift_mega.train.build import parameter_dtype, warmup_steps
+from swift_mega.train.build import parameter_dtype, source_of, warmup_steps
 from swift_mega.train.loop import TrainResult, check_run, make_batches, total_steps, train_rank
 from swift_mega.tuners.tuner import find_tuner
 
@@ -48,8 +44,8 @@ def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run
     """The run with what the adapter that it goes on from says of the tuner, where nobody set it."""
     if sources is None or len(run.model.adapters) != 1 or run.tuner.type != "lora" or run.model.path is None:
         return run
-    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
-    theirs = tuner_of(run.model.adapters[0], family_of(run.model.path), settings)
+    source = source_of(run.model)
+    theirs = tuner_of(run.model.adapters[0], source.family, source.settings)
     unset = [
         name
         for name in ("rank", "alpha", "rslora", "target_modules")
@@ -92,11 +88,12 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     check_inputs(run, command="train")
     run = stack.enter_context(resized(run, training=True))
     assert run.model.path is not None
-    settings = load_settings(run.model.path, dequantize=run.model.dequantize)
+    source = source_of(run.model)
+    settings = source.settings
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     dtype = parameter_dtype(run.model, DEVICE)
     check_engine_runs(layout.mesh, DEVICE, dtype)
-    check_run(run, family_of(run.model.path), settings, dtype, DEVICE)
+    check_run(run, source.family, settings, dtype, DEVICE)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"
@@ -108,10 +105,10 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     if (note := check_tiles(settings, run.train, run.model.megatron)) and is_first_rank():
         print(note)
     # What is wrong with the files is found before ranks start.
-    checkpoint = open_checkpoint(run.model.path, torch.float32 if run.model.dequantize else None)
+    source.open()
     companions(Path(run.model.path))
     whole = run.tuner.type == "full"
-    say_of_source(run.model.path, checkpoint if whole else None, run.model.dequantize, trained=whole)
+    say_of_source(source, kept=whole, trained=whole)
     find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
     prepared = _prepare(run, tokenizer, layout.mesh.example_multiple, settings)

@@ -20,12 +20,12 @@ from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.load import fill
 from swift_mega.convert.megatron.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
+from swift_mega.convert.source import Source
 from swift_mega.device import Device
 from swift_mega.models.build import build
-from swift_mega.models.family import Family, Rule, family_of
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.settings import Settings, padded_vocabulary
-from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Coordinate, Layout, plan_layout
 
@@ -83,16 +83,12 @@ class Share:
     """The embedding again, as the head of a tied model whose last stage is not its first."""
 
 
-def draw(
-    directory: str | Path, names: Iterable[str] = (), dequantize: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> Blueprint:
-    """The blueprint of a Hugging Face directory, or of its config.json alone. In a group of one rank (Megatron asks for one).
+def draw(source: Source, dtype: torch.dtype = torch.bfloat16) -> Blueprint:
+    """The blueprint of a model, or of its config.json alone. In a group of one rank (Megatron asks for one).
 
-    names: of the tensors in its files, where there are files; some families are published under shorter ones.
     dtype: of the model; a few parameters may have one of their own.
     """
-    family, settings = family_of(directory), load_settings(directory, dequantize=dequantize)
-    family = family.named_like(names)
+    family, settings = source.family, source.settings
     kinds = _kinds(settings)
     small = _only(settings, [layers[0] for layers in kinds])
     layout = plan_layout(schema.Parallel(), small.shape, 1, training=False)

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from swift_mega.convert.files.hf_write import parse_size
-from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.files.to_fp8 import BLOCK, fp8_linears, write_fp8
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
-from swift_mega.models.family import family_of
-from swift_mega.models.translate import load_settings
 from swift_mega.outputs import staged
 
 
@@ -25,16 +21,14 @@ def quantize(
     target = Path(output)
     if Path(model).resolve().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds {model}, which is read; choose another path")
-    settings = load_settings(model, dequantize=dequantize)
-    checkpoint = open_checkpoint(model, torch.float32 if dequantize else None)
-    family = family_of(model).named_like(checkpoint.entries)
-    linears = fp8_linears(family, settings, checkpoint)
+    source = Source(model, dequantize=dequantize)
+    linears = fp8_linears(source.family, source.settings, source.tensors)
     with staged(target, overwrite=overwrite) as staging:
         write_fp8(
-            checkpoint,
+            source.tensors,
             linears,
             staging,
             max_shard_bytes=parse_size(max_shard_size),
             block=block,
-            derived=family.derived,
+            derived=source.family.derived,
         )

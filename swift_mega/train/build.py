@@ -9,17 +9,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from swift_mega.config import schema
-from swift_mega.convert.files.quantised import open_checkpoint
-from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.load import load
+from swift_mega.convert.source import Source
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter
 from swift_mega.models.build import ModelPart, build
-from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.tiles import tile_size
-from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head, Objective, find_objective
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import on_every_rank
@@ -48,7 +45,7 @@ class Training:
 def layout_of(run: schema.Run, world: int) -> Layout:
     """The checked layout of a run; UserError before any rank starts where it cannot work."""
     assert run.model.path is not None
-    return plan_layout(run.parallel, load_settings(run.model.path, dequantize=run.model.dequantize).shape, world)
+    return plan_layout(run.parallel, source_of(run.model).settings.shape, world)
 
 
 def parameter_dtype(model: schema.Model, device: Device | Literal["cuda"]) -> torch.dtype:
@@ -64,21 +61,27 @@ def dequantised_dtype(model: schema.Model, dtype: torch.dtype) -> torch.dtype | 
     return wide if model.dequantize else None
 
 
+def source_of(model: schema.Model, dtype: torch.dtype = torch.float32) -> Source:
+    """The model that a run names. dtype: of the model's weights; quantised ones are read in it, where the run says that they may be."""
+    assert model.path is not None
+    return Source(model.path, dequantize=dequantised_dtype(model, dtype) or False)
+
+
 def build_part(
-    run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, checkpoint: TensorSource
-) -> ModelPart:  # fmt: skip
-    """This rank's part of the run's model, filled from its Hugging Face directory. Collective."""
-    directory = checkpoint.directory
-    settings = load_settings(directory, dequantize=run.model.dequantize)
+    run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, source: Source
+) -> ModelPart:
+    """This rank's part of `source`, filled with its weights. Collective."""
+    on_every_rank(source.open)
+    settings = source.settings
     config = transformer_config(
         settings, groups.layout, device=device, dtype=dtype, train=run.train, given=run.model.megatron,
         aux_loss=run.model.router_aux_loss_coefficient,
     )  # fmt: skip
     part = build(
-        family_of(directory).named_like(checkpoint.entries), settings, groups.layout, groups.coordinate, device=device, config=config,
+        source.family, settings, groups.layout, groups.coordinate, device=device, config=config,
         vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters, tile=tile_size(run.train, config.hidden_size),
     )  # fmt: skip
-    load(part, checkpoint, groups)
+    load(part, source.tensors, groups)
     return part
 
 
@@ -87,9 +90,8 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     assert run.model.path is not None
     tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
     dtype = parameter_dtype(run.model, device)
-    path = run.model.path
-    checkpoint = on_every_rank(lambda: open_checkpoint(path, dequantised_dtype(run.model, dtype)))
-    part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, checkpoint=checkpoint)
+    source = source_of(run.model, dtype)
+    part = build_part(run, device, groups, dtype=dtype, adapters=tuner.adapters, source=source)
     tuner.attach(part, seed=run.train.seed)
     for directory in run.model.adapters:
         load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))

@@ -18,6 +18,7 @@ from torch import Tensor
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint, some
 from swift_mega.convert.save import write_directory
+from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
@@ -25,8 +26,6 @@ from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.in_memory import load_merged
 from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.config_json import read_config
-from swift_mega.models.family import families, family_of
 from swift_mega.models.translate import hf_config
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, on_first_rank
@@ -83,7 +82,7 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     Where the adapter is merged (network_of), its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW, dB = s dW A^T.
     """
     output.mkdir(parents=True, exist_ok=True)
-    family = family_of(model).named_like(Checkpoint(model).entries)
+    family = Source(model).family
     network = network_of(model, adapter, dtype)
     folded = adapter is not None and not is_peft(network)
     save_file(_backward(network, rows), output / "logits.safetensors")
@@ -108,11 +107,12 @@ def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    known = read_config(model)["model_type"] in families()
+    source = Source(model)
+    known = source.is_known
     config = hf_config(model) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
     # Its grouped products of experts know no float64; the loop over experts does.
     loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    if adapter is not None and (not known or any("{e}" in rule.megatron for rule in family_of(model).rules)):
+    if adapter is not None and (not known or any("{e}" in rule.megatron for rule in source.family.rules)):
         return load_merged(model, adapter, config, dtype=dtype, **loop).eval()
     network: Any = AutoModelForCausalLM.from_pretrained(
         model, config=config, dtype=dtype, trust_remote_code=False, **loop

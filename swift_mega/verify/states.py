@@ -21,17 +21,16 @@ from swift_mega.config import schema
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.megatron.mcore import companions_of, load_mcore
+from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter, tuner_of
 from swift_mega.models.build import ModelPart, build
-from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
-from swift_mega.parallel.agree import agree, on_every_rank, on_first_rank
+from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout
@@ -118,19 +117,19 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
     """This rank's part of a side, the way training loads it, without an optimizer."""
     run = schema.Run(model=schema.Model(dequantize=side.dequantize))
     if side.mcore_files:
-        settings = load_settings(side.config, dequantize=side.dequantize)
-        config = transformer_config(settings, groups.layout, device=device, dtype=dtype, train=run.train, given={})
         _, kinds = companions_of(side.checkpoint, side.model)
-        family = family_of(side.config).named_like(kinds or ())
+        source = Source(side.config, dequantize=side.dequantize, names=kinds or ())
+        settings = source.settings
+        config = transformer_config(settings, groups.layout, device=device, dtype=dtype, train=run.train, given={})
         adapters = side.adapter is not None
         part = build(
-            family, settings, groups.layout, groups.coordinate, device=device, config=config, adapters=adapters
+            source.family, settings, groups.layout, groups.coordinate, device=device, config=config, adapters=adapters
         )
         load_mcore(part, groups, side.checkpoint)
     else:
-        checkpoint = on_every_rank(lambda: open_checkpoint(side.checkpoint, dequantised_dtype(run.model, dtype)))
+        source = Source(side.checkpoint, dequantize=dequantised_dtype(run.model, dtype) or False)
         part = build_part(
-            run, device, groups, dtype=dtype, adapters=side.adapter is not None, checkpoint=checkpoint
+            run, device, groups, dtype=dtype, adapters=side.adapter is not None, source=source
         )  # fmt: skip
     if side.adapter is not None:
         tuner = find_tuner(tuner_of(side.adapter, part.family, part.settings))

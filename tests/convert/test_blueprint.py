@@ -15,6 +15,7 @@ from swift_mega.config import schema
 from swift_mega.convert import blueprint as blueprints
 from swift_mega.convert import blueprint_report
 from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.build import build
 from swift_mega.models.family import family_of
@@ -48,7 +49,7 @@ def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cp
     groups = parallel_groups.init(layout)
     checkpoint = Checkpoint(directory)
     run = schema.Run(parallel=schema.Parallel())
-    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, checkpoint=checkpoint)
+    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
     planned = {
         (share.slot.name, share.copy): share
         for share in blueprints.shares(blueprint, layout, layout.coordinate(dist.get_rank()))
@@ -68,7 +69,7 @@ def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cp
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_ranks_hold_what_is_planned(ranks, cpu, tmp_path, family):
     directory = tiny.make(tmp_path, family)
-    blueprint = ranks(1, blueprints.draw, directory)
+    blueprint = ranks(1, blueprints.draw, Source(directory))
     for name in LAYOUTS[family]:
         parallel, world = parse_layout(name)
         layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
@@ -136,7 +137,7 @@ def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
     parallel, world, parameters, looked_at = LARGE[name]
     config = LLAMA_405B if name.startswith("llama") else json.loads(CONFIGS[name])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    blueprint = ranks(1, blueprints.draw, tmp_path)
+    blueprint = ranks(1, blueprints.draw, Source(tmp_path))
     layout = plan_layout(parallel, blueprint.settings.shape, world, training=False)
     assert blueprints.check_tiling(blueprint, layout) == parameters
     for rank in looked_at:

@@ -17,6 +17,7 @@ from torch import Tensor
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron.mcore import widest
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
@@ -186,9 +187,8 @@ def messages(directories: list[Path], layout_name: str, cpu: Any) -> list[str]:
         heard = [""] * dist.get_world_size()
         mine = ""
         try:
-            checkpoint = Checkpoint(directory)
             run = schema.Run(parallel=parallel)
-            build_part(run, cpu, groups, dtype=torch.float32, adapters=False, checkpoint=checkpoint)
+            build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
         except UserError as error:
             mine = str(error)
         dist.all_gather_object(heard, mine)

@@ -25,6 +25,7 @@ from swift_mega.config import schema
 from swift_mega.convert.files import to_fp8
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron.mcore import save_mcore
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout
@@ -195,7 +196,7 @@ def to_mcore(source: Path, output: Path, cpu: Any) -> str:
     """One of two ranks, the second of which may write no file as long as its own. Returns what both must have heard."""
     groups = parallel_groups.init(Layout(world=2, layers=(4,), tensor=2))
     run, checkpoint = schema.Run(parallel=schema.Parallel(tensor=2)), Checkpoint(source)
-    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, checkpoint=checkpoint)
+    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
     if dist.get_rank() == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (MEGABYTE, MEGABYTE))

@@ -22,6 +22,7 @@ from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron.mcore import widest
 from swift_mega.convert.save import save
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.config_json import read_config
@@ -104,7 +105,7 @@ def part_of(name: str, directory: Path, dtype: torch.dtype, cpu: Any) -> tuple[M
     layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
     groups = parallel_groups.init(layout)
     run = schema.Run(parallel=parallel)
-    return build_part(run, cpu, groups, dtype=dtype, adapters=False, checkpoint=Checkpoint(directory)), groups
+    return build_part(run, cpu, groups, dtype=dtype, adapters=False, source=Source(directory)), groups
 
 
 def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -> int:

@@ -18,6 +18,7 @@ from swift_mega.convert import whole
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron import torch_dist
 from swift_mega.convert.megatron.mcore import load_mcore
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.build import build
 from swift_mega.models.family import family_of
@@ -143,13 +144,13 @@ def test_megatron_reads_it_in_any_layout(ranks, cpu, tmp_path, name, written, la
     api.convert(source=str(directory), to="mcore", output=str(tmp_path / "mcore"), parallel=parallel)
     for word in layouts:
         _, layout = layout_of(directory, word)
-        blueprint = ranks(1, blueprints.draw, directory)
+        blueprint = ranks(1, blueprints.draw, Source(directory))
         # a vocabulary is padded for the layout that a checkpoint is written in; Megatron allows another length when it loads
         ranks(layout.world, loaded, directory, tmp_path / "mcore", layout, blueprint, cpu)
 
 
 def streamed(directory: Path, output: Path, layout: Layout, most: int) -> None:
-    blueprint = blueprints.draw(directory, dtype=torch.bfloat16)
+    blueprint = blueprints.draw(Source(directory), dtype=torch.bfloat16)
     checkpoint = Checkpoint(directory)
     whole.write_mcore(blueprint, layout, output, checkpoint, most=most)
     kinds = {name: entry.dtype for name, entry in checkpoint.entries.items()}
@@ -182,7 +183,7 @@ def peak(directory: Path, output: Path, layout: Layout) -> tuple[int, int]:
     for step in ("there", "back"):
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = _status("VmRSS")
-        blueprint = blueprints.draw(directory, dtype=torch.float32)
+        blueprint = blueprints.draw(Source(directory), dtype=torch.float32)
         if step == "there":
             whole.write_mcore(blueprint, layout, output, Checkpoint(directory), most=8 << 20)
         else:

@@ -32,6 +32,7 @@ from swift_mega.config import schema  # noqa: E402
 from swift_mega.convert.files.hf_files import Checkpoint  # noqa: E402
 from swift_mega.convert.megatron.mcore import load_mcore, save_mcore  # noqa: E402
 from swift_mega.convert.save import save  # noqa: E402
+from swift_mega.convert.source import Source  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.launch.torchrun import run_ranks  # noqa: E402
 from swift_mega.models.build import Held, ModelPart  # noqa: E402
@@ -63,11 +64,11 @@ def cuda_answers() -> Iterator[None]:
 
 
 def made(
-    run: schema.Run, groups: Groups, source: Checkpoint, where: device.Device, *, adapters: bool
+    run: schema.Run, groups: Groups, source: Source, where: device.Device, *, adapters: bool
 ) -> ModelPart:  # fmt: skip
     """This rank's part, filled from the Hugging Face directory."""
     with cuda_answers() if where is ON_TE else contextlib.nullcontext():
-        return build_part(run, where, groups, dtype=DTYPE, adapters=adapters, checkpoint=source)
+        return build_part(run, where, groups, dtype=DTYPE, adapters=adapters, source=source)
 
 
 def wrong(part: ModelPart, local: ModelPart) -> list[str]:
@@ -135,7 +136,7 @@ def compare(
     directory: Path, groups: Groups, run: schema.Run, *, adapters: bool
 ) -> tuple[list[str], list[str]]:  # fmt: skip
     """What is wrong with one family at one layout, on this rank, and its classes. Collective."""
-    source = Checkpoint(directory)
+    source = Source(directory)
     local = made(run, groups, source, CPU, adapters=adapters)
     part = made(run, groups, source, ON_TE, adapters=adapters)
     found, kinds = wrong(part, local), classes(part)
@@ -158,12 +159,12 @@ def compare(
 
 
 def exchanged(
-    part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Checkpoint
+    part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Source
 ) -> list[str]:  # fmt: skip
     """What is wrong after Megatron checkpoints of each kind of modules were read into the other."""
     found = []
     for name, writer, reader in (("local", local, part), ("te", part, local)):
-        save_mcore(writer, groups, scratch / name, source)
+        save_mcore(writer, groups, scratch / name, source.tensors)
         for held in reader.held():
             held.parameter.data.fill_(7)
         load_mcore(reader, groups, scratch / name)

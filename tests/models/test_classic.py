@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
@@ -83,7 +83,7 @@ def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
     parallel, world = parse_layout("tp2-sp")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     part = build_part(
-        schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, checkpoint=Checkpoint(directory)
+        schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, source=Source(directory)
     )  # fmt: skip
     found = {
         held.name.removeprefix("decoder.layers.0."): (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.family import family_of
@@ -117,7 +117,7 @@ def part_of(directory: Path, layout_name: str, cpu: Any) -> ModelPart:
     parallel, world = parse_layout(layout_name)
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     run = schema.Run(parallel=parallel)
-    return build_part(run, cpu, groups, dtype=torch.float32, adapters=True, checkpoint=Checkpoint(directory))
+    return build_part(run, cpu, groups, dtype=torch.float32, adapters=True, source=Source(directory))
 
 
 def chosen(directory: Path, layout: str, asked: list[tuple[str, ...]], cpu: Any) -> list[tuple[set[str], set[str]]]:

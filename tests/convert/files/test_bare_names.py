@@ -18,6 +18,7 @@ from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.convert import blueprint as blueprints
 from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.family import families, family_of
@@ -124,7 +125,7 @@ def test_the_prefix_is_transformers(tmp_path):
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
     """By arithmetic alone, what tensor rank `rank` of two holds."""
     checkpoint = Checkpoint(directory)
-    blueprint = blueprints.draw(directory, checkpoint.entries)
+    blueprint = blueprints.draw(Source(directory))
     layout = plan_layout(parse_layout("tp2")[0], blueprint.settings.shape, 2)
     assert blueprints.check_tiling(blueprint, layout) == sum(value.numel() for value in weights(directory).values())
     return {
@@ -137,7 +138,7 @@ def held(directory: Path, cpu: object) -> dict[str, Tensor]:
     """What tensor rank 0 of two does hold."""
     groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
     part = build_part(
-        schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, checkpoint=Checkpoint(directory)
+        schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory)
     )  # fmt: skip
     parallel_groups.close()
     return {held.name: held.parameter.detach().clone() for held in part.held()}
@@ -219,7 +220,7 @@ def load(directory: Path, cpu: object) -> str:
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     try:
         build_part(
-            schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, checkpoint=Checkpoint(directory)
+            schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory)
         )  # fmt: skip
     except UserError as error:
         return str(error)

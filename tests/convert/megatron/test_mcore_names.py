@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from swift_mega import api
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.megatron.mcore import load_mcore
+from swift_mega.convert.source import Source
 from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
@@ -98,7 +98,7 @@ def written_and_read(source: Path, directory: Path, change: Callable[[State], No
     groups = parallel_groups.init(plan_layout(schema.Parallel(), load_settings(source).shape, 1))
 
     def part() -> ModelPart:
-        return build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, checkpoint=Checkpoint(source))
+        return build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
 
     writer, reader = part(), part()
     state: State = {"model": writer.chunks[0].sharded_state_dict(metadata={"dp_cp_group": groups.data_context})}
