@@ -11,12 +11,12 @@ import torch
 from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
+from swift_mega.config.parse import parse_size
 from swift_mega.convert import blueprint_report
 from swift_mega.convert.blueprint import draw
 from swift_mega.convert.blueprint_report import Plan, rest_of
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files import stream
-from swift_mega.convert.files.hf_write import parse_size
 from swift_mega.convert.files.resized import weights_of
 from swift_mega.convert.files.which_files import PICKLES, unread
 from swift_mega.convert.megatron.mcore import (

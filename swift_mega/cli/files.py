@@ -22,7 +22,7 @@ class Question:
 
 
 # One of these is in every directory that swift-mega writes; without one, --overwrite must not delete a directory.
-OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt", "COMMIT")
+OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt")
 
 
 def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:

@@ -237,3 +237,11 @@ def size_in_bytes(text: str) -> int | None:
         return None
     size = int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
     return size if size >= 1 else None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
+    size = size_in_bytes(text)
+    if size is None:
+        raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
+    return size

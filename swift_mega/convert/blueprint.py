@@ -30,7 +30,6 @@ from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Coordinate, Layout, plan_layout
 
 META = Device(kind="cpu", device=torch.device("meta"), backend="gloo", name="meta")
-LAYER, HEAD = "decoder.layers.{i}.", "output_layer."
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.config.parse import parse_size
 from swift_mega.convert.save import save, write_directory
 from swift_mega.export.companions import UNCHANGED, Trained
 from swift_mega.models.build import ModelPart

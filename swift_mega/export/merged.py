@@ -12,17 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swift_mega.config.parse import parse_size
 from swift_mega.convert.check import FLOATS, check_same_head, refuse_quantised
 from swift_mega.convert.files.finite import check_finite
 from swift_mega.convert.files.hf_files import Checkpoint, Entry, some
-from swift_mega.convert.files.hf_write import (
-    Writer,
-    bytes_needed,
-    copy_companions,
-    parse_size,
-    plan_files,
-    write_headers,
-)
+from swift_mega.convert.files.hf_write import Writer, bytes_needed, copy_companions, plan_files, write_headers
 from swift_mega.convert.files.quantised import drop_quantization, open_checkpoint, written_dtypes
 from swift_mega.convert.files.report import write_report
 from swift_mega.convert.files.tensors import TensorSource

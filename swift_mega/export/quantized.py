@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.config.parse import parse_size
 from swift_mega.convert.files.to_fp8 import BLOCK, fp8_linears, write_fp8
 from swift_mega.convert.source import Source
 from swift_mega.errors import UserError

@@ -97,14 +97,11 @@ def transformer_config(
     check_biases(settings, layout.expert_tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        context_parallel_size=layout.context, expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
-        sequence_parallel=layout.sequence, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True, variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
         perform_initialization=False, use_cpu_initialization=device.kind == "cpu", deterministic_mode=train.deterministic,
-        **layout.pipeline_settings(),
+        **layout.settings(),
     )  # fmt: skip
     if layout.mesh.engine:
         fields["cp_comm_type"] = layout.mesh.communication

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_write import parse_size
+from swift_mega.config.parse import parse_size
 from swift_mega.convert.files.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared

@@ -16,23 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint, some
+from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
-from swift_mega.errors import UserError
 from swift_mega.export.checkpoint import save_checkpoint
-from swift_mega.export.in_memory import load_merged
 from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import Held
-from swift_mega.models.translate import hf_config
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.verify import transformers_side
 
 Rows = Sequence[Sequence[int]]
 
@@ -79,12 +77,13 @@ def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]
 def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes gradients and logits of transformers (and PEFT) for `rows` to `output`.
 
-    Where the adapter is merged (network_of), its gradients follow by the chain rule: W = W0 + s B A gives dA = s B^T dW, dB = s dW A^T.
+    Where the adapter is merged (transformers_side.network_of), its gradients follow by the chain rule:
+    W = W0 + s B A gives dA = s B^T dW, dB = s dW A^T.
     """
     output.mkdir(parents=True, exist_ok=True)
     family = Source(model).family
-    network = network_of(model, adapter, dtype)
-    folded = adapter is not None and not is_peft(network)
+    network = transformers_side.network_of(model, adapter, dtype)
+    folded = adapter is not None and not transformers_side.is_peft(network)
     save_file(_backward(network, rows), output / "logits.safetensors")
     if adapter is None:
         gradients = {family.on_disk(name): value for name, value in _model_gradients(network).items()}
@@ -95,60 +94,6 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
     folder = output / "gradients"
     folder.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in gradients.items()}, folder / "model.safetensors")
-
-
-def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
-    """A transformers model, with an adapter or without, ready to be asked; of any type that transformers knows.
-
-    The adapter is PEFT's where that takes all of it. For types that have experts it is merged as the weights are loaded: transformers
-    stacks experts, and PEFT folds their factors into one or drops them. So it is for types that are not known here.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    source = Source(model)
-    known = source.is_known
-    config = hf_config(model) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
-    # Its grouped products of experts know no float64; the loop over experts does.
-    loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    if adapter is not None and (not known or any("{e}" in rule.megatron for rule in source.family.rules)):
-        return load_merged(model, adapter, config, dtype=dtype, **loop).eval()
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        model, config=config, dtype=dtype, trust_remote_code=False, **loop
-    )
-    if adapter is not None:
-        network = _with_peft(network, adapter).to(dtype)
-    return network.eval()
-
-
-def peft_config(adapter: Path) -> Any:
-    """What PEFT reads, with targets by the tensors' names where the file has none: it would guess them by the model's type."""
-    from peft import PeftConfig
-
-    config: Any = PeftConfig.from_pretrained(str(adapter))
-    if config.target_modules is None:
-        config.target_modules = set(read_adapter(adapter).modules)
-    return config
-
-
-def _with_peft(network: Any, adapter: Path) -> Any:
-    """PEFT's model; UserError where it does not take every factor. It says so in a warning, or not at all."""
-    from peft import PeftModel
-
-    network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True, config=peft_config(adapter))
-    taken = {name.replace(".default.", ".") for name, _ in network.named_parameters() if ".lora_" in name}
-    if lost := sorted(read_adapter(adapter).checkpoint.entries.keys() - taken):
-        raise UserError(
-            f"PEFT does not apply all of {adapter}: it has no place for {some(lost)}; merge the adapter first (swift-mega export "
-            "--merge_lora true)"
-        )
-    return network
-
-
-def is_peft(network: Any) -> bool:
-    """Whether the adapter of `network_of` is PEFT's modules, and not merged."""
-    return hasattr(network, "peft_config")
 
 
 def _backward(network: Any, rows: Rows) -> dict[str, Tensor]:

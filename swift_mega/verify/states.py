@@ -24,7 +24,6 @@ from swift_mega.convert.megatron.mcore import companions_of, load_mcore
 from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device import Device
-from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter, tuner_of
 from swift_mega.models.build import ModelPart, build
 from swift_mega.models.megatron_config import transformer_config
@@ -37,7 +36,7 @@ from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import build_part, dequantised_dtype
 from swift_mega.train.step import held_part
 from swift_mega.tuners.tuner import find_tuner
-from swift_mega.verify import parity
+from swift_mega.verify.transformers_side import decoder_layers, head_of, is_peft, network_of
 
 Rows = Sequence[Sequence[int]]
 Take = Callable[[int, int, Tensor], None]
@@ -235,8 +234,8 @@ def _first(result: Any) -> Tensor:
 def _run_transformers(
     side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path
 ) -> None:  # fmt: skip
-    network = parity.network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
-    inner = network.get_base_model() if parity.is_peft(network) else network
+    network = network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
+    inner = network.get_base_model() if is_peft(network) else network
     prompt = 0
 
     def hand(point: int, value: Tensor) -> None:
@@ -268,24 +267,3 @@ def _readable(side: Side, scratch: Path) -> Path:
         return side.checkpoint
     stream.restream(open_checkpoint(side.checkpoint, torch.float32), scratch / "plain", max_shard_bytes=1 << 62)
     return scratch / "plain"
-
-
-def decoder_layers(network: Any, count: int, *, where: Path) -> torch.nn.ModuleList:
-    """The list of a transformers model's decoder layers: its outermost list of that many modules."""
-    for _, module in network.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(
-        f"{where}: {type(network).__name__} has no list of {count} decoder layers (num_hidden_layers), so its layers cannot be "
-        "told apart; compare a decoder-only model"
-    )
-
-
-def head_of(network: Any, *, where: Path) -> torch.nn.Module:
-    """The module that makes logits of the final norm's output. Whatever scales them does so behind it."""
-    head = network.get_output_embeddings()
-    if head is None:
-        raise UserError(
-            f"{where}: {type(network).__name__} has no output layer, and so no logits; compare a language model"
-        )
-    return head

@@ -14,7 +14,7 @@ from swift_mega import api
 from swift_mega.errors import UserError
 from swift_mega.export.in_memory import load_merged
 from swift_mega.models.translate import hf_config
-from swift_mega.verify import parity
+from swift_mega.verify import transformers_side
 from tests import tiny
 
 IDS = torch.arange(3, 40)[None]
@@ -87,7 +87,7 @@ def test_infer_verify_and_compare_take_it_whole(tmp_path: Path) -> None:
     answerer = api.infer(model=str(model), adapters=str(tmp_path / "adapter"))
     want = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(answerer.network), logits(want))
-    wide = parity.network_of(model, tmp_path / "adapter", torch.float64)
+    wide = transformers_side.network_of(model, tmp_path / "adapter", torch.float64)
     weights = load_file(model / "model.safetensors")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.shared_expert.down_proj"
@@ -112,6 +112,6 @@ def test_a_factor_that_nothing_takes(tmp_path: Path) -> None:
     ):
         load_merged(fewer, tmp_path / "adapter", hf_config(fewer))
     with pytest.raises(UserError, match=r"PEFT does not apply all of .*layers\.3"):
-        parity.network_of(fewer, tmp_path / "adapter", torch.float32)
+        transformers_side.network_of(fewer, tmp_path / "adapter", torch.float32)
     with pytest.raises(UserError, match=r"transformers has no decoder for .*config\.json \(CLIPConfig\)"):
         load_merged(model, tmp_path / "adapter", CLIPConfig())

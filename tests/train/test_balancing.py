@@ -28,7 +28,7 @@ from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_training
 from swift_mega.train.step import read_router_losses, run_schedule
-from swift_mega.verify import parity
+from swift_mega.verify import parity, transformers_side
 
 BALANCE, Z = 0.7, 0.03
 FAMILIES = ("mixtral", "qwen2_moe_mixed", "granitemoe", "gpt_oss", "minimax_m2", "ernie4_5_moe", "deepseek_v3_moe")
@@ -96,7 +96,7 @@ def oracle(model: Path, *, by_paper: bool = False) -> tuple[dict[str, Tensor], d
     """Gradients and losses of transformers. by_paper: its type has no balancing loss there; arXiv:2412.19437 eq. 17 to 20."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    network = parity.network_of(model, None, torch.float32)
+    network = transformers_side.network_of(model, None, torch.float32)
     config = load_settings(model).megatron
     experts, top_k = config["num_moe_experts"], config["moe_router_topk"]
     rows = examples()

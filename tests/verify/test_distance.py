@@ -15,7 +15,7 @@ from swift_mega import api
 from swift_mega.api import Candidate, comparison
 from swift_mega.errors import UserError
 from swift_mega.verify import distance as comparing
-from swift_mega.verify import states
+from swift_mega.verify import states, transformers_side
 from swift_mega.verify.states import point_names
 
 FAMILIES = ("llama", "qwen3_moe", "deepseek_v3_moe")
@@ -383,11 +383,11 @@ def test_a_side_is_gone_before_the_next_one_comes(models, tmp_path, ranks, cpu, 
 
 def test_a_model_whose_layers_cannot_be_told_apart():
     network = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 3))
-    assert len(states.decoder_layers(network, 3, where=Path("model"))) == 3
+    assert len(transformers_side.decoder_layers(network, 3, where=Path("model"))) == 3
     with pytest.raises(UserError, match=r"model: Sequential has no list of 4 decoder layers \(num_hidden_layers\)"):
-        states.decoder_layers(network, 4, where=Path("model"))
+        transformers_side.decoder_layers(network, 4, where=Path("model"))
     network.get_output_embeddings = lambda: None  # type: ignore[assignment]
     with pytest.raises(
         UserError, match="model: Sequential has no output layer, and so no logits; compare a language model"
     ):
-        states.head_of(network, where=Path("model"))
+        transformers_side.head_of(network, where=Path("model"))

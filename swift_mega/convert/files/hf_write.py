@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_mega.config.parse import size_in_bytes
 from swift_mega.convert.files.finite import check_finite, is_finite
 from swift_mega.convert.files.hf_files import NAMES
 from swift_mega.convert.files.spans import BUFFER, MOST, flat, stacked
@@ -271,11 +270,3 @@ def _forget_file_of_weights(path: Path) -> None:
         return
     if isinstance(config, dict) and config.pop(NAMED_BY_CONFIG, None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
-    size = size_in_bytes(text)
-    if size is None:
-        raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
-    return size

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from swift_mega.convert.files import hf_files, hf_write
+from swift_mega.config import parse
+from swift_mega.convert.files import hf_files
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.files.hf_write import Writer, plan_files, write_headers
 from swift_mega.errors import UserError
@@ -381,10 +382,10 @@ def test_tensors_start_at_aligned_bytes(tmp_path):
     ],
 )
 def test_sizes(text, size):
-    assert hf_write.parse_size(text) == size
+    assert parse.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5 G B", "1e9", "0.5", "nan"])
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match=f"size '{text}' is not understood; write it like 500MB"):
-        hf_write.parse_size(text)
+        parse.parse_size(text)
