@@ -1,7 +1,6 @@
 """Files of one kind to files of another: conversion, its plan, merging, quantising."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from swift_mega.models.build import build
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.quantization import quantization_of, stored_dtype
 from swift_mega.parallel import groups as parallel_groups
-from swift_mega.parallel.layout import Layout, plan_layout
+from swift_mega.parallel.layout import Layout, plan_layout, ranks_needed
 from swift_mega.train.build import build_part, dequantised_dtype
 
 
@@ -184,9 +183,7 @@ def _other_weights(source: str) -> bool:
 
 
 def _layout_for(run: schema.Run, source: Source) -> Layout:
-    parallel, settings = run.parallel, source.settings
-    world = parallel.pipeline * math.lcm(parallel.tensor, parallel.expert * (parallel.expert_tensor or parallel.tensor))
-    return plan_layout(parallel, settings.shape, world, training=False)
+    return plan_layout(run.parallel, source.settings.shape, ranks_needed(run.parallel), training=False)
 
 
 def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:

@@ -3,20 +3,14 @@
 In a process of its own (tests/models/context_on_te.py), where Transformer Engine was built; its kernels need a GPU and are not run.
 """
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.engine_stand_in import held
-from tests.models.test_te_spec import FOLDER, ROOT
+from tests.models.te_process import FOLDER, NOT_BUILT, found_by
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason="Transformer Engine is not built; make test-newest does, with nvcc"
-)
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=NOT_BUILT)
 
 EXPECTED = {
     "cp2-te:p2p": ("p2p", [-1, 0], lambda rank: [[0, 1]]),
@@ -30,12 +24,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each rank found, by layout."""
-    work = tmp_path_factory.mktemp("engine")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", FOLDER)))
-    command = [sys.executable, "-m", "tests.models.context_on_te", str(work)]
-    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return json.loads((work / "found.json").read_text())
+    return found_by("context_on_te", tmp_path_factory.mktemp("engine"))
 
 
 @pytest.mark.parametrize("layout", EXPECTED)

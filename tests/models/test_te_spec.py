@@ -3,26 +3,19 @@
 The modules are constructed and filled on the CPU, in a process of their own (tests/models/on_te.py says why); nothing is computed.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
+from tests.models.te_process import FOLDER, NOT_BUILT, found_by
 
-ROOT = Path(__file__).parents[2]
-FOLDER = Path(sys.prefix) / "transformer-engine"
-"""Where `make test-newest` puts it (scripts/build_te.py), off the path of every other test."""
 REFUSED = "this model has none|key-value heads|experts have biases, which Megatron cannot cut"
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 
 pytestmark = [
-    pytest.mark.skipif(not FOLDER.is_dir(), reason="Transformer Engine is not built; make test-newest does, with nvcc"),
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=NOT_BUILT),
     pytest.mark.timeout(1200),  # the first test waits for all of them
 ]
 
@@ -30,12 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is wrong, by layout, family and tuner."""
-    work = tmp_path_factory.mktemp("te")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", FOLDER)))
-    command = [sys.executable, "-m", "tests.models.on_te", str(work)]
-    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return json.loads((work / "found.json").read_text())
+    return found_by("on_te", tmp_path_factory.mktemp("te"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
