@@ -5,7 +5,7 @@ from swift_mega.convert.source import Source
 from swift_mega.memory.report import Plan, plan_run
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import parameter_dtype
-from swift_mega.train.loop import check_run
+from swift_mega.train.preflight import check_run
 from swift_mega.tuners.targets import adapted_linears
 from swift_mega.tuners.tuner import find_tuner
 

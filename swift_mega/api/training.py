@@ -29,7 +29,8 @@ from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import parameter_dtype, source_of, warmup_steps
-from swift_mega.train.loop import TrainResult, check_run, make_batches, total_steps, train_rank
+from swift_mega.train.loop import TrainResult, make_batches, total_steps, train_rank
+from swift_mega.train.preflight import check_run
 from swift_mega.tuners.tuner import find_tuner
 
 DEVICE = devices.setup(starts_ranks=True)

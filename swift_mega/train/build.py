@@ -136,21 +136,6 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
     )  # fmt: skip
 
 
-def check_dtype(run: schema.Run, dtype: torch.dtype) -> None:
-    """UserError where Megatron cannot train weights of `dtype` as the run says."""
-    name = str(dtype).removeprefix("torch.")
-    if not run.parallel.gradients_in_float32 and dtype != torch.bfloat16:
-        raise UserError(
-            f"parallel.gradients_in_float32=false sums gradients in the dtype of the weights, and that is {name}; set "
-            "model.dtype=bfloat16, or leave it out"
-        )
-    if dtype == torch.float64 and (run.parallel.distributed_optimizer or run.optim.clip_grad):
-        raise UserError(
-            "model.dtype=float64: Megatron's distributed optimizer and its clipping of gradients know float32 at most; set "
-            "parallel.distributed_optimizer=false and optim.clip_grad=0, or model.dtype=float32"
-        )
-
-
 def _offload(run: schema.Run, part: ModelPart) -> dict[str, Any]:
     """Fields that move the optimizer's state to the host. One optimizer for all parameters there, not one for each that steps while
     others' gradients arrive (overlap_cpu_optimizer_d2h_h2d): that was no faster and took more memory (NVIDIA-NeMo/RL #3628).

@@ -9,35 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from swift_mega.config import schema
-from swift_mega.config.parse import parse_size
 from swift_mega.convert.files.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
 from swift_mega.deterministic import deterministic
 from swift_mega.device import Device
-from swift_mega.errors import AgreedError, UserError
+from swift_mega.errors import AgreedError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.companions import Trained
 from swift_mega.export.merged import merge
-from swift_mega.models.balancing import balancing_fields
-from swift_mega.models.family import Family
-from swift_mega.models.megatron_config import check_passthrough
-from swift_mega.models.settings import Settings
-from swift_mega.models.tiles import check_tiles
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, attempt, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.layout import Layout, check_microbatches
-from swift_mega.train.build import Training, build_training, check_dtype, parameter_dtype
+from swift_mega.train.build import Training, build_training, parameter_dtype
 from swift_mega.train.flops import flops_per_token
 from swift_mega.train.header import header
 from swift_mega.train.monitor import Monitor, RunDirectory
 from swift_mega.train.step import StepResult, evaluate, train_step
-from swift_mega.tuners.targets import check_targets
-from swift_mega.tuners.tuner import find_tuner
 
 
 @dataclass(frozen=True)
@@ -73,45 +64,6 @@ def make_batches(
     train = make(prepared.train, False)
     check_microbatches(layout, train.microbatches)
     return train, make(prepared.validation, True) if prepared.validation else None
-
-
-def check_run(
-    run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype, device: Device | None = None
-) -> None:  # fmt: skip
-    """`check_training`, and whether settings fit weights of `dtype`: for training and for a plan of it."""
-    check_dtype(run, dtype)
-    check_training(run, family, settings, device, dtype)
-
-
-def check_training(
-    run: schema.Run, family: Family, settings: Settings, device: Device | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """What can be known before ranks start; UserError where model, tuner and data settings do not fit together.
-
-    device: that ranks will run on, with weights of `dtype`; None: what depends on it is not looked at.
-    """
-    tuner = find_tuner(run.tuner)
-    if tuner.adapters:
-        check_targets(family, settings, run.tuner.target_modules)
-    elif run.model.adapters:
-        raise UserError(
-            f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; "
-            "merge the adapter first (swift-mega export --merge_lora true), or set tuner.type=lora"
-        )
-    if settings.longest is not None and run.data.max_length > settings.longest:
-        raise UserError(
-            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens; set "
-            f"data.max_length={settings.longest}"
-        )
-    balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
-    parse_size(run.export.max_shard_size)
-    check_passthrough(run.model.megatron, settings, run.train, device, dtype)
-    if tuner.adapters and run.model.megatron.get("moe_router_enable_expert_bias"):
-        raise UserError(
-            f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
-            "adapter does not hold; leave it out, or set tuner.type=full"
-        )
-    check_tiles(settings, run.train, run.model.megatron)
 
 
 def total_steps(train: schema.Train, batches: Batches) -> int:

@@ -15,7 +15,7 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.build import build_part
-from swift_mega.train.loop import check_run
+from swift_mega.train.preflight import check_run
 from tests import tiny
 from tests.models.test_families import write
 

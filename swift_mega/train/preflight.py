@@ -1,0 +1,68 @@
+"""What can be known of a run before its ranks start, so that a mistake costs seconds and no place in a queue."""
+
+import torch
+
+from swift_mega.config import schema
+from swift_mega.config.parse import parse_size
+from swift_mega.device import Device
+from swift_mega.errors import UserError
+from swift_mega.models.balancing import balancing_fields
+from swift_mega.models.family import Family
+from swift_mega.models.megatron_config import check_passthrough
+from swift_mega.models.settings import Settings
+from swift_mega.models.tiles import check_tiles
+from swift_mega.tuners.targets import check_targets
+from swift_mega.tuners.tuner import find_tuner
+
+
+def check_run(
+    run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype, device: Device | None = None
+) -> None:  # fmt: skip
+    """UserError where model, tuner, data and optimizer settings do not fit together, or not weights of `dtype`.
+
+    device: that ranks will run on; None, for an estimate of memory: what depends on it is not looked at.
+    """
+    _check_dtype(run, dtype)
+    _check_training(run, family, settings, device, dtype)
+
+
+def _check_training(
+    run: schema.Run, family: Family, settings: Settings, device: Device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    tuner = find_tuner(run.tuner)
+    if tuner.adapters:
+        check_targets(family, settings, run.tuner.target_modules)
+    elif run.model.adapters:
+        raise UserError(
+            f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; "
+            "merge the adapter first (swift-mega export --merge_lora true), or set tuner.type=lora"
+        )
+    if settings.longest is not None and run.data.max_length > settings.longest:
+        raise UserError(
+            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens; set "
+            f"data.max_length={settings.longest}"
+        )
+    balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
+    parse_size(run.export.max_shard_size)
+    check_passthrough(run.model.megatron, settings, run.train, device, dtype)
+    if tuner.adapters and run.model.megatron.get("moe_router_enable_expert_bias"):
+        raise UserError(
+            f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
+            "adapter does not hold; leave it out, or set tuner.type=full"
+        )
+    check_tiles(settings, run.train, run.model.megatron)
+
+
+def _check_dtype(run: schema.Run, dtype: torch.dtype) -> None:
+    """UserError where Megatron cannot train weights of `dtype` as the run says."""
+    name = str(dtype).removeprefix("torch.")
+    if not run.parallel.gradients_in_float32 and dtype != torch.bfloat16:
+        raise UserError(
+            f"parallel.gradients_in_float32=false sums gradients in the dtype of the weights, and that is {name}; set "
+            "model.dtype=bfloat16, or leave it out"
+        )
+    if dtype == torch.float64 and (run.parallel.distributed_optimizer or run.optim.clip_grad):
+        raise UserError(
+            "model.dtype=float64: Megatron's distributed optimizer and its clipping of gradients know float32 at most; set "
+            "parallel.distributed_optimizer=false and optim.clip_grad=0, or model.dtype=float32"
+        )
