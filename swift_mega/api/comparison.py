@@ -23,7 +23,7 @@ from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
-from swift_mega.models.engine import check_engine_runs
+from swift_mega.models.modules.engine import check_engine_runs
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout

@@ -24,7 +24,7 @@ from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import is_first_rank, run_ranks
-from swift_mega.models.engine import check_engine_runs
+from swift_mega.models.modules.engine import check_engine_runs
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train.header import layer_modules
 from swift_mega.verify import parity

@@ -22,9 +22,9 @@ from swift_mega.data.vocabulary import pad_row_note
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
-from swift_mega.models.engine import check_engine_runs
+from swift_mega.models.modules.engine import check_engine_runs
+from swift_mega.models.modules.tiles import check_tiles
 from swift_mega.models.settings import Settings
-from swift_mega.models.tiles import check_tiles
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout

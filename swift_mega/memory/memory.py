@@ -225,7 +225,7 @@ class _Step:
             numbers = 3 * w.query + 2 * self.keys_sent
         elif mesh.ring > 1 and not mesh.gather:  # v is copied, to be sent, and what linear_qkv made is free
             numbers = 2 * w.query + 2 * w.key
-        else:  # rotated q and k, a copy of v (models/attention.py); the result
+        else:  # rotated q and k, a copy of v (models/modules/attention.py); the result
             numbers = 2 * w.query + 2 * w.key
         if w.query_norm:  # its input: q was copied out of [q, k, v]
             numbers += w.query

@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.device import Device
-from swift_mega.models.activation import replace_activations
-from swift_mega.models.attention import segments
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.activation import replace_activations
+from swift_mega.models.modules.attention import segments
 from swift_mega.models.packs import Heads
 from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.specs import layer_specs, norm_class
@@ -228,7 +228,7 @@ def build(
     family: Family, settings: Settings, layout: Layout, coordinate: Coordinate, *, device: Device, config: TransformerConfig,
     vocab_divisible_by: int = 128, adapters: bool = False, tile: int | None = None,
 ) -> ModelPart:  # fmt: skip
-    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/tiles.py."""
+    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
     te = device.uses_transformer_engine(config.params_dtype)
     specs = layer_specs(settings, te=te, adapters=adapters, tile=tile, again=again)

@@ -44,7 +44,7 @@ def activation_unfused(settings: Settings) -> str | None:
 def dropout_unfused(settings: Settings) -> str | None:
     """Why Megatron's fused sum of bias, dropout and residual would not run, or not in every layer; None: it does."""
     if settings.block != Block():
-        return "this model's layers are joined otherwise (models/layer.py)"
+        return "this model's layers are joined otherwise (models/modules/layer.py)"
     return _biased_experts(settings)
 
 

@@ -3,13 +3,13 @@
 import re
 
 from swift_mega.models.family import Family, Rule
-from swift_mega.models.mla import unused
+from swift_mega.models.modules.mla import unused
 from swift_mega.models.settings import Settings
 
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
 DELTA = ".linear_delta_"
-"""In the names of a gated delta net's linears (models/gated_delta.py)."""
+"""In the names of a gated delta net's linears (models/modules/gated_delta.py)."""
 STACKED = re.compile(r".*\[(\d+|\{e\})\]")
 """A slice of a tensor that stacks all experts. It is no linear of its own to Hugging Face and PEFT, and gets no adapter."""
 

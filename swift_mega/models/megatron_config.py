@@ -12,11 +12,11 @@ from swift_mega.backends import TE_DTYPES, transformer_engine, wgrad_kernel
 from swift_mega.config.schema import Train
 from swift_mega.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.balancing import balancing_fields
-from swift_mega.models.experts import check_biases
 from swift_mega.models.fusions import COMPILED, cannot_compile, fused
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
-from swift_mega.models.mla import check_cut, is_latent
+from swift_mega.models.modules.balancing import balancing_fields
+from swift_mega.models.modules.experts import check_biases
+from swift_mega.models.modules.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 

@@ -103,7 +103,7 @@ HANDED_ON: dict[str, Condition] = {
     "recompute_modules": _modules,
     "distribute_saved_activations": _saved,
     "clone_scatter_output_in_embedding": _always,
-    "moe_z_loss_coeff": _always,  # of models/balancing.py, like the next two
+    "moe_z_loss_coeff": _always,  # of models/modules/balancing.py, like the next two
     "moe_aux_loss_coeff": _always,
     "moe_router_load_balancing_type": _always,
     "moe_router_dtype": _router_dtype,
@@ -160,7 +160,7 @@ MODEL = _words("""
 """)
 """Fields that follow from config.json, with which a trained model is exported and then run."""
 
-_ATTENTION = "attention here is not Megatron's (models/attention.py), and "
+_ATTENTION = "attention here is not Megatron's (models/modules/attention.py), and "
 _WINDOWS = _ATTENTION + "takes windows from the model's config.json; leave it out"
 _ROTATIONS = _ATTENTION + "takes rotations from the model's config.json; leave it out"
 

@@ -110,7 +110,7 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNet:
-    """Sizes of a gated delta net (models/gated_delta.py). A key head serves value_heads / key_heads value heads."""
+    """Sizes of a gated delta net (models/modules/gated_delta.py). A key head serves value_heads / key_heads value heads."""
 
     key_heads: int
     value_heads: int
@@ -188,7 +188,7 @@ class Settings:
 
     @property
     def not_engine(self) -> str | None:
-        """Why Transformer Engine's attention over context ranks cannot be this model's ("has …"); None: it can (models/engine.py)."""
+        """Why Transformer Engine's attention over context ranks cannot be this model's ("has …"); None: it can (modules/engine.py)."""
         reasons = {
             "has attention sinks, which it takes in some of its kernels only": self.sinks,
             "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,

@@ -15,15 +15,15 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from swift_mega.models.attention import CoreAttention
-from swift_mega.models.experts import BiasedRow, GroupedExperts
-from swift_mega.models.gated_delta import delta_net
-from swift_mega.models.layer import Layer, NoNorm
-from swift_mega.models.mla import is_latent, latent
-from swift_mega.models.norm import HeadNorm, Norm, WholeNorm
-from swift_mega.models.router import Router
+from swift_mega.models.modules.attention import CoreAttention
+from swift_mega.models.modules.experts import BiasedRow, GroupedExperts
+from swift_mega.models.modules.gated_delta import delta_net
+from swift_mega.models.modules.layer import Layer, NoNorm
+from swift_mega.models.modules.mla import is_latent, latent
+from swift_mega.models.modules.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.modules.router import Router
+from swift_mega.models.modules.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 from swift_mega.models.settings import Block, NormKind, Settings
-from swift_mega.models.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 
 
 def layer_specs(
@@ -31,7 +31,7 @@ def layer_specs(
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
-    adapters: linears must see their real input; tile: of models/tiles.py; again: modules that are computed anew in the backward pass.
+    adapters: linears must see their real input; tile: of modules/tiles.py; again: modules that are computed anew in the backward pass.
     Megatron's own layer cannot do that for norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor for MLPs with a
     bias, which has no end (0.16.1 and 0.19.2).
     """
@@ -86,7 +86,7 @@ def bound(module: Any, **fixed: Any) -> type:
 
 
 def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Megatron's own modules, and experts of ours (models/experts.py): its grouped ones need Transformer Engine."""
+    """Megatron's own modules, and experts of ours (models/modules/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",

@@ -16,7 +16,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter
 from swift_mega.models.build import ModelPart, build
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.tiles import tile_size
+from swift_mega.models.modules.tiles import tile_size
 from swift_mega.objectives.objective import Head, Objective, find_objective
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import on_every_rank

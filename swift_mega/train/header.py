@@ -6,7 +6,7 @@ import torch
 
 from swift_mega.backends import apex, flash_attn, transformer_engine
 from swift_mega.device import Device, unused_gpus
-from swift_mega.models.attention import CoreAttention
+from swift_mega.models.modules.attention import CoreAttention
 from swift_mega.train.build import Training
 
 HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex": "apex's"}

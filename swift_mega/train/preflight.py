@@ -6,11 +6,11 @@ from swift_mega.config import schema
 from swift_mega.config.parse import parse_size
 from swift_mega.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.balancing import balancing_fields
 from swift_mega.models.family import Family
 from swift_mega.models.megatron_config import check_passthrough
+from swift_mega.models.modules.balancing import balancing_fields
+from swift_mega.models.modules.tiles import check_tiles
 from swift_mega.models.settings import Settings
-from swift_mega.models.tiles import check_tiles
 from swift_mega.tuners.targets import check_targets
 from swift_mega.tuners.tuner import find_tuner
 

@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation: microbatches through Megatron's schedule.
 
 The loss is a sum over tokens; Megatron divides the gradients, once, by the number of trained tokens of the whole global batch, so
-how examples fall into microbatches and ranks changes nothing. Losses of routers are means over microbatches (models/balancing.py).
+how examples fall into microbatches and ranks changes nothing. Losses of routers are means over microbatches (models/modules/balancing.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
 from swift_mega.device import send
-from swift_mega.models.balancing import BALANCE, RouterLosses, Z, has_router_losses
-from swift_mega.models.router import Router
+from swift_mega.models.modules.balancing import BALANCE, RouterLosses, Z, has_router_losses
+from swift_mega.models.modules.router import Router
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.sequence import held_tokens
 from swift_mega.train.build import Training

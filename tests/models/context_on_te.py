@@ -22,7 +22,7 @@ from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.device import setup
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.attention import segments
+from swift_mega.models.modules.attention import segments
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.groups import init
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout

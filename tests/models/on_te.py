@@ -36,7 +36,7 @@ from swift_mega.convert.source import Source  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.launch.torchrun import run_ranks  # noqa: E402
 from swift_mega.models.build import Held, ModelPart  # noqa: E402
-from swift_mega.models.experts import check_biases  # noqa: E402
+from swift_mega.models.modules.experts import check_biases  # noqa: E402
 from swift_mega.models.translate import load_settings  # noqa: E402
 from swift_mega.parallel.groups import Groups, init  # noqa: E402
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swift_mega.errors import UserError
-from swift_mega.models.attention import segments
+from swift_mega.models.modules.attention import segments
 from swift_mega.models.translate import load_settings
 from tests import families_dense
 from tests.models.test_families import close, plain, write

@@ -15,11 +15,12 @@ from swift_mega.backends import Package
 from swift_mega.config.schema import Parallel, Train
 from swift_mega.device import CPU, Device
 from swift_mega.errors import UserError
-from swift_mega.models import engine, specs
+from swift_mega.models import specs
 from swift_mega.models.build import build
-from swift_mega.models.engine import check_engine_runs, engine_attention
 from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
+from swift_mega.models.modules import engine
+from swift_mega.models.modules.engine import check_engine_runs, engine_attention
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

@@ -8,7 +8,7 @@ import pytest
 
 from swift_mega.convert.check import carried_of
 from swift_mega.errors import UserError
-from swift_mega.models.experts import check_biases
+from swift_mega.models.modules.experts import check_biases
 from swift_mega.models.translate import load_settings
 from tests import tiny
 from tests.models.test_published_configs import CONFIGS, write

@@ -12,7 +12,7 @@ import tiny
 from swift_mega.config import schema
 from swift_mega.device import Device
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models import experts
+from swift_mega.models.modules import experts
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

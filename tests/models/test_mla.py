@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from swift_mega.errors import UserError
-from swift_mega.models.mla import check_cut, refuse_without_effect
+from swift_mega.models.modules.mla import check_cut, refuse_without_effect
 from swift_mega.models.translate import load_settings
 
 

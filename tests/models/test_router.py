@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.router import choose, refuse_without_effect
+from swift_mega.models.modules.router import choose, refuse_without_effect
 from swift_mega.models.settings import Routing
 
 APART = 1e-4

@@ -22,7 +22,7 @@ from swift_mega.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.merged import merge, read_adapter
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.balancing import balancing_fields
+from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout

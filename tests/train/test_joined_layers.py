@@ -98,7 +98,7 @@ def branches(training: Training) -> list[float]:
 
 
 def layer_of(layer: Any, training: Training, x: Tensor) -> Tensor:
-    from swift_mega.models.attention import segments
+    from swift_mega.models.modules.attention import segments
 
     positions, bounds = torch.arange(len(x)), torch.tensor([0, len(x)], dtype=torch.int32)
     row = segments(training.part.settings, positions, bounds, torch.float32, None)

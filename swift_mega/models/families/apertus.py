@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from swift_mega.models.activation import Xielu
 from swift_mega.models.decoder import DECODER, READS, translate
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.activation import Xielu
 from swift_mega.models.packs import REPLICATED
 from swift_mega.models.rules import (
     EMBEDDING_RULES,

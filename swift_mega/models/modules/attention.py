@@ -18,8 +18,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from swift_mega.device import send
-from swift_mega.models.engine import attend, engine_attention
-from swift_mega.models.norm import Norm
+from swift_mega.models.modules.engine import attend, engine_attention
+from swift_mega.models.modules.norm import Norm
 from swift_mega.models.settings import Rope, Settings
 from swift_mega.ops.attention import attention, attention_kernel_name
 from swift_mega.ops.rope import rotate, tables

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor
 
-from swift_mega.models.attention import Segments
+from swift_mega.models.modules.attention import Segments
 from swift_mega.models.settings import DeltaNet, Settings
 from swift_mega.ops.causal_conv import causal_conv
 from swift_mega.ops.gated_delta import gated_delta_rule

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swift_mega.config.schema import Train
 from swift_mega.errors import UserError
-from swift_mega.models.norm import Norm
+from swift_mega.models.modules.norm import Norm
 from swift_mega.models.settings import Settings
 from swift_mega.ops.tiling import Again, tiled
 

@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.attention import Segments
-from swift_mega.models.layer import NoNorm
+from swift_mega.models.modules.attention import Segments
+from swift_mega.models.modules.layer import NoNorm
 from swift_mega.models.settings import Settings
 from swift_mega.ops.rope import rotate
 

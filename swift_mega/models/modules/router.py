@@ -1,4 +1,4 @@
-"""Megatron's router with losses of our own (models/balancing.py), and where a family asks for it another choice of experts.
+"""Megatron's router with losses of our own (models/modules/balancing.py), and where a family asks for it another choice of experts.
 
 `choose` is one pure function from logits to weights: sigmoid or softmax scores, a bias in the choice only, groups of experts. Logits and
 dispatch stay Megatron's. The bias is a buffer under Megatron's own name for it, `expert_bias`; it stays as the checkpoint has it, unless
@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.balancing import RouterLosses
+from swift_mega.models.modules.balancing import RouterLosses
 from swift_mega.models.settings import Routing
 
 

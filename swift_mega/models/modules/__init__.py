@@ -1,0 +1,1 @@
+"""Modules of our own that take a place in Megatron's layers."""
