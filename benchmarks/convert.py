@@ -189,10 +189,10 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from swift_mega import device as devices
     from swift_mega.config import schema
     from swift_mega.convert.save import save
     from swift_mega.convert.source import Source
+    from swift_mega.device import device as devices
     from swift_mega.parallel import groups as parallel_groups
     from swift_mega.train.build import build_part
 

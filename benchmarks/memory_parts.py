@@ -56,7 +56,7 @@ class Point:
 
 def work(choice: str, tokens: str, folder: str) -> None:
     """The body of a point's process."""
-    from swift_mega import device as devices
+    from swift_mega.device import device as devices
 
     device = devices.setup()
     import numpy as np
@@ -126,7 +126,7 @@ def measure(
     say: Callable[[str], None], *, choices: Sequence[str] = tuple(TRAIN), lengths: Sequence[int] = LENGTHS, given: int = GIVEN
 ) -> dict[str, Any]:  # fmt: skip
     """(a)"""
-    from swift_mega import device as devices
+    from swift_mega.device import device as devices
 
     devices.setup()
     points, at_most = [], []
@@ -223,7 +223,7 @@ def ladder() -> list[tuple[str, Any]]:
 
 def plan() -> dict[str, Any]:
     """(e): for each rung and number of GPUs, (tokens, layout)."""
-    from swift_mega import device as devices
+    from swift_mega.device import device as devices
 
     devices.setup()
     from swift_mega.memory.published import llama_3_1_8b

@@ -124,7 +124,7 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     import numpy as np
     import torch
 
-    from swift_mega import device as devices
+    from swift_mega.device import device as devices
 
     device = devices.setup()  # before anything below imports Megatron
     from swift_mega.config import schema

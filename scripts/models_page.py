@@ -4,7 +4,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-from swift_mega import device
+from swift_mega.device import device
 
 device.setup()
 

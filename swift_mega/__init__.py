@@ -7,7 +7,6 @@ fails on any import that points the other way.
 __version__ = "0.1.0"
 
 LAYERS = (
-    "errors", "text_files", "outputs", "discover", "local_rank", "config", "host_side", "backends", "many_tensors", "device",
-    "deterministic", "ops", "parallel", "models", "memory", "convert", "tuners", "export", "data", "objectives", "train", "verify",
-    "launch", "api", "cli",
+    "errors", "text_files", "outputs", "discover", "device", "config", "ops", "parallel", "models", "memory", "convert", "tuners",
+    "export", "data", "objectives", "train", "verify", "launch", "api", "cli",
 )  # fmt: skip

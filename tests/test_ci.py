@@ -33,9 +33,9 @@ def test_every_folder_has_a_budget() -> None:
 
 def test_what_the_newest_leg_runs_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that was renamed ran nowhere for months: now it ends the leg."""
-    assert "tests/test_device.py" in newest.arguments()
-    monkeypatch.setattr(newest, "RUN", ("tests/device",))
-    with pytest.raises(SystemExit, match=r"tests/newest.py names tests/device, which is not there; say where it went"):
+    assert "tests/device" in newest.arguments()
+    monkeypatch.setattr(newest, "RUN", ("tests/devices",))
+    with pytest.raises(SystemExit, match=r"tests/newest.py names tests/devices, which is not there; say where it went"):
         newest.arguments()
 
 

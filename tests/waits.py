@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from swift_mega import device
+from swift_mega.device import device
 
 SIZED_BY_VALUES = (
     "_local_scalar_dense nonzero masked_select argwhere is_nonzero equal allclose bincount "

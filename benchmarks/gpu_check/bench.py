@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swift_mega.config import schema
 from swift_mega.data.pack import Example, Microbatch, collate
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.parallel import groups
 from swift_mega.train.build import Training, build_training, layout_of
 from swift_mega.train.header import header

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu_check.record import Record
-from swift_mega import device as devices
+from swift_mega.device import device as devices
 
 if TYPE_CHECKING:
     from benchmarks.gpu_check.bench import Bench

@@ -4,7 +4,7 @@ They start their ranks themselves, or join those that torchrun started; a notebo
 Everything that can be checked before a rank starts is checked before.
 """
 
-from swift_mega import device as devices
+from swift_mega.device import device as devices
 
 devices.setup(starts_ranks=True)  # before Megatron is imported by anything below
 

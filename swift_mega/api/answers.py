@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from swift_mega import device as devices
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
+from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export import merged
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens

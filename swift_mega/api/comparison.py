@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from swift_mega import device as devices
 from swift_mega.api.proof import SENTENCES, say_of_unused_gpus
 from swift_mega.api.ranks import on_device
 from swift_mega.convert.files.which_files import unread
@@ -20,6 +19,7 @@ from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
+from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size

@@ -30,7 +30,7 @@ from swift_mega.convert.megatron.padding import check_padding
 from swift_mega.convert.save import save
 from swift_mega.convert.source import Source
 from swift_mega.convert.whole import read_mcore, write_mcore
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export import merged, quantized
 from swift_mega.launch.torchrun import is_alone, is_first_rank, run_ranks

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from swift_mega import device as devices
 from swift_mega.api.ranks import on_device
 from swift_mega.config import schema
 from swift_mega.convert.files import stream
@@ -21,6 +20,7 @@ from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
+from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import is_first_rank, run_ranks

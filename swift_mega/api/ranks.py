@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from swift_mega import device as devices
+from swift_mega.device import device as devices
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from swift_mega import device as devices
 from swift_mega.api.conversion import say_of_source
 from swift_mega.api.ranks import on_device
 from swift_mega.api.resizing import resized
@@ -19,6 +18,7 @@ from swift_mega.convert.files.hf_write import companions
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
+from swift_mega.device import device as devices
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size

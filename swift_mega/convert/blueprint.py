@@ -21,7 +21,7 @@ from swift_mega.convert.load import fill
 from swift_mega.convert.megatron.places import Place, layer_of, object_of_layer, places_of
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.convert.source import Source
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.models.build import build
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.megatron_config import transformer_config

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from swift_mega.device.local_rank import whole
 from swift_mega.errors import UserError
-from swift_mega.local_rank import whole
 
 PROCESSES = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",

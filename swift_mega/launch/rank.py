@@ -83,7 +83,7 @@ def process_group(seat: Seat) -> Iterator[None]:
     import torch.distributed as dist
 
     if seat.kind == "cuda":
-        from swift_mega import device as devices
+        from swift_mega.device import device as devices
 
         devices.setup()  # makes this rank's device the current one, before NCCL asks for it
     backend = "nccl" if seat.kind == "cuda" else "gloo"

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from swift_mega.config.schema import TIMEOUT_MINUTES
+from swift_mega.device.local_rank import find_local_rank, whole
 from swift_mega.errors import UserError
 from swift_mega.launch import rank, watch
 from swift_mega.launch.ended import SIGNALS, signals_raise
 from swift_mega.launch.environments import Nodes, joined, port_of, refuse_copies
 from swift_mega.launch.rank import DeviceKind, Seat
-from swift_mega.local_rank import find_local_rank, whole
 
 Result = TypeVar("Result")
 Start = Literal["auto", "fork", "exec", "here"]
@@ -283,7 +283,7 @@ def _group_exists(world: int) -> bool:
 
 
 def _device_kind() -> DeviceKind:
-    from swift_mega.device import has_cuda
+    from swift_mega.device.device import has_cuda
 
     return "cuda" if has_cuda() else "cpu"
 

@@ -8,7 +8,7 @@ import pickle
 import sys
 from pathlib import Path
 
-from swift_mega import device as devices
+from swift_mega.device import device as devices
 from swift_mega.launch import rank
 
 

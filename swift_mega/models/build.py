@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.modules.activation import replace_activations
 from swift_mega.models.modules.attention import segments

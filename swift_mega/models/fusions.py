@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from swift_mega.device import Device, c_compiler
+from swift_mega.device.device import Device, c_compiler
 from swift_mega.models.settings import Block, Settings
 
 COMPILED = ("bias_activation_fusion", "bias_dropout_fusion")

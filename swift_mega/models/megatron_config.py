@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from swift_mega.backends import TE_DTYPES, transformer_engine, wgrad_kernel
 from swift_mega.config.schema import Train
-from swift_mega.device import Device
+from swift_mega.device.backends import TE_DTYPES, transformer_engine, wgrad_kernel
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.fusions import COMPILED, cannot_compile, fused
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from swift_mega.device import send
+from swift_mega.device.device import send
 
 CHUNK_NUMBERS = 1 << 25  # logits of one chunk where nobody says: 128 MiB in float32
 # On the CPU logits are worth most while they are in its cache: 2 MiB at once, 1.15 times faster than all columns at once.

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from swift_mega.config import schema
 from swift_mega.convert.load import load
 from swift_mega.convert.source import Source
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import load_adapter
 from swift_mega.models.build import ModelPart, build

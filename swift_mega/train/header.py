@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from swift_mega.backends import apex, flash_attn, transformer_engine
-from swift_mega.device import Device, unused_gpus
+from swift_mega.device.backends import apex, flash_attn, transformer_engine
+from swift_mega.device.device import Device, unused_gpus
 from swift_mega.models.modules.attention import CoreAttention
 from swift_mega.train.build import Training
 

@@ -15,8 +15,8 @@ from swift_mega.config import schema
 from swift_mega.convert.files.resized import weights_of
 from swift_mega.data.batches import Batches
 from swift_mega.data.loader import Prepared
-from swift_mega.deterministic import deterministic
-from swift_mega.device import Device
+from swift_mega.device.deterministic import deterministic
+from swift_mega.device.device import Device
 from swift_mega.errors import AgreedError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.companions import Trained

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.train.sinks import JsonLines, Plots, Progress, Record, Sink, TensorBoard, Wandb, check
 

@@ -6,8 +6,8 @@ and fetched back while the layer behind it is recomputed. Autograd hands over wh
 
 Megatron's own `cpu_offloading` needs Transformer Engine, excludes recomputation, and moves everything that a layer saves.
 
-Without CUDA the same calls run, and device.py's streams do each copy at once. Not run yet: real streams, pinned memory. The order in which
-streams wait is tested against stand-ins that copy as late as CUDA may.
+Without CUDA the same calls run, and the streams of device/cpu_facade.py do each copy at once. Not run yet: real streams, pinned memory.
+The order in which streams wait is tested against stand-ins that copy as late as CUDA may.
 """
 
 from collections.abc import Sequence

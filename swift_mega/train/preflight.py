@@ -4,7 +4,7 @@ import torch
 
 from swift_mega.config import schema
 from swift_mega.config.parse import parse_size
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family
 from swift_mega.models.megatron_config import check_passthrough

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from swift_mega.data.pack import Microbatch
-from swift_mega.device import send
+from swift_mega.device.device import send
 from swift_mega.models.modules.balancing import BALANCE, RouterLosses, Z, has_router_losses
 from swift_mega.models.modules.router import Router
 from swift_mega.parallel.context import Context

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.parallel.agree import agree, gather, on_first_rank
 from swift_mega.verify.states import Rows, Side, Take, point_names, run_side
 

@@ -20,7 +20,7 @@ from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import Held

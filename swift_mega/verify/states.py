@@ -23,7 +23,7 @@ from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.megatron.mcore import companions_of, load_mcore
 from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.export.adapters import load_adapter, tuner_of
 from swift_mega.models.build import ModelPart, build
 from swift_mega.models.megatron_config import transformer_config

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from swift_mega import device as devices
+from swift_mega.device import device as devices
 
 if TYPE_CHECKING:  # it imports Megatron, which has to wait for tests/conftest.py
     from benchmarks.gpu_check.bench import Bench

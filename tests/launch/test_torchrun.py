@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from swift_mega.device.local_rank import device_index, find_local_rank
 from swift_mega.errors import UserError
 from swift_mega.launch.rank import refuse_shared_devices
 from swift_mega.launch.torchrun import Nodes, is_alone, joined, run_ranks, world_size
 from swift_mega.launch.watch import RankError
-from swift_mega.local_rank import device_index, find_local_rank
 from swift_mega.parallel.agree import gather
 
 LAUNCH_VARIABLES = (

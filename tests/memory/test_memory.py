@@ -61,8 +61,8 @@ def live_peak(
     """Most bytes alive on each rank in a step after the first one."""
     import torch.distributed as dist
 
-    from swift_mega import device as devices
     from swift_mega.data.pack import Example, collate
+    from swift_mega.device import device as devices
     from swift_mega.memory.live import LiveBytes
     from swift_mega.parallel import groups
     from swift_mega.train.build import build_training

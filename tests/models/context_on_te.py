@@ -20,7 +20,7 @@ import torch.distributed as dist
 import tiny
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.device import setup
+from swift_mega.device.device import setup
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.modules.attention import segments
 from swift_mega.models.translate import load_settings

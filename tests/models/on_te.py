@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift_mega import device
+from swift_mega.device import device
 
 CPU = device.setup()
 

@@ -9,11 +9,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import tiny
 from swift_mega import api
-from swift_mega import device as devices
 from swift_mega.api.comparison import Candidate
-from swift_mega.backends import Package
 from swift_mega.config.schema import Parallel, Train
-from swift_mega.device import CPU, Device
+from swift_mega.device import device as devices
+from swift_mega.device.backends import Package
+from swift_mega.device.device import CPU, Device
 from swift_mega.errors import UserError
 from swift_mega.models import specs
 from swift_mega.models.build import build

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.modules import experts
 from swift_mega.models.translate import load_settings

@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from swift_mega import api  # noqa: F401 - the facade comes before Megatron
-from swift_mega import device as devices
-from swift_mega.backends import Package
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device import device as devices
+from swift_mega.device.backends import Package
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models import megatron_config
 from swift_mega.models.megatron_config import check_passthrough

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings

@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
 
 def _without_data(case: dict[str, Any], device: str) -> tuple[list[Tensor], dict[str, Any]]:
     def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        # Not torch.empty: where there is no GPU, swift_mega.device answers "cuda" with the CPU there.
+        # Not torch.empty: where there is no GPU, swift_mega.device.device answers "cuda" with the CPU there.
         return torch.ops.aten.empty.memory_format(size, dtype=dtype, device=device)
 
     dtype, (heads, kv_heads) = case.get("dtype", torch.bfloat16), case.get("heads", (8, 2))

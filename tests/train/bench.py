@@ -14,7 +14,7 @@ import tiny
 from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups

@@ -18,7 +18,7 @@ from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.convert.save import write_directory
 from swift_mega.data.pack import Example, Microbatch, collate
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.export.merged import merge, read_adapter
 from swift_mega.launch.torchrun import run_ranks

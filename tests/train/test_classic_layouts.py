@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.parallel.layout import parse_layout
 from tests.pairs import both_tuners, covering, of_layouts, once
 from tests.train.bench import bench, check, check_steps

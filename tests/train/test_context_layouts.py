@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import check
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swift_mega.config import schema
 from swift_mega.convert.source import Source
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.export.merged import merge
 from swift_mega.models.translate import load_settings
 from swift_mega.ops.gated_delta import CHUNK

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.models import specs
 from tests.engine_stand_in import StandIn
 from tests.pairs import both_tuners, covering, once

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel.layout import parse_layout, plan_layout

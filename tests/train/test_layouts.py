@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel.layout import parse_layout
 from swift_mega.verify import parity

@@ -10,7 +10,7 @@ import torch
 import tiny
 from swift_mega import api
 from swift_mega.convert.files.hf_files import Checkpoint
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.train import sinks
 from swift_mega.train.monitor import Monitor, RunDirectory, format_time, new_version

@@ -44,7 +44,7 @@ def said_by_all(action: Callable[[], object]) -> list[str]:
 
 def load_what_is_cut_short(directory: Path) -> list[str]:
     """The first of two data replicas reads; the other waits for what it sends."""
-    from swift_mega.device import setup
+    from swift_mega.device.device import setup
 
     layout = plan_layout(schema.Parallel(), load_settings(directory).shape, 2)
     mine = groups.init(layout)
@@ -161,7 +161,7 @@ def one_has_a_problem(rank: int) -> list[str]:
 
 def record_where_one_rank_is_full(folder: Path) -> list[str]:
     """The last stage of two holds the norm and the head; what it cannot write is asked for by nobody before the end."""
-    from swift_mega.device import setup
+    from swift_mega.device.device import setup
     from swift_mega.verify import distance as compare
     from swift_mega.verify.states import Side
 

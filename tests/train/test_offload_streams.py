@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.train import offload
 
 LAYERS = 5

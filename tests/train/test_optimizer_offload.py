@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout

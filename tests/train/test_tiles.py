@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import random
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.modules.tiles import TiledNorm, check_tiles, tile_size

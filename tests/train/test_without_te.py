@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from swift_mega.backends import transformer_engine
 from swift_mega.config import schema
-from swift_mega.device import CPU, Device
+from swift_mega.device.backends import transformer_engine
+from swift_mega.device.device import CPU, Device
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import gather

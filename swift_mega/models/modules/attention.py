@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from swift_mega.device import send
+from swift_mega.device.device import send
 from swift_mega.models.modules.engine import attend, engine_attention
 from swift_mega.models.modules.norm import Norm
 from swift_mega.models.settings import Rope, Settings

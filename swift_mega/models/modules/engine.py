@@ -13,8 +13,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from swift_mega.backends import transformer_engine
-from swift_mega.device import Device
+from swift_mega.device.backends import transformer_engine
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.parallel.mesh import Mesh
 

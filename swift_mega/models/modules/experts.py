@@ -20,7 +20,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
-from swift_mega.device import send
+from swift_mega.device.device import send
 from swift_mega.errors import UserError
 from swift_mega.models.settings import Settings
 

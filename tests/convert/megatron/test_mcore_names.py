@@ -15,7 +15,7 @@ from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.convert.megatron.mcore import load_mcore
 from swift_mega.convert.source import Source
-from swift_mega.device import Device
+from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.build import ModelPart
 from swift_mega.models.translate import load_settings

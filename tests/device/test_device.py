@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from swift_mega import device
-from swift_mega.device import PATCHES, WITHOUT_TE, Device, Patch
+from swift_mega.device import device
+from swift_mega.device.cpu_facade import PATCHES
+from swift_mega.device.device import Device
+from swift_mega.device.patch import Patch
+from swift_mega.device.without_te import WITHOUT_TE
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the facade is for machines without CUDA")
 
@@ -37,15 +40,15 @@ def _current(target: str) -> object:
 
 @no_cuda
 def test_setup_refuses_a_megatron_that_was_imported_before(cpu):
-    ran = run_python("import megatron.core\nfrom swift_mega import device\ndevice.setup()")
-    assert "UserError: megatron.core was imported before swift_mega.device.setup()" in ran.stderr
+    ran = run_python("import megatron.core\nfrom swift_mega.device import device\ndevice.setup()")
+    assert "UserError: megatron.core was imported before swift_mega.device.device.setup()" in ran.stderr
 
 
 @no_cuda
 def test_setup_and_imports_print_nothing(cpu):
     """What Megatron says about optional packages is silenced, and compilation is off before it is imported."""
     ran = run_python(
-        "from swift_mega import device\n"
+        "from swift_mega.device import device\n"
         "device.setup()\n"
         "import megatron.core.models.gpt.gpt_layer_specs, megatron.core.optimizer, torch, warnings\n"
         "assert torch.compile(print) is print\n"
@@ -98,7 +101,7 @@ def test_a_patch_whose_target_is_gone_says_which():
     )
     with pytest.raises(
         RuntimeError,
-        match=r"patch 'sample' \(swift_mega/device.py\) replaces torch.cuda:gone\|also_gone, .*: shown in the error",
+        match=r"patch 'sample' \(swift_mega/device\) replaces torch.cuda:gone\|also_gone, .*: shown in the error",
     ):
         patch.install()
     assert torch.cuda.synchronize is was

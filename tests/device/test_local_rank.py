@@ -2,8 +2,8 @@
 
 import pytest
 
+from swift_mega.device.local_rank import device_index, find_local_rank
 from swift_mega.errors import UserError
-from swift_mega.local_rank import device_index, find_local_rank
 
 
 @pytest.mark.parametrize(

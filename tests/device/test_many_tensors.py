@@ -5,8 +5,8 @@ import torch
 from megatron.core.optimizer import clip_grads
 from waits import waits
 
-from swift_mega import many_tensors
-from swift_mega.device import Device
+from swift_mega.device import many_tensors
+from swift_mega.device.device import Device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

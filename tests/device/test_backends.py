@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swift_mega.api.proof import say_of_unused_gpus
-from swift_mega.backends import Package, transformer_engine
-from swift_mega.device import CPU, Device, unused_gpus
+from swift_mega.device.backends import Package, transformer_engine
+from swift_mega.device.device import CPU, Device, unused_gpus
 
 CUDA = Device(kind="cuda", device=CPU, backend="gloo", name="as if")
 
@@ -65,7 +65,7 @@ def test_whose_layers(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, version: str | None, used: bool
 ) -> None:
     found = Package(name="Transformer Engine", version=version)
-    monkeypatch.setattr("swift_mega.device.transformer_engine", lambda: found)
+    monkeypatch.setattr("swift_mega.device.device.transformer_engine", lambda: found)
     device = Device(kind=kind, device=CPU, backend="gloo", name="as if")  # type: ignore[arg-type]
     assert device.uses_transformer_engine(dtype) is used
 
@@ -89,7 +89,7 @@ def test_unused_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verify_tells_of_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One line, and none from other ranks."""
-    monkeypatch.setattr("swift_mega.device.unused_gpus", lambda: "this machine has GPUs")
+    monkeypatch.setattr("swift_mega.device.device.unused_gpus", lambda: "this machine has GPUs")
     say_of_unused_gpus()
     assert capsys.readouterr().err == "this machine has GPUs\n"
     monkeypatch.setenv("RANK", "1")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swift_mega.device import Device
-from swift_mega.host_side import two_sides
+from swift_mega.device.device import Device
+from swift_mega.device.host_side import two_sides
 
 
 def sort(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], dict[Tensor, Tensor]]:

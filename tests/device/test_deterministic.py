@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import tiny
 from swift_mega import api
-from swift_mega.deterministic import ENVIRONMENT, deterministic, set_environment
+from swift_mega.device.deterministic import ENVIRONMENT, deterministic, set_environment
 from swift_mega.errors import UserError
 from swift_mega.objectives.next_token import NextToken
 from swift_mega.objectives.objective import Head
