@@ -19,11 +19,21 @@ ROOT = Path(__file__).parent.parent
 def train(model: Path, ranks: int, steps: int, length: int, output: Path) -> list[float]:
     """The loss of each step."""
     settings = {
-        "model": model, "dataset": ROOT / "examples" / "data" / "self_cognition.jsonl", "model_name": "Mega",
-        "model_author": "the swift_mega team", "packing": "true", "max_length": length, "global_batch_size": 1,
-        "train_iters": steps, "lr": 1e-5, "tuner_type": "full", "nproc": ranks, "context_parallel_size": ranks,
-        "output_dir": output, "add_version": "false",
-    }  # fmt: skip
+        "model": model,
+        "dataset": ROOT / "examples" / "data" / "self_cognition.jsonl",
+        "model_name": "Mega",
+        "model_author": "the swift_mega team",
+        "packing": "true",
+        "max_length": length,
+        "global_batch_size": 1,
+        "train_iters": steps,
+        "lr": 1e-5,
+        "tuner_type": "full",
+        "nproc": ranks,
+        "context_parallel_size": ranks,
+        "output_dir": output,
+        "add_version": "false",
+    }
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, "-m", "swift_mega", "sft", *arguments], stdout=sys.stderr, check=False)
     if done.returncode:

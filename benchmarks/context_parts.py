@@ -251,8 +251,12 @@ def plain_attention(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients:
     """ops/attention.py: out (dQ, dK, dV)."""
     given = [x.detach().requires_grad_(gradients) for x in row[:3]]
     out = attention(
-        *given, bounds=cu_seqlens, cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32), scale=HEAD_DIM**-0.5, window=None
-    )  # fmt: skip
+        *given,
+        bounds=cu_seqlens,
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        scale=HEAD_DIM**-0.5,
+        window=None,
+    )
     return [out.detach(), *(torch.autograd.grad(out, given, row[3]) if gradients else ())]
 
 
@@ -271,8 +275,13 @@ def overhead(tokens: int, contexts: Sequence[int], rounds: int) -> list[Overhead
 
 
 def _overhead(
-    row: Sequence[Tensor], cu_seqlens: tuple[int, ...], contexts: Sequence[int], rounds: int, gradients: bool, said: tuple[str, str]
-) -> list[Overhead]:  # fmt: skip
+    row: Sequence[Tensor],
+    cu_seqlens: tuple[int, ...],
+    contexts: Sequence[int],
+    rounds: int,
+    gradients: bool,
+    said: tuple[str, str],
+) -> list[Overhead]:
     def timed(way: Callable[..., list[Tensor]]) -> tuple[float, list[Tensor]]:
         begin = time.process_time()
         results = way(row, cu_seqlens, gradients)
@@ -283,8 +292,9 @@ def _overhead(
         return sum(seconds), results
 
     ways: dict[str, Callable[[], tuple[float, list[Tensor]]]] = {
-        PEER: lambda: timed(torch_kernel), PLAIN: lambda: timed(plain_attention),
-    }  # fmt: skip
+        PEER: lambda: timed(torch_kernel),
+        PLAIN: lambda: timed(plain_attention),
+    }
     for size in contexts:
         ways[f"CP {size}"] = partial(ring, Ring.of(cu_seqlens, size))
     passes = "forward + backward" if gradients else "forward"

@@ -61,11 +61,22 @@ class Measured:
 def llama(layers: int) -> dict[str, Any]:
     """The config of a Llama of about 0.083 GB a layer beside its 0.26 GB of vocabulary."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN,
-        "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HIDDEN // HEADS,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "rope_theta": 10000.0, "hidden_act": "silu", "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+    }
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -208,8 +219,12 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
     save(part, groups, target, source=source, dtypes=torch.bfloat16, max_shard_bytes=500_000_000)
     saved, save_peak = time.perf_counter(), _peak() - floor
     measured = {
-        "startup": startup, "load": loaded - begin, "save": saved - loaded, "load_peak": load_peak, "save_peak": save_peak,
-    }  # fmt: skip
+        "startup": startup,
+        "load": loaded - begin,
+        "save": saved - loaded,
+        "load_peak": load_peak,
+        "save_peak": save_peak,
+    }
     (Path(said) / f"{dist.get_rank()}.json").write_text(json.dumps(measured))
 
 
@@ -267,7 +282,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str]) -> str:
 
 def measure(
     source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: Callable[[str], None], *, warm: bool = True
-) -> list[Measured]:  # fmt: skip
+) -> list[Measured]:
     """Every job on one checkpoint, in turns. warm: memory is touched before each."""
     size = size_of(source) / 1e9
     found: dict[str, Measured] = {}

@@ -170,9 +170,11 @@ def check(stages: Sequence[str], output: Path, *, small: bool, head: str) -> int
     def start(names: Sequence[str]) -> "subprocess.Popen[bytes]":
         words = [output, command, head, *(["--small"] if small else []), *names]
         return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu_check.worker", *map(str, words)], cwd=ROOT, env=os.environ | environment,
+            [sys.executable, "-m", "benchmarks.gpu_check.worker", *map(str, words)],
+            cwd=ROOT,
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
 
     begin = time.monotonic()
     record = run_stages(stages, output, start, about={"command": command, "commit": head})

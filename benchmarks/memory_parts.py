@@ -95,8 +95,10 @@ def _run(choice: str, folder: str) -> Any:
     from swift_mega.config import schema
 
     return schema.Run(
-        model=schema.Model(path=folder, dtype="float32"), tuner=schema.Tuner(type="full"), train=schema.Train(**TRAIN[choice])
-    )  # fmt: skip
+        model=schema.Model(path=folder, dtype="float32"),
+        tuner=schema.Tuner(type="full"),
+        train=schema.Train(**TRAIN[choice]),
+    )
 
 
 def _formula(choice: str, folder: str) -> tuple[Callable[[int], int], Callable[[int], int]]:
@@ -123,8 +125,12 @@ def _formula(choice: str, folder: str) -> tuple[Callable[[int], int], Callable[[
 
 
 def measure(
-    say: Callable[[str], None], *, choices: Sequence[str] = tuple(TRAIN), lengths: Sequence[int] = LENGTHS, given: int = GIVEN
-) -> dict[str, Any]:  # fmt: skip
+    say: Callable[[str], None],
+    *,
+    choices: Sequence[str] = tuple(TRAIN),
+    lengths: Sequence[int] = LENGTHS,
+    given: int = GIVEN,
+) -> dict[str, Any]:
     """(a)"""
     from swift_mega.device import device as devices
 
@@ -150,11 +156,18 @@ def measure(
 
 def point(choice: str, tokens: int, formula: int, folder: str) -> Point:
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [sys.executable, __file__, WORK, choice, str(tokens), folder], env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
+        [sys.executable, __file__, WORK, choice, str(tokens), folder],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(f"{choice}, {tokens} tokens failed:\n{done.stderr}")
     said = json.loads(done.stdout.splitlines()[-1])

@@ -137,8 +137,10 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     run = schema.Run(
         model=schema.Model(path=str(model), dtype="float32"),
         tuner=schema.Tuner(type="lora", rank=RANK, alpha=2 * RANK),
-        optim=schema.Optim(lr=RATE, schedule="constant", weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, clip_grad=CLIP),
-    )  # fmt: skip
+        optim=schema.Optim(
+            lr=RATE, schedule="constant", weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, clip_grad=CLIP
+        ),
+    )
     _one_rank()
     training = build_training(run, device, groups.init(layout_of(run, 1)), steps=10**6)
     with torch.no_grad():  # `up` starts at zero, which would hide a wrong `down`
@@ -146,8 +148,14 @@ def ours(model: Path, adapter: Path) -> StepFunction:
             if ".adapter.up." in held.name:
                 held.parameter.copy_(torch.randn(held.parameter.shape) * 0.02)
     save_checkpoint(
-        training.tuner, training.part, training.groups, adapter, source=str(model), max_shard_size="5GB", dtype=torch.float32
-    )  # fmt: skip
+        training.tuner,
+        training.part,
+        training.groups,
+        adapter,
+        source=str(model),
+        max_shard_size="5GB",
+        dtype=torch.float32,
+    )
 
     def step(batch: Batch) -> tuple[float, float]:
         rows = [[index] for index in range(len(batch.examples))]
@@ -258,7 +266,7 @@ class Result:
         return (
             f"{self.scenario:10} {side:7} {statistics.median(speeds):9.1f} {min(speeds):7.1f} {max(speeds):7.1f} "
             f"{cpu:10.1f} {peak:8.2f}  {ratios}"
-        )  # fmt: skip
+        )
 
 
 class Sides:

@@ -60,13 +60,24 @@ def build(wheels: Path) -> None:
         published = [f"{name}=={VERSION}" for name in ("transformer-engine", core)]
         pip("download", "--no-deps", "--only-binary=:all:", "--dest", str(made), *published, *IMPORTED)
         pip(
-            "download", "--no-deps", "--no-build-isolation", "--no-binary=:all:", "--dest", str(source),
-            f"transformer-engine-torch=={VERSION}", environment=os.environ | compiler(),
-        )  # fmt: skip
-        pip(
-            "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(made), str(unpacked(source)),
+            "download",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary=:all:",
+            "--dest",
+            str(source),
+            f"transformer-engine-torch=={VERSION}",
             environment=os.environ | compiler(),
-        )  # fmt: skip
+        )
+        pip(
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(made),
+            str(unpacked(source)),
+            environment=os.environ | compiler(),
+        )
         made.rename(wheels)
 
 
@@ -100,9 +111,13 @@ def compiler() -> Mapping[str, str]:
     toolkit = Path(here).parent
     headers = [toolkit / "include", *Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include")]
     return {
-        "CUDA_HOME": str(toolkit), "CPATH": os.pathsep.join(map(str, headers)), "MAX_JOBS": str(FILES),
-        "NVTE_PYTORCH_FORCE_BUILD": "TRUE", "NVTE_WITH_NCCL_EP": "0", "NVTE_FRAMEWORK": "pytorch",
-    }  # fmt: skip
+        "CUDA_HOME": str(toolkit),
+        "CPATH": os.pathsep.join(map(str, headers)),
+        "MAX_JOBS": str(FILES),
+        "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
+        "NVTE_WITH_NCCL_EP": "0",
+        "NVTE_FRAMEWORK": "pytorch",
+    }
 
 
 def pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:

@@ -45,11 +45,15 @@ def main() -> int:
     recipe = api.load_recipe(
         str(ROOT / "examples" / "sft_self_cognition.yaml"),
         [
-            f"model.path={model}", f"data.dataset={ROOT}/examples/data/self_cognition.jsonl", f"data.model_name={NAME}",
-            f"data.model_author={AUTHOR}", f"train.output_dir={output}", "export.merge_lora=true",
+            f"model.path={model}",
+            f"data.dataset={ROOT}/examples/data/self_cognition.jsonl",
+            f"data.model_name={NAME}",
+            f"data.model_author={AUTHOR}",
+            f"train.output_dir={output}",
+            "export.merge_lora=true",
             *(["train.steps=2", "train.epochs=null", "monitor.progress=false"] if smoke else []),
         ],
-    )  # fmt: skip
+    )
     trained = api.train(recipe.run, nproc=2)
 
     heading("After: the exported adapter under transformers + peft")
@@ -108,12 +112,17 @@ def prove(model: str, trained: api.TrainResult, output: Path, layout: str) -> li
     return [
         (
             f"{' and '.join(layouts)} equals Hugging Face: logits, {worst.tensors} gradients",
-            f"{worst.logits:.1e}, {worst.gradient:.1e}", full.passed,
+            f"{worst.logits:.1e}, {worst.gradient:.1e}",
+            full.passed,
         ),
-        (f"trained adapter on pp2 equals PEFT: logits, {one.tensors} gradients", f"{one.logits:.1e}, {one.gradient:.1e}", adapter.passed),
+        (
+            f"trained adapter on pp2 equals PEFT: logits, {one.tensors} gradients",
+            f"{one.logits:.1e}, {one.gradient:.1e}",
+            adapter.passed,
+        ),
         ("Hugging Face -> Megatron (pp2) -> Hugging Face, bit for bit", f"{same} tensors", same > 0),
         ("merged model equals the adapter under PEFT: logits", f"{gap:.1e}", gap < 1e-3),
-    ]  # fmt: skip
+    ]
 
 
 def recipe_parallel() -> api.Parallel:

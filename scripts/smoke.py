@@ -72,9 +72,15 @@ def main() -> int:
 def _start(name: str) -> tuple[str, float, "subprocess.CompletedProcess[str]"]:
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, ROOT / name, *STARTED[name]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False,
-    )  # fmt: skip
+        [sys.executable, ROOT / name, *STARTED[name]],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
     return name, time.monotonic() - begin, done
 
 

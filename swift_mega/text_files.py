@@ -60,7 +60,7 @@ def parse_json(text: str | bytes, *, pairs: Pairs | None = None) -> Any:
 
 def read_object(
     path: str | Path, *, remedy: str = "copy it from the source again", pairs: Pairs | None = None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The JSON object in a file of a model or an adapter; UserError where there is none, which ends with `remedy`.
 
     pairs: as for `parse_json`; a UserError that it raises gets the path before it and the remedy behind it.

@@ -31,10 +31,19 @@ class StandIn(torch.nn.Module):
     """Parameters and their defaults are TEDotProductAttention's."""
 
     def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, attention_dropout: float | None = None,
-        softmax_scale: float | None = None, k_channels: int | None = None, v_channels: int | None = None, num_splits: int | None = None,
-        cp_comm_type: str | None = "p2p", pg_collection: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        num_splits: int | None = None,
+        cp_comm_type: str | None = "p2p",
+        pg_collection: Any = None,
+    ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self" and attention_dropout == 0
         assert k_channels is v_channels is num_splits is None, "a head's size is the config's kv_channels"
@@ -65,9 +74,16 @@ class StandIn(torch.nn.Module):
         raise AssertionError("nothing is to be read into this")
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, attn_mask_type: AttnMaskType,
-        attention_bias: Tensor | None = None, packed_seq_params: PackedSeqParams | None = None, num_splits: int | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        num_splits: int | None = None,
+    ) -> Tensor:
         """[tokens, heads, dim] each of this rank -> [tokens, heads * dim]."""
         assert attention_mask is attention_bias is num_splits is None and attn_mask_type == AttnMaskType.causal
         row = packed_seq_params
@@ -86,9 +102,7 @@ class StandIn(torch.nn.Module):
         return out[torch.tensor(places[group.rank()])].flatten(1)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, window: int | None
-) -> Tensor:  # fmt: skip
+def attention(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, window: int | None) -> Tensor:
     """One softmax over everything, by the definition."""
     tokens, group = len(query), query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))

@@ -96,9 +96,16 @@ def mxfp4(name: str, weight: Tensor) -> Made:
 
 
 def gptq(
-    name: str, weight: Tensor, *, bits: int = 4, group: int = 16, act_order: bool = False, v2: bool = False, sym: bool = False,
+    name: str,
+    weight: Tensor,
+    *,
+    bits: int = 4,
+    group: int = 16,
+    act_order: bool = False,
+    v2: bool = False,
+    sym: bool = False,
     g_idx: bool = True,
-) -> Made:  # fmt: skip
+) -> Made:
     module, each, top = name.removesuffix(".weight"), 32 // bits, (1 << bits) - 1
     rows, inputs = weight.shape
     groups = -(-inputs // group)
@@ -177,10 +184,18 @@ def four_bit(name: str, weight: Tensor, *, kind: str = "nf4", block: int = 64, n
             [max(map(abs, moved[s : s + nested])) or 1.0 for s in range(0, len(moved), nested)]
         ).tolist()
         codes = [_nearest(steps, value / outer[n // nested]) for n, value in enumerate(moved)]
-        largest = (torch.tensor([steps[code] for code in codes]) *
-                   torch.tensor([outer[n // nested] for n in range(len(codes))]) + offset).tolist()  # fmt: skip
-        stored.update({".absmax": torch.tensor(codes, dtype=torch.uint8), ".nested_absmax": torch.tensor(outer),
-                       ".nested_quant_map": torch.tensor(steps)})  # fmt: skip
+        largest = (
+            torch.tensor([steps[code] for code in codes])
+            * torch.tensor([outer[n // nested] for n in range(len(codes))])
+            + offset
+        ).tolist()
+        stored.update(
+            {
+                ".absmax": torch.tensor(codes, dtype=torch.uint8),
+                ".nested_absmax": torch.tensor(outer),
+                ".nested_quant_map": torch.tensor(steps),
+            }
+        )
         state.update(nested_blocksize=nested, nested_dtype="float32", nested_offset=offset)
     packed, meant = [0] * -(-len(flat) // 2), []
     for n, value in enumerate(flat):

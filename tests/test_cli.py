@@ -551,9 +551,16 @@ def test_compare(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool
     assert main([*COMPARE, *words.split(), *files.split()]) == (0 if passed else 1)
     one, other = {**plain[0], "engine": "hf"}, {**plain[1], "layout": "tp2-sp", "model": "model"}
     options = {
-        "tolerance": 1e-6, "top_k": 3, "dtype": "float64", "dequantize": True, "json": "out.json", "plot": "out.png",
-        "prompts": "data.jsonl", "tokenizer": "model", "scratch": "model",
-    }  # fmt: skip
+        "tolerance": 1e-6,
+        "top_k": 3,
+        "dtype": "float64",
+        "dequantize": True,
+        "json": "out.json",
+        "plot": "out.png",
+        "prompts": "data.jsonl",
+        "tokenizer": "model",
+        "scratch": "model",
+    }
     assert api.calls[1] == ("compare", (one, other), options)
 
 

@@ -66,9 +66,13 @@ WORDS = [
     "full",
 ]
 LEAVES = (
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.sampled_from([2**70, -(2**63), "", "a", "\ud800", "é" * 50, "1"])
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.floats()
+    | st.sampled_from([2**70, -(2**63), "", "a", "\ud800", "é" * 50, "1"])
     | st.text(max_size=8)
-)  # fmt: skip
+)
 JSON = st.recursive(
     LEAVES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),

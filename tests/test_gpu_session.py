@@ -50,8 +50,11 @@ def test_a_stage_costs_itself_alone(tmp_path: Path) -> None:
     """One that raises, one that kills its process and one that hangs; what each found before stays."""
     record, processes = run(tmp_path / "gpu.json", ["raises", "dies", "hangs", "fine"], limit=1.0)
     assert {name: entry["state"] for name, entry in record.stages.items()} == {
-        "raises": "failed", "dies": "failed", "hangs": "failed", "fine": "done",
-    }  # fmt: skip
+        "raises": "failed",
+        "dies": "failed",
+        "hangs": "failed",
+        "fine": "done",
+    }
     assert processes == 3
     assert "status -6" in record.stages["dies"]["error"]
     assert record.stages["hangs"]["error"] == "hangs took more than 1 s and was ended"
@@ -94,8 +97,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_session.importlib.metadata, "version", version)
     lacking = gpu_session.missing()
     assert {text.partition(">")[0]: there for text, there in lacking.items()} == {
-        "megatron-core": "nothing", "transformers": "5.17.0",
-    }  # fmt: skip
+        "megatron-core": "nothing",
+        "transformers": "5.17.0",
+    }
     said = gpu_session.refuse(lacking, "NVIDIA H200", small=False)
     assert said is not None and "(5.17.0 is installed)" in said and "GPU_PYTHON=python3" in said
 

@@ -66,8 +66,11 @@ class Bench:
             from transformers.utils.logging import disable_progress_bar
 
             config: Any = LlamaConfig(
-                **SIZES[size], max_position_embeddings=65536, tie_word_embeddings=True, initializer_range=SIZES[size]["hidden_size"] ** -0.5
-            )  # fmt: skip
+                **SIZES[size],
+                max_position_embeddings=65536,
+                tie_word_embeddings=True,
+                initializer_range=SIZES[size]["hidden_size"] ** -0.5,
+            )
             dtype = torch.bfloat16 if size == "1b" else torch.float32
             disable_progress_bar()
             torch.manual_seed(0)
@@ -115,13 +118,15 @@ class Bench:
 
 def run_of(
     model: Path, dtype: DtypeName, tuner: str, *, adapter: Path | None = None, optim: schema.Optim = OPTIM, **train: Any
-) -> schema.Run:  # fmt: skip
+) -> schema.Run:
     """A run's settings; the optimizer is not distributed, so that gradients are whole."""
     return schema.Run(
-        model=schema.Model(path=str(model), dtype=dtype, adapters=(str(adapter),) if adapter else ()), optim=optim,
-        tuner=schema.Tuner(type=tuner, rank=8, alpha=16), train=schema.Train(**train),
+        model=schema.Model(path=str(model), dtype=dtype, adapters=(str(adapter),) if adapter else ()),
+        optim=optim,
+        tuner=schema.Tuner(type=tuner, rank=8, alpha=16),
+        train=schema.Train(**train),
         parallel=schema.Parallel(distributed_optimizer=False),
-    )  # fmt: skip
+    )
 
 
 def computed_by(training: Training) -> str:

@@ -8,9 +8,17 @@ from torch import Tensor
 
 
 def attention_in_float64(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None = None,
-    softcap: float | None = None, alibi: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bounds: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """[tokens, heads, value_dim]; arguments as ops.attention.attention has them. One [heads, n, n] softmax an example."""
     outs = []
     for start, end in zip(bounds, bounds[1:], strict=False):

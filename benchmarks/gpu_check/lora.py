@@ -78,8 +78,14 @@ def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: s
     with bench.training(run_of(model, "float32", tuner, adapter=start)) as training:
         losses, by = [train_step(training, batch).loss for _ in range(STEPS)], computed_by(training)
         save_checkpoint(
-            training.tuner, training.part, training.groups, folder, source=model, max_shard_size="5GB", dtype=torch.float32
-        )  # fmt: skip
+            training.tuner,
+            training.part,
+            training.groups,
+            folder,
+            source=model,
+            max_shard_size="5GB",
+            dtype=torch.float32,
+        )
     expected, weights = _by_torch(bench, model, start, batch)
     before, after = Checkpoint(start or model), Checkpoint(folder)
     assert before.entries.keys() == weights.keys(), sorted(before.entries.keys() ^ weights.keys())
@@ -139,8 +145,14 @@ def exported(bench: Bench, size: str, batch: Sequence[Microbatch], dtype: DtypeN
         train_step(training, batch)
         loss = evaluate(training, [batch])
         save_checkpoint(
-            training.tuner, training.part, training.groups, adapter, source=model, max_shard_size="5GB", dtype=torch.float32
-        )  # fmt: skip
+            training.tuner,
+            training.part,
+            training.groups,
+            adapter,
+            source=model,
+            max_shard_size="5GB",
+            dtype=torch.float32,
+        )
     merge(model, adapter, merged, overwrite=True)
     differences = [
         abs(_loss(bench, network(bench, *of).eval(), batch) - loss)

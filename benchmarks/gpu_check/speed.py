@@ -94,8 +94,13 @@ def _theirs(bench: Bench, model: Path, adapter: Path) -> StepFunction:
     net = network(bench, model, getattr(torch, bench.dtype), adapter, trainable=True).train()
     parameters = [x for x in net.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, weight_decay=OPTIM.weight_decay, fused=True
-    )  # fmt: skip
+        parameters,
+        lr=OPTIM.lr,
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+        fused=True,
+    )
 
     def step(rows: Rows) -> tuple[float, float]:
         targets, total = sum(row.targets for row in rows), 0.0

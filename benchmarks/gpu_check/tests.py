@@ -20,9 +20,14 @@ def run(bench: Bench, stage: Stage) -> None:
         return
     bench.free()
     done = subprocess.run(
-        [sys.executable, *COMMAND], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *COMMAND],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         print(*lines[-60:], done.stderr, sep="\n", flush=True)

@@ -33,7 +33,7 @@ class Answerer:
 
     def __init__(
         self, model: str, adapters: str | None = None, chat_template: str | None = None, dequantize: bool = False
-    ) -> None:  # fmt: skip
+    ) -> None:
         family_of(model)
         self._model, self._adapters, self._dequantize = model, adapters, dequantize
         if dequantize and quantization_of(model) is None:
@@ -97,10 +97,16 @@ class Answerer:
         asked = torch.tensor([self.tokens(messages)], device=DEVICE.device)
         with torch.inference_mode():
             made = self.network.generate(
-                input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=self.stop_tokens or None, pad_token_id=self.tokenizer.eos_token_id, temperature=None, top_p=None,
+                input_ids=asked,
+                attention_mask=torch.ones_like(asked),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=self.stop_tokens or None,
+                pad_token_id=self.tokenizer.eos_token_id,
+                temperature=None,
+                top_p=None,
                 top_k=None,
-            )  # fmt: skip
+            )
         return self.tokenizer.decode(made[0, asked.shape[1] :], skip_special_tokens=True).strip()
 
 

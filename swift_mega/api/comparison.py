@@ -54,10 +54,19 @@ class Candidate:
 
 
 def compare(
-    a: Candidate | str, b: Candidate | str, *, prompts: str | None = None, tokenizer: str | None = None, dtype: str = "float32",
-    tolerance: float | None = None, top_k: int = 5, dequantize: bool = False, scratch: str | None = None, json: str | None = None,
+    a: Candidate | str,
+    b: Candidate | str,
+    *,
+    prompts: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    top_k: int = 5,
+    dequantize: bool = False,
+    scratch: str | None = None,
+    json: str | None = None,
     plot: str | None = None,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Runs `b` beside `a` on fixed sentences or on `prompts`, and measures every layer's output, the final norm's and the logits.
 
     prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
@@ -98,7 +107,7 @@ def compare(
         agreement.first = comparing.texts(agreement, reader.decode)
     found = Comparison(
         sides[0].name, sides[1].name, dtype, limit, len(rows), distances, agreement, tuple(dict.fromkeys(notes))
-    )  # fmt: skip
+    )
     if is_first_rank():
         if json is not None:
             found.write_json(Path(json))
@@ -175,9 +184,18 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     else:
         layers, hidden, vocab = _sizes(config)
     return Side(
-        checkpoint=path, config=config, model=given.model, engine=engine, mcore_files=files, layout=layout, layers=layers, hidden=hidden,
-        vocab=vocab, adapter=None if given.adapter is None else Path(given.adapter), dequantize=dequantize and quantised,
-    )  # fmt: skip
+        checkpoint=path,
+        config=config,
+        model=given.model,
+        engine=engine,
+        mcore_files=files,
+        layout=layout,
+        layers=layers,
+        hidden=hidden,
+        vocab=vocab,
+        adapter=None if given.adapter is None else Path(given.adapter),
+        dequantize=dequantize and quantised,
+    )
 
 
 def _config_of(path: Path, model: str | None, letter: str) -> Path:

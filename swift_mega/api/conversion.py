@@ -43,10 +43,18 @@ from swift_mega.train.build import build_part, dequantised_dtype
 
 
 def convert(
-    *, source: str, to: str, output: str, model: str | None = None, parallel: schema.Parallel | None = None,
-    dtype: str | None = None, max_shard_size: str = "5GB", overwrite: bool = False, dequantize: bool = False,
+    *,
+    source: str,
+    to: str,
+    output: str,
+    model: str | None = None,
+    parallel: schema.Parallel | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dequantize: bool = False,
     rows: schema.Model | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
 
     model: config and tokenizer for a Megatron checkpoint that something else wrote. dtype: of the result; default: that of every
@@ -67,9 +75,14 @@ def convert(
         with resized(schema.Run(model=dataclasses.replace(rows, path=source))) as larger:
             assert larger.model.path is not None
             convert(
-                source=larger.model.path, to=to, output=output, parallel=parallel, dtype=dtype, max_shard_size=max_shard_size,
+                source=larger.model.path,
+                to=to,
+                output=output,
+                parallel=parallel,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
                 overwrite=overwrite,
-            )  # fmt: skip
+            )
         return
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     if run.parallel.context > 1:
@@ -91,8 +104,17 @@ def convert(
             run_ranks(1, _whole_to_mcore, layout, wide, model_source, output, overwrite)
         else:
             run_ranks(
-                layout.world, on_device, _to_mcore, run, layout, wide, model_source, output, overwrite, timeout_minutes=minutes
-            )  # fmt: skip
+                layout.world,
+                on_device,
+                _to_mcore,
+                run,
+                layout,
+                wide,
+                model_source,
+                output,
+                overwrite,
+                timeout_minutes=minutes,
+            )
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
         model_source = _source(run, source, kind)
         checkpoint = model_source.tensors
@@ -114,8 +136,14 @@ def convert(
 
 
 def _from_megatron(
-    run: schema.Run, source: str, output: str, model: str | None, kind: torch.dtype | None, shard_bytes: int, overwrite: bool
-) -> None:  # fmt: skip
+    run: schema.Run,
+    source: str,
+    output: str,
+    model: str | None,
+    kind: torch.dtype | None,
+    shard_bytes: int,
+    overwrite: bool,
+) -> None:
     """A Megatron checkpoint as a Hugging Face directory. model, kind: as `convert`'s model and dtype."""
     iteration_directory(source)
     if run.model.dequantize:
@@ -229,9 +257,17 @@ def _to_mcore(
 
 
 def _to_hf(
-    run: schema.Run, device: Device, layout: Layout, kind: torch.dtype, original: Source, output: str, source: str,
-    dtypes: Any, shard_bytes: int, overwrite: bool,
-) -> None:  # fmt: skip
+    run: schema.Run,
+    device: Device,
+    layout: Layout,
+    kind: torch.dtype,
+    original: Source,
+    output: str,
+    source: str,
+    dtypes: Any,
+    shard_bytes: int,
+    overwrite: bool,
+) -> None:
     groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
         settings = original.settings
@@ -253,9 +289,15 @@ def _to_hf(
 
 
 def export(
-    *, model: str, adapters: str, output: str, merge: bool = True, max_shard_size: str = "5GB", overwrite: bool = False,
+    *,
+    model: str,
+    adapters: str,
+    output: str,
+    merge: bool = True,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
     dequantize: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes.
 
     dequantize: `model` is quantised, and what is written is plain.
@@ -267,9 +309,14 @@ def export(
 
 
 def quantize(
-    *, model: str, output: str, block: tuple[int, int] = (128, 128), max_shard_size: str = "5GB", overwrite: bool = False,
+    *,
+    model: str,
+    output: str,
+    block: tuple[int, int] = (128, 128),
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
     dequantize: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
 
     dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.

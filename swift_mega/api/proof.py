@@ -87,9 +87,17 @@ class Report:
 
 
 def verify(
-    model: str, layouts: Sequence[str] | None = None, *, tolerance: float = 1e-4, prompts: str | None = None, tuner: str = "full",
-    target_modules: Sequence[str] = ("all-linear",), adapters: str | None = None, dtype: str = "float64", dequantize: bool = False,
-) -> Report:  # fmt: skip
+    model: str,
+    layouts: Sequence[str] | None = None,
+    *,
+    tolerance: float = 1e-4,
+    prompts: str | None = None,
+    tuner: str = "full",
+    target_modules: Sequence[str] = ("all-linear",),
+    adapters: str | None = None,
+    dtype: str = "float64",
+    dequantize: bool = False,
+) -> Report:
     """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
 
     prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.

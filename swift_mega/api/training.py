@@ -73,8 +73,15 @@ def train(run: schema.Run, *, nproc: int | None = None, sources: Mapping[str, st
     with ExitStack() as stack:
         run, layout, prepared, pad = _checked(run, nproc, stack)
         return run_ranks(
-            layout.world, on_device, train_rank, run, layout, prepared, pad, timeout_minutes=run.parallel.distributed_timeout_minutes
-        )  # fmt: skip
+            layout.world,
+            on_device,
+            train_rank,
+            run,
+            layout,
+            prepared,
+            pad,
+            timeout_minutes=run.parallel.distributed_timeout_minutes,
+        )
 
 
 def _train_joined(run: schema.Run, nproc: int | None, sources: Mapping[str, str] | None) -> TrainResult:

@@ -79,9 +79,17 @@ def convert(arguments: Arguments) -> int:
     assert output is not None
     rows: dict[str, Any] = {"rows": run.model} if run.model.resize_vocab or run.model.new_special_tokens else {}
     api.convert(
-        source=source, to=to, output=output, model=model if source == mcore else None, parallel=run.parallel, dtype=dtype,
-        max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize, **rows,
-    )  # fmt: skip
+        source=source,
+        to=to,
+        output=output,
+        model=model if source == mcore else None,
+        parallel=run.parallel,
+        dtype=dtype,
+        max_shard_size=run.export.max_shard_size,
+        overwrite=overwrite,
+        dequantize=run.model.dequantize,
+        **rows,
+    )
     return 0
 
 
@@ -104,9 +112,14 @@ def export(arguments: Arguments) -> int:
     from swift_mega import api
 
     api.export(
-        model=model, adapters=adapters, output=output, merge=True, max_shard_size=run.export.max_shard_size, overwrite=overwrite,
+        model=model,
+        adapters=adapters,
+        output=output,
+        merge=True,
+        max_shard_size=run.export.max_shard_size,
+        overwrite=overwrite,
         dequantize=run.model.dequantize,
-    )  # fmt: skip
+    )
     return 0
 
 
@@ -122,8 +135,12 @@ def _export_quantized(arguments: Arguments, run: Run) -> int:
     from swift_mega import api
 
     api.quantize(
-        model=model, output=output, max_shard_size=run.export.max_shard_size, overwrite=overwrite, dequantize=run.model.dequantize
-    )  # fmt: skip
+        model=model,
+        output=output,
+        max_shard_size=run.export.max_shard_size,
+        overwrite=overwrite,
+        dequantize=run.model.dequantize,
+    )
     return 0
 
 

@@ -56,7 +56,7 @@ class Model:
 
 ContextKind = Literal[
     "auto", "ring", "ulysses", "hybrid", "allgather", "te:p2p", "te:a2a", "te:allgather", "te:a2a+p2p"
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, kw_only=True)

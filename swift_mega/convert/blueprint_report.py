@@ -90,25 +90,35 @@ class Plan:
 
 
 def make(
-    blueprint: Blueprint, layout: Layout, *, dtype: torch.dtype, directory: Path, checkpoint: TensorSource | None,
+    blueprint: Blueprint,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    directory: Path,
+    checkpoint: TensorSource | None,
     vocab_divisible_by: int = 128,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan for a layout; UserError where the checkpoint (None: there is only a config) does not fit its config."""
     covered: Coverage | None = None
     if checkpoint is not None:
         covered = check_coverage(blueprint.family, blueprint.settings, checkpoint, blueprint.wanted)
     parameters = check_tiling(blueprint, layout, vocab_divisible_by=vocab_divisible_by)
     return Plan(
-        model=str(directory), layout=layout.name, ranks=layout.world, dtype=str(dtype).removeprefix("torch."),
-        parameters=parameters, tensors=len(covered.read) if covered else len(blueprint.wanted),
+        model=str(directory),
+        layout=layout.name,
+        ranks=layout.world,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        tensors=len(covered.read) if covered else len(blueprint.wanted),
         source_bytes=sum(entry.bytes for entry in checkpoint.entries.values()) if checkpoint else None,
-        carried=covered.carried if covered else {}, left=covered.left if covered else {},
+        carried=covered.carried if covered else {},
+        left=covered.left if covered else {},
         stages=tuple(
             _stage(blueprint, layout, stage, dtype, checkpoint, vocab_divisible_by) for stage in range(layout.pipeline)
         ),
         notes=blueprint.settings.notes,
         beside=unread(directory) if checkpoint is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _stage(

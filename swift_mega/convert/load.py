@@ -90,9 +90,12 @@ def fill(value: Tensor, checkpoint: TensorSource, rule: Rule, pieces: Sequence[S
 def slices_of(part: ModelPart, checkpoint: TensorSource, held: Held) -> list[Slice]:
     """What this rank reads for a parameter."""
     return slices(
-        held.rule, {name: checkpoint.shape(name) for name in held.parts}, cut=part.tensor_axis(held), heads=part.heads,
+        held.rule,
+        {name: checkpoint.shape(name) for name in held.parts},
+        cut=part.tensor_axis(held),
+        heads=part.heads,
         rows=rows_of(held.parameter.shape),
-    )  # fmt: skip
+    )
 
 
 def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:

@@ -131,10 +131,17 @@ def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[in
 
 
 def save(
-    part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path,
-    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False,
-    edit: Callable[[Path], None] = lambda staging: None, convert_carried: bool = False,
-) -> None:  # fmt: skip
+    part: ModelPart,
+    groups: Groups,
+    directory: str | Path,
+    *,
+    source: str | Path,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    edit: Callable[[Path], None] = lambda staging: None,
+    convert_carried: bool = False,
+) -> None:
     """Writes a complete Hugging Face directory. Collective; `source` gives config, tokenizer and chat template.
 
     dtypes: of the tensors by Hugging Face name, or one for all. edit: changes the files that came from `source`, on rank 0.
@@ -149,14 +156,21 @@ def save(
         edit(staging)
 
     write_directory(
-        part, groups, Path(directory), list(part.held()), dtypes=dtypes, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-        companions=beside, carried=carried,
-    )  # fmt: skip
+        part,
+        groups,
+        Path(directory),
+        list(part.held()),
+        dtypes=dtypes,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        companions=beside,
+        carried=carried,
+    )
 
 
 def companions_from(
     source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, settings: Settings, carried: Carried | None
-) -> Callable[[Path], None]:  # fmt: skip
+) -> Callable[[Path], None]:
     """Writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes.
 
     UserError at once, before a weight is written, where one of them is a link to nothing.
@@ -178,7 +192,7 @@ def companions_from(
 
 def carried_tensors(
     settings: Settings, source: Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, *, convert: bool
-) -> Carried | None:  # fmt: skip
+) -> Carried | None:
     """What a source directory holds that is not computed but kept: of its own weights, or what lies beside a Megatron checkpoint.
 
     Plain tensors keep their numbers and dtype, or get that of `dtypes` where it is one for all and `convert` says so. Quantised ones
@@ -200,27 +214,52 @@ def carried_tensors(
 
 
 def write_directory(
-    part: ModelPart, groups: Groups, target: Path, exported: Sequence[Held], *, dtypes: Mapping[str, torch.dtype] | torch.dtype,
-    max_shard_bytes: int, companions: Callable[[Path], None], overwrite: bool = False, stem: str = "model",
-    value: Value = lambda held: held.parameter, carried: Carried | None = None, any_number: bool = False,
-) -> None:  # fmt: skip
+    part: ModelPart,
+    groups: Groups,
+    target: Path,
+    exported: Sequence[Held],
+    *,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    max_shard_bytes: int,
+    companions: Callable[[Path], None],
+    overwrite: bool = False,
+    stem: str = "model",
+    value: Value = lambda held: held.parameter,
+    carried: Carried | None = None,
+    any_number: bool = False,
+) -> None:
     """Writes `exported` of all ranks as one safetensors directory; rank 0 adds the files that `companions` writes.
 
     value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are. any_number: NaN and
     infinity too, which no model may hold.
     """
     write_pieces(
-        pieces(part, groups, exported, value), _gather_owned(part, exported), target, dtypes=dtypes,
-        max_shard_bytes=max_shard_bytes, companions=companions, overwrite=overwrite, stem=stem, carried=carried,
+        pieces(part, groups, exported, value),
+        _gather_owned(part, exported),
+        target,
+        dtypes=dtypes,
+        max_shard_bytes=max_shard_bytes,
+        companions=companions,
+        overwrite=overwrite,
+        stem=stem,
+        carried=carried,
         any_number=any_number,
-    )  # fmt: skip
+    )
 
 
 def write_pieces(
-    mine: Iterable[Piece], whole: Mapping[str, tuple[int, ...]], target: Path, *,
-    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, companions: Callable[[Path], None],
-    overwrite: bool = False, stem: str = "model", carried: Carried | None = None, any_number: bool = False,
-) -> None:  # fmt: skip
+    mine: Iterable[Piece],
+    whole: Mapping[str, tuple[int, ...]],
+    target: Path,
+    *,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    max_shard_bytes: int,
+    companions: Callable[[Path], None],
+    overwrite: bool = False,
+    stem: str = "model",
+    carried: Carried | None = None,
+    any_number: bool = False,
+) -> None:
     """`mine` of all ranks, which are the tensors of these whole shapes, as one safetensors directory. Collective."""
     shapes = together(_in_order(whole))
     kinds = _kinds(shapes, dtypes)
@@ -239,11 +278,15 @@ def write_pieces(
 
 
 def _write(
-    tensors: Iterable[Piece], staging: Path, planned: Mapping[str, Planned], written: Callable[[int], object], any_number: bool
-) -> dict[str, str]:  # fmt: skip
+    tensors: Iterable[Piece],
+    staging: Path,
+    planned: Mapping[str, Planned],
+    written: Callable[[int], object],
+    any_number: bool,
+) -> dict[str, str]:
     """Writes this rank's tensors; returns the sha256 of all ranks'. Collective: who cannot write goes on taking tensors, which
     other ranks wait for in `_gather`.
-    """  # fmt: skip
+    """
     problem, found = None, {}
     with (
         torch.no_grad(),
@@ -326,6 +369,6 @@ def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     """Layer by layer in number order, so that a file holds whole layers and a listing reads well."""
 
     def key(name: str) -> list[tuple[int, str | int]]:
-        return [(1, int(word)) if word.isdigit() else (0, word) for word in re.split(r"(\d+)", name)]  # fmt: skip
+        return [(1, int(word)) if word.isdigit() else (0, word) for word in re.split(r"(\d+)", name)]
 
     return {name: shapes[name] for name in sorted(shapes, key=key)}

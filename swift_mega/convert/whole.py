@@ -89,9 +89,15 @@ def _count(slot: Slot, settings: Settings, size: int, most: int) -> int:
 
 
 def write_mcore(
-    blueprint: Blueprint, layout: Layout, output: str | Path, checkpoint: TensorSource, *, overwrite: bool = False,
-    vocab_divisible_by: int = 128, most: int = MOST,
-) -> None:  # fmt: skip
+    blueprint: Blueprint,
+    layout: Layout,
+    output: str | Path,
+    checkpoint: TensorSource,
+    *,
+    overwrite: bool = False,
+    vocab_divisible_by: int = 128,
+    most: int = MOST,
+) -> None:
     """What `save_mcore` of the ranks of `layout` writes, by this process alone. In a group of one rank."""
     target, settings = Path(output), blueprint.settings
     check_coverage(blueprint.family, settings, checkpoint, blueprint.wanted)
@@ -107,7 +113,7 @@ def write_mcore(
 
 def _write_slots(
     writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: TensorSource, rows: int, most: int
-) -> None:  # fmt: skip
+) -> None:
     """Every parameter in bands, from the Hugging Face tensors; rows: of the padded vocabulary."""
     settings = blueprint.settings
     with bytes_bar(_bytes(blueprint), "writing") as bar:
@@ -136,9 +142,7 @@ def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
         at += stop - start
 
 
-def _write(
-    writer: ChunkWriter, slot: Slot, place: Place, start: int, value: Tensor, *, size: int, padded: int
-) -> None:  # fmt: skip
+def _write(writer: ChunkWriter, slot: Slot, place: Place, start: int, value: Tensor, *, size: int, padded: int) -> None:
     """Rows of a place from `start` on, in the chunks that the `size` tensor ranks would write."""
     rows = padded if slot.rule.pack.padded else None
     box, dim = place.box(rows=rows), slot.rule.pack.held_dim
@@ -159,9 +163,16 @@ def _write(
 
 
 def read_mcore(
-    blueprint: Blueprint, directory: str | Path, output: str | Path, *, source: str | Path,
-    dtypes: Mapping[str, torch.dtype] | torch.dtype, max_shard_bytes: int, overwrite: bool = False, most: int = MOST,
-) -> tuple[int, int]:  # fmt: skip
+    blueprint: Blueprint,
+    directory: str | Path,
+    output: str | Path,
+    *,
+    source: str | Path,
+    dtypes: Mapping[str, torch.dtype] | torch.dtype,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    most: int = MOST,
+) -> tuple[int, int]:
     """A Megatron checkpoint of any layout as a Hugging Face directory, by this process alone. In a group of one rank.
 
     source: config, tokenizer and chat template. Returns how many tensors and objects of a training run's state were left out, and
@@ -176,9 +187,15 @@ def read_mcore(
         raise _unreadable(folder, error) from error
     carried = carried_tensors(blueprint.settings, Path(source), dtypes, convert=True)
     write_pieces(
-        _pieces(blueprint, stored, boxes, most), blueprint.wanted, Path(output), dtypes=dtypes, max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite, companions=companions_from(source, dtypes, blueprint.settings, carried), carried=carried,
-    )  # fmt: skip
+        _pieces(blueprint, stored, boxes, most),
+        blueprint.wanted,
+        Path(output),
+        dtypes=dtypes,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        companions=companions_from(source, dtypes, blueprint.settings, carried),
+        carried=carried,
+    )
     return stored.bytes_of(TRAINING)
 
 

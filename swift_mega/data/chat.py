@@ -75,9 +75,14 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, *, chat_template: str | None = None, template: str | None = None, loss_on: LossOn = "assistant",
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        template: str | None = None,
+        loss_on: LossOn = "assistant",
         vocab: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._vocab = vocab
         check_fast(tokenizer, name=getattr(tokenizer, "name_or_path", "") or "this model")
         self._tokenizer = tokenizer

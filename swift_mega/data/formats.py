@@ -85,7 +85,7 @@ Reply = Literal["required", "optional", "dropped"]
 
 def to_row(
     record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None, reply: Reply = "required"
-) -> Row:  # fmt: skip
+) -> Row:
     """The row that `record` describes; names of columns without a use are counted in `ignored`.
 
     Raises UserError that begins with `where` for anything that does not add up.
@@ -107,7 +107,7 @@ def to_row(
 
 def _shape(
     record: Mapping[str, Any], present: set[str], where: str, ignored: Counter[str], tags: Tags, reply: Reply
-) -> tuple[Row, set[str]]:  # fmt: skip
+) -> tuple[Row, set[str]]:
     system = None if record.get("system") is None else _text(record["system"], "system")
     if "messages" in present:
         turns = [

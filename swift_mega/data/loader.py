@@ -41,9 +41,14 @@ class Prepared:
 
 
 def prepare(
-    settings: Data, tokenizer: Any, *, progress: Progress | None = None, pad_each: int = 1, vocab: int | None = None,
+    settings: Data,
+    tokenizer: Any,
+    *,
+    progress: Progress | None = None,
+    pad_each: int = 1,
+    vocab: int | None = None,
     before: Trained = UNCHANGED,
-) -> Prepared:  # fmt: skip
+) -> Prepared:
     """All examples of a run, the same ones on every rank; the order is that of the files.
 
     tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: what examples are padded to in packed rows.
@@ -57,8 +62,12 @@ def prepare(
         )
     rows = load(settings)
     encoder = Encoder(
-        tokenizer, chat_template=settings.chat_template, template=before.chat_template, loss_on=settings.loss_on, vocab=vocab
-    )  # fmt: skip
+        tokenizer,
+        chat_template=settings.chat_template,
+        template=before.chat_template,
+        loss_on=settings.loss_on,
+        vocab=vocab,
+    )
     total = len(rows.train) + len(rows.validation)
     train, train_report = _encode(rows.train, settings, encoder, progress, 0, total, pad_each)
     validation, validation_report = _encode(

@@ -78,9 +78,7 @@ class Microbatch:
         return int(self.lengths.max())
 
 
-def pack_examples(
-    lengths: Sequence[int] | NDArray[np.int64], max_length: int, pad_each: int = 1
-) -> list[list[int]]:  # fmt: skip
+def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int, pad_each: int = 1) -> list[list[int]]:
     """Rows of example indices, each of at most `max_length` tokens, by best-fit decreasing; equal input, equal rows.
 
     lengths: tokens of each example. Each example goes, longest first, into the fullest row that still has room for it. With pad_each,

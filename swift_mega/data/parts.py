@@ -38,9 +38,7 @@ def check_parts(
         )
 
 
-def _not_marked(
-    name: str, messages: Sequence[Message], marked: Marked, trained: Collection[int]
-) -> Iterator[int]:  # fmt: skip
+def _not_marked(name: str, messages: Sequence[Message], marked: Marked, trained: Collection[int]) -> Iterator[int]:
     """Turns whose text does not stand between its marks."""
     cursor = 0
     for turn, message in enumerate(messages):

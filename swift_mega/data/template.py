@@ -35,7 +35,7 @@ from swift_mega.data.marks import (
     take_marks,
     turn_of,
     with_generation_marks,
-)  # fmt: skip
+)
 from swift_mega.data.parts import check_parts
 from swift_mega.errors import UserError
 

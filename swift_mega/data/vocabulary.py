@@ -16,7 +16,7 @@ CONVERT_RESIZED = RESIZE + "swift-mega convert --to hf --model DIR --resize_voca
 
 def check_tokens(
     tokens: Sequence[int] | NDArray[np.int32], vocab: int, tokenizer: Any, *, where: str, remedy: str = CONVERT_RESIZED
-) -> None:  # fmt: skip
+) -> None:
     """UserError where a token has no row in an embedding of `vocab` rows. where: what has the tokens, as a message begins."""
     if not len(tokens) or (largest := int(max(tokens) if isinstance(tokens, list) else np.max(tokens))) < vocab:
         return

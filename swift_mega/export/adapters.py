@@ -86,9 +86,12 @@ def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schem
             "give what is merged"
         )
     return schema.Tuner(
-        type="lora", rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora")),
+        type="lora",
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora")),
         target_modules=_targets(adapter.modules, linears),
-    )  # fmt: skip
+    )
 
 
 def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:

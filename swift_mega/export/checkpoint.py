@@ -14,9 +14,16 @@ from swift_mega.tuners.tuner import Tuner
 
 
 def save_checkpoint(
-    tuner: Tuner, part: ModelPart, groups: Groups, directory: str | Path, *, source: str | Path, max_shard_size: str,
-    dtype: torch.dtype, trained: Trained = UNCHANGED,
-) -> None:  # fmt: skip
+    tuner: Tuner,
+    part: ModelPart,
+    groups: Groups,
+    directory: str | Path,
+    *,
+    source: str | Path,
+    max_shard_size: str,
+    dtype: torch.dtype,
+    trained: Trained = UNCHANGED,
+) -> None:
     """Writes what `tuner` trained to `directory`, which appears whole or not at all. Collective.
 
     source: the Hugging Face directory that training started from; an adapter names it as its base. trained: what goes with
@@ -42,6 +49,13 @@ def save_checkpoint(
 
     # PEFT reads one file; an adapter is small
     write_directory(
-        part, groups, Path(directory), list(tuner.held(part)), dtypes=dtype, max_shard_bytes=1 << 62, companions=companions,
-        overwrite=True, stem="adapter_model",
-    )  # fmt: skip
+        part,
+        groups,
+        Path(directory),
+        list(tuner.held(part)),
+        dtypes=dtype,
+        max_shard_bytes=1 << 62,
+        companions=companions,
+        overwrite=True,
+        stem="adapter_model",
+    )

@@ -126,9 +126,14 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
 
 
 def merge(
-    model: str | Path, adapters: str | Path, output: str | Path, *, max_shard_size: str = "5GB", overwrite: bool = False,
+    model: str | Path,
+    adapters: str | Path,
+    output: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
     dequantize: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
 
     dequantize: a quantised `model` is merged in float32 and written plain, in the dtype that its config.json names.

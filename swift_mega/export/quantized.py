@@ -10,9 +10,14 @@ from swift_mega.outputs import staged
 
 
 def quantize(
-    model: str | Path, output: str | Path, *, block: tuple[int, int] = BLOCK, max_shard_size: str = "5GB", overwrite: bool = False,
+    model: str | Path,
+    output: str | Path,
+    *,
+    block: tuple[int, int] = BLOCK,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
     dequantize: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Writes `model` with the linears of attention and MLP in FP8, a scale for each block of (rows, columns).
 
     dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as

@@ -44,9 +44,14 @@ class Choices:
 
 
 def choices_of(
-    run: Run, *, hidden: int, device: Literal["cpu", "cuda"] = "cuda", microbatches: int = 1, longest: int | None = None,
+    run: Run,
+    *,
+    hidden: int,
+    device: Literal["cpu", "cuda"] = "cuda",
+    microbatches: int = 1,
+    longest: int | None = None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
-) -> Choices:  # fmt: skip
+) -> Choices:
     """The choices of a run of a model of `hidden` features. adapted: as Choices has it.
 
     UserError for train.recompute=selective, which has no formula."""
@@ -58,15 +63,24 @@ def choices_of(
             f"parallel.cp={run.parallel.cp} has no memory formula: Transformer Engine's attention was not read for it; plan with auto"
         )
     return Choices(
-        device=device, itemsize=_itemsize(run, device), rank=tuner.rank if tuner.type == "lora" else None,
-        adapted=adapted if tuner.type == "lora" else None, vocab_divisible_by=run.model.vocab_divisible_by,
-        distributed_optimizer=run.parallel.distributed_optimizer, gradients_in_float32=run.parallel.gradients_in_float32,
-        recompute=train.recompute, recompute_method=train.recompute_method,
-        recompute_layers=train.recompute_layers, tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
-        loss_chunk=train.loss_chunk_size, offload_activations=train.offload_activations,
+        device=device,
+        itemsize=_itemsize(run, device),
+        rank=tuner.rank if tuner.type == "lora" else None,
+        adapted=adapted if tuner.type == "lora" else None,
+        vocab_divisible_by=run.model.vocab_divisible_by,
+        distributed_optimizer=run.parallel.distributed_optimizer,
+        gradients_in_float32=run.parallel.gradients_in_float32,
+        recompute=train.recompute,
+        recompute_method=train.recompute_method,
+        recompute_layers=train.recompute_layers,
+        tile=(train.mlp_tile_size or hidden) if train.tile_mlp else None,
+        loss_chunk=train.loss_chunk_size,
+        offload_activations=train.offload_activations,
         offload_fraction=optim.offload_fraction if optim.cpu_offload else 0.0,
-        fused_activation=run.model.megatron.get("bias_activation_fusion"), microbatches=microbatches, longest=longest,
-    )  # fmt: skip
+        fused_activation=run.model.megatron.get("bias_activation_fusion"),
+        microbatches=microbatches,
+        longest=longest,
+    )
 
 
 def _itemsize(run: Run, device: str) -> int:

@@ -107,9 +107,12 @@ def _stage(settings: Settings, layout: Layout, choices: Choices, tokens: int, st
     offloaded = choices.offload_fraction
     summed = max(4, choices.itemsize) if choices.gradients_in_float32 else choices.itemsize
     static = Memory(
-        weights=weights, gradients=summed * trained, optimizer=round(share * state * (1 - offloaded)),
-        row=step.row(), host=round(share * (state + 4) * offloaded) + step.on_host(),
-    )  # fmt: skip
+        weights=weights,
+        gradients=summed * trained,
+        optimizer=round(share * state * (1 - offloaded)),
+        row=step.row(),
+        host=round(share * (state + 4) * offloaded) + step.on_host(),
+    )
     moments = [replace(static, **parts, moment=name) for name, parts in step.moments()]
     return max(moments, key=lambda one: one.total)
 

@@ -49,9 +49,14 @@ PEAKS = {"loss": "at the loss", "mlp": "in the MLP's backward pass", "attention"
 
 
 def plan_run(
-    run: Run, settings: Settings, layout: Layout, *, gpu_bytes: int, host_bytes: int | None,
+    run: Run,
+    settings: Settings,
+    layout: Layout,
+    *,
+    gpu_bytes: int,
+    host_bytes: int | None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Of rows of train.micro_batch_size times data.max_length tokens on CUDA. host_bytes: of one rank; None: without end.
 
     adapted: as Choices has it.
@@ -60,9 +65,11 @@ def plan_run(
     tokens = -(-train.micro_batch_size * run.data.max_length // layout.row_multiple) * layout.row_multiple
     microbatches = max(1, train.global_batch_size // (train.micro_batch_size * layout.data))
     choices = choices_of(run, hidden=settings.shape.hidden, microbatches=microbatches, adapted=adapted)
-    most = longest(
-        settings, layout, choices, device_bytes=max(0, gpu_bytes - RESERVE), host_bytes=host_bytes
-    )  # fmt: skip
+    most = longest(settings, layout, choices, device_bytes=max(0, gpu_bytes - RESERVE), host_bytes=host_bytes)
     return Plan(
-        layout=layout, tokens=tokens, memory=memory(settings, layout, choices, tokens), gpu_bytes=gpu_bytes, longest=most
-    )  # fmt: skip
+        layout=layout,
+        tokens=tokens,
+        memory=memory(settings, layout, choices, tokens),
+        gpu_bytes=gpu_bytes,
+        longest=most,
+    )

@@ -37,12 +37,18 @@ def widths(settings: Settings, layout: Layout, vocab_divisible_by: int = 128) ->
     _check(settings)
     head_dim, tensor = megatron["kv_channels"], layout.tensor
     return Widths(
-        hidden=shape.hidden, query=shape.heads // tensor * head_dim, key=max(1, shape.kv_heads // tensor) * head_dim,
-        heads=shape.heads // tensor, ffn=(shape.ffn or 0) // tensor, gated=megatron["gated_linear_unit"],
+        hidden=shape.hidden,
+        query=shape.heads // tensor * head_dim,
+        key=max(1, shape.kv_heads // tensor) * head_dim,
+        heads=shape.heads // tensor,
+        ffn=(shape.ffn or 0) // tensor,
+        gated=megatron["gated_linear_unit"],
         vocab=padded_vocabulary(shape.vocab, vocab_divisible_by, tensor) // tensor,
         rope=sum(len(rope.inverse_frequencies) for rope in settings.distinct_ropes),
-        query_norm=bool(megatron.get("qk_layernorm") or settings.whole_qk_norm or settings.head_qk_norm or settings.late_qk_norm),
-    )  # fmt: skip
+        query_norm=bool(
+            megatron.get("qk_layernorm") or settings.whole_qk_norm or settings.head_qk_norm or settings.late_qk_norm
+        ),
+    )
 
 
 def _check(settings: Settings) -> None:
@@ -88,10 +94,16 @@ def adapter_numbers(settings: Settings, layout: Layout, rank: int, parts: Collec
     """
     w = widths(settings, layout)
     sizes = {
-        "query": w.hidden + w.query, "key": w.hidden + w.key, "value": w.hidden + w.key, "joined_qkv": w.hidden + w.query + 2 * w.key,
-        "output": w.query + w.hidden, "gate": w.hidden + w.ffn, "up": w.hidden + w.ffn, "joined_gate_up": w.hidden + w.first,
+        "query": w.hidden + w.query,
+        "key": w.hidden + w.key,
+        "value": w.hidden + w.key,
+        "joined_qkv": w.hidden + w.query + 2 * w.key,
+        "output": w.query + w.hidden,
+        "gate": w.hidden + w.ffn,
+        "up": w.hidden + w.ffn,
+        "joined_gate_up": w.hidden + w.first,
         "down": w.ffn + w.hidden,
-    }  # fmt: skip
+    }
     if parts is None:
         parts = ("query", "key", "value", "output", *(("gate",) if w.gated else ()), "up", "down")
     return rank * sum(sizes[part] for part in parts)

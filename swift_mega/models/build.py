@@ -59,8 +59,13 @@ class Decoder(GPTModel):
             self.embedding.register_forward_hook(_normalise)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, context: Context | None = None, padding: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        context: Context | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
         context: the ranks that share the row; None: all of it is here. padding: [tokens] bool, tokens that a router's losses leave out;
         None: there are none.
@@ -225,9 +230,17 @@ def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
 
 
 def build(
-    family: Family, settings: Settings, layout: Layout, coordinate: Coordinate, *, device: Device, config: TransformerConfig,
-    vocab_divisible_by: int = 128, adapters: bool = False, tile: int | None = None,
-) -> ModelPart:  # fmt: skip
+    family: Family,
+    settings: Settings,
+    layout: Layout,
+    coordinate: Coordinate,
+    *,
+    device: Device,
+    config: TransformerConfig,
+    vocab_divisible_by: int = 128,
+    adapters: bool = False,
+    tile: int | None = None,
+) -> ModelPart:
     """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
     te = device.uses_transformer_engine(config.params_dtype)
@@ -239,12 +252,17 @@ def build(
         stage = virtual if layout.virtual > 1 else None
         index = virtual * layout.pipeline + coordinate.pipeline
         chunk = Decoder(
-            settings=settings, norm=norm, config=config, vp_stage=stage, max_sequence_length=settings.longest or 2**31,
+            settings=settings,
+            norm=norm,
+            config=config,
+            vp_stage=stage,
+            max_sequence_length=settings.longest or 2**31,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_of(specs, layers), layer_norm=norm),
             vocab_size=padded_vocabulary(settings.shape.vocab, vocab_divisible_by, layout.tensor),
-            pre_process=index == 0, post_process=index == layout.pipeline * layout.virtual - 1,
+            pre_process=index == 0,
+            post_process=index == layout.pipeline * layout.virtual - 1,
             share_embeddings_and_output_weights=settings.tied,
-        )  # fmt: skip
+        )
         chunks.append(chunk.to(device.device))
     part = ModelPart(family, settings, config, layout, coordinate, chunks)
     _mark_cut(part)

@@ -43,18 +43,35 @@ def translate(
     ffn = ffn or config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     megatron: dict[str, Any] = dict(
-        num_layers=layers, hidden_size=config.hidden_size, ffn_hidden_size=ffn,
-        num_attention_heads=heads, num_query_groups=kv_heads, kv_channels=head_dim,
+        num_layers=layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+        kv_channels=head_dim,
         layernorm_epsilon=getattr(config, epsilon) if isinstance(epsilon, str) else epsilon,
-        normalization="RMSNorm", gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
-        hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     shape = ModelShape(
-        layers=layers, heads=heads, kv_heads=kv_heads, experts=None, hidden=config.hidden_size,
-        ffn=ffn, expert_ffn=None, vocab=config.vocab_size, head_dim=head_dim,
-        alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks" if changes.get("alibi") else None,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        experts=None,
+        hidden=config.hidden_size,
+        ffn=ffn,
+        expert_ffn=None,
+        vocab=config.vocab_size,
+        head_dim=head_dim,
+        alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks"
+        if changes.get("alibi")
+        else None,
         key_heads_alone="has a norm of its own that tensor ranks cannot share" if changes.get("head_qk_norm") else None,
-    )  # fmt: skip
+    )
     found: dict[str, Any] = dict(
         shape=shape,
         heads=Heads(heads // kv_heads, head_dim, kv_heads),
@@ -73,19 +90,32 @@ def translate(
 
 
 def moe(
-    settings: Settings, *, experts: int, top_k: int, ffn: int, layers: tuple[bool, ...], normalise: bool = True,
-    shared: int | None = None, shared_gate: bool = False, routing: Routing | None = None,
-) -> Settings:  # fmt: skip
+    settings: Settings,
+    *,
+    experts: int,
+    top_k: int,
+    ffn: int,
+    layers: tuple[bool, ...],
+    normalise: bool = True,
+    shared: int | None = None,
+    shared_gate: bool = False,
+    routing: Routing | None = None,
+) -> Settings:
     """Settings with a mixture of experts in the marked layers, routed by softmax where there is no `routing`.
 
     normalise: the chosen probabilities sum to one, which is what Megatron computes when it takes the softmax after the choice.
     shared: columns of the expert that every token passes; shared_gate: its output is weighed by the sigmoid of a learned projection.
     """
     megatron = dict(
-        num_moe_experts=experts, moe_router_topk=top_k, moe_ffn_hidden_size=ffn, moe_router_pre_softmax=not normalise,
-        moe_layer_freq=[int(moe) for moe in layers], moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        num_moe_experts=experts,
+        moe_router_topk=top_k,
+        moe_ffn_hidden_size=ffn,
+        moe_router_pre_softmax=not normalise,
+        moe_layer_freq=[int(moe) for moe in layers],
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
         moe_router_dtype="fp32",
-    )  # fmt: skip
+    )
     if shared:
         megatron.update(moe_shared_expert_intermediate_size=shared, moe_shared_expert_gate=shared_gate)
     if routing is not None:

@@ -87,9 +87,15 @@ def _why_not(key: str) -> str:
 
 
 def transformer_config(
-    settings: Settings, layout: Layout, *, device: Device, dtype: torch.dtype, train: Train, given: Mapping[str, Any],
+    settings: Settings,
+    layout: Layout,
+    *,
+    device: Device,
+    dtype: torch.dtype,
+    train: Train,
+    given: Mapping[str, Any],
     aux_loss: float = 0.0,
-) -> TransformerConfig:  # fmt: skip
+) -> TransformerConfig:
     """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
     check_passthrough(given, settings, train, device, dtype)
     if is_latent(settings):
@@ -97,12 +103,17 @@ def transformer_config(
     check_biases(settings, layout.expert_tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True, variable_seq_lengths=layout.pipeline > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=layout.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default refuses rows of varying length, also in a model without experts
-        perform_initialization=False, use_cpu_initialization=device.kind == "cpu", deterministic_mode=train.deterministic,
+        perform_initialization=False,
+        use_cpu_initialization=device.kind == "cpu",
+        deterministic_mode=train.deterministic,
         **layout.settings(),
-    )  # fmt: skip
+    )
     if layout.mesh.engine:
         fields["cp_comm_type"] = layout.mesh.communication
     if settings.whole_qk_norm or settings.head_qk_norm:

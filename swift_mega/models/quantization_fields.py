@@ -133,8 +133,17 @@ def gptq_format(config: Mapping[str, Any]) -> str:
 
 ANY = None
 COMMON: dict[str, Values] = dict.fromkeys(
-    ("quant_method", "modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "producer", "meta", "dequantize")
-)  # fmt: skip
+    (
+        "quant_method",
+        "modules_to_not_convert",
+        "ignored_layers",
+        "ignore",
+        "exclude_modules",
+        "producer",
+        "meta",
+        "dequantize",
+    )
+)
 """Which modules are quantised, their tensors say."""
 COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
 WEIGHTS: dict[str, Values] = {
@@ -148,7 +157,7 @@ WEIGHTS: dict[str, Values] = {
 """Of a group of compressed-tensors' modules, what is understood."""
 CACHE: dict[str, Values] = dict.fromkeys(
     ("kv_cache_scheme", "kv_cache_quant_method", "kv_cache_quant_algo", "activation_scheme", "activation_scale_ub")
-)  # fmt: skip
+)
 """Of activations and of the cache, which plain weights have no use for."""
 OF_GPTQS_MAKING = dict.fromkeys(
     "tokenizer dataset damp_percent damp_auto_increment act_group_aware true_sequential static_groups backend model_seqlen mse "

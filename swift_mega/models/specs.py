@@ -88,10 +88,12 @@ def bound(module: Any, **fixed: Any) -> type:
 def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
     """Megatron's own modules, and experts of ours (models/modules/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
-        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=False,
-        qk_layernorm=settings.megatron.get("qk_layernorm", False), normalization="RMSNorm",
+        num_experts=settings.shape.experts if moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False),
+        normalization="RMSNorm",
         multi_latent_attention=is_latent(settings),
-    )  # fmt: skip
+    )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if settings.megatron.get("qk_layernorm", False):
         attention = spec.submodules.self_attention.submodules
@@ -113,9 +115,11 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> Mo
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=settings.shape.experts if moe else None, moe_grouped_gemm=moe,
-        qk_layernorm=settings.megatron.get("qk_layernorm", False), multi_latent_attention=is_latent(settings),
-    )  # fmt: skip
+        num_experts=settings.shape.experts if moe else None,
+        moe_grouped_gemm=moe,
+        qk_layernorm=settings.megatron.get("qk_layernorm", False),
+        multi_latent_attention=is_latent(settings),
+    )
     if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear

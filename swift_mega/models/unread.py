@@ -28,9 +28,7 @@ SHARED = (
 """Files of transformers that every model's code calls with its config."""
 
 
-def unread_fields(
-    directory: str | Path, family: Family, known: Set[str], others: Mapping[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+def unread_fields(directory: str | Path, family: Family, known: Set[str], others: Mapping[str, Any]) -> dict[str, Any]:
     """Of fields that the family does not know, those that transformers pays no attention to; UserError where it does, or may."""
     if not others:
         return {}

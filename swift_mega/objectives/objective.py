@@ -46,10 +46,16 @@ class Head:
         assert weight is not None, "the head is on the last stage"
         tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None
         return token_log_probabilities(
-            chunk.head_input(hidden), weight, targets, group=tensor, vocab_size=self.part.settings.shape.vocab,
-            first_row=weight.shape[0] * self.groups.coordinate.tensor, bias=self.part.head_bias,
-            softcap=self.part.settings.scales.logit_softcap, chunk=self.chunk,
-        )  # fmt: skip
+            chunk.head_input(hidden),
+            weight,
+            targets,
+            group=tensor,
+            vocab_size=self.part.settings.shape.vocab,
+            first_row=weight.shape[0] * self.groups.coordinate.tensor,
+            bias=self.part.head_bias,
+            softcap=self.part.settings.scales.logit_softcap,
+            chunk=self.chunk,
+        )
 
 
 class Objective(Protocol):

@@ -61,19 +61,42 @@ def attention(
     assert alibi is None or (softcap is None and sinks is None), "no model has both, and kernels differ in their order"
     attend = _on_cpu if query.device.type == "cpu" else _on_cuda
     return attend(
-        query, key, value, alibi, sinks, bounds=bounds, cu_seqlens=cu_seqlens, scale=scale, window=window, softcap=softcap
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        alibi,
+        sinks,
+        bounds=bounds,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
 
 
 def _on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, alibi: Tensor | None, sinks: Tensor | None, *, bounds: Sequence[int],
-    cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    bounds: Sequence[int],
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     longest = max(end - start for start, end in pairwise(bounds))
     choice = choose(
-        query.device, query.dtype, query.shape[-1], softcap=softcap is not None, alibi=alibi is not None,
-        sinks=sinks is not None, longest=longest,
-    )  # fmt: skip
+        query.device,
+        query.dtype,
+        query.shape[-1],
+        softcap=softcap is not None,
+        alibi=alibi is not None,
+        sinks=sinks is not None,
+        longest=longest,
+    )
     if choice.flex:
         assert softcap is not None
         return flex.capped_attention(query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap)
@@ -88,9 +111,18 @@ def _on_cuda(
 
 
 def _on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, alibi: Tensor | None, sinks: Tensor | None, *, bounds: Sequence[int],
-    cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    bounds: Sequence[int],
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     half = query.dtype in HALF
     if softcap is not None or (half and (alibi is not None or sinks is not None or window is not None)):
         return _by_tiles(query, key, value, alibi, sinks, bounds=bounds, scale=scale, window=window, softcap=softcap)
@@ -128,9 +160,16 @@ def _by_tiles(
 
 
 def attention_by_blocks(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None,
-    softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bounds: Sequence[int],
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """`attention` by ops/blocks.py, which has tiles in torch for whatever no kernel serves; shapes as there."""
     return _ByBlocks.apply(query, key, value, sinks, tuple(bounds), scale, window, softcap)  # type: ignore[no-any-return]
 
@@ -138,9 +177,16 @@ def attention_by_blocks(
 class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, bounds: tuple[int, ...], scale: float,
-        window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        bounds: tuple[int, ...],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         blocks = [
             one
             for start, end in pairwise(bounds)

@@ -93,9 +93,15 @@ class Choice:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False, alibi: bool = False, sinks: bool = False,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: bool = False,
+    alibi: bool = False,
+    sinks: bool = False,
     longest: int = 0,
-) -> Choice:  # fmt: skip
+) -> Choice:
     """What attends on this CUDA device. head_dim: of queries and keys.
 
     longest: tokens of the longest example, which limits ALiBi as features.
@@ -178,9 +184,14 @@ def flash_attn_3(forward: Callable[..., Any], backward: Callable[..., Any]) -> K
 
     def settings(call: Call) -> dict[str, Any]:
         return {
-            "cu_seqlens_q": call.starts_q, "cu_seqlens_k": call.starts_k, "max_seqlen_q": call.longest_q, "max_seqlen_k": call.longest_k,
-            "softmax_scale": call.scale, **_window(call), "softcap": call.softcap or 0.0,
-        }  # fmt: skip
+            "cu_seqlens_q": call.starts_q,
+            "cu_seqlens_k": call.starts_k,
+            "max_seqlen_q": call.longest_q,
+            "max_seqlen_k": call.longest_k,
+            "softmax_scale": call.scale,
+            **_window(call),
+            "softcap": call.softcap or 0.0,
+        }
 
     def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         out, lse, *_ = forward(q, k, v, causal=call.causal, **settings(call))
@@ -192,8 +203,19 @@ def flash_attn_3(forward: Callable[..., Any], backward: Callable[..., Any]) -> K
         dq, dk, dv = _results(q, k, v)
         deterministic = torch.are_deterministic_algorithms_enabled()
         backward(
-            grad, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, is_causal=call.causal, deterministic=deterministic, **settings(call)
-        )  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            is_causal=call.causal,
+            deterministic=deterministic,
+            **settings(call),
+        )
         return dq, dk, dv
 
     return Kernel("flash-attn 3", run, differentiate, softcap=True)
@@ -216,10 +238,17 @@ def flash_attn_2(forward: Callable[..., Any], backward: Callable[..., Any], vers
 
     def settings(call: Call) -> dict[str, Any]:
         return {
-            "cu_seqlens_q": call.starts_q, "cu_seqlens_k": call.starts_k, "max_seqlen_q": call.longest_q, "max_seqlen_k": call.longest_k,
-            "dropout_p": 0.0, "softmax_scale": call.scale, "causal": call.causal, **_window(call), "softcap": call.softcap or 0.0,
+            "cu_seqlens_q": call.starts_q,
+            "cu_seqlens_k": call.starts_k,
+            "max_seqlen_q": call.longest_q,
+            "max_seqlen_k": call.longest_k,
+            "dropout_p": 0.0,
+            "softmax_scale": call.scale,
+            "causal": call.causal,
+            **_window(call),
+            "softcap": call.softcap or 0.0,
             "alibi_slopes": call.alibi,
-        }  # fmt: skip
+        }
 
     def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         out, lse, *_ = forward(q, k, v, **settings(call), return_softmax=False)
@@ -254,8 +283,19 @@ def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _torch_flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, call.causal, False, scale=call.scale, **_window(call)
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        call.starts_q,
+        call.starts_k,
+        call.longest_q,
+        call.longest_k,
+        0.0,
+        call.causal,
+        False,
+        scale=call.scale,
+        **_window(call),
+    )
     return out, lse
 
 
@@ -266,9 +306,23 @@ def _torch_flash_backward(
     # Without dropout the state of the random numbers is not read.
     state, unused = (q.new_empty(size, dtype=torch.uint64) for size in (2, ()))
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, call.causal, state, unused,
-        scale=call.scale, **_window(call),
-    )  # fmt: skip
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        call.starts_q,
+        call.starts_k,
+        call.longest_q,
+        call.longest_k,
+        0.0,
+        call.causal,
+        state,
+        unused,
+        scale=call.scale,
+        **_window(call),
+    )
     return dq, dk, dv
 
 
@@ -333,9 +387,19 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Ten
     copies, outs, lses = q.shape[1] // k.shape[1], [], []
     for run in _runs(call):
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-            q[run.tokens][None], _batched(k, run.tokens, copies), _batched(v, run.tokens, copies), None, run.starts, run.starts,
-            run.longest, run.longest, 0.0, CAUSAL_FROM_TOP_LEFT, True, **run.options,
-        )  # fmt: skip
+            q[run.tokens][None],
+            _batched(k, run.tokens, copies),
+            _batched(v, run.tokens, copies),
+            None,
+            run.starts,
+            run.starts,
+            run.longest,
+            run.longest,
+            0.0,
+            CAUSAL_FROM_TOP_LEFT,
+            True,
+            **run.options,
+        )
         example, place = run.places()
         outs.append(out[0])
         lses.append(lse[example, :, place].t())
@@ -356,10 +420,24 @@ def _efficient_backward(
         padded = lse.new_full((len(run.starts) - 1, q.shape[1], -(-run.longest // 32) * 32), torch.inf)
         padded[example, :, place] = lse[:, run.tokens].t()
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            grad[run.tokens][None], q[run.tokens][None], _batched(k, run.tokens, copies), _batched(v, run.tokens, copies), None,
-            out[run.tokens][None], run.starts, run.starts, run.longest, run.longest, padded, 0.0, unused, unused,
-            CAUSAL_FROM_TOP_LEFT, False, **run.options,
-        )  # fmt: skip
+            grad[run.tokens][None],
+            q[run.tokens][None],
+            _batched(k, run.tokens, copies),
+            _batched(v, run.tokens, copies),
+            None,
+            out[run.tokens][None],
+            run.starts,
+            run.starts,
+            run.longest,
+            run.longest,
+            padded,
+            0.0,
+            unused,
+            unused,
+            CAUSAL_FROM_TOP_LEFT,
+            False,
+            **run.options,
+        )
         found.append((dq[0], _summed(dk[0], copies), _summed(dv[0], copies)))
     if len(found) == 1:
         return found[0]

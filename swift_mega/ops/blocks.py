@@ -127,8 +127,15 @@ class Parts:
 
 
 def forward(
-    parts: Parts, query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], *, scale: float, softcap: float | None = None
-) -> None:  # fmt: skip
+    parts: Parts,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Sequence[Block],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> None:
     """Adds what the queries see of these keys.
 
     query: [tokens, heads, head_dim]; key: [keys, kv_heads, head_dim]; value: [keys, kv_heads, value_dim]; heads a multiple of kv_heads.
@@ -164,9 +171,18 @@ class Towards:
 
 
 def backward(
-    towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, blocks: Sequence[Block], *,
-    scale: float, softcap: float | None = None,
-) -> None:  # fmt: skip
+    towards: Towards,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    blocks: Sequence[Block],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> None:
     """Adds the gradients that come of these keys; shapes as in `forward`, out and lse of the whole softmax.
 
     grad: [tokens, heads, value_dim], of out.
@@ -225,9 +241,18 @@ def _tile_sizes(query: Tensor) -> tuple[int, int]:
 
 
 def _cpu_backward(
-    towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, group: Sequence[Block],
-    rows: slice, columns: slice, scale: float,
-) -> None:  # fmt: skip
+    towards: Towards,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    group: Sequence[Block],
+    rows: slice,
+    columns: slice,
+    scale: float,
+) -> None:
     """By the products that attention without context parallelism has. rows, columns: queries and keys of the group."""
     exact = towards.query.dtype
     of_queries = [x[rows].to(exact) for x in (grad, query, out)]
@@ -241,9 +266,18 @@ def _cpu_backward(
         g, q, o = (x[mine] for x in of_queries)
         k, v = (x[theirs] for x in of_keys)
         gradients_of_keys(
-            g, q, k, v, o, lse[:, mine], into=(into[0][mine], into[1][theirs], into[2][theirs]), scale=scale,
-            window=None if one.left is None else one.left + 1, causal=one.causal, add=True,
-        )  # fmt: skip
+            g,
+            q,
+            k,
+            v,
+            o,
+            lse[:, mine],
+            into=(into[0][mine], into[1][theirs], into[2][theirs]),
+            scale=scale,
+            window=None if one.left is None else one.left + 1,
+            causal=one.causal,
+            add=True,
+        )
 
 
 def _by_kv_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -279,9 +313,19 @@ def _tile_forward(
 
 
 def _tile_backward(
-    towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rows: slice, columns: slice,
-    hidden: Tensor | None, scale: float, softcap: float | None,
-) -> None:  # fmt: skip
+    towards: Towards,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: slice,
+    columns: slice,
+    hidden: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> None:
     exact = towards.query.dtype
     heads, kv_heads = query.shape[1], key.shape[1]
     q, g, o = (_by_kv_head(x[rows], kv_heads, exact) for x in (query, grad, out))
@@ -345,13 +389,22 @@ def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: f
     left = next((one.left for one in group if one.left is not None), None)
     return Call(
         _starts(queries, device), _starts(keys, device), max(queries), max(keys), scale, group[0].causal, left, softcap
-    )  # fmt: skip
+    )
 
 
 def _kernel_backward(
-    kernel: Kernel, call: Call, towards: Towards, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    rows: slice, columns: slice,
-) -> None:  # fmt: skip
+    kernel: Kernel,
+    call: Call,
+    towards: Towards,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rows: slice,
+    columns: slice,
+) -> None:
     value_dim, dtype = value.shape[-1], query.dtype
     q, k, v = padded(kernel, query[rows], key[columns], value[columns])
     g, o = (F.pad(x, (0, v.shape[-1] - value_dim)) for x in (grad[rows].to(dtype), out[rows].to(dtype)))

@@ -28,8 +28,15 @@ SMALL_MASK = 1 << 16
 
 
 def row_attention(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *, bounds: Sequence[int], scale: float, window: int | None
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    *,
+    bounds: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """Causal attention within each example of a row; shapes as in `ops.attention.attention`, one head_dim for keys and values."""
     return _CpuAttention.apply(query, key, value, tuple(bounds), scale, window, sinks)  # type: ignore[no-any-return]
 
@@ -39,9 +46,15 @@ class _CpuAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None,
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: tuple[int, ...],
+        scale: float,
+        window: int | None,
         sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[1], query.shape[0])
         left = None if window is None else window - 1
@@ -60,9 +73,16 @@ class _CpuAttention(torch.autograd.Function):
         found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         for start, end in pairwise(ctx.bounds):
             gradients_of_keys(
-                gradients[0][start:end], query[start:end], key[start:end], value[start:end], out[start:end], lse[:, start:end],
-                into=tuple(x[start:end] for x in found), scale=ctx.scale, window=ctx.window,
-            )  # fmt: skip
+                gradients[0][start:end],
+                query[start:end],
+                key[start:end],
+                value[start:end],
+                out[start:end],
+                lse[:, start:end],
+                into=tuple(x[start:end] for x in found),
+                scale=ctx.scale,
+                window=ctx.window,
+            )
         grad_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         return *found, None, None, None, grad_sinks
 
@@ -117,9 +137,19 @@ _small_mask = functools.lru_cache(maxsize=64)(_mask)
 
 
 def gradients_of_keys(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool = True, add: bool = False,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    into: tuple[Tensor, ...],
+    scale: float,
+    window: int | None,
+    causal: bool = True,
+    add: bool = False,
+) -> None:
     """The gradients of query, key and value that come from these keys.
 
     The last query stands at the last key; there may be fewer queries than keys, and without `causal` more. out [queries, heads,
@@ -133,9 +163,19 @@ def gradients_of_keys(
 
 
 def _kernel_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool, write: Callable[[Tensor, Tensor], Tensor],
-) -> None:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    into: tuple[Tensor, ...],
+    scale: float,
+    window: int | None,
+    causal: bool,
+    write: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     """Gradients by torch's kernel, of at most SHORT tokens; causal, and a window, only where queries and keys are one example's."""
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     length, mask = len(query), None
@@ -149,9 +189,19 @@ def _kernel_backward(
 
 
 def _blocked_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *, into: tuple[Tensor, ...], scale: float, window: int | None, causal: bool, write: Callable[[Tensor, Tensor], Tensor],
-) -> None:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    into: tuple[Tensor, ...],
+    scale: float,
+    window: int | None,
+    causal: bool,
+    write: Callable[[Tensor, Tensor], Tensor],
+) -> None:
     """Gradients from the softmax computed again, a block of queries at a time."""
     keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)

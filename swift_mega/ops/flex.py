@@ -50,18 +50,30 @@ def _compiled() -> Callable[..., Any]:
 
 
 def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, bounds: Sequence[int], scale: float, window: int | None, softcap: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bounds: Sequence[int],
+    scale: float,
+    window: int | None,
+    softcap: float,
     run: Callable[..., Any] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Causal attention within each example of a row, scores s as c tanh(s / c); shapes as in `ops.attention.attention`.
 
     run: in place of the compiled flex_attention.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = (run or _compiled())(
-        q, k, v, score_mod=cap(softcap), block_mask=block_mask(tuple(bounds), window, query.device), scale=scale,
+        q,
+        k,
+        v,
+        score_mod=cap(softcap),
+        block_mask=block_mask(tuple(bounds), window, query.device),
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    )
     return out[0].transpose(0, 1)  # type: ignore[no-any-return]
 
 

@@ -45,9 +45,15 @@ def gated_delta_rule(
     if kernel is None:
         return gated_delta_reference(query, key, value, decay, beta, bounds=bounds, cu_seqlens=cu_seqlens)
     out, _ = kernel(
-        query[None], key[None], value[None], g=decay[None], beta=beta[None], scale=query.shape[-1] ** -0.5,
-        use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens.long(),
-    )  # fmt: skip
+        query[None],
+        key[None],
+        value[None],
+        g=decay[None],
+        beta=beta[None],
+        scale=query.shape[-1] ** -0.5,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=cu_seqlens.long(),
+    )
     return out[0]  # type: ignore[no-any-return]
 
 

@@ -25,8 +25,13 @@ Again = Callable[[], AbstractContextManager[Any]]
 
 
 def tiled(
-    call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], tile: int, *, remember: Callable[[], Again] | None = None
-) -> Tensor:  # fmt: skip
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    tile: int,
+    *,
+    remember: Callable[[], Again] | None = None,
+) -> Tensor:
     """call(x), `tile` tokens at a time.
 
     call: [tokens, ...] -> [tokens, ...], with no dependence of a token on another; it may communicate, since ranks that have the same

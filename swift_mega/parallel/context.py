@@ -45,9 +45,19 @@ def make_context(ranks: list[list[int]], mesh: Mesh, *, timeout: timedelta | Non
 
 
 def context_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, context: Context, cu_seqlens: tuple[int, ...], starts: Tensor, scale: float,
-    causal: bool = True, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    context: Context,
+    cu_seqlens: tuple[int, ...],
+    starts: Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention within the examples of a row whose tokens lie on the ranks of the context axis. Collective.
 
     query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens, as
@@ -63,8 +73,16 @@ def context_attention(
         sinks = sinks.chunk(mesh.ulysses)[inner.rank()]
     if mesh.ring == 1 and causal:  # all keys are here
         out = attention(
-            query, key, value, bounds=cu_seqlens, cu_seqlens=starts, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            bounds=cu_seqlens,
+            cu_seqlens=starts,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
         return heads_to_tokens(out, inner)
     steps = ring_steps(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
     attend = gathered_attention if mesh.gather else ring_attention

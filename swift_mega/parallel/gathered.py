@@ -18,9 +18,16 @@ from swift_mega.parallel.sequence import Step
 
 
 def gathered_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, steps: Sequence[Step], group: dist.ProcessGroup, scale: float,
-    softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    steps: Sequence[Step],
+    group: dist.ProcessGroup,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """As `ring_attention`, which takes the same arguments. Collective."""
     shown = _in_gathered(steps, group, len(key))
     return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap)  # type: ignore[no-any-return]
@@ -37,9 +44,16 @@ def _in_gathered(steps: Sequence[Step], group: dist.ProcessGroup, keys: int) -> 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, shown: Sequence[Block], group: dist.ProcessGroup,
-        scale: float, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        shown: Sequence[Block],
+        group: dist.ProcessGroup,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         parts = Parts(query, value.shape[-1])
         forward(parts, query, _all(key, group), _all(value, group), shown, scale=scale, softcap=softcap)
         out, lse = parts.finished(sinks)

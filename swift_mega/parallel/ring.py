@@ -21,9 +21,16 @@ from swift_mega.parallel.sequence import Step
 
 
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, steps: Sequence[Step], group: dist.ProcessGroup, scale: float,
-    softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    steps: Sequence[Step],
+    group: dist.ProcessGroup,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks of the ring. Collective.
 
     query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens.
@@ -36,9 +43,16 @@ def ring_attention(
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, steps: Sequence[Step], group: dist.ProcessGroup,
-        scale: float, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        steps: Sequence[Step],
+        group: dist.ProcessGroup,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
         parts = Parts(query, value.shape[-1])
         here: tuple[Tensor, ...] = (key, value)
@@ -80,8 +94,15 @@ class _Ring(torch.autograd.Function):
         sums = following.arrived()
         towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         return (
-            towards_query.to(query.dtype), sums[0].to(key.dtype), sums[1].to(value.dtype), towards_sinks, None, None, None, None,
-        )  # fmt: skip
+            towards_query.to(query.dtype),
+            sums[0].to(key.dtype),
+            sums[1].to(value.dtype),
+            towards_sinks,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _hops(steps: Sequence[Step]) -> list[int]:

@@ -218,9 +218,19 @@ class _LogProbabilities(torch.autograd.Function):
 
 
 def _fill_head_gradients(
-    of_weight: Tensor | None, of_bias: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-    host: Tensor, local_lse: Tensor, softmax: Tensor | None, away: Tensor, towards: Tensor, cut: _Cut,
-) -> None:  # fmt: skip
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    host: Tensor,
+    local_lse: Tensor,
+    softmax: Tensor | None,
+    away: Tensor,
+    towards: Tensor,
+    cut: _Cut,
+) -> None:
     """Fills the gradients of a trained head, which are zero, a block of rows at a time. softmax: of `_whole_chunk`, or None: anew.
 
     away, towards: [tokens], what comes from above times the softmax's share of all ranks, negative, and times 1 - p.
@@ -269,9 +279,15 @@ class _Sum:
 
 
 def _whole_chunk(
-    hidden: Tensor, rows: Tensor, biases: Tensor | None, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    biases: Tensor | None,
+    targets: Tensor,
+    cut: _Cut,
+    lse: Tensor,
+    target_logits: Tensor,
     pull: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Fills lse, target_logits and pull of a chunk of tokens; returns the softmax over this rank's rows, the target's column 0.
 
     Where logits are capped, each number of the softmax that is returned, or that pulls, is times the slope of the cap there.
@@ -292,9 +308,15 @@ def _whole_chunk(
 
 
 def _chunk_in_blocks(
-    hidden: Tensor, rows: Tensor, biases: Tensor | None, targets: Tensor, cut: _Cut, lse: Tensor, target_logits: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    biases: Tensor | None,
+    targets: Tensor,
+    cut: _Cut,
+    lse: Tensor,
+    target_logits: Tensor,
     pull: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     """The same a block of the vocabulary at a time; what was summed is scaled down when a block has a larger logit (arXiv:1805.02867)."""
     local = targets - cut.first_row
     tops = lse.new_full(lse.shape, -torch.inf)

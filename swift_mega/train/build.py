@@ -74,13 +74,25 @@ def build_part(
     on_every_rank(source.open)
     settings = source.settings
     config = transformer_config(
-        settings, groups.layout, device=device, dtype=dtype, train=run.train, given=run.model.megatron,
+        settings,
+        groups.layout,
+        device=device,
+        dtype=dtype,
+        train=run.train,
+        given=run.model.megatron,
         aux_loss=run.model.router_aux_loss_coefficient,
-    )  # fmt: skip
+    )
     part = build(
-        source.family, settings, groups.layout, groups.coordinate, device=device, config=config,
-        vocab_divisible_by=run.model.vocab_divisible_by, adapters=adapters, tile=tile_size(run.train, config.hidden_size),
-    )  # fmt: skip
+        source.family,
+        settings,
+        groups.layout,
+        groups.coordinate,
+        device=device,
+        config=config,
+        vocab_divisible_by=run.model.vocab_divisible_by,
+        adapters=adapters,
+        tile=tile_size(run.train, config.hidden_size),
+    )
     load(part, source.tensors, groups)
     return part
 
@@ -115,9 +127,10 @@ def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.gradients_in_float32 and part.config.params_dtype != torch.float64,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
-    )  # fmt: skip
+    )
     # Chunks after the first gather their parameters while the one before computes; buckets are for overlap only.
     wrapped = [
         DistributedDataParallel(part.config, settings, chunk, disable_bucketing=number > 0)
@@ -129,11 +142,20 @@ def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
 def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
     optim = run.optim
     return OptimizerConfig(
-        optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay, adam_beta1=optim.beta1,
-        adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip_grad, bf16=part.config.bf16,
-        params_dtype=part.config.params_dtype, use_distributed_optimizer=run.parallel.distributed_optimizer,
-        overlap_param_gather=run.parallel.overlap_param_gather, **_offload(run, part),
-    )  # fmt: skip
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=part.config.bf16,
+        params_dtype=part.config.params_dtype,
+        use_distributed_optimizer=run.parallel.distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        **_offload(run, part),
+    )
 
 
 def _offload(run: schema.Run, part: ModelPart) -> dict[str, Any]:
@@ -190,7 +212,15 @@ def warmup_steps(optim: schema.Optim, steps: int) -> int:
 
 def _scheduler(optim: schema.Optim, optimizer: Any, steps: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=optim.lr, min_lr=optim.min_lr, lr_warmup_steps=warmup_steps(optim, steps),
-        lr_decay_steps=steps, lr_decay_style=optim.schedule, start_wd=optim.weight_decay, end_wd=optim.weight_decay,
-        wd_incr_steps=steps, wd_incr_style="constant",
-    )  # fmt: skip
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=warmup_steps(optim, steps),
+        lr_decay_steps=steps,
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

@@ -55,11 +55,19 @@ def make_batches(
 
     def make(examples: list, once: bool) -> Batches:
         return Batches(
-            examples, settings=run.data, micro_batch_size=run.train.micro_batch_size, global_batch_size=run.train.global_batch_size,
-            data_rank=data_rank, data_size=layout.data, pad_to=layout.row_multiple,
-            pad_each=layout.mesh.example_multiple, pad_token=pad_token, once=once, epochs=epochs,
+            examples,
+            settings=run.data,
+            micro_batch_size=run.train.micro_batch_size,
+            global_batch_size=run.train.global_batch_size,
+            data_rank=data_rank,
+            data_size=layout.data,
+            pad_to=layout.row_multiple,
+            pad_each=layout.mesh.example_multiple,
+            pad_token=pad_token,
+            once=once,
+            epochs=epochs,
             group=layout.pipeline if layout.virtual > 1 else 1,
-        )  # fmt: skip
+        )
 
     train = make(prepared.train, False)
     check_microbatches(layout, train.microbatches)
@@ -152,10 +160,15 @@ def _open_monitor(training: Training, directory: RunDirectory, steps: int) -> Mo
     }
     directory.write_args(recorded)
     return Monitor(
-        directory, steps=steps, settings=run.monitor, device=training.device, world=training.groups.layout.world,
+        directory,
+        steps=steps,
+        settings=run.monitor,
+        device=training.device,
+        world=training.groups.layout.world,
         flops_per_token=flops_per_token(training.part.settings, trained=not training.tuner.adapters),
-        logging_steps=run.train.logging_steps, recorded=recorded,
-    )  # fmt: skip
+        logging_steps=run.train.logging_steps,
+        recorded=recorded,
+    )
 
 
 @dataclass
@@ -192,10 +205,15 @@ class Loop:
     def _report(self, step: int, result: StepResult) -> None:
         self._record(
             lambda monitor: monitor.step(
-                step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate, tokens=result.tokens,
-                trained_tokens=result.trained_tokens, extra=result.router_losses,
+                step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                tokens=result.tokens,
+                trained_tokens=result.trained_tokens,
+                extra=result.router_losses,
             )
-        )  # fmt: skip
+        )
         if step == 1 or is_due(step, self.steps, self.training.run.train.logging_steps):  # when the monitor writes
             agree(self.unwritten)
         if not math.isfinite(result.loss) or not result.applied:
@@ -228,10 +246,15 @@ class Loop:
                 if run.parallel.overlap_param_gather:
                     chunk.start_param_sync(force_sync=True)  # gathered lazily otherwise: by the next forward pass
             save_checkpoint(
-                self.training.tuner, self.training.part, self.training.groups, self.directory.checkpoint(step), source=run.model.path,
-                max_shard_size=run.export.max_shard_size, dtype=parameter_dtype(run.model, self.training.device),
+                self.training.tuner,
+                self.training.part,
+                self.training.groups,
+                self.directory.checkpoint(step),
+                source=run.model.path,
+                max_shard_size=run.export.max_shard_size,
+                dtype=parameter_dtype(run.model, self.training.device),
                 trained=self.trained,
-            )  # fmt: skip
+            )
             self.saved.append(self.directory.checkpoint(step))
             if dist.get_rank() == 0:
                 self._forget_old()
@@ -260,9 +283,14 @@ class Loop:
         assert run.model.path is not None
         source = run.model.path
         write = partial(
-            merge, source, checkpoint, merged, max_shard_size=run.export.max_shard_size, overwrite=True,
+            merge,
+            source,
+            checkpoint,
+            merged,
+            max_shard_size=run.export.max_shard_size,
+            overwrite=True,
             dequantize=run.model.dequantize,
-        )  # fmt: skip
+        )
         agree(on_first_rank(write, merged))
         return merged
 

@@ -17,7 +17,7 @@ from swift_mega.tuners.tuner import find_tuner
 
 def check_run(
     run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype, device: Device | None = None
-) -> None:  # fmt: skip
+) -> None:
     """UserError where model, tuner, data and optimizer settings do not fit together, or not weights of `dtype`.
 
     device: that ranks will run on; None, for an estimate of memory: what depends on it is not looked at.

@@ -386,11 +386,21 @@ class Lora:
         chosen = self.settings.target_modules
         names = linear_names(part.family, part.settings) if ALL in chosen else list(chosen)
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.settings.rank,
-            "lora_alpha": self.settings.alpha, "lora_dropout": self.settings.dropout, "use_rslora": self.settings.rslora,
-            "target_modules": sorted(names), "bias": "none", "fan_in_fan_out": bool(part.family.turned_weights), "inference_mode": True,
-            "init_lora_weights": True, "use_dora": False, "modules_to_save": None,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "lora_dropout": self.settings.dropout,
+            "use_rslora": self.settings.rslora,
+            "target_modules": sorted(names),
+            "bias": "none",
+            "fan_in_fan_out": bool(part.family.turned_weights),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "use_dora": False,
+            "modules_to_save": None,
+        }
 
 
 def _factor(base: Held, parameter: nn.Parameter, module: str, letter: str, pack: Pack) -> Held:

@@ -164,13 +164,22 @@ class Comparison:
         """What `write_json` writes. A number that is not finite is null, since JSON has none."""
         agreed = self.agreement
         return {
-            "a": self.a, "b": self.b, "dtype": self.dtype, "tolerance": self.tolerance, "prompts": self.prompts,
-            "passed": self.passed, "departs": None if self.departs is None else self.departs.point,
+            "a": self.a,
+            "b": self.b,
+            "dtype": self.dtype,
+            "tolerance": self.tolerance,
+            "prompts": self.prompts,
+            "passed": self.passed,
+            "departs": None if self.departs is None else self.departs.point,
             "points": [{key: _finite(value) for key, value in asdict(found).items()} for found in self.distances],
-            "positions": agreed.positions, "k": agreed.k, "top_1": agreed.top_1 / agreed.positions,
-            "top_k": agreed.top_k / (agreed.k * agreed.positions), "kl": _finite(agreed.divergence / agreed.positions),
-            "first_disagreement": None if agreed.first is None else asdict(agreed.first), "notes": list(self.notes),
-        }  # fmt: skip
+            "positions": agreed.positions,
+            "k": agreed.k,
+            "top_1": agreed.top_1 / agreed.positions,
+            "top_k": agreed.top_k / (agreed.k * agreed.positions),
+            "kl": _finite(agreed.divergence / agreed.positions),
+            "first_disagreement": None if agreed.first is None else asdict(agreed.first),
+            "notes": list(self.notes),
+        }
 
     def write_json(self, path: Path) -> None:
         """`record` as a JSON file, which appears whole or not at all."""

@@ -152,8 +152,14 @@ def random_adapter(run: schema.Run, device: Device, layout: Layout, output: Path
                     held.parameter.copy_(torch.randn(held.parameter.shape, generator=draw) * 0.05)
         assert run.model.path is not None
         save_checkpoint(
-            training.tuner, training.part, groups, output, source=run.model.path, max_shard_size="5GB", dtype=torch.float32
-        )  # fmt: skip
+            training.tuner,
+            training.part,
+            groups,
+            output,
+            source=run.model.path,
+            max_shard_size="5GB",
+            dtype=torch.float32,
+        )
     finally:
         parallel_groups.close()
 
@@ -179,9 +185,17 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
     _write_logits(training, logits, loss, output)
     trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
     write_directory(
-        training.part, groups, output / "gradients", trained, dtypes=training.part.config.params_dtype,
-        max_shard_bytes=1 << 40, companions=lambda staging: None, overwrite=True, value=_gradient, any_number=True,
-    )  # fmt: skip
+        training.part,
+        groups,
+        output / "gradients",
+        trained,
+        dtypes=training.part.config.params_dtype,
+        max_shard_bytes=1 << 40,
+        companions=lambda staging: None,
+        overwrite=True,
+        value=_gradient,
+        any_number=True,
+    )
 
 
 def _gradient(held: Held) -> Tensor:

@@ -127,9 +127,7 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
         load_mcore(part, groups, side.checkpoint)
     else:
         source = Source(side.checkpoint, dequantize=dequantised_dtype(run.model, dtype) or False)
-        part = build_part(
-            run, device, groups, dtype=dtype, adapters=side.adapter is not None, source=source
-        )  # fmt: skip
+        part = build_part(run, device, groups, dtype=dtype, adapters=side.adapter is not None, source=source)
     if side.adapter is not None:
         tuner = find_tuner(tuner_of(side.adapter, part.family, part.settings))
         tuner.attach(part, seed=run.train.seed)
@@ -231,9 +229,7 @@ def _first(result: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------ transformers
 
 
-def _run_transformers(
-    side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path
-) -> None:  # fmt: skip
+def _run_transformers(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path) -> None:
     network = network_of(_readable(side, scratch), side.adapter, dtype).to(device.device)
     inner = network.get_base_model() if is_peft(network) else network
     prompt = 0

@@ -86,9 +86,12 @@ def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, 
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     state.initialize_model_parallel(
-        layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert, expert_tensor_parallel_size=layout.expert_tensor,
+        layout.tensor,
+        layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,  # which the fake store cannot make
-    )  # fmt: skip
+    )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = load_settings(directory)
     config = transformer_config(

@@ -112,9 +112,7 @@ def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: blueprints.B
     """One rank: what Megatron's loader gives it, beside the bytes of the Hugging Face files."""
     groups = parallel_groups.init(layout)
     checkpoint, settings = Checkpoint(directory), load_settings(directory)
-    config = transformer_config(
-        settings, layout, device=cpu, dtype=torch.float32, train=schema.Train(), given={}
-    )  # fmt: skip
+    config = transformer_config(settings, layout, device=cpu, dtype=torch.float32, train=schema.Train(), given={})
     part = build(family_of(directory), settings, layout, groups.coordinate, device=cpu, config=config)
     for held in part.held():
         held.parameter.data.fill_(7)
@@ -188,9 +186,14 @@ def peak(directory: Path, output: Path, layout: Layout) -> tuple[int, int]:
             whole.write_mcore(blueprint, layout, output, Checkpoint(directory), most=8 << 20)
         else:
             whole.read_mcore(
-                blueprint, output, output.with_suffix(".hf"), source=directory, dtypes=torch.float32,
-                max_shard_bytes=1 << 30, most=8 << 20,
-            )  # fmt: skip
+                blueprint,
+                output,
+                output.with_suffix(".hf"),
+                source=directory,
+                dtypes=torch.float32,
+                max_shard_bytes=1 << 30,
+                most=8 << 20,
+            )
         used.append(_status("VmHWM") - before)
     return used[0], used[1]
 

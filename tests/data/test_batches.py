@@ -23,9 +23,17 @@ def held(row: Microbatch) -> list[int]:
 
 
 def make(
-    number: int, micro: int, total: int, *, rank: int = 0, size: int = 1, once: bool = False, epochs: float | None = None,
-    group: int = 1, **settings: object,
-) -> Batches:  # fmt: skip
+    number: int,
+    micro: int,
+    total: int,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    once: bool = False,
+    epochs: float | None = None,
+    group: int = 1,
+    **settings: object,
+) -> Batches:
     data = Data(**settings)  # type: ignore[arg-type]
     return Batches(
         examples(number),
@@ -155,9 +163,15 @@ def test_padding_and_packing():
 def test_examples_that_are_padded_one_by_one():
     """Rows of at most 12 tokens after examples of 2 to 7 were padded to 4 or 8: no example is lost, and its tokens are all there."""
     batches = Batches(
-        examples(6), settings=Data(packing=True, max_length=10), micro_batch_size=1, global_batch_size=1, pad_to=8, pad_each=4,
-        pad_token=99, once=True,
-    )  # fmt: skip
+        examples(6),
+        settings=Data(packing=True, max_length=10),
+        micro_batch_size=1,
+        global_batch_size=1,
+        pad_to=8,
+        pad_each=4,
+        pad_token=99,
+        once=True,
+    )
     rows = [row for step in range(batches.steps) for row in batches.batch(step)]
     assert all(
         len(row.tokens) % 8 == 0 and max(row.cu_seqlens[len(row.lengths[row.lengths > 0])], 0) <= 12 for row in rows

@@ -416,8 +416,10 @@ def test_a_row_whose_system_text_vanishes_is_refused(make_tokenizer, case, loss_
     tokenizer = make_tokenizer(LOST_SYSTEM[case], *SPECIAL)
     refuse(
         lambda: _trained(tokenizer, LOST_SYSTEM[case], *turns, loss_on=loss_on),
-        "rows.jsonl:7", "does not render the system text of turn 1 whole ('Answer in verse.'", "put it into the first user turn",
-    )  # fmt: skip
+        "rows.jsonl:7",
+        "does not render the system text of turn 1 whole ('Answer in verse.'",
+        "put it into the first user turn",
+    )
 
 
 def test_texts_that_a_template_writes_otherwise_are_found(make_tokenizer):

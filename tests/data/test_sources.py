@@ -304,9 +304,15 @@ def test_dataset_info_of_llama_factory(write):
 def test_dataset_info_of_swift(write):
     """SWIFT's list: dataset_path, an optional dataset_name, columns in its direction."""
     write({"q": "a", "r": "c"}, name="one.jsonl")
-    path = write(json.dumps([{"dataset_path": "one.jsonl", "columns": {"q": "query", "r": "response"}},
-                             {"dataset_path": "one.jsonl", "dataset_name": "same", "columns": {"q": "query", "r": "response"}}]),
-                 name="info.json")  # fmt: skip
+    path = write(
+        json.dumps(
+            [
+                {"dataset_path": "one.jsonl", "columns": {"q": "query", "r": "response"}},
+                {"dataset_path": "one.jsonl", "dataset_name": "same", "columns": {"q": "query", "r": "response"}},
+            ]
+        ),
+        name="info.json",
+    )
     rows = load(Data(dataset=("one", "same"), dataset_info=path))
     assert [talk(row) for row in rows.train] == [[(U, "a"), (A, "c")]] * 2
 

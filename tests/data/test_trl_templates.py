@@ -60,7 +60,7 @@ EXTRA: dict[str, tuple[str, dict[str, str], str]] = {
 } | {
     name: ("<think></think>", {"reasoning": "<think>\n"}, _THINK)
     for name in ("nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")
-}  # fmt: skip
+}
 LESS = {"llava_next": " "}
 """What we train behind each reply and the twin does not: the space that this template writes after </s>, like the line
 break that others write after <|im_end|> (and their twins train)."""

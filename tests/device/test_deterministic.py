@@ -62,11 +62,17 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run = api.load_recipe(
             None,
             [
-                f"model.path={model}", f"data.dataset={rows}", f"train.output_dir={tmp_path / name}", "train.steps=2",
-                "train.global_batch_size=4", "tuner.dropout=0.3", "monitor.progress=false", "train.deterministic=true",
+                f"model.path={model}",
+                f"data.dataset={rows}",
+                f"train.output_dir={tmp_path / name}",
+                "train.steps=2",
+                "train.global_batch_size=4",
+                "tuner.dropout=0.3",
+                "monitor.progress=false",
+                "train.deterministic=true",
                 "parallel.distributed_timeout_minutes=9",
             ],
-        ).run  # fmt: skip
+        ).run
         result = api.train(run, nproc=2)
         return result.losses, (result.checkpoint / "adapter_model.safetensors").read_bytes()
 

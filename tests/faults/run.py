@@ -98,9 +98,14 @@ def run_tests(tree: Path, tests: str) -> tuple[int, str]:
         *shlex.split(tests),
     ]
     done = subprocess.run(
-        ["env", f"PYTHONPATH={tree}", *command], cwd=tree, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        ["env", f"PYTHONPATH={tree}", *command],
+        cwd=tree,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 

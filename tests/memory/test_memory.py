@@ -50,9 +50,10 @@ def model(folder: Path, vocab: int, **changes: object) -> Path:
 
 def run_of(directory: Path, train: dict[str, object], tuner: str) -> schema.Run:
     return schema.Run(
-        model=schema.Model(path=str(directory), dtype="float32"), tuner=schema.Tuner(type=tuner, rank=4),
+        model=schema.Model(path=str(directory), dtype="float32"),
+        tuner=schema.Tuner(type=tuner, rank=4),
         train=schema.Train(**train),
-    )  # fmt: skip
+    )
 
 
 def live_peak(
@@ -135,9 +136,11 @@ def test_the_longest_row_fits_and_the_next_does_not():
 def test_every_technique_makes_tokens_cheaper():
     settings, layout = llama8b(), single()
     steps = [
-        Choices(), Choices(recompute="full"), Choices(recompute="full", tile=4096),
+        Choices(),
+        Choices(recompute="full"),
+        Choices(recompute="full", tile=4096),
         Choices(recompute="full", tile=4096, offload_activations=True),
-    ]  # fmt: skip
+    ]
     costs = [bytes_per_token(settings, layout, each) for each in steps]
     assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(costs), costs
 

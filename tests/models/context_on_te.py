@@ -55,11 +55,15 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
     engine = core.engine
     members = engine.cp_group if isinstance(engine.cp_group, list) else [engine.cp_group]
     found |= {
-        "class": type(engine).__name__, "communication": engine.cp_comm_type, "window": engine.window_size,
-        "scale": engine.softmax_scale, "dropout": engine.attention_dropout,
-        "groups": [dist.get_process_group_ranks(group) for group in members], "ranks": list(engine.cp_global_ranks),
+        "class": type(engine).__name__,
+        "communication": engine.cp_comm_type,
+        "window": engine.window_size,
+        "scale": engine.softmax_scale,
+        "dropout": engine.attention_dropout,
+        "groups": [dist.get_process_group_ranks(group) for group in members],
+        "ranks": list(engine.cp_global_ranks),
         "row": [dist.get_process_group_ranks(group) for group in (groups.row.ulysses, groups.row.ring)],
-    }  # fmt: skip
+    }
     for name in ("__init__", "forward"):
         real, stand_in = (getattr(kind, name) for kind in (TEDotProductAttention, engine_stand_in.StandIn))
         found[name] = engine_stand_in.parameters(real) == engine_stand_in.parameters(stand_in)
@@ -87,10 +91,15 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
     out = core(*(torch.randn(shape, dtype=DTYPE) for _ in range(3)), packed_seq_params=what)
     lengths = [given[f"cu_seqlens_{name}"] for name in ("q", "kv", "q_padded", "kv_padded")]
     found["call"] = {
-        "out": list(out.shape), "one": len(set(map(id, lengths))) == 1, "starts": torch.equal(lengths[0], starts),
-        "format": given["qkv_format"], "mask": given["attn_mask_type"], "longest": [given["max_seqlen_q"], given["max_seqlen_kv"]],
-        "max": int(starts.diff().max()), "padding": given.get("pad_between_seqs"),
-    }  # fmt: skip
+        "out": list(out.shape),
+        "one": len(set(map(id, lengths))) == 1,
+        "starts": torch.equal(lengths[0], starts),
+        "format": given["qkv_format"],
+        "mask": given["attn_mask_type"],
+        "longest": [given["max_seqlen_q"], given["max_seqlen_kv"]],
+        "max": int(starts.diff().max()),
+        "padding": given.get("pad_between_seqs"),
+    }
     return found
 
 

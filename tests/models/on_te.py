@@ -63,9 +63,7 @@ def cuda_answers() -> Iterator[None]:
         torch.cuda.is_available = truth
 
 
-def made(
-    run: schema.Run, groups: Groups, source: Source, where: device.Device, *, adapters: bool
-) -> ModelPart:  # fmt: skip
+def made(run: schema.Run, groups: Groups, source: Source, where: device.Device, *, adapters: bool) -> ModelPart:
     """This rank's part, filled from the Hugging Face directory."""
     with cuda_answers() if where is ON_TE else contextlib.nullcontext():
         return build_part(run, where, groups, dtype=DTYPE, adapters=adapters, source=source)
@@ -132,9 +130,7 @@ def same_files(one: Path, other: Path) -> list[str]:
     ]
 
 
-def compare(
-    directory: Path, groups: Groups, run: schema.Run, *, adapters: bool
-) -> tuple[list[str], list[str]]:  # fmt: skip
+def compare(directory: Path, groups: Groups, run: schema.Run, *, adapters: bool) -> tuple[list[str], list[str]]:
     """What is wrong with one family at one layout, on this rank, and its classes. Collective."""
     source = Source(directory)
     local = made(run, groups, source, CPU, adapters=adapters)
@@ -158,9 +154,7 @@ def compare(
     return found, kinds
 
 
-def exchanged(
-    part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Source
-) -> list[str]:  # fmt: skip
+def exchanged(part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Source) -> list[str]:
     """What is wrong after Megatron checkpoints of each kind of modules were read into the other."""
     found = []
     for name, writer, reader in (("local", local, part), ("te", part, local)):

@@ -62,8 +62,10 @@ def test_key_heads_of_falcon(tmp_path):
     """One for all queries, one for each, or groups."""
     found = {name: load_settings(write(tmp_path / name, name)) for name in ("falcon", "falcon_bias", "falcon_new")}
     assert {name: settings.shape.kv_heads for name, settings in found.items()} == {
-        "falcon": 1, "falcon_bias": 8, "falcon_new": 4,
-    }  # fmt: skip
+        "falcon": 1,
+        "falcon_bias": 8,
+        "falcon_new": 4,
+    }
     assert found["falcon_new"].heads.queries_per_group == 2
 
 
@@ -82,9 +84,7 @@ def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
     """What Megatron is told of the cut of the first layer's parameters, and of the embeddings."""
     parallel, world = parse_layout("tp2-sp")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
-    part = build_part(
-        schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, source=Source(directory)
-    )  # fmt: skip
+    part = build_part(schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, source=Source(directory))
     found = {
         held.name.removeprefix("decoder.layers.0."): (
             held.parameter.tensor_model_parallel,

@@ -73,8 +73,14 @@ def test_models_that_it_can(tmp_path: Path, family: str) -> None:
     ],
 )  # fmt: skip
 def test_machines(
-    monkeypatch: pytest.MonkeyPatch, cpu: Device, mesh: Mesh, device: str, dtype: torch.dtype, version: str | None, message: str | None
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: Device,
+    mesh: Mesh,
+    device: str,
+    dtype: torch.dtype,
+    version: str | None,
+    message: str | None,
+) -> None:
     for module in (devices, engine):
         monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
     where = CUDA if device == "cuda" else cpu
@@ -98,9 +104,16 @@ def test_verify_and_compare_refuse_it_here(tmp_path: Path) -> None:
 def test_a_layer_has_its_own_window(window: int | None) -> None:
     """The model's config, which other layers read too, is left as it was."""
     config = TransformerConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True, context_parallel_size=2, window_size=(3, 3),
-        tensor_model_parallel_size=1, cp_comm_type="a2a", window_attn_skip_freq=2,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        use_cpu_initialization=True,
+        context_parallel_size=2,
+        window_size=(3, 3),
+        tensor_model_parallel_size=1,
+        cp_comm_type="a2a",
+        window_attn_skip_freq=2,
+    )
     made: Any = engine_attention(StandIn, config, 3, communication="a2a", scale=0.5, window=window)
     assert (made.window, made.scale) == (window, 0.5)
     assert config.window_size == (3, 3) and config.window_attn_skip_freq == 2

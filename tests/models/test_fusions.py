@@ -93,9 +93,10 @@ def differences(models: dict[str, Path], device: Device) -> dict[str, tuple[floa
 def difference(model: Path, device: Device, activation: bool, residual: bool) -> tuple[float, float]:
     """Of the loss, and relative of all gradients."""
     run = schema.Run(
-        model=schema.Model(path=str(model)), parallel=schema.Parallel(distributed_optimizer=False),
+        model=schema.Model(path=str(model)),
+        parallel=schema.Parallel(distributed_optimizer=False),
         tuner=schema.Tuner(type="full"),
-    )  # fmt: skip
+    )
     settings = load_settings(model)
     layout = plan_layout(run.parallel, settings.shape, 1)
     training = build_training(run, device, parallel_groups.init(layout, seed=1), steps=1)

@@ -64,9 +64,11 @@ def measured(
     experts.GROUPED = grouped
     parallel = parse_layout(layout)[0] if layout else schema.Parallel()
     run = schema.Run(
-        model=schema.Model(path=str(model)), parallel=parallel, train=schema.Train(recompute=recompute),
+        model=schema.Model(path=str(model)),
+        parallel=parallel,
+        train=schema.Train(recompute=recompute),
         tuner=schema.Tuner(type="lora", rank=4, target_modules=("all-linear",)),
-    )  # fmt: skip
+    )
     settings = load_settings(model)
     planned = plan_layout(parallel, settings.shape, torch.distributed.get_world_size())
     groups = parallel_groups.init(planned, seed=1)

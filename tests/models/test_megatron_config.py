@@ -121,9 +121,13 @@ def test_refused_on_cuda(models: dict[str, Settings], model: str, given: dict[st
     ],
 )  # fmt: skip
 def test_kernels_that_are_not_there(
-    models: dict[str, Settings], monkeypatch: pytest.MonkeyPatch, given: dict[str, object], dtype: torch.dtype,
-    version: str | None, said: str | None,
-) -> None:  # fmt: skip
+    models: dict[str, Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, object],
+    dtype: torch.dtype,
+    version: str | None,
+    said: str | None,
+) -> None:
     """On a stand-in for CUDA, with and without Transformer Engine; apex is not there."""
     for module in (devices, megatron_config):
         monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))

@@ -47,8 +47,13 @@ def test_the_row_is_transformers_padding_idx_for_every_type(tmp_path):
         theirs[kind] = network.get_input_embeddings().padding_idx
     assert ours == theirs
     assert {kind for kind, row in ours.items() if row is None} == {
-        "gpt2", "gpt_bigcode", "gpt_neox", "bloom", "mpt", "falcon",
-    }  # fmt: skip
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "bloom",
+        "mpt",
+        "falcon",
+    }
     assert len(ours) >= 53
 
 

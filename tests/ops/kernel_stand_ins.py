@@ -48,9 +48,17 @@ def softmax_over(
 
 
 def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float, softcap: float,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
     slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2 of arXiv:2307.08691: only out and lse say what the softmax was."""
     assert all(x.stride(-1) == 1 for x in (grad, q, k, v, out)) and lse.is_contiguous()
     groups, copies = k.shape[1], q.shape[1] // k.shape[1]
@@ -71,10 +79,22 @@ def gradients(
 
 
 def flash_2_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1,
-    softcap: float = 0.0, alibi_slopes: Any = None, return_softmax: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    return_softmax: bool = False,
+) -> tuple[Any, ...]:
     """_flash_attn_varlen_forward of flash_attn.flash_attn_interface: (out, softmax_lse, S_dmask, rng_state)."""
     assert q.shape[-1] == k.shape[-1] == v.shape[-1], "the kernel knows one head size"
     assert dropout_p == 0
@@ -85,11 +105,29 @@ def flash_2_forward(
 
 
 def flash_2_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
-    causal: bool, window_size_left: int, window_size_right: int, softcap: float, alibi_slopes: Any, deterministic: bool,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Any,
+    deterministic: bool,
     rng_state: Any = None,
-) -> None:  # fmt: skip
+) -> None:
     """_flash_attn_varlen_backward; writes to dq, dk, dv."""
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert all(x.stride(-1) == 1 for x in (dq, dk, dv))
@@ -105,14 +143,41 @@ def flash_2_backward(
 
 
 def flash_3_forward(
-    q: Tensor, k: Tensor, v: Tensor, k_new: Any = None, v_new: Any = None, qv: Any = None, out_: Any = None,
-    cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, cu_seqlens_k_new: Any = None, seqused_q: Any = None, seqused_k: Any = None,
-    max_seqlen_q: Any = None, max_seqlen_k: Any = None, page_table: Any = None, kv_batch_idx: Any = None, leftpad_k: Any = None,
-    rotary_cos: Any = None, rotary_sin: Any = None, seqlens_rotary: Any = None, q_descale: Any = None, k_descale: Any = None,
-    v_descale: Any = None, softmax_scale: Any = None, causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
-    attention_chunk: int = 0, softcap: float = 0.0, rotary_interleaved: bool = True, scheduler_metadata: Any = None,
-    num_splits: int = 1, pack_gqa: Any = None, sm_margin: int = 0,
-) -> tuple[Any, ...]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Any = None,
+    v_new: Any = None,
+    qv: Any = None,
+    out_: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    cu_seqlens_k_new: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    page_table: Any = None,
+    kv_batch_idx: Any = None,
+    leftpad_k: Any = None,
+    rotary_cos: Any = None,
+    rotary_sin: Any = None,
+    seqlens_rotary: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    softmax_scale: Any = None,
+    causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Any = None,
+    num_splits: int = 1,
+    pack_gqa: Any = None,
+    sm_margin: int = 0,
+) -> tuple[Any, ...]:
     """_flash_attn_forward of hopper/flash_attn_interface.py (2026-08): (out, softmax_lse, out_accum, softmax_lse_accum)."""
     mask = pairs_seen(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size_left, window_size_right
@@ -121,11 +186,29 @@ def flash_3_forward(
 
 
 def flash_3_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
-    sequed_q: Any = None, sequed_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None, dq: Any = None, dk: Any = None,
-    dv: Any = None, softmax_scale: Any = None, is_causal: bool = False, window_size_left: int = -1, window_size_right: int = -1,
-    softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
-) -> None:  # fmt: skip
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    sequed_q: Any = None,
+    sequed_k: Any = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+    softmax_scale: Any = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> None:
     """_flash_attn_backward; writes to dq, dk, dv."""
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     mask = pairs_seen(
@@ -140,9 +223,22 @@ def flash_3_backward(
 
 
 def torch_flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, max_q: int, max_k: int, dropout_p: float,
-    is_causal: bool, return_debug_mask: bool, *, scale: float, window_size_left: int, window_size_right: int, **given: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+    **given: Any,
+) -> tuple[Tensor, ...]:
     """aten::_flash_attention_forward with cu_seqlens; `given`: what newer versions add, at its default."""
     assert dropout_p == 0 and not return_debug_mask and not any(x is not None for x in given.values())
     assert query.shape[-1] == key.shape[-1] == value.shape[-1], "the kernel knows one head size"
@@ -152,10 +248,25 @@ def torch_flash_forward(
 
 
 def torch_flash_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cum_seq_q: Tensor,
-    cum_seq_k: Tensor, max_q: int, max_k: int, dropout_p: float, is_causal: bool, rng_state: Tensor, unused: Tensor, *,
-    scale: float, window_size_left: int, window_size_right: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """aten::_flash_attention_backward."""
     assert dropout_p == 0 and rng_state.shape == (2,) and rng_state.dtype == torch.uint64
     mask = pairs_seen(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, window_size_left, window_size_right)
@@ -163,10 +274,22 @@ def torch_flash_backward(
 
 
 def torch_efficient_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Any, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float, custom_mask_type: int, compute_log_sumexp: bool = False, *, scale: float,
-    seqlen_k: Any = None, window_size: int | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    custom_mask_type: int,
+    compute_log_sumexp: bool = False,
+    *,
+    scale: float,
+    seqlen_k: Any = None,
+    window_size: int | None = None,
+) -> tuple[Any, ...]:
     """aten::_efficient_attention_forward in its 1MHK form: lse [examples, heads, longest rounded up to 32], +inf behind an example."""
     assert bias is None and dropout_p == 0 and custom_mask_type == 1 and compute_log_sumexp and seqlen_k is None
     mask = pairs_seen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, True, (window_size or 0) - 1, 0)
@@ -179,11 +302,28 @@ def torch_efficient_forward(
 
 
 def torch_efficient_backward(
-    grad_out_: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Any, out: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, logsumexp: Tensor, dropout_p: float, philox_seed: Tensor,
-    philox_offset: Tensor, custom_mask_type: int, bias_requires_grad: bool, *, scale: float, num_splits_key: Any = None,
-    window_size: int | None = None, shared_storage_dqdkdv: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_out_: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any,
+    out: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    logsumexp: Tensor,
+    dropout_p: float,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    custom_mask_type: int,
+    bias_requires_grad: bool,
+    *,
+    scale: float,
+    num_splits_key: Any = None,
+    window_size: int | None = None,
+    shared_storage_dqdkdv: bool = False,
+) -> tuple[Tensor, ...]:
     """aten::_efficient_attention_backward; reads no log-sum-exp behind an example unless it is +inf."""
     assert (
         bias is None

@@ -26,9 +26,15 @@ HEADS = [(4, 4), (6, 2), (3, 1)]
 
 
 def _dense(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, window: int | None,
-    softcap: float | None = None, alibi: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
+) -> Tensor:
     """One [heads, tokens, tokens] softmax with everything that may not be seen masked, keys repeated per query head."""
     tokens, heads, _ = query.shape
     example, place = torch.empty(tokens, dtype=torch.long), torch.arange(tokens)

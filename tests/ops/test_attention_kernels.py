@@ -204,9 +204,13 @@ def _without_data(case: dict[str, Any], device: str) -> tuple[list[Tensor], dict
         empty(ROW[-1], *size, dtype=dtype) for size in ((heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim))
     ]
     given = {
-        "bounds": ROW, "cu_seqlens": empty(len(ROW), dtype=torch.int32), "scale": 0.1, "window": case.get("window"),
-        "softcap": case.get("softcap"), "alibi": empty(heads, dtype=torch.float32) if case.get("alibi") else None,
-    }  # fmt: skip
+        "bounds": ROW,
+        "cu_seqlens": empty(len(ROW), dtype=torch.int32),
+        "scale": 0.1,
+        "window": case.get("window"),
+        "softcap": case.get("softcap"),
+        "alibi": empty(heads, dtype=torch.float32) if case.get("alibi") else None,
+    }
     if case.get("sinks"):
         inputs.append(empty(heads, dtype=dtype))
     return inputs, given

@@ -64,10 +64,14 @@ CASES = [
     (heads, kv, dims, window, softcap, causal)
     for heads, kv in ((4, 4), (4, 2), (9, 3), (4, 1))
     for dims, window, softcap, causal in (
-        ((8, 8), None, None, True), ((8, 8), 150, None, True), ((8, 8), None, 2.0, True), ((12, 8), None, None, True),
-        ((12, 8), 37, 1.5, True), ((8, 8), None, None, False),
+        ((8, 8), None, None, True),
+        ((8, 8), 150, None, True),
+        ((8, 8), None, 2.0, True),
+        ((12, 8), None, None, True),
+        ((12, 8), 37, 1.5, True),
+        ((8, 8), None, None, False),
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("heads", "kv", "dims", "window", "softcap", "causal"), CASES)

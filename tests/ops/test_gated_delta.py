@@ -104,9 +104,18 @@ def test_a_state_that_is_kept_or_forgotten_at_once(strength):
 
 
 def chunk_gated_delta_rule(
-    q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
-    cu_seqlens=None, head_first=False,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    beta,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None,
+    head_first=False,
+):
     """flash-linear-attention's function of that name (0.4, ops/gated_delta_rule/chunk.py), from what its docstring says."""
     assert q.dtype == k.dtype == v.dtype != torch.float32 and beta.dim() == 3 and not head_first
     assert len(q) == 1 and cu_seqlens.dtype == torch.int64 and initial_state is None and use_qk_l2norm_in_kernel

@@ -14,9 +14,16 @@ HEADS, KV_HEADS = 6, 2
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, *, bounds: tuple[int, ...], scale: float, window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    *,
+    bounds: tuple[int, ...],
+    scale: float,
+    window: int | None,
     softcap: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Row by row: softmax of the seen scores and the sink, of which the sink's share is dropped."""
     rows = []
     for start, end in zip(bounds, bounds[1:], strict=False):
@@ -37,7 +44,13 @@ def dense(
 def problem(tokens: int, dtype: torch.dtype = torch.float64, v_head_dim: int = 8) -> list[Tensor]:
     """query, key, value, sinks, the gradient from above."""
     torch.manual_seed(tokens)
-    sizes = [(tokens, HEADS, 8), (tokens, KV_HEADS, 8), (tokens, KV_HEADS, v_head_dim), (HEADS,), (tokens, HEADS, v_head_dim)]  # fmt: skip
+    sizes = [
+        (tokens, HEADS, 8),
+        (tokens, KV_HEADS, 8),
+        (tokens, KV_HEADS, v_head_dim),
+        (HEADS,),
+        (tokens, HEADS, v_head_dim),
+    ]
     return [torch.randn(size, dtype=torch.float64).to(dtype) for size in sizes]
 
 

@@ -165,10 +165,15 @@ def test_transformer_engine_cuts_every_example_on_its_own(ranks, chunks, inner):
 
 def test_the_example_of_transformer_engines_documentation():
     """Of thd_sequence_order_to_cp_rank_order: positions in their example, rank after rank."""
-    starts, told = (0, 8, 16, 24, 40), [
-        [0, 7, 0, 7, 0, 7, 0, 1, 14, 15], [1, 6, 1, 6, 1, 6, 2, 3, 12, 13], [2, 5, 2, 5, 2, 5, 4, 5, 10, 11],
-        [3, 4, 3, 4, 3, 4, 6, 7, 8, 9],
-    ]  # fmt: skip
+    starts, told = (
+        (0, 8, 16, 24, 40),
+        [
+            [0, 7, 0, 7, 0, 7, 0, 1, 14, 15],
+            [1, 6, 1, 6, 1, 6, 2, 3, 12, 13],
+            [2, 5, 2, 5, 2, 5, 4, 5, 10, 11],
+            [3, 4, 3, 4, 3, 4, 6, 7, 8, 9],
+        ],
+    )
     positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(starts)])
     for mesh in (Mesh(1, 4, engine=True), Mesh(4, 1, engine=True), Mesh(2, 2, engine=True)):
         assert [positions[held_tokens(starts, mesh, rank)].tolist() for rank in range(4)] == told

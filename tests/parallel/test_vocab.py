@@ -46,9 +46,15 @@ def _dense(
 
 
 def _cut_equals_dense(
-    padded: int, chunk: int | None, trained: bool, columns: int | None = None, softcap: float | None = None, *,
-    biased: bool = False, bias_alone: bool = False,
-) -> None:  # fmt: skip
+    padded: int,
+    chunk: int | None,
+    trained: bool,
+    columns: int | None = None,
+    softcap: float | None = None,
+    *,
+    biased: bool = False,
+    bias_alone: bool = False,
+) -> None:
     """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen.
 
     bias_alone: the bias is trained and the weight is not.

@@ -51,9 +51,12 @@ def settings(
 ) -> schema.Run:
     adapters = (str(adapter),) if adapter else ()
     return schema.Run(
-        model=schema.Model(path=str(model), adapters=adapters, dtype=dtype), parallel=parallel, optim=OPTIM, train=schema.Train(**train),
+        model=schema.Model(path=str(model), adapters=adapters, dtype=dtype),
+        parallel=parallel,
+        optim=OPTIM,
+        train=schema.Train(**train),
         tuner=schema.Tuner(type=tuner, rank=4, alpha=8.0, target_modules=("all-linear",)),
-    )  # fmt: skip
+    )
 
 
 class Bench:
@@ -157,9 +160,15 @@ def three_steps(
             chunk.start_param_sync(force_sync=True)
     check_replicas(training, groups)
     write_directory(
-        training.part, groups, output, list(training.tuner.held(training.part)), dtypes=torch.float32, max_shard_bytes=1 << 40,
-        companions=lambda staging: None, overwrite=True,
-    )  # fmt: skip
+        training.part,
+        groups,
+        output,
+        list(training.tuner.held(training.part)),
+        dtypes=torch.float32,
+        max_shard_bytes=1 << 40,
+        companions=lambda staging: None,
+        overwrite=True,
+    )
     parallel_groups.close()
     return losses
 
@@ -168,7 +177,7 @@ def check_replicas(training: Any, groups: parallel_groups.Groups) -> None:
     """Ranks that hold the same parameter hold the same bits."""
 
     def digest(tensor: torch.Tensor) -> str:
-        return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()  # fmt: skip
+        return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
     where, mine = groups.coordinate, {}
     part = training.part

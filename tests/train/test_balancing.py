@@ -63,8 +63,9 @@ def recipe(model: Path, parallel: schema.Parallel, more: dict[str, Any] | None =
             path=str(model), router_aux_loss_coefficient=BALANCE, megatron={"moe_z_loss_coeff": Z, **(more or {})}
         ),
         parallel=dataclasses.replace(parallel, distributed_optimizer=False),
-        tuner=schema.Tuner(type="full", rank=4, alpha=8.0), train=schema.Train(**train),
-    )  # fmt: skip
+        tuner=schema.Tuner(type="full", rank=4, alpha=8.0),
+        train=schema.Train(**train),
+    )
 
 
 def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int) -> list[dict[str, float]]:
@@ -84,9 +85,16 @@ def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int)
             found.append({"loss": loss, **read_router_losses(training, rows)})
             trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
             write_directory(
-                training.part, groups, output / "gradients", trained, dtypes=torch.float32, max_shard_bytes=1 << 40,
-                companions=lambda staging: None, overwrite=True, value=parity._gradient,
-            )  # fmt: skip
+                training.part,
+                groups,
+                output / "gradients",
+                trained,
+                dtypes=torch.float32,
+                max_shard_bytes=1 << 40,
+                companions=lambda staging: None,
+                overwrite=True,
+                value=parity._gradient,
+            )
         finally:
             parallel_groups.close()
     return found

@@ -84,9 +84,17 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 def train(model: Path, rows: Path, output: Path, *changes: str) -> api.TrainResult:
     base = [
-        f"model.path={model}", f"data.dataset={rows}", f"train.output_dir={output}", "data.max_length=128", "train.global_batch_size=4",
-        "optim.lr=0.01", "monitor.progress=false", "train.steps=3", "parallel.tensor=2", "train.add_version=false",
-    ]  # fmt: skip
+        f"model.path={model}",
+        f"data.dataset={rows}",
+        f"train.output_dir={output}",
+        "data.max_length=128",
+        "train.global_batch_size=4",
+        "optim.lr=0.01",
+        "monitor.progress=false",
+        "train.steps=3",
+        "parallel.tensor=2",
+        "train.add_version=false",
+    ]
     return api.train(api.load_recipe(None, [*base, *changes]).run, nproc=2)
 
 

@@ -34,9 +34,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: Path, rows: Path, output: Path, *changes: str, nproc: int = 1) -> api.TrainResult:
     base = [
-        f"model.path={model}", f"data.dataset={rows}", f"train.output_dir={output}", "optim.lr=0.01", "optim.eps=1e-4", "tuner.type=full",
-        "monitor.progress=false", "data.max_length=128", "model.dtype=float32",
-    ]  # fmt: skip
+        f"model.path={model}",
+        f"data.dataset={rows}",
+        f"train.output_dir={output}",
+        "optim.lr=0.01",
+        "optim.eps=1e-4",
+        "tuner.type=full",
+        "monitor.progress=false",
+        "data.max_length=128",
+        "model.dtype=float32",
+    ]
     return api.train(api.load_recipe(None, [*base, *changes]).run, nproc=nproc)
 
 
@@ -93,8 +100,14 @@ def test_experts_and_ranks_of_padding_alone(models: Path, rows: Path, tmp_path: 
     """Expert-parallel ranks exchange tokens in every microbatch: a rank without rows takes part, and adds nothing."""
     want = run(models / "mixtral", rows, tmp_path / "one", f"train.global_batch_size={ROWS}", "train.steps=1")
     found = run(
-        models / "mixtral", rows, tmp_path / "two", "train.epochs=1", "train.micro_batch_size=8", "parallel.expert=2", nproc=2
-    )  # fmt: skip
+        models / "mixtral",
+        rows,
+        tmp_path / "two",
+        "train.epochs=1",
+        "train.micro_batch_size=8",
+        "parallel.expert=2",
+        nproc=2,
+    )
     assert found.losses == pytest.approx(want.losses, abs=1e-5)
     assert found.tokens == want.tokens
     weights_equal(found, want, 1e-5)

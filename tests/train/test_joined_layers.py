@@ -28,11 +28,13 @@ RATE = 0.25
 
 def recipe(
     model: Path, parallel: schema.Parallel, megatron: dict[str, Any], tuner: str = "full", **train: Any
-) -> schema.Run:  # fmt: skip
+) -> schema.Run:
     return schema.Run(
-        model=schema.Model(path=str(model), megatron=megatron), train=schema.Train(**train), tuner=schema.Tuner(type=tuner),
+        model=schema.Model(path=str(model), megatron=megatron),
+        train=schema.Train(**train),
+        tuner=schema.Tuner(type=tuner),
         parallel=dataclasses.replace(parallel, distributed_optimizer=False),
-    )  # fmt: skip
+    )
 
 
 def built(run: schema.Run, device: Device, world: int) -> Training:

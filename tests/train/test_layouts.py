@@ -50,11 +50,15 @@ RECOMPUTED = [
 CUT_OPTIMIZERS = [
     (family, layout, tuner, overlap)
     for family, layout in (
-        ("llama", "dp2"), ("llama_tied", "tp2-dp2-sp"), ("qwen3_moe", "ep2-dp4"), ("llama", "pp2-dp2"), ("phi", "tp2-dp2-sp"),
+        ("llama", "dp2"),
+        ("llama_tied", "tp2-dp2-sp"),
+        ("qwen3_moe", "ep2-dp4"),
+        ("llama", "pp2-dp2"),
+        ("phi", "tp2-dp2-sp"),
     )
     for tuner in ("full", "lora")
     for overlap in ("plain", "overlap")
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +91,13 @@ def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str
     parallel, world = parse_layout(layout)
     hidden = overlap == "overlap"
     parallel = dataclasses.replace(
-        parallel, distributed_optimizer=True, overlap_grad_reduce=hidden, overlap_param_gather=hidden,
+        parallel,
+        distributed_optimizer=True,
+        overlap_grad_reduce=hidden,
+        overlap_param_gather=hidden,
         # Many buckets: each parameter is waited for where it is used. Phi's head has a bias, which gets a bucket of its own.
         ddp_bucket_size=(60 if family == "phi" else 4000) if hidden else None,
-    )  # fmt: skip
+    )
     one = bench(work, cpu, family, tuner)
     check_steps(one, *one.steps(f"{layout}-{overlap}", parallel, world))
 
@@ -128,8 +135,10 @@ def torch_steps(model: Path, rows: parity.Rows) -> tuple[list[float], dict[str, 
     plain = [p for p in network.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": OPTIM.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps,
-    )  # fmt: skip
+        lr=OPTIM.lr,
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+    )
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -27,16 +27,23 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
         {"query": f"What is {n} plus {n}?" + " Please." * (n % 5), "response": f"It is {2 * n}."} for n in range(40)
-    ]  # fmt: skip
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
 
 def recipe(model: Path, rows: Path, output: Path, *changes: str) -> Any:
     base = [
-        f"model.path={model}", f"data.dataset={rows}", f"train.output_dir={output}", "data.max_length=128", "train.global_batch_size=4",
-        "optim.lr=0.01", "monitor.progress=false", "monitor.report_to=tensorboard", "train.steps=6",
-    ]  # fmt: skip
+        f"model.path={model}",
+        f"data.dataset={rows}",
+        f"train.output_dir={output}",
+        "data.max_length=128",
+        "train.global_batch_size=4",
+        "optim.lr=0.01",
+        "monitor.progress=false",
+        "monitor.report_to=tensorboard",
+        "train.steps=6",
+    ]
     names = {change.partition("=")[0] for change in changes}
     return api.load_recipe(None, [*(one for one in base if one.partition("=")[0] not in names), *changes]).run
 
@@ -55,10 +62,19 @@ def logits(model: Path, adapters: Path | None) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def lora_run(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> api.TrainResult:
     run = recipe(
-        model, rows, tmp_path_factory.mktemp("lora"), "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true",
+        model,
+        rows,
+        tmp_path_factory.mktemp("lora"),
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence=true",
         "data.packing=true",
-        "data.split_dataset_ratio=0.1", "train.eval_steps=3", "train.save_steps=2", "train.save_total_limit=2", "export.merge_lora=true",
-    )  # fmt: skip
+        "data.split_dataset_ratio=0.1",
+        "train.eval_steps=3",
+        "train.save_steps=2",
+        "train.save_total_limit=2",
+        "export.merge_lora=true",
+    )
     return api.train(run, nproc=4)
 
 
@@ -81,8 +97,11 @@ def test_lora_run_leaves_swifts_layout(lora_run: api.TrainResult) -> None:
         "checkpoint-6-merged",
     }
     assert {path.name for path in lora_run.checkpoint.iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "report.json", "generation_config.json",
-    }  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "report.json",
+        "generation_config.json",
+    }
     lines = [json.loads(line) for line in (lora_run.directory / "logging.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     assert [line["iteration"] for line in steps] == [f"{n}/6" for n in range(1, 7)]
@@ -150,9 +169,17 @@ def test_routed_experts_alone_are_not_tiled(rows: Path, tmp_path: Path) -> None:
 def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
     """bfloat16 weights with float32 masters learn, and the checkpoint is a whole bfloat16 model with its tokenizer."""
     run = recipe(
-        model, rows, tmp_path, "tuner.type=full", "model.dtype=bfloat16", "parallel.pipeline=2", "optim.lr=0.003",
-        "train.recompute=full", "train.add_version=false", "export.max_shard_size=60KB",
-    )  # fmt: skip
+        model,
+        rows,
+        tmp_path,
+        "tuner.type=full",
+        "model.dtype=bfloat16",
+        "parallel.pipeline=2",
+        "optim.lr=0.003",
+        "train.recompute=full",
+        "train.add_version=false",
+        "export.max_shard_size=60KB",
+    )
     done = api.train(run, nproc=2)
     assert done.directory == tmp_path.resolve()
     assert done.losses[-1] < done.losses[0] - 0.5
@@ -169,9 +196,14 @@ def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
 def test_offloaded_run(model: Path, rows: Path, tmp_path: Path) -> None:
     """Inputs of layers and the optimizer's state on the host, evaluations and checkpoints between steps: the same run."""
     changes = (
-        "tuner.type=full", "model.dtype=bfloat16", "train.recompute=full", "train.steps=3", "data.split_dataset_ratio=0.1",
-        "train.eval_steps=1", "train.save_steps=1",
-    )  # fmt: skip
+        "tuner.type=full",
+        "model.dtype=bfloat16",
+        "train.recompute=full",
+        "train.steps=3",
+        "data.split_dataset_ratio=0.1",
+        "train.eval_steps=1",
+        "train.save_steps=1",
+    )
     flags = ("offload_activations=true", "optimizer_cpu_offload=true", "optimizer_offload_fraction=0.7")
     plain = api.train(recipe(model, rows, tmp_path / "plain", *changes), nproc=2)
     done = api.train(recipe(model, rows, tmp_path / "moved", *changes, *flags), nproc=2)

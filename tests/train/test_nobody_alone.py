@@ -169,9 +169,18 @@ def record_where_one_rank_is_full(folder: Path) -> list[str]:
     parallel = schema.Parallel(pipeline=2)
     shape = load_settings(model).shape
     side = Side(
-        checkpoint=model, config=model, model=None, engine="mcore", mcore_files=False, layout=plan_layout(parallel, shape, 2),
-        layers=shape.layers, hidden=shape.hidden, vocab=shape.vocab, adapter=None, dequantize=False,
-    )  # fmt: skip
+        checkpoint=model,
+        config=model,
+        model=None,
+        engine="mcore",
+        mcore_files=False,
+        layout=plan_layout(parallel, shape, 2),
+        layers=shape.layers,
+        hidden=shape.hidden,
+        vocab=shape.vocab,
+        adapter=None,
+        dequantize=False,
+    )
     states = folder / "states"
     if dist.get_rank() == 0:
         (states / "prompt1" / f"{shape.layers + 1}.safetensors").mkdir(parents=True)  # in the way of the last stage

@@ -215,9 +215,7 @@ def test_one_layer_ahead(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient(block, torch.randn(1))
     out = [("out", size) for size in (1, 2, 3, 4)]
     assert log[:4] == out
-    assert log[4:] == [
-        ("back", 3), ("taken", 4), ("back", 2), ("taken", 3), ("back", 1), ("taken", 2), ("taken", 1),
-    ]  # fmt: skip
+    assert log[4:] == [("back", 3), ("taken", 4), ("back", 2), ("taken", 3), ("back", 1), ("taken", 2), ("taken", 1)]
     assert on_device == [2, 2, 2, 1]
 
 

@@ -113,12 +113,15 @@ def test_gradients_summed_in_bfloat16(work: Path, cpu: Device, layout: str) -> N
     moved = dataclasses.replace(FALLING, cpu_offload=True)
     wide, *found = (
         run_ranks(
-            world, steps,
+            world,
+            steps,
             dataclasses.replace(settings(one.model, each, one.tuner, one.adapter, dtype="bfloat16"), optim=optim),
-            one.cpu, one.layout(each, world), one.rows,
+            one.cpu,
+            one.layout(each, world),
+            one.rows,
         )
         for each, optim in ((parallel, FALLING), (narrow, FALLING), (narrow, moved))
-    )  # fmt: skip
+    )
     assert wide["buffers"] == {torch.float32}
     for each in found:
         assert each["buffers"] == {torch.bfloat16}

@@ -63,8 +63,24 @@ def test_rows_are_those_of_transformers(small, tmp_path, family):  # noqa: F811
 def test_training_makes_them_too(small, tmp_path):  # noqa: F811
     """Tensor ranks that make the rows themselves train as one rank does that starts from a model converted before."""
     data = rows(tmp_path / "rows.jsonl", "fine <in>", "now <new>", "and <other>", "<new> <other>")
-    shared = ["--dataset", data, "--tuner_type", "full", "--max_steps", 2, "--global_batch_size", 4, "--progress", "false", "--adam_eps",
-              "1e-4", "--add_version", "false", "--lr", "0.01"]  # fmt: skip
+    shared = [
+        "--dataset",
+        data,
+        "--tuner_type",
+        "full",
+        "--max_steps",
+        2,
+        "--global_batch_size",
+        4,
+        "--progress",
+        "false",
+        "--adam_eps",
+        "1e-4",
+        "--add_version",
+        "false",
+        "--lr",
+        "0.01",
+    ]
 
     def sft(*words: object) -> None:
         assert main([str(word) for word in ("sft", *shared, *words)]) == 0
@@ -122,8 +138,11 @@ def test_new_special_tokens(small, tmp_path):  # noqa: F811
     ],
 )
 def test_what_cannot_be(small, tmp_path, capfd, verb, words, said):  # noqa: F811
-    more = {"sft": ["--dataset", rows(tmp_path / "rows.jsonl", "a"), "--output_dir", tmp_path / "out"],
-            "convert": ["--to", "hf", "--output", tmp_path / "out"], "infer": []}[verb]  # fmt: skip
+    more = {
+        "sft": ["--dataset", rows(tmp_path / "rows.jsonl", "a"), "--output_dir", tmp_path / "out"],
+        "convert": ["--to", "hf", "--output", tmp_path / "out"],
+        "infer": [],
+    }[verb]
     assert said in refused(capfd, verb, "--model", small, *more, *words)
     assert not (tmp_path / "out").exists()
 

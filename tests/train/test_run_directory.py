@@ -24,10 +24,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sft(place: Path, out: str, *more: str) -> int:
-    return main([
-        "sft", "--model", str(place / "model"), "--dataset", str(place / "one.jsonl"), "--global_batch_size", "1", "--output_dir",
-        str(place / out), "--add_version", "false", "--progress", "false", "--lora_rank", "2", *more,
-    ])  # fmt: skip
+    return main(
+        [
+            "sft",
+            "--model",
+            str(place / "model"),
+            "--dataset",
+            str(place / "one.jsonl"),
+            "--global_batch_size",
+            "1",
+            "--output_dir",
+            str(place / out),
+            "--add_version",
+            "false",
+            "--progress",
+            "false",
+            "--lora_rank",
+            "2",
+            *more,
+        ]
+    )
 
 
 def names(folder: Path) -> list[str]:

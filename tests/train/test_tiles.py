@@ -42,17 +42,26 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(
-    work: Path, family: str, tuner: str, parallel: schema.Parallel, *, bare: bool = False, megatron: Any = None, **train: Any
-) -> schema.Run:  # fmt: skip
+    work: Path,
+    family: str,
+    tuner: str,
+    parallel: schema.Parallel,
+    *,
+    bare: bool = False,
+    megatron: Any = None,
+    **train: Any,
+) -> schema.Run:
     """bare: without the values of an adapter."""
     model = work / family
     if not model.exists():
         tiny.make(model, family, num_hidden_layers=2)
     adapter = work / f"{family}-adapter"
     run = schema.Run(
-        model=schema.Model(path=str(model), dtype="float64", megatron=megatron or {}), parallel=parallel, train=schema.Train(**train),
+        model=schema.Model(path=str(model), dtype="float64", megatron=megatron or {}),
+        parallel=parallel,
+        train=schema.Train(**train),
         tuner=schema.Tuner(type=tuner, rank=4, alpha=8.0, target_modules=("all-linear",)),
-    )  # fmt: skip
+    )
     return (
         run
         if tuner == "full" or bare

@@ -40,9 +40,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(home: Path, output: str, *changes: str) -> api.TrainResult:
     settings = [
-        f"model.path={home / 'model'}", f"data.dataset={home / 'row.jsonl'}", f"train.output_dir={home / output}",
-        "train.add_version=false", "train.global_batch_size=1", "monitor.progress=false", "monitor.report_to=", *changes,
-    ]  # fmt: skip
+        f"model.path={home / 'model'}",
+        f"data.dataset={home / 'row.jsonl'}",
+        f"train.output_dir={home / output}",
+        "train.add_version=false",
+        "train.global_batch_size=1",
+        "monitor.progress=false",
+        "monitor.report_to=",
+        *changes,
+    ]
     return api.train(api.load_recipe(None, settings).run, nproc=1)
 
 

@@ -45,8 +45,21 @@ def test_training_is_refused_before_a_rank_starts(small, tmp_path, capfd, verb):
     """At TP 2, where Megatron's padding has a row for the token and would train it. file:line, the token, and what to do."""
     data = rows(tmp_path / "rows.jsonl", "fine <in>", "not <new>")
     said = refused(
-        capfd, verb, "--model", small, "--dataset", data, "--nproc", 2, "--tp", 2, "--output_dir", tmp_path / "out", "--progress", "false"
-    )  # fmt: skip
+        capfd,
+        verb,
+        "--model",
+        small,
+        "--dataset",
+        data,
+        "--nproc",
+        2,
+        "--tp",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+        "--progress",
+        "false",
+    )
     assert (
         f"{data}:2: token 400 ('<new>') has no row in the model's embedding, which ends at 399 (vocab_size=400)" in said
     )

@@ -79,8 +79,9 @@ def test_a_step_waits_for_few_values(family: str, tuner: str, dtype: str, tmp_pa
         model=schema.Model(
             path=str(model), dtype=dtype, router_aux_loss_coefficient=0.01 if family == "qwen3_moe" else 0.0
         ),
-        train=schema.Train(loss_chunk_size=4), tuner=schema.Tuner(type=tuner, rank=4, target_modules=("all-linear",)),
-    )  # fmt: skip
+        train=schema.Train(loss_chunk_size=4),
+        tuner=schema.Tuner(type=tuner, rank=4, target_modules=("all-linear",)),
+    )
     found = run_ranks(1, counted, run, cpu)
     print(*(f"{count:4} {where}" for where, count in found.most_common()), sep="\n")
     assert 0 < found.total() <= CASES[family, tuner, dtype], found

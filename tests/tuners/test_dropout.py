@@ -27,9 +27,10 @@ def dropped(model: Path, device: Device, layout_name: str) -> list[tuple[Coordin
     parallel, world = parse_layout(layout_name)
     layout = plan_layout(parallel, load_settings(model).shape, world)
     run = schema.Run(
-        model=schema.Model(path=str(model)), parallel=parallel,
+        model=schema.Model(path=str(model)),
+        parallel=parallel,
         tuner=schema.Tuner(rank=2, dropout=0.5, target_modules=("q_proj", "o_proj", "up_proj", "down_proj")),
-    )  # fmt: skip
+    )
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)
     names = {
@@ -64,10 +65,16 @@ def test_dense(ranks: Any, tmp_path: Path, cpu: Device) -> None:
         calls = []
         for where, masks in ranks(4, dropped, model, cpu, name):
             calls += [
-                (where.tensor * (".linear_proj." in linear or ".linear_fc2." in linear), getattr(where, own), linear, n, mask)
+                (
+                    where.tensor * (".linear_proj." in linear or ".linear_fc2." in linear),
+                    getattr(where, own),
+                    linear,
+                    n,
+                    mask,
+                )
                 for linear, each in masks.items()
                 for n, mask in enumerate(each)
-            ]  # fmt: skip
+            ]
         assert len(calls) == 4 * 2 * 4 * 2  # ranks, layers, linears, microbatches
         check(calls)
 

@@ -282,8 +282,14 @@ def test_a_family_that_is_not_known_here(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        "opt", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, vocab_size=131, word_embed_proj_dim=32
-    )  # fmt: skip
+        "opt",
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=48,
+        vocab_size=131,
+        word_embed_proj_dim=32,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
     model = str(tmp_path / "opt")
     other = changed(tmp_path / "opt", tmp_path / "other", nudge("model.decoder.layers.1.fc2.weight", 1.5))

@@ -23,9 +23,13 @@ def main() -> int:
     given = options.parse_args()
     try:
         api.convert(
-            source=given.mcore, to="hf", output=given.output, dtype=given.dtype, max_shard_size=given.max_shard_size,
+            source=given.mcore,
+            to="hf",
+            output=given.output,
+            dtype=given.dtype,
+            max_shard_size=given.max_shard_size,
             overwrite=given.overwrite,
-        )  # fmt: skip
+        )
     except UserError as error:
         if is_first_rank():
             print(f"mcore_to_hf: error: {error}", file=sys.stderr)

@@ -132,9 +132,13 @@ class Writer:
     """
 
     def __init__(
-        self, directory: Path, planned: Mapping[str, Planned], *, sharers: int = 1,
+        self,
+        directory: Path,
+        planned: Mapping[str, Planned],
+        *,
+        sharers: int = 1,
         any_number: Callable[[str], bool] = lambda name: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.directory, self.planned, self.any_number = directory, planned, any_number
         self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
         self._handles: dict[str, int] = {}

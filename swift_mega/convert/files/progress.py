@@ -11,6 +11,13 @@ def bytes_bar(total: int, what: str) -> "tqdm[None]":
     silent = dist.is_initialized() and dist.get_rank() != 0
     watched = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000, delay=2, mininterval=0.5 if watched else 10,
-        disable=silent, leave=watched,
-    )  # fmt: skip
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        delay=2,
+        mininterval=0.5 if watched else 10,
+        disable=silent,
+        leave=watched,
+    )

@@ -103,9 +103,7 @@ def places_of(chunk: Decoder, groups: Groups) -> tuple[dict[str, tuple[Place, ..
             continue
         tensors = list(_tensors(value))
         halves = len(tensors) == 2 and len({tensor.key for tensor in tensors}) == 1
-        found[name] = tuple(
-            _place(name, tensor, number if halves else None) for number, tensor in enumerate(tensors)
-        )  # fmt: skip
+        found[name] = tuple(_place(name, tensor, number if halves else None) for number, tensor in enumerate(tensors))
     return found, objects
 
 
@@ -128,9 +126,14 @@ def _place(name: str, tensor: ShardedTensor, half: int | None) -> Place:
         numbers.append((int(number[1]), 0) if named[-1] else front.pop(0))
     assert not front, f"{name}: {tensor}"
     return Place(
-        key, tuple(numbers), tuple(named), tuple(tensor.global_offset[lead:]), tuple(tensor.local_shape),
-        tuple(tensor.global_shape[lead:]), half,
-    )  # fmt: skip
+        key,
+        tuple(numbers),
+        tuple(named),
+        tuple(tensor.global_offset[lead:]),
+        tuple(tensor.local_shape),
+        tuple(tensor.global_shape[lead:]),
+        half,
+    )
 
 
 def object_of_layer(thing: ShardedObject, layer: int, layers: int) -> ShardedObject:

@@ -178,9 +178,8 @@ class TorchDist:
         for chunk in self._touched(key, tuple(offset[:lead])):
             begin = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
             end = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offset, target.shape, chunk.offsets, chunk.sizes, strict=True)
-            ]  # fmt: skip
+                min(a + n, b + m) for a, n, b, m in zip(offset, target.shape, chunk.offsets, chunk.sizes, strict=True)
+            ]
             if any(b >= e for b, e in zip(begin, end, strict=True)):
                 continue
             part = target[tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, offset, strict=True))]

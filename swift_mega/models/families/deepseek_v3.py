@@ -67,12 +67,18 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
         )
     yarn = config.rope_parameters if config.rope_parameters.get("rope_type", "default") != "default" else {}
     latent = dict(
-        multi_latent_attention=True, q_lora_rank=config.q_lora_rank, kv_lora_rank=config.kv_lora_rank,
-        qk_head_dim=config.qk_nope_head_dim, qk_pos_emb_head_dim=config.qk_rope_head_dim, v_head_dim=config.v_head_dim,
+        multi_latent_attention=True,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_head_dim=config.qk_nope_head_dim,
+        qk_pos_emb_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
         kv_channels=config.qk_nope_head_dim + config.qk_rope_head_dim,
         # Megatron's rotation is not used, but of these it makes the scale of the scores, as transformers does.
-        rope_type="rope", rotary_scaling_factor=yarn.get("factor", 1.0), mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
-    )  # fmt: skip
+        rope_type="rope",
+        rotary_scaling_factor=yarn.get("factor", 1.0),
+        mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
+    )
     turn = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
     return translate_experts(translate(config, megatron=latent, ropes=(turn,) * layers), config, routing)
 

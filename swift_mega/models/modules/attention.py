@@ -46,7 +46,7 @@ class Segments(PackedSeqParams):
 
 def segments(
     settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, context: Context | None = None
-) -> Segments:  # fmt: skip
+) -> Segments:
     """What lies in a row of tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
 
     context: the ranks that share the row; positions are then those of this rank's tokens, cu_seqlens is of the whole row.
@@ -62,9 +62,12 @@ def segments(
         slope, length = settings.scales.query_growth
         growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
     return Segments(
-        bounds=tuple(cu_seqlens.tolist()), starts=send(cu_seqlens.to(torch.int32), positions.device), turns=turns, growth=growth,
+        bounds=tuple(cu_seqlens.tolist()),
+        starts=send(cu_seqlens.to(torch.int32), positions.device),
+        turns=turns,
+        growth=growth,
         context=context,
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,9 +92,16 @@ class CoreAttention(MegatronModule):
     """Attention within each example of a row, after rotating queries and keys by their positions."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, settings: Settings, softmax_scale: float | None = None,
-        cp_comm_type: str | None = None, engine: Any = None, **given: Any,
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        settings: Settings,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        engine: Any = None,
+        **given: Any,
+    ) -> None:
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
 
         cp_comm_type: how context ranks meet where Transformer Engine does it; engine: then its attention, TEDotProductAttention.
@@ -124,9 +134,15 @@ class CoreAttention(MegatronModule):
             )
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-        packed_seq_params: Segments, **given: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Segments,
+        **given: Any,
+    ) -> Tensor:
         """query [tokens, 1, heads, head_dim], key and value [tokens, 1, kv_heads, head_dim] -> [tokens, 1, heads * head_dim]."""
         row = packed_seq_params
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
@@ -148,14 +164,30 @@ class CoreAttention(MegatronModule):
         if row.context is not None:
             assert self.alibi is None, "refused before ranks start"
             out = context_attention(
-                query, key, value, context=row.context, cu_seqlens=row.bounds, starts=row.starts, scale=self.scale,
-                window=self.window, softcap=self.softcap, sinks=self.softmax_offset,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                context=row.context,
+                cu_seqlens=row.bounds,
+                starts=row.starts,
+                scale=self.scale,
+                window=self.window,
+                softcap=self.softcap,
+                sinks=self.softmax_offset,
+            )
             return out.reshape(out.shape[0], 1, -1)
         out = attention(
-            query, key, value, bounds=row.bounds, cu_seqlens=row.starts, scale=self.scale, window=self.window,
-            softcap=self.softcap, alibi=self.alibi, sinks=self.softmax_offset,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            bounds=row.bounds,
+            cu_seqlens=row.starts,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sinks=self.softmax_offset,
+        )
         return out.reshape(out.shape[0], 1, -1)
 
     def kernel(self, device: torch.device) -> str:
@@ -164,9 +196,13 @@ class CoreAttention(MegatronModule):
         latent = config.multi_latent_attention
         head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
         return attention_kernel_name(
-            device, config.params_dtype, head_dim, softcap=self.softcap is not None, alibi=self.alibi is not None,
+            device,
+            config.params_dtype,
+            head_dim,
+            softcap=self.softcap is not None,
+            alibi=self.alibi is not None,
             sinks=self.softmax_offset is not None,
-        )  # fmt: skip
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -48,20 +48,31 @@ def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
 
 
 def engine_attention(
-    attention: Any, config: TransformerConfig, layer_number: int, *, communication: str, scale: float, window: int | None
-) -> torch.nn.Module:  # fmt: skip
+    attention: Any,
+    config: TransformerConfig,
+    layer_number: int,
+    *,
+    communication: str,
+    scale: float,
+    window: int | None,
+) -> torch.nn.Module:
     """A layer's attention. attention: TEDotProductAttention; window: tokens that a token sees, itself included."""
     mine = copy.copy(config)  # what Megatron says of windows is of the whole model, and by layers in a pattern
     mine.window_size, mine.window_attn_skip_freq = None if window is None else (window - 1, 0), None
     return attention(  # type: ignore[no-any-return]
-        config=mine, layer_number=layer_number, attn_mask_type=AttnMaskType.causal, attention_type="self", attention_dropout=0.0,
-        softmax_scale=scale, cp_comm_type=communication,
-    )  # fmt: skip
+        config=mine,
+        layer_number=layer_number,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+        attention_dropout=0.0,
+        softmax_scale=scale,
+        cp_comm_type=communication,
+    )
 
 
 def attend(
     engine: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], cu_seqlens: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of this rank -> [tokens, heads * head_dim]. Collective.
 
     bounds: where examples begin in the whole row and its end, on the host; cu_seqlens: the same as int32 on the device.
@@ -69,8 +80,13 @@ def attend(
     longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
     # The very same tensor four times: that is how newer versions know that there is no padding, without looking at its numbers.
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest,
-    )  # fmt: skip
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
     query, key, value = (x.contiguous() for x in (query, key, value))
     return engine(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)  # type: ignore[no-any-return]

@@ -76,9 +76,14 @@ class GatedDeltaNet(MegatronModule):
         decay = -self.A_log.to(wide).exp() * F.softplus(a.reshape(tokens, -1).to(wide) + self.dt_bias)
         query, key = (x.repeat_interleave(self.per_key, 1) for x in (query, key))
         out = gated_delta_rule(
-            query, key, value.reshape(tokens, -1, value_dim), decay, b.reshape(tokens, -1).sigmoid(),
-            bounds=row.bounds, cu_seqlens=row.starts,
-        )  # fmt: skip
+            query,
+            key,
+            value.reshape(tokens, -1, value_dim),
+            decay,
+            b.reshape(tokens, -1).sigmoid(),
+            bounds=row.bounds,
+            cu_seqlens=row.starts,
+        )
         return self._gated(out, gate.reshape(tokens, -1, value_dim)).flatten(1)
 
     def _gated(self, x: Tensor, gate: Tensor) -> Tensor:

@@ -28,9 +28,14 @@ class Layer(TransformerLayer):
             self.post_mlp_layernorm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any,
-        padding_mask: Tensor | None = None, **given: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any,
+        padding_mask: Tensor | None = None,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
         """hidden_states [tokens / s, 1, hidden] -> (the same, None), as TransformerBlock calls a layer."""
         read, forget = self._normed(self.input_layernorm, hidden_states, self.recompute_input_layernorm)
         attended = _output(self.self_attention(read, attention_mask=None, packed_seq_params=packed_seq_params))

@@ -46,9 +46,14 @@ class LatentAttention(MLASelfAttention):
         return {name: getattr(submodules, name) for name in (*LINEARS, "q_layernorm", "kv_layernorm")}
 
     def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: Any = None, position_ids: Any = None,
-        packed_seq_params: Segments | None = None, *args: Any, **given: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        key_value_states: Any = None,
+        position_ids: Any = None,
+        packed_seq_params: Segments | None = None,
+        *args: Any,
+        **given: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """hidden_states [tokens / s, 1, hidden] -> query, key [tokens, 1, heads, head_dim], value [tokens, 1, heads, v_head_dim].
 
         heads: of this tensor rank. The last two of what is returned are the latents, for Megatron's inference.

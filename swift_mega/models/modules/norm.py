@@ -109,9 +109,13 @@ class HeadNorm(torch.nn.Module):
 def _cut_weight(module: torch.nn.Module, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
     """A weight cut over tensor ranks; Megatron takes that of a module that says nothing for one that all ranks share."""
     return make_sharded_tensors_for_checkpoint(
-        module.state_dict(keep_vars=True), prefix, {"weight": 0}, offsets,
-        tp_group=parallel_state.get_tensor_model_parallel_group(), dp_cp_group=metadata["dp_cp_group"],
-    )  # fmt: skip
+        module.state_dict(keep_vars=True),
+        prefix,
+        {"weight": 0},
+        offsets,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_cp_group=metadata["dp_cp_group"],
+    )
 
 
 class _SumOverRanks(torch.autograd.Function):

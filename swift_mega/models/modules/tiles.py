@@ -27,8 +27,14 @@ class TiledMLP(MLP):
     """Megatron's dense MLP, `tile` tokens at a time. The bias that it leaves to the layer to add is added here, to a tile."""
 
     def __init__(
-        self, config: TransformerConfig, *, tile: int, pg_collection: Any = None, is_mtp_layer: bool = False, **given: Any
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        *,
+        tile: int,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        **given: Any,
+    ) -> None:
         group = parallel_state.get_tensor_model_parallel_group() if pg_collection is None else pg_collection.tp
         super().__init__(config, tp_group=group, **given)
         self.tile = tile

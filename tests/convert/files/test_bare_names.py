@@ -137,9 +137,7 @@ def planned(directory: Path, rank: int) -> dict[str, Tensor]:
 def held(directory: Path, cpu: object) -> dict[str, Tensor]:
     """What tensor rank 0 of two does hold."""
     groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
-    part = build_part(
-        schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory)
-    )  # fmt: skip
+    part = build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
     parallel_groups.close()
     return {held.name: held.parameter.detach().clone() for held in part.held()}
 
@@ -219,9 +217,7 @@ def load(directory: Path, cpu: object) -> str:
     parallel, world = parse_layout("single")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     try:
-        build_part(
-            schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory)
-        )  # fmt: skip
+        build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
     except UserError as error:
         return str(error)
     finally:

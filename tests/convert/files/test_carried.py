@@ -152,10 +152,15 @@ def test_layers_that_are_not_there_are_not_counted(deepseek, tmp_path, capfd):
     (original / "model.safetensors").unlink()
     shutil.rmtree(tmp_path / "mcore" / "hf")
     capfd.readouterr()
-    assert run(
-        "convert --mcore MCORE --model ORIGINAL --to hf --torch_dtype float32 --output OUT",
-        MCORE=tmp_path / "mcore", ORIGINAL=original, OUT=tmp_path / "out",
-    ) == 0  # fmt: skip
+    assert (
+        run(
+            "convert --mcore MCORE --model ORIGINAL --to hf --torch_dtype float32 --output OUT",
+            MCORE=tmp_path / "mcore",
+            ORIGINAL=original,
+            OUT=tmp_path / "out",
+        )
+        == 0
+    )
     said = "config.json says num_nextn_predict_layers=1, and none of these layers of multi-token prediction are in the files"
     assert said in capfd.readouterr().out
     assert config(tmp_path / "out")["num_nextn_predict_layers"] == 0

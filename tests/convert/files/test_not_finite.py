@@ -60,10 +60,11 @@ def test_a_tensor_of_the_source(model, tmp_path, capfd, road, name):
     source = changed(model, tmp_path / "model", name, math.nan)
     out = ["--model", source, "--output", tmp_path / "out"]
     words = {
-        "hf": ["convert", *out, "--to", "hf", "--max_shard_size", "20KB"], "mcore": ["convert", *out, "--to", "mcore"],
+        "hf": ["convert", *out, "--to", "hf", "--max_shard_size", "20KB"],
+        "mcore": ["convert", *out, "--to", "mcore"],
         "fp8": ["export", *out, "--quant_method", "fp8"],
         "merge": ["export", *out, "--adapters", adapter(tmp_path / "adapter", 1.0, 1.0), "--merge_lora", "true"],
-    }  # fmt: skip
+    }
     assert f"{name} " in (said := stops(tmp_path, capfd, *words[road])) and "not finite, the first (nan) at [" in said
 
 
@@ -163,10 +164,32 @@ def test_a_quantised_weight_beyond_float16(model, tmp_path):
 def test_what_training_made(model, tmp_path, capfd, tuner, name):
     """Weights that ran off are no checkpoint; both ranks stop, and the run's folder holds none."""
     words = [
-        "sft", "--model", model, "--tuner_type", tuner, "--dataset", model.parent / "rows.jsonl", "--max_steps", "1", "--lr", "1e39",
-        "--min_lr", "1e39", "--global_batch_size", "1", "--output_dir", tmp_path / "run", "--add_version", "false", "--tp", "2",
-        "--clip_grad", "0", "--nproc", "2",
-    ]  # fmt: skip
+        "sft",
+        "--model",
+        model,
+        "--tuner_type",
+        tuner,
+        "--dataset",
+        model.parent / "rows.jsonl",
+        "--max_steps",
+        "1",
+        "--lr",
+        "1e39",
+        "--min_lr",
+        "1e39",
+        "--global_batch_size",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+        "--add_version",
+        "false",
+        "--tp",
+        "2",
+        "--clip_grad",
+        "0",
+        "--nproc",
+        "2",
+    ]
     assert main([str(word) for word in words]) == 2
     said = capfd.readouterr().err
     assert "not finite" in said and name in said, said

@@ -136,9 +136,15 @@ def test_gptq_of_any_shape(tmp_path_factory, data):
         "x.weight", torch.randn(rows, inputs), bits=bits, group=group, act_order=order, v2=v2, sym=sym
     )
     folder = save(
-        tmp_path_factory.mktemp("x"), stored, quant_method="gptq", bits=bits, group_size=group, sym=sym, desc_act=order,
+        tmp_path_factory.mktemp("x"),
+        stored,
+        quant_method="gptq",
+        bits=bits,
+        group_size=group,
+        sym=sym,
+        desc_act=order,
         checkpoint_format="gptq_v2" if v2 else "gptq",
-    )  # fmt: skip
+    )
     check(folder, meant, cuts(data.draw, rows, inputs))
 
 
@@ -158,9 +164,12 @@ def test_four_bits_of_any_shape(tmp_path_factory, data):
     """Blocks end inside rows and bytes are shared by two rows."""
     shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
     stored, meant = files.four_bit(
-        "x.weight", torch.randn(shape), kind=data.draw(st.sampled_from(("nf4", "fp4"))), block=data.draw(st.integers(2, 64)),
+        "x.weight",
+        torch.randn(shape),
+        kind=data.draw(st.sampled_from(("nf4", "fp4"))),
+        block=data.draw(st.integers(2, 64)),
         nested=data.draw(st.one_of(st.none(), st.integers(1, 9))),
-    )  # fmt: skip
+    )
     check(save(tmp_path_factory.mktemp("x"), stored, quant_method="bitsandbytes"), meant, cuts(data.draw, *shape))
 
 

@@ -21,9 +21,13 @@ def test_every_tensor(tmp_path, monkeypatch, dtype):
     """In pieces of 100 bytes; what is no floating-point number stays what it is."""
     monkeypatch.setattr(stream, "IN_FLIGHT", 100)
     tensors = {
-        "a": torch.randn(9, 7).to(torch.bfloat16), "wide": torch.randn(3, 200), "scalar": torch.tensor(1.5), "none": torch.empty(0, 3),
-        "count": torch.arange(40), "flag": torch.tensor([True, False]),
-    }  # fmt: skip
+        "a": torch.randn(9, 7).to(torch.bfloat16),
+        "wide": torch.randn(3, 200),
+        "scalar": torch.tensor(1.5),
+        "none": torch.empty(0, 3),
+        "count": torch.arange(40),
+        "flag": torch.tensor([True, False]),
+    }
     (tmp_path / "in").mkdir()
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     (tmp_path / "in" / "config.json").write_text('{"torch_dtype": "bfloat16", "x": 1}')

@@ -249,8 +249,14 @@ def test_every_road_takes_the_model_alone(messy, tmp_path, capsys, road):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, adapter = messy
-    places = {"MODEL": source, "ADAPTER": adapter, "ROWS": source.parent / "rows.jsonl", "RUN": tmp_path / "run",
-              "OUT": tmp_path / "out", "MCORE": tmp_path / "mcore"}  # fmt: skip
+    places = {
+        "MODEL": source,
+        "ADAPTER": adapter,
+        "ROWS": source.parent / "rows.jsonl",
+        "RUN": tmp_path / "run",
+        "OUT": tmp_path / "out",
+        "MCORE": tmp_path / "mcore",
+    }
     for command in ROADS[road].split(" ; "):
         assert main([str(places.get(word, word)) for word in command.split()]) == 0
     assert (
@@ -272,8 +278,14 @@ def test_a_link_to_nothing_stops_before_anything_is_written(messy, tmp_path, cap
     source = tmp_path / "model"
     shutil.copytree(messy[0], source)
     (source / "special.txt").symlink_to(source / "gone")
-    places = {"MODEL": source, "ADAPTER": messy[1], "ROWS": source.parent / "rows.jsonl", "RUN": tmp_path / "run", "OUT": tmp_path / "out",
-              "MCORE": tmp_path / "mcore"}  # fmt: skip
+    places = {
+        "MODEL": source,
+        "ADAPTER": messy[1],
+        "ROWS": source.parent / "rows.jsonl",
+        "RUN": tmp_path / "run",
+        "OUT": tmp_path / "out",
+        "MCORE": tmp_path / "mcore",
+    }
     shutil.copy(messy[0].parent / "rows.jsonl", tmp_path)
     for road in ROADS.values():
         assert main([str(places.get(word, word)) for word in road.split(" ; ")[0].split()]) == 2

@@ -58,8 +58,10 @@ def test_names_of_norms(tmp_path: Path, family: str, norms: set[str]) -> None:
     names = FileSystemReader(tmp_path / "mcore" / "release").read_metadata().state_dict_metadata
     found = {name.split("/")[0] for name in names if "layernorm." in name or "layer_norm_" in name}
     assert {name for name in found if "_extra_state" not in name} - norms <= {
-        "decoder.final_layernorm.weight", "decoder.final_layernorm.bias", *latent_norms(names),
-    }  # fmt: skip
+        "decoder.final_layernorm.weight",
+        "decoder.final_layernorm.bias",
+        *latent_norms(names),
+    }
     assert norms <= found
 
 

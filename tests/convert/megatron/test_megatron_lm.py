@@ -47,28 +47,49 @@ def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: d
     experts, tied = settings.get("num_moe_experts"), settings.pop("tied")
     singly = settings.pop("singly", False)
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=32, num_attention_heads=8, num_query_groups=GROUPS, kv_channels=HEAD_DIM,
-        ffn_hidden_size=48, gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
-        normalization="RMSNorm", tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, bf16=True,
-        pipeline_dtype=torch.bfloat16, params_dtype=torch.bfloat16, expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=1 if expert > 1 else None, use_cpu_initialization=True, **settings,
-    )  # fmt: skip
+        num_layers=LAYERS,
+        hidden_size=32,
+        num_attention_heads=8,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=48,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        bf16=True,
+        pipeline_dtype=torch.bfloat16,
+        params_dtype=torch.bfloat16,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1 if expert > 1 else None,
+        use_cpu_initialization=True,
+        **settings,
+    )
     spec = get_gpt_layer_local_spec(
         num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     model = GPTModel(
-        config, spec, vocab_size=PADDED, max_sequence_length=64, position_embedding_type="rope",
-        share_embeddings_and_output_weights=tied, pre_process=state.is_pipeline_first_stage(),
+        config,
+        spec,
+        vocab_size=PADDED,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=tied,
+        pre_process=state.is_pipeline_first_stage(),
         post_process=state.is_pipeline_last_stage(),
-    ).bfloat16()  # fmt: skip
+    ).bfloat16()
     put(model, load_file(directory / "model.safetensors"), tensor, pipeline, expert, experts, tied)
     wrapped = DistributedDataParallel(
         config, DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True), model
     )
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=0.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True),
+        OptimizerConfig(
+            optimizer="adam", lr=0.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+        ),
         [wrapped],
-    )  # fmt: skip
+    )
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer.zero_grad()
     for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
@@ -76,21 +97,28 @@ def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: d
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())  # a rate of 0
     metadata = {
-        "distrib_optim_sharding_type": sharding, "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": singly, "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": sharding,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": singly,
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": state.get_data_parallel_group(with_context_parallel=True),
-    }  # fmt: skip
+    }
     whole: dict[str, Any] = {
-        "args": argparse.Namespace(hidden_size=32, iteration=10), "checkpoint_version": 3.0, "iteration": 10,
-        "num_floating_point_operations_so_far": 1, "model": model.sharded_state_dict(metadata=metadata),
-    }  # fmt: skip
+        "args": argparse.Namespace(hidden_size=32, iteration=10),
+        "checkpoint_version": 3.0,
+        "iteration": 10,
+        "num_floating_point_operations_so_far": 1,
+        "model": model.sharded_state_dict(metadata=metadata),
+    }
     whole["optimizer"] = optimizer.sharded_state_dict(whole, metadata=metadata)
     whole["opt_param_scheduler"] = {"max_lr": 1e-3, "num_steps": 10}
     whole["rng_state"] = ShardedObject(
-        "rng_state", [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}], (pipeline, tensor),
+        "rng_state",
+        [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}],
+        (pipeline, tensor),
         (state.get_pipeline_model_parallel_rank(), state.get_tensor_model_parallel_rank()),
         replica_id=state.get_data_parallel_rank(with_context_parallel=True),
-    )  # fmt: skip
+    )
     folder = output / "iter_0000010"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
@@ -181,9 +209,7 @@ CASES = {
 def test_a_training_run_of_megatron_lm(ranks, tmp_path, capsys, case):
     family, sizes, settings, sharding = CASES[case]
     tied = family == "llama_tied"
-    source = tiny.make(
-        tmp_path / "hf", "llama" if tied else family, dtype=torch.bfloat16, tie_word_embeddings=tied
-    )  # fmt: skip
+    source = tiny.make(tmp_path / "hf", "llama" if tied else family, dtype=torch.bfloat16, tie_word_embeddings=tied)
     ranks(2 if case == "data" else 4, save, source, tmp_path / "run", sizes, settings, sharding)
     keys = read_metadata(tmp_path / "run" / "iter_0000010").state_dict_metadata.keys()
     apart = {"decoder.layers.3.mlp.experts.experts.2.linear_fc1.weight_v", "decoder.layers.mlp.linear_fc1.weight"}

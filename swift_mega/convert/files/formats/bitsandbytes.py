@@ -48,8 +48,10 @@ class FourBit:
         begin, end = box[0][0] * width, box[0][1] * width
         absmax = (begin // self.block, ceil(end, self.block))
         found: dict[str, Box] = {
-            "weight": ((begin // 2, ceil(end, 2)), (0, 1)), "quant_map": ((0, 16),), "absmax": (absmax,)
-        }  # fmt: skip
+            "weight": ((begin // 2, ceil(end, 2)), (0, 1)),
+            "quant_map": ((0, 16),),
+            "absmax": (absmax,),
+        }
         if self.nested is not None:
             found["nested_quant_map"] = ((0, 256),)
             found["nested_absmax"] = ((absmax[0] // self.nested.block, ceil(absmax[1], self.nested.block)),)
@@ -135,14 +137,13 @@ def _four_bit(checkpoint: TensorSource, weight: str, state_name: str, kind: str)
     count, why = math.prod(shape), f"{weight} of {list(shape)} in blocks of {block}"
     total = ceil(count, block)
     wanted: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "weight": ((ceil(count, 2), 1), (torch.uint8,)), "quant_map": ((16,), FLOATS),
+        "weight": ((ceil(count, 2), 1), (torch.uint8,)),
+        "quant_map": ((16,), FLOATS),
         "absmax": ((total,), (torch.uint8,) if nested else FLOATS),
-    }  # fmt: skip
+    }
     if nested is not None:
         parts.update({role: f"{weight}.{role}" for role in ("nested_absmax", "nested_quant_map")})
-        wanted.update(
-            nested_absmax=((ceil(total, nested.block),), FLOATS), nested_quant_map=((256,), FLOATS)
-        )  # fmt: skip
+        wanted.update(nested_absmax=((ceil(total, nested.block),), FLOATS), nested_quant_map=((256,), FLOATS))
     _check(checkpoint, parts, wanted, why)
     return FourBit(shape, parts, block, nested)
 
@@ -173,9 +174,11 @@ def _int8(checkpoint: TensorSource, weight: str, scale: str) -> Int8:
 
 
 def _check(
-    checkpoint: TensorSource, parts: Mapping[str, str], wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+    checkpoint: TensorSource,
+    parts: Mapping[str, str],
+    wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
     why: str,
-) -> None:  # fmt: skip
+) -> None:
     if missing := sorted(name for name in parts.values() if name not in checkpoint.entries):
         raise UserError(f"{checkpoint.directory} lacks {some(missing)}, and {why} needs it; copy the checkpoint again")
     for role, (shape, kinds) in wanted.items():

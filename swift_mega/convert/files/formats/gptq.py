@@ -39,7 +39,7 @@ class Gptq:
             "qzeros": (groups, blocks(rows, each)),
             "scales": (groups, rows),
         }
-        return {**found, "g_idx": (columns,)} if "g_idx" in self.parts else found  # fmt: skip
+        return {**found, "g_idx": (columns,)} if "g_idx" in self.parts else found
 
     def dequantise(self, parts: Mapping[str, Tensor], box: Box) -> Tensor:
         rows, columns = box
