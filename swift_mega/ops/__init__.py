@@ -1,1 +1,1 @@
-"""One operator per file: the fused form where there is one, beside its torch reference. No model, no ranks."""
+"""One operator per file: the fused form, where there is one, beside its torch reference. No model, no ranks."""

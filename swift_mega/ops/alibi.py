@@ -1,16 +1,16 @@
-"""ALiBi (Press et al. 2021, arXiv:2108.12409): a score gains `slope` for each position of its key, by head.
+"""ALiBi (Press et al. 2021, arXiv:2108.12409): each head adds slope * (position of the key) to a score.
 
-The softmax of a query does not change with what all its scores gain, so the bias may be counted from the query or from the first
-key of the example. Counted from the first key it is a product of features: the position in every key, the slope in every query. So
-attention without a bias computes it, gradients included.
+The softmax of a query does not change when all its scores gain the same number. So the bias may be counted from the query, or from the
+first key of the example. Counted from the first key it is a product of two features: the position in every key, and the slope in every
+query. A kernel without a bias then computes ALiBi, gradients included.
 
-float32 and float64 take one feature. bfloat16 has 8 binary digits, so a position p becomes 256 a + b with a and b below 256, and
-slope / scale becomes a sum of PARTS numbers s1 + s2 + s3 of the dtype, each what the ones before leave:
+float32 and float64 need one feature. bfloat16 has 8 binary digits. So a position p is written as 256 a + b, with a and b below 256, and
+slope / scale as a sum of PARTS numbers s1 + s2 + s3 of the dtype, where each is the rounded rest that the ones before leave:
 
     query: 256 s1, 256 s2, 256 s3, s1, s2, s3, 0, 0        key: a, a, a, b, b, b, 0, 0
 
-Products and sums are float32 in every kernel, so what is lost is float32's rounding of slope * p, not bfloat16's. That rounding grows
-with p: up to LONGEST tokens it is below what rounding the weights to the dtype costs.
+Every kernel multiplies and sums in float32, so the error is float32's rounding of slope * p, not bfloat16's. It grows with p. Up to
+LONGEST tokens it is smaller than the error of rounding the softmax weights to the dtype.
 """
 
 import math
@@ -23,13 +23,15 @@ from torch import Tensor
 PARTS = 3
 """Numbers that a slope is split into: 24 binary digits in bfloat16."""
 FEATURES = 8
-"""More features of a head in bfloat16 and float16; kernels want a multiple of 8."""
+"""Features added to each head in bfloat16 and float16. Kernels want a multiple of 8."""
 LONGEST = {torch.bfloat16: 32768, torch.float16: 8192}
-"""Tokens of the longest example whose positions go into features: there the steepest head loses about as much as by the dtype itself."""
+"""Longest example, in tokens, whose positions become features. There the steepest head loses about as much as by the dtype itself."""
 
 
 def slopes(heads: int) -> tuple[float, ...]:
-    """The slope of each head: 2^-(8/n), 2^-(16/n), … for n heads; between powers of two, every other one of 2n fills up."""
+    """The slope of each head: 2^-(8/n), 2^-(16/n), … for n heads. If `heads` is no power of two: n is the power of two below it, and the
+    remaining heads take every other slope of 2n heads.
+    """
     power = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
     return tuple(first + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)])
@@ -38,9 +40,10 @@ def slopes(heads: int) -> tuple[float, ...]:
 def with_positions(
     query: Tensor, key: Tensor, alibi: Tensor, *, bounds: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """query [tokens, heads, head_dim] and key [tokens, kv_heads, head_dim], each with the further features.
+    """query [tokens, heads, head_dim] and key [tokens, kv_heads, head_dim], with the ALiBi features appended to head_dim.
 
-    alibi: [heads] slopes; bounds: where examples begin, and the end of the last; scale: of the scores that follow.
+    alibi: [heads] slopes. bounds: first token of each example, and the end of the last. scale: factor that the kernel applies to the
+    scores.
     """
     positions = torch.cat([torch.arange(end - start, device=key.device) for start, end in pairwise(bounds)])
     if query.dtype in (torch.float32, torch.float64):
@@ -57,7 +60,7 @@ def with_positions(
 
 
 def _split(wide: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """PARTS tensors of numbers that the dtype holds, in float64, whose sum is `wide` but for what the last can't hold."""
+    """PARTS tensors of numbers that the dtype can represent, as float64. Their sum is `wide`, except for the rounding of the last one."""
     parts = []
     for _ in range(PARTS):
         parts.append(wide.to(dtype).double())

@@ -1,18 +1,18 @@
-"""Causal attention over examples that lie one after another in a row: no token sees another example.
+"""Causal attention within the examples of a packed row: no token attends to another example.
 
-| device | dtype | what | by |
+| device | dtype | case | computed by |
 |---|---|---|---|
 | CUDA | bf16, fp16 | all but the next two lines | flash-attn 3 or 2 where installed, else torch's flash op (ops/attention_kernels.py) |
 | CUDA | bf16, fp16 | soft-cap | flash-attn, else flex_attention (ops/flex.py), else tiles in torch |
-| CUDA | bf16, fp16 | ALiBi | flash-attn 2, else the others with features (ops/alibi.py) to 32,768 tokens (fp16: 8,192), else tiles |
+| CUDA | bf16, fp16 | ALiBi | flash-attn 2, else another kernel with features (ops/alibi.py) to 32,768 tokens (fp16: 8,192), else tiles |
 | CUDA | float32 | all but soft-cap | torch's memory-efficient op |
 | CUDA | float32 soft-cap, float64 | all | tiles in torch (ops/blocks.py) |
 | CPU | float32, float64 | all but soft-cap | torch's CPU kernel, gradient by blocks of queries (ops/cpu_attention.py) |
 | CPU | any | soft-cap | tiles in torch |
 | CPU | bf16, fp16 | plain | torch's CPU kernel, one example at a time |
-| CPU | bf16, fp16 | window, sinks; ALiBi | as float32's, whose sums they have; ALiBi in float32 |
+| CPU | bf16, fp16 | window, sinks; ALiBi | like float32 on the CPU, with the same sums in float32; ALiBi converts to float32 |
 
-`attention_kernel_name` says which line a layer gets. None makes a [tokens, tokens] matrix.
+`attention_kernel_name` says which of these a layer gets. None of them builds a [tokens, tokens] matrix.
 """
 
 from collections.abc import Sequence
@@ -47,15 +47,15 @@ def attention(
     alibi: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every token to the tokens before it, and itself, in its own example.
+    """Attention of every token to itself and to the tokens before it in its own example.
 
     query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim], heads a multiple of kv_heads.
     value may have a smaller head_dim, v_head_dim.
     bounds: first token of each example and the end of the last, on the host; cu_seqlens: the same as int32 on the device.
-    window: a token sees itself and window - 1 tokens before it; None sees all.
+    window: a token sees itself and window - 1 tokens before it; None: all tokens before it.
     softcap: scores s become c tanh(s / c) before the softmax (Gemma 2, arXiv:2408.00118).
-    alibi: [heads] float32, what a score gains for each position of its key (ops/alibi.py).
-    sinks: [heads], a logit that joins each softmax and has no value (ops/sinks.py).
+    alibi: [heads] float32 slopes: slope * (position of the key) is added to a score (ops/alibi.py).
+    sinks: [heads], one more logit in the softmax of each head, without a value (ops/sinks.py).
     Returns [tokens, heads, v_head_dim].
     """
     assert alibi is None or (softcap is None and sinks is None), "no model has both, and kernels differ in their order"
@@ -129,7 +129,8 @@ def _on_cpu(
     if alibi is not None:
         query, key = with_positions(query, key, alibi, bounds=bounds, scale=scale)
     value_dim = value.shape[-1]
-    value = F.pad(value, (0, query.shape[-1] - value_dim))  # the kernel knows one size
+    # The kernel has one head_dim for keys and values.
+    value = F.pad(value, (0, query.shape[-1] - value_dim))
     if half:
         out = _by_example(query, key, value, bounds, scale)
     else:
@@ -138,7 +139,7 @@ def _on_cpu(
 
 
 def _by_example(query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], scale: float) -> Tensor:
-    """torch's attention, whose kernel on the CPU needs no mask and sums in float32."""
+    """One call of torch's attention per example: its CPU kernel then needs no mask. It sums in float32."""
     outs = []
     for start, end in pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
@@ -151,7 +152,7 @@ def _by_example(query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int]
 def _by_tiles(
     query: Tensor, key: Tensor, value: Tensor, alibi: Tensor | None, sinks: Tensor | None, **settings: Any
 ) -> Tensor:
-    """`attention_by_blocks` with positions as a feature, in float32 because they need its digits."""
+    """`attention_by_blocks`, with ALiBi as features. ALiBi is computed in float32, because positions need its digits."""
     dtype = query.dtype
     if alibi is not None:
         query, key, value = (x if dtype == torch.float64 else x.float() for x in (query, key, value))
@@ -170,7 +171,7 @@ def attention_by_blocks(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`attention` by ops/blocks.py, which has tiles in torch for whatever no kernel serves; shapes as there."""
+    """`attention` by ops/blocks.py, whose tiles in torch cover what no kernel covers. Shapes as in `attention`."""
     return _ByBlocks.apply(query, key, value, sinks, tuple(bounds), scale, window, softcap)  # type: ignore[no-any-return]
 
 

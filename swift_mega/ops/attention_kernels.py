@@ -1,7 +1,8 @@
-"""The kernels for packed rows on CUDA in one call shape, and the choice between them.
+"""CUDA attention kernels for packed rows behind one signature, and the choice between them.
 
-Every kernel is a pair: forward gives the output and its log-sum-exp, backward makes the gradients from those two. With the log-sum-exp
-outside, one autograd function (ops/flash.py) adds sinks, and parts of a softmax from other ranks are merged (ops/blocks.py).
+Every kernel is a pair of functions. forward returns the output and its log-sum-exp; backward computes the gradients from those two.
+Because the log-sum-exp is returned, one autograd function (ops/flash.py) can add sinks, and the parts of a softmax that come from other
+ranks can be merged (ops/blocks.py).
 
 | kernel | dtypes | head_dim | soft-cap | ALiBi | grouped keys | needs |
 |---|---|---|---|---|---|---|
@@ -10,9 +11,9 @@ outside, one autograd function (ops/flash.py) adds sinks, and parts of a softmax
 | torch flash | bf16, fp16 | to 256 | no | by features | yes | Ampere or newer |
 | torch memory-efficient | bf16, fp16, fp32 | any | no | by features | expanded | bf16: Ampere or newer |
 
-`choose` takes the first that fits, from the top. Where none does: flex_attention for soft-capped scores in bf16 and fp16 (ops/flex.py),
-else tiles in torch (ops/blocks.py), which is also what float64 gets. No kernel of torch's `scaled_dot_product_attention` is called on
-CUDA: per example cuDNN builds a graph for each new length, and a whole row needs a [tokens, tokens] mask.
+`choose` takes the first that fits, from the top. Where none fits: flex_attention for soft-capped scores in bf16 and fp16 (ops/flex.py),
+else tiles in torch (ops/blocks.py). float64 always gets tiles. torch's `scaled_dot_product_attention` is not used on CUDA: with one call
+per example, cuDNN builds a graph for each new length; with one call per row, it needs a [tokens, tokens] mask.
 """
 
 import functools
@@ -32,12 +33,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel is told of a row. Queries and keys of an example are aligned at their ends: query i and key i + keys - queries."""
+    """The arguments of one kernel call on a packed row.
+
+    Queries and keys of an example are aligned at their ends: query i with key i + keys - queries.
+    """
 
     starts_q: Tensor
-    """[examples + 1] int32 on the device: first query of each example, and the end."""
+    """[examples + 1] int32 on the device: first query of each example, and the end of the last."""
     starts_k: Tensor
-    """The same of keys."""
+    """The same for keys."""
     longest_q: int
     """Queries of the longest example."""
     longest_k: int
@@ -45,15 +49,15 @@ class Call:
     causal: bool
     """A query sees no key after the one it is aligned with."""
     left: int | None
-    """Nor one that lies more than this many before it (None: all)."""
+    """A query sees no key more than this many places before the one it is aligned with (None: no limit)."""
     softcap: float | None = None
     alibi: Tensor | None = None
     """[heads] float32 slopes."""
     bounds: Sequence[int] | None = None
-    """starts_q on the host; only where starts_k is the same."""
+    """starts_q on the host. Only set where starts_k is the same."""
 
     def of_heads(self, heads: slice) -> "Call":
-        """The call for some of the query heads."""
+        """The same call for some of the query heads."""
         return self if self.alibi is None else Call(**{**vars(self), "alibi": self.alibi[heads]})
 
 
@@ -75,19 +79,19 @@ class Kernel:
     backward: Backward
     softcap: bool = False
     alibi: bool = False
-    """Takes slopes. Otherwise positions go into further features of queries and keys (ops/alibi.py)."""
+    """Takes slopes. For other kernels, positions become features of queries and keys (ops/alibi.py)."""
     value_dim: bool = False
-    """Takes values of another size than keys. Otherwise they are padded."""
+    """Takes values whose head_dim differs from that of the keys. For other kernels the smaller one is padded."""
     blocks: bool = True
-    """Takes calls whose keys differ from the queries' tokens, as a ring needs."""
+    """Takes calls in which keys and queries are different tokens, as ring attention needs."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves: a kernel, or one of the two ways that are written in torch."""
+    """What computes attention: a kernel, flex_attention, or tiles in torch (neither field set)."""
 
     name: str
-    """For the header of a run."""
+    """Shown in the header of a run."""
     kernel: Kernel | None = None
     flex: bool = False
 
@@ -102,9 +106,9 @@ def choose(
     sinks: bool = False,
     longest: int = 0,
 ) -> Choice:
-    """What attends on this CUDA device. head_dim: of queries and keys.
+    """What computes attention on this CUDA device. head_dim: of queries and keys.
 
-    longest: tokens of the longest example, which limits ALiBi as features.
+    longest: tokens of the longest example. It limits ALiBi as features.
     """
     for kernel in _kernels(_capability(device), dtype, torch.are_deterministic_algorithms_enabled()):
         own = alibi and not kernel.alibi
@@ -123,7 +127,7 @@ def choose(
 
 
 def kernel_for_blocks(device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool) -> Kernel | None:
-    """What attends to parts of the keys on this CUDA device (ops/blocks.py); None: tiles in torch."""
+    """The kernel for attention to parts of the keys on this CUDA device (ops/blocks.py). None: tiles in torch."""
     kernel = choose(device, dtype, head_dim, softcap=softcap, sinks=True).kernel
     return kernel if kernel is not None and kernel.blocks else None
 
@@ -137,7 +141,7 @@ def attention_kernel_name(
     alibi: bool = False,
     sinks: bool = False,
 ) -> str:
-    """What serves such a layer, in words for the header of a run, for example "torch flash"."""
+    """What computes attention in such a layer, in words for the header of a run, for example "torch flash"."""
     if device.type == "cuda":
         return choose(device, dtype, head_dim, softcap=softcap, alibi=alibi, sinks=sinks).name
     if softcap or (dtype in HALF and sinks):
@@ -147,16 +151,16 @@ def attention_kernel_name(
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; Hopper's where shapes are traced without a GPU."""
+    """Compute capability. Without a GPU, where only shapes are traced: that of Hopper."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
 
 
 @functools.cache
 def _kernels(capability: tuple[int, int], dtype: torch.dtype, deterministic: bool) -> tuple[Kernel, ...]:
-    """The kernels for a dtype that are there, best first."""
+    """The available kernels for a dtype, best first."""
     found: list[Kernel | None] = []
     if dtype in HALF and capability >= (8, 0):
-        # flash-attn 3 has a deterministic gradient only to head_dim 192: leave such runs to the others.
+        # flash-attn 3 has a deterministic gradient only up to head_dim 192, so deterministic runs use other kernels.
         if capability[0] == 9 and not deterministic:
             found.append(_installed_flash_attn_3())
         found += [_installed_flash_attn_2(), TORCH_FLASH]
@@ -173,7 +177,7 @@ def _installed_flash_attn_3() -> Kernel | None:
         from flash_attn_interface import _flash_attn_backward, _flash_attn_forward
     except ImportError:
         return None
-    # Its two functions became torch operators with the argument names used here in 2025-11; before, names were others.
+    # In 2025-11 its two functions became torch operators with the argument names used here. Older versions use other names.
     if not hasattr(torch.ops.flash_attn_3, "_flash_attn_backward"):
         return None
     return flash_attn_3(_flash_attn_forward, _flash_attn_backward)
@@ -226,9 +230,9 @@ def _installed_flash_attn_2() -> Kernel | None:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
 
         version = importlib.metadata.version("flash_attn")
-    except ImportError:  # PackageNotFoundError is one
+    except ImportError:  # PackageNotFoundError is a subclass
         return None
-    if tuple(int(part) for part in version.split(".")[:2]) < (2, 7):  # windows were a pair then
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 7):  # older versions take the window as a pair
         return None
     return flash_attn_2(_flash_attn_varlen_forward, _flash_attn_varlen_backward, version)
 
@@ -266,7 +270,7 @@ def flash_attn_2(forward: Callable[..., Any], backward: Callable[..., Any], vers
 
 
 def _window(call: Call) -> dict[str, int]:
-    """Keys that a query sees before and after the one it is aligned with; -1: all. All three flash kernels count so."""
+    """The window of all three flash kernels: how many keys a query sees before and after the one it is aligned with; -1: all."""
     return {
         "window_size_left": -1 if call.left is None else call.left,
         "window_size_right": 0 if call.causal and call.left is not None else -1,
@@ -302,8 +306,8 @@ def _torch_flash_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[T
 def _torch_flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Deterministic where torch.use_deterministic_algorithms(True) says so; torch looks at that itself."""
-    # Without dropout the state of the random numbers is not read.
+    """Deterministic under torch.use_deterministic_algorithms(True), which torch's op checks itself."""
+    # The random state is read only with dropout.
     state, unused = (q.new_empty(size, dtype=torch.uint64) for size in (2, ()))
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         grad,
@@ -329,9 +333,9 @@ def _torch_flash_backward(
 TORCH_FLASH = Kernel("torch flash", _torch_flash_forward, _torch_flash_backward)
 
 EFFICIENT = "torch memory-efficient"
-CAUSAL_FROM_TOP_LEFT = 1  # of CustomMaskType in torch's sdp_utils_cpp.h
+CAUSAL_FROM_TOP_LEFT = 1  # CustomMaskType in torch's sdp_utils_cpp.h
 LSE_WASTE = 4
-"""Numbers of a padded log-sum-exp for each that is needed, at most."""
+"""Upper limit of numbers in a padded log-sum-exp per number that is needed."""
 
 
 def efficient_runs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -351,7 +355,7 @@ def efficient_runs(bounds: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of the memory-efficient kernel: its tokens, its arguments, and where each token's log-sum-exp lies."""
+    """One call of the memory-efficient kernel: its tokens and its arguments."""
 
     tokens: slice
     starts: Tensor
@@ -359,7 +363,7 @@ class _Run:
     options: dict[str, Any]
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Example and place in it of each token, as [tokens] int64."""
+        """The example of each token, and its place in that example, as [tokens] int64. They index the padded log-sum-exp."""
         token = torch.arange(self.tokens.stop - self.tokens.start, device=self.starts.device)
         example = torch.bucketize(token, self.starts[1:], right=True)
         return example, token - self.starts[example]
@@ -369,7 +373,7 @@ def _runs(call: Call) -> Iterator[_Run]:
     assert call.causal and call.softcap is None and call.alibi is None and call.bounds is not None
     bounds = call.bounds
     options: dict[str, Any] = {"scale": call.scale}
-    if call.left is not None:  # its window counts the query's own key
+    if call.left is not None:  # the window of this kernel includes the query's own key
         options["window_size"] = call.left + 1
     for first, last in efficient_runs(bounds):
         starts = call.starts_q[first : last + 1] - bounds[first]
@@ -378,7 +382,7 @@ def _runs(call: Call) -> Iterator[_Run]:
 
 
 def _batched(x: Tensor, tokens: slice, copies: int) -> Tensor:
-    """[1, tokens, heads, dim]; the kernel wants as many key heads as query heads."""
+    """[1, tokens, heads, dim]. Key heads are repeated `copies` times, because the kernel wants as many as query heads."""
     x = x[tokens]
     return (x if copies == 1 else x.repeat_interleave(copies, dim=1))[None]
 
@@ -411,12 +415,12 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Ten
 def _efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Deterministic where torch.use_deterministic_algorithms(True) says so; torch then takes one split of the keys."""
+    """Deterministic under torch.use_deterministic_algorithms(True): torch then uses one split of the keys."""
     copies, found = q.shape[1] // k.shape[1], []
-    unused = q.new_empty((), dtype=torch.long)  # the state of the random numbers, which dropout would read
+    unused = q.new_empty((), dtype=torch.long)  # the random state, read only with dropout
     for run in _runs(call):
         example, place = run.places()
-        # Rows that are no query's are +inf, as the forward kernel leaves them: their weights are 0.
+        # Padding is +inf, as the forward kernel leaves it, so that its weights are 0.
         padded = lse.new_full((len(run.starts) - 1, q.shape[1], -(-run.longest // 32) * 32), torch.inf)
         padded[example, :, place] = lse[:, run.tokens].t()
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
@@ -446,7 +450,7 @@ def _efficient_backward(
 
 
 def _summed(x: Tensor, copies: int) -> Tensor:
-    """[tokens, kv_heads * copies, dim] -> [tokens, kv_heads, dim]: the gradient of what was expanded."""
+    """[tokens, kv_heads * copies, dim] -> [tokens, kv_heads, dim]: sums the gradients of repeated key heads."""
     return x if copies == 1 else x.unflatten(1, (-1, copies)).sum(2)
 
 

@@ -1,20 +1,20 @@
-"""Attention of some tokens to some others, block by block, with what is needed to put the parts of a softmax together.
+"""Attention of some tokens to some keys, block by block, and the merge of partial softmax results.
 
-Under context parallelism the keys of a row come in parts, from other ranks. The result over some keys is (out, lse): the average of
-their values and the log of the sum of exp(score). Two such results over different keys make one:
+Under context parallelism the keys of a row arrive in parts, from other ranks. The result over some keys is (out, lse): the
+softmax-weighted average of their values, and log(sum of exp(score)). Two results over different keys are merged by
 
     lse = log(exp(lse1) + exp(lse2)),    out = out1 + (out2 - out1) sigmoid(lse2 - lse1)
 
-in float32 (float64 for float64), whatever the dtype of the tensors. The gradient of a block follows from the whole row's out and lse
-alone (algorithm 2 of arXiv:2307.08691), so blocks come in any order there too.
+in float32 (float64 for float64), whatever the dtype of the tensors. The gradient of a block needs only out and lse of the whole row
+(algorithm 2 of arXiv:2307.08691), so the backward pass may take blocks in any order too.
 
-| device | dtype | by |
+| device | dtype | computed by |
 |---|---|---|
-| CUDA | bf16, fp16 | flash-attn 3 or 2, else torch's flash op, one call for blocks that lie one after another; soft-cap needs flash-attn |
+| CUDA | bf16, fp16 | flash-attn 3 or 2, else torch's flash op, one call for adjacent blocks; soft-cap needs flash-attn |
 | CPU | all, without soft-cap | torch's CPU kernel forward, the products of ops/cpu_attention.py backward |
 | both | the rest | tiles in torch, in float32 (float64 for float64) |
 
-None makes a [tokens, tokens] matrix.
+None of these builds a [tokens, tokens] matrix.
 """
 
 import functools
@@ -32,17 +32,18 @@ from swift_mega.ops.flash import backward_by_heads, padded
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
-"""Queries and keys of a tile on the CPU, whose cache should hold it."""
+"""Queries and keys of a tile on the CPU. A tile should fit the CPU's cache."""
 CUDA_QUERY_TILE, CUDA_TILE_SCORES = 1024, 1 << 26
-"""Queries of a tile on CUDA, and the scores of all heads together: each of the few launches for a tile should fill the device."""
+"""Queries of a tile on CUDA, and its scores over all heads. A tile takes few kernel launches, and each should fill the device."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [q, q + queries) and keys [k, k + keys) of one example, aligned at their ends: query i and key i + keys - queries.
+    """Queries [q, q + queries) and keys [k, k + keys) of one example, aligned at their ends: query i with key i + keys - queries.
 
-    causal: a query sees no key after the one it is aligned with. left: nor one that lies more than this many before it (None: all).
-    Every query sees a key.
+    causal: a query sees no key after the one it is aligned with.
+    left: a query sees no key more than this many places before the one it is aligned with (None: no limit).
+    Every query sees at least one key.
     """
 
     q: int
@@ -54,8 +55,9 @@ class Block:
 
 
 def block(q: int, queries: int, k: int, keys: int, *, shift: int, causal: bool, window: int | None) -> list[Block]:
-    """What queries see of keys, `shift` positions before the first query the first key stands; none, one block or two.
+    """The blocks in which queries see keys: none, one or two.
 
+    shift: position of the first query minus position of the first key.
     window: a query sees itself and window - 1 tokens before it.
     """
     if causal:
@@ -88,7 +90,7 @@ def block(q: int, queries: int, k: int, keys: int, *, shift: int, causal: bool, 
 
 
 class Parts:
-    """The softmax of `queries` tokens over all the keys that were added so far."""
+    """Softmax attention of `queries` tokens over all keys that were added so far."""
 
     def __init__(self, query: Tensor, value_dim: int) -> None:
         """query: [tokens, heads, head_dim]."""
@@ -96,10 +98,11 @@ class Parts:
         tokens, heads, _ = query.shape
         self.out = query.new_empty(tokens, heads, value_dim, dtype=exact)
         self.lse = query.new_empty(heads, tokens, dtype=exact)
-        self.begun = 0  # tokens from here on have seen no key yet, and nothing is written there
+        # Tokens from this index on have seen no key yet, and their out and lse are not written.
+        self.begun = 0
 
     def add(self, first: int, out: Tensor, lse: Tensor) -> None:
-        """The result over further keys, of the tokens from `first` on: out [n, heads, value_dim], lse [heads, n]."""
+        """Merges the result over further keys, for the tokens from `first` on. out: [n, heads, value_dim]; lse: [heads, n]."""
         last = first + len(out)
         fresh = first >= self.begun
         self._begin(first if fresh else last)
@@ -109,19 +112,19 @@ class Parts:
             so_far.copy_(lse)
             self.begun = last
             return
-        weight = torch.sigmoid(lse - so_far).nan_to_num_(0.0)  # neither saw a key: -inf - -inf
+        weight = torch.sigmoid(lse - so_far).nan_to_num_(0.0)  # NaN where neither saw a key: -inf - -inf
         ours.lerp_(out.to(ours.dtype), weight.t()[..., None])
         so_far.copy_(torch.logaddexp(so_far, lse))
 
     def _begin(self, end: int) -> None:
-        """Tokens before `end` that have seen no key so far are the softmax over nothing."""
+        """Writes the softmax over no keys (out 0, lse -inf) for the tokens before `end` that have seen no key so far."""
         if end > self.begun:
             self.out[self.begun : end] = 0.0
             self.lse[:, self.begun : end] = -torch.inf
             self.begun = end
 
     def finished(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """out and lse of the whole softmax; sinks: [heads], logits that join it and have no value (ops/sinks.py)."""
+        """out and lse of the whole softmax. sinks: [heads], further logits of the softmax without a value (ops/sinks.py)."""
         self._begin(len(self.out))
         return (self.out, self.lse) if sinks is None else add_sinks(self.out, self.lse, sinks)
 
@@ -136,7 +139,7 @@ def forward(
     scale: float,
     softcap: float | None = None,
 ) -> None:
-    """Adds what the queries see of these keys.
+    """Adds to `parts` what the queries see of these keys.
 
     query: [tokens, heads, head_dim]; key: [keys, kv_heads, head_dim]; value: [keys, kv_heads, value_dim]; heads a multiple of kv_heads.
     softcap: scores s become c tanh(s / c).
@@ -163,7 +166,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Towards:
-    """Where gradients are added up: like query, key and value of `backward`, in float32 or wider."""
+    """Sums of gradients, with the shapes of query, key and value in `backward`, in float32 or wider."""
 
     query: Tensor
     key: Tensor
@@ -183,9 +186,9 @@ def backward(
     scale: float,
     softcap: float | None = None,
 ) -> None:
-    """Adds the gradients that come of these keys; shapes as in `forward`, out and lse of the whole softmax.
+    """Adds the gradients due to these keys to `towards`. Shapes as in `forward`; out and lse are those of the whole softmax.
 
-    grad: [tokens, heads, value_dim], of out.
+    grad: [tokens, heads, value_dim], the gradient of out.
     """
     kernel = _kernel(query, softcap)
     for group in call_groups(blocks):
@@ -209,9 +212,10 @@ def backward(
 
 
 def _tiles(one: Block, query: Tensor) -> Iterator[tuple[int, int, int, int, Tensor | None]]:
-    """(first query, end of queries, first key, end of keys, what is hidden) of each tile of a block that is not all hidden.
+    """(first query, end of queries, first key, end of keys, hidden) of each tile of a block in which a query sees a key.
 
-    What is hidden: [queries, keys] bool, or None. query: [tokens, heads, head_dim].
+    hidden: [queries, keys] bool, True where a query does not see a key; None: every query sees every key.
+    query: [tokens, heads, head_dim].
     """
     ahead = one.keys - one.queries
     query_tile, key_tile = _tile_sizes(query)
@@ -253,7 +257,7 @@ def _cpu_backward(
     columns: slice,
     scale: float,
 ) -> None:
-    """By the products that attention without context parallelism has. rows, columns: queries and keys of the group."""
+    """Uses the products of attention without context parallelism (ops/cpu_attention.py). rows, columns: queries and keys of the group."""
     exact = towards.query.dtype
     of_queries = [x[rows].to(exact) for x in (grad, query, out)]
     of_keys = [x[columns].to(exact) for x in (key, value)]
@@ -281,14 +285,14 @@ def _cpu_backward(
 
 
 def _by_kv_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """[tokens, heads, dim] -> [kv_heads, heads / kv_heads * tokens, dim]: queries that share keys are rows of one product."""
+    """[tokens, heads, dim] -> [kv_heads, heads / kv_heads * tokens, dim]: queries that share a key head are the rows of one product."""
     return x.transpose(0, 1).reshape(kv_heads, -1, x.shape[-1]).to(dtype)
 
 
 def _scores(
     q: Tensor, k: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """[kv_heads, group * queries, keys], and of a soft-cap the factor of its derivative."""
+    """[kv_heads, group * queries, keys], and with a soft-cap the factor of its derivative (else None)."""
     scores, slope = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
     if softcap is not None:
         bent = scores.div_(softcap).tanh_()
@@ -345,19 +349,18 @@ def _tile_backward(
 
 
 def _kernel(query: Tensor, softcap: float | None) -> Kernel | None:
-    """What takes blocks that lie one after another in one call; None: nothing does."""
+    """The kernel that takes adjacent blocks in one call; None: there is none."""
     if query.device.type == "cpu":
         return None
     return kernel_for_blocks(query.device, query.dtype, query.shape[-1], softcap=softcap is not None)
 
 
 def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    """Blocks that one varlen call can take: alike in what they hide, their queries and their keys each without a gap between."""
+    """Groups of blocks that one varlen call can take: the queries and the keys are each adjacent, without gaps, and the masks agree."""
     begun: list[Block] = []
-    left, unbounded = (
-        None,
-        0,
-    )  # of what is begun: its `left`, and most keys of a block without one, which may be too few to need it
+    # Of the group so far: its `left`, and the most keys of a block that has none. A block without `left` may join a group with one
+    # if it has too few keys for the limit to hide any.
+    left, unbounded = None, 0
     for one in blocks:
         last = begun[-1] if begun else None
         own = one.keys if one.left is None else 0
@@ -379,12 +382,12 @@ def call_groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
 
 @functools.lru_cache(maxsize=256)
 def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[blocks + 1] int32 on the device. Cached, because every layer of a row asks for the same, forward and backward."""
+    """[blocks + 1] int32 on the device. Cached, because every layer needs the same one for a row, forward and backward."""
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: float | None) -> Call:
-    """What the kernel is told of blocks that lie one after another."""
+    """The arguments of a kernel call for adjacent blocks."""
     queries, keys = tuple(one.queries for one in group), tuple(one.keys for one in group)
     left = next((one.left for one in group if one.left is not None), None)
     return Call(

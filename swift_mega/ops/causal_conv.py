@@ -1,7 +1,6 @@
-"""A short causal convolution of every channel by itself, over examples that lie one after another in a row.
+"""A short causal convolution of each channel, over the examples of a packed row.
 
-Before each example stand as many zeros as the filter is long, less one: so one call serves the whole row, and no token sees
-another example.
+`taps - 1` zeros are inserted before each example. So one call serves the whole row, and no token sees another example.
 """
 
 import torch
@@ -12,7 +11,7 @@ from swift_mega.ops.gated_delta import places
 
 
 def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor) -> Tensor:
-    """x [tokens, channels], weight [channels, 1, taps] (the last tap is the token's own) -> [tokens, channels].
+    """x [tokens, channels], weight [channels, 1, taps] (the last tap belongs to the token itself) -> [tokens, channels].
 
     cu_seqlens: [examples + 1] int32, the first token of each example and the end of the last.
     """

@@ -1,8 +1,8 @@
-"""Attention on the CPU in float32 and float64: torch's flash kernel forward, our products backward.
+"""Attention on the CPU in float32 and float64: torch's flash kernel forward, our own matrix products backward.
 
-torch's backward kernel reaches a third of the CPU's speed. The five products of the gradient, taken for a block of queries over the keys
-which that block sees, reach nearly all of it. A window is handled a tile of queries at a time, so no mask is larger than
-[QUERY_TILE, QUERY_TILE + window].
+torch's backward kernel reaches a third of the CPU's speed. Here the gradient is five products per block of queries, over the keys which
+that block sees. They reach nearly full speed. A window is handled one tile of queries at a time, so no mask is larger than [QUERY_TILE,
+QUERY_TILE + window].
 """
 
 import functools
@@ -18,13 +18,13 @@ from swift_mega.ops.sinks import add_sinks, sink_gradient
 
 LOG2_E = 1 / math.log(2)
 SHORT = 144
-"""Tokens of the examples whose gradient is left to torch's kernel: the number of calls matters more there."""
+"""Longest example, in tokens, whose gradient is left to torch's kernel. For short examples the number of calls matters more."""
 QUERY_BLOCK = 96
-"""Queries in one block of the backward pass: enough rows for a fast product, and few keys that no query of the block sees."""
+"""Queries in one block of the backward pass: enough for a fast product, and few keys that no query of the block sees."""
 QUERY_TILE = 128
 """Queries in one call of the forward pass where it needs a mask."""
 SMALL_MASK = 1 << 16
-"""Numbers of a mask that is kept."""
+"""Numbers of the largest mask that is cached."""
 
 
 def row_attention(
@@ -42,7 +42,7 @@ def row_attention(
 
 
 class _CpuAttention(torch.autograd.Function):
-    """A whole row at once; every example writes its part of the results."""
+    """One autograd node for a whole row; each example writes its part of the results."""
 
     @staticmethod
     def forward(
@@ -90,9 +90,10 @@ class _CpuAttention(torch.autograd.Function):
 def part_forward(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool, left: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries to keys that are aligned at their ends: query i and key i + keys - queries.
+    """Attention of queries to keys that are aligned at their ends: query i with key i + keys - queries.
 
-    causal: a query sees no key after its own. left: nor one that lies more than this many before its own (None: all).
+    causal: a query sees no key after the one it is aligned with.
+    left: a query sees no key more than this many places before the one it is aligned with (None: no limit).
     Returns out [queries, heads, value_dim] and the log-sum-exp [heads, queries].
     """
     queries, keys = len(query), len(key)
@@ -121,7 +122,7 @@ def _kernel_forward(
 
 
 def _tile_mask(queries: int, keys: int, ahead: int, causal: bool, left: int | None, dtype: torch.dtype) -> Tensor:
-    """[queries, keys] to add to the scores: -inf where the query does not see the key; query i stands at key i + ahead."""
+    """[queries, keys], added to the scores: -inf where the query does not see the key. Query i is aligned with key i + ahead."""
     make = _small_mask if queries * keys <= SMALL_MASK else _mask
     return make(queries, keys, ahead, causal, left, dtype)
 
@@ -132,7 +133,7 @@ def _mask(queries: int, keys: int, ahead: int, causal: bool, left: int | None, d
     return mask if left is None else mask.add_(hidden.tril(ahead - left - 1))
 
 
-# Short examples of one length ask for the same mask again and again; making one takes as long as their attention.
+# Short examples of equal length need the same mask many times, and building it takes as long as their attention.
 _small_mask = functools.lru_cache(maxsize=64)(_mask)
 
 
@@ -150,11 +151,11 @@ def gradients_of_keys(
     causal: bool = True,
     add: bool = False,
 ) -> None:
-    """The gradients of query, key and value that come from these keys.
+    """The gradients of query, key and value due to these keys.
 
-    The last query stands at the last key; there may be fewer queries than keys, and without `causal` more. out [queries, heads,
-    value_dim] and lse [heads, queries] are the whole softmax's, which may have further keys. grad: of out. into: written to, or
-    with `add` added to.
+    The last query is aligned with the last key. There may be fewer queries than keys, and without `causal` also more.
+    out [queries, heads, value_dim] and lse [heads, queries] are those of the whole softmax, which may have further keys.
+    grad: of out. into: the gradients are written to these three tensors, or added to them with `add`.
     """
     alike = len(query) == len(key) if causal else window is None
     short = max(len(query), len(key)) <= SHORT and alike and query.shape[-1] == value.shape[-1]
@@ -176,7 +177,9 @@ def _kernel_backward(
     causal: bool,
     write: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Gradients by torch's kernel, of at most SHORT tokens; causal, and a window, only where queries and keys are one example's."""
+    """Gradients by torch's kernel, for at most SHORT tokens. Causal or windowed only where queries and keys are the same tokens of one
+    example.
+    """
     g, q, k, v, o = (_heads_first(x) for x in (grad, query, key, value, out))
     length, mask = len(query), None
     if window is not None and length > window:
@@ -202,12 +205,12 @@ def _blocked_backward(
     causal: bool,
     write: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """Gradients from the softmax computed again, a block of queries at a time."""
+    """Gradients from a recomputed softmax, one block of queries at a time."""
     keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
     grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-    lse2 = lse * LOG2_E  # powers of two take half the time of exp
+    lse2 = lse * LOG2_E  # exp2 takes half the time of exp
     for first, end, start, stop in _blocks(len(query), len(key), window, causal):
-        # [kv_heads, queries_per_group * block, head_dim]: the queries that share keys are rows of one product.
+        # [kv_heads, queries_per_group * block, head_dim]: queries that share a key head are the rows of one product.
         q, g, o = (_grouped(x[start:stop], len(keys)) for x in (query, grad, out))
         q = q * (scale * LOG2_E)
         k, v = keys[:, first:end], values[:, first:end]
@@ -219,12 +222,13 @@ def _blocked_backward(
         grad_keys[:, first:end].baddbmm_(scores.transpose(1, 2), q)
         rows = torch.bmm(scores, k).view(query.shape[1], stop - start, -1)
         write(into[0][start:stop], rows.mul_(scale).transpose(0, 1))
-    write(into[1], grad_keys.div_(LOG2_E).transpose(0, 1))  # q carried it
+    # q was multiplied by LOG2_E above.
+    write(into[1], grad_keys.div_(LOG2_E).transpose(0, 1))
     write(into[2], grad_values.transpose(0, 1))
 
 
 def _blocks(queries: int, keys: int, window: int | None, causal: bool = True) -> Iterator[tuple[int, int, int, int]]:
-    """(first key seen, end of keys, first query, end of queries) of each block; the last query stands at the last key."""
+    """(first key seen, end of keys, first query, end of queries) of each block. The last query is aligned with the last key."""
     ahead = keys - queries
     for start in range(0, queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
@@ -243,9 +247,12 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _hide(weights: Tensor, ahead: int, window: int | None, causal: bool) -> None:
-    """Zero for keys that the query does not see. weights: [heads, queries, keys], the first query at key `ahead`."""
+    """Sets weights to zero, in place, where the query does not see the key.
+
+    weights: [heads, queries, keys]; the first query is aligned with key `ahead`.
+    """
     if causal:
         near = max(ahead, 0)
-        weights[..., near:].tril_(ahead - near)  # no other key lies after a query
+        weights[..., near:].tril_(ahead - near)  # keys before `near` come before every query
     if window is not None:
         weights.triu_(ahead - window + 1)

@@ -1,9 +1,9 @@
-"""Attention by one of the kernels of ops/attention_kernels.py; the gradient a few heads at a time where rows are long.
+"""Attention by one of the kernels of ops/attention_kernels.py. The gradient of a long row is computed a few heads at a time.
 
-flash-attn's backward kernel, which torch's flash op is too, sums dQ in float32 and, where query heads share keys, makes dK and dV for
-every query head before it adds these up (mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded): for 32 heads that share 8 of 128 features
-each that is 32 kB a token, more than anything else in a layer. Heads do not depend on one another, so a row is differentiated as many key
-heads at a time as keep that within AT_ONCE. Kernels of so many tokens fill the device with a single head.
+flash-attn's backward kernel, which torch's flash op also uses, sums dQ in float32. Where query heads share keys, it makes dK and dV for
+every query head and then adds them up (mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded). For 32 heads that share 8 key heads, each of
+128 features, that is 32 kB per token, more than anything else in a layer. Heads do not depend on one another. So one call takes as many
+key heads as keep these sums within AT_ONCE bytes. With so many tokens a single head fills the device.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ AT_ONCE = 2 << 30
 
 
 def key_heads_at_once(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Key heads whose gradient is taken in one call. queries, keys: tokens."""
+    """Key heads whose gradient one call computes. queries, keys: tokens. itemsize: bytes of a number."""
     shared = heads // kv_heads
     each = shared * head_dim * (4 * queries + (2 * itemsize * keys if shared > 1 else 0))
     return max(1, min(kv_heads, AT_ONCE // max(each, 1)))
@@ -40,7 +40,7 @@ def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice]]:
 def backward_by_heads(
     kernel: Kernel, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor, Tensor]]]:
-    """(query heads, key heads, gradients of query, key and value of these heads), call by call. Shapes as in `Kernel`."""
+    """(query heads, key heads, gradients of query, key and value for these heads) of each call. Shapes as in `Kernel`."""
     for mine, theirs in _parts(query, key):
         found = kernel.backward(
             grad[:, mine],
@@ -55,9 +55,10 @@ def backward_by_heads(
 
 
 def padded(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With as many features as the kernel wants: a multiple of 8, in values as many as in keys unless it takes others.
+    """query, key and value with as many features as the kernel wants: a multiple of 8, and the same number in keys and values unless the
+    kernel has `value_dim`.
 
-    Zeros change no score; what they add to the output is cut off again.
+    Zeros change no score. The caller removes what they add to the output.
     """
     size, value_size = (x.shape[-1] + -x.shape[-1] % 8 for x in (query, value))
     if not kernel.value_dim:

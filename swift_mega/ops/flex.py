@@ -1,8 +1,8 @@
 """Soft-capped scores on CUDA where flash-attn isn't installed: torch's flex_attention, compiled once for rows of any length.
 
-flex_attention makes one Triton kernel of attention with a function of the scores (the cap) and one of the pairs (same example, not
-after the query, within the window). Which blocks of 128 x 128 pairs have anything to see is worked out from the bounds of the
-examples, on the host: torch's own `create_block_mask` would look at every pair of tokens of the row.
+flex_attention builds one Triton kernel from attention, a function of a score (the cap) and a function of a (query, key) pair (same
+example, key not after the query, within the window). Which blocks of 128 x 128 pairs contain a visible pair is computed on the host,
+from the bounds of the examples. torch's own `create_block_mask` would evaluate every pair of tokens of the row.
 """
 
 import functools
@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128
-"""Queries, and keys, of a block of the mask."""
+"""Queries in a block of the mask, and keys in it."""
 
 
 @functools.cache
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why flex_attention can't serve such heads on this device, or None.
+    """Why flex_attention cannot compute such heads on this device; None: it can.
 
-    Where a compiler is there, this compiles the kernels and runs them once, forward and backward: some sizes of heads need more shared
-    memory than some GPUs have, which only that shows.
+    Where there is a compiler, this compiles the kernels and runs them once, forward and backward. Some head sizes need more shared
+    memory than some GPUs have, and only a run shows that.
     """
     if not torch.cuda.is_available():
         return "no GPU to compile flex_attention for"
@@ -39,7 +39,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     try:
         capped_attention(query, key, key, bounds=(0, tokens), scale=1.0, window=None, softcap=1.0).sum().backward()
         torch.cuda.synchronize(device)
-    except RuntimeError as error:  # what torch.compile's stages and CUDA raise
+    except RuntimeError as error:  # raised by the stages of torch.compile, and by CUDA
         return f"flex_attention failed for head_dim {head_dim} in {dtype}: {str(error).strip().splitlines()[0]}"
     return None
 
@@ -60,9 +60,9 @@ def capped_attention(
     softcap: float,
     run: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Causal attention within each example of a row, scores s as c tanh(s / c); shapes as in `ops.attention.attention`.
+    """Causal attention within each example of a row, with scores s replaced by c tanh(s / c). Shapes as in `ops.attention.attention`.
 
-    run: in place of the compiled flex_attention.
+    run: used in place of the compiled flex_attention.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = (run or _compiled())(
@@ -88,13 +88,14 @@ def cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Te
 
 @functools.lru_cache(maxsize=8)
 def block_mask(bounds: tuple[int, ...], window: int | None, device: torch.device) -> BlockMask:
-    """What queries of a row see. Cached, because all layers of one kind ask for the same."""
+    """Which keys the queries of a row see. Cached, because all layers of one kind use the same mask."""
     tokens = bounds[-1]
     starts = torch.tensor(bounds[:-1])
     example = torch.repeat_interleave(torch.tensor(bounds).diff())
     first = torch.arange(0, tokens, BLOCK)
     last = (first + BLOCK - 1).clamp_(max=tokens - 1)
-    begin, late = starts[example[first]], starts[example[last]]  # of the examples of a block's first and last query
+    # First key seen by the first and by the last query of each block: where its example begins.
+    begin, late = starts[example[first]], starts[example[last]]
     if window is not None:
         begin, late = begin.maximum(first - window + 1), late.maximum(last - window + 1)
     query, key = torch.arange(len(first))[:, None], torch.arange(len(first))[None]
@@ -109,7 +110,9 @@ def block_mask(bounds: tuple[int, ...], window: int | None, device: torch.device
 
 
 def _ordered(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has [1, 1, blocks], and which, those first [1, 1, blocks, blocks]; int32."""
+    """For each query block, int32: the number of its key blocks, [1, 1, blocks], and the key blocks, its own first, [1, 1, blocks,
+    blocks].
+    """
     order = torch.argsort(~blocks, dim=1, stable=True)
     count, order = (x[None, None].to(device, torch.int32) for x in (blocks.sum(1), order))
     return count, order

@@ -1,11 +1,14 @@
-"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) over examples that lie one after another in a row.
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) over the examples of a packed row.
 
-Each head keeps a matrix S [key_dim, value_dim], zero where an example begins. At every token S is multiplied by exp(decay), and
-then moved, by the share `beta`, so that the token's key reads the token's value from it: S += key (beta (value - key S)). The
-token's result is query S. On CUDA, in narrow dtypes, this is flash-linear-attention's kernel, where it is installed; elsewhere torch.
+Each head has a state S [key_dim, value_dim], which is zero where an example begins. Each token does
 
-In torch, a chunk of tokens is a few products: what each token writes, `fresh`, given the state before the chunk, solves a
-triangular system (section 3.3 of the paper). Only the state goes from chunk to chunk. Sums are kept in float32 or wider.
+    S = exp(decay) S,    S = S + key (beta (value - key S)),    result = query S
+
+With beta = 1 the token's key then reads exactly the token's value from S. On CUDA, in narrow dtypes, flash-linear-attention's kernel
+computes this where it is installed; elsewhere torch.
+
+In torch, a chunk of tokens takes a few products. `fresh`, what each token writes for a given state before the chunk, solves a triangular
+system (section 3.3 of the paper). Only the state passes from chunk to chunk. Sums are in float32 or wider.
 """
 
 import functools
@@ -18,7 +21,7 @@ from torch import Tensor
 
 CHUNK = 64
 EPSILON = 1e-6
-"""Added to the squared length of queries and keys, as flash-linear-attention does."""
+"""Added to the squared length of queries and keys, as in flash-linear-attention."""
 
 
 @functools.cache
@@ -33,12 +36,13 @@ def _kernel() -> Callable[..., Any] | None:
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
 ) -> Tensor:
-    """What every token reads from the state of its own example, after it has written to it itself.
+    """What every token reads from the state of its own example, after the token itself has been written.
 
-    query, key: [tokens, heads, key_dim], made unit vectors here, and queries divided by the root of key_dim;
-    value: [tokens, heads, value_dim]; decay: [tokens, heads] float32, at most 0, the logarithm of what the state keeps; beta:
-    [tokens, heads] between 0 and 1. bounds: first token of each example and the end of the last, on the host; cu_seqlens: the
-    same as int32 on the device. Returns [tokens, heads, value_dim].
+    query, key: [tokens, heads, key_dim]; both are normalised to unit length here, and queries are divided by sqrt(key_dim).
+    value: [tokens, heads, value_dim].
+    decay: [tokens, heads] float32, at most 0: the logarithm of the factor on the state. beta: [tokens, heads], between 0 and 1.
+    bounds: first token of each example and the end of the last, on the host. cu_seqlens: the same as int32 on the device.
+    Returns [tokens, heads, value_dim].
     """
     # The kernel refuses float32.
     kernel = _kernel() if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
@@ -70,7 +74,7 @@ def gated_delta_reference(
     place = places(cu_seqlens, counts, tokens)
 
     def laid(x: Tensor) -> Tensor:
-        """[tokens, heads, ...] -> [chunks, heads, size, ...]; what fills an example's last chunk is zero, and changes nothing."""
+        """[tokens, heads, ...] -> [chunks, heads, size, ...]. The last chunk of an example is padded with zeros, which change nothing."""
         spread = x.new_zeros(sum(chunks) * size, *x.shape[1:], dtype=wide).index_copy(0, place, x.to(wide))
         return spread.unflatten(0, (-1, size)).transpose(1, 2)
 
@@ -80,7 +84,7 @@ def gated_delta_reference(
 
 
 def _running_sums(x: Tensor) -> Tensor:
-    """Along the last dim. cumsum has no deterministic form on CUDA, a product with ones has."""
+    """Cumulative sums along the last dim. On CUDA cumsum has no deterministic form, but a product with a triangle of ones has."""
     if torch.are_deterministic_algorithms_enabled():
         return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
     return x.cumsum(-1)
@@ -89,9 +93,10 @@ def _running_sums(x: Tensor) -> Tensor:
 def _by_chunk(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, chunks: Sequence[int]) -> Tensor:
     """q, k [chunks, heads, size, key_dim], v [..., value_dim], decay, beta [chunks, heads, size] -> [..., value_dim].
 
-    chunks: how many of them each example has.
+    chunks: number of chunks of each example.
     """
-    kept = _running_sums(decay)  # log of what is left at a token of the state before the chunk
+    # Logarithm of the share of the state before the chunk that is left at each token.
+    kept = _running_sums(decay)
     later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     between = (kept[..., :, None] - kept[..., None, :]).masked_fill(later, float("-inf")).exp()
     left, until_end = kept.exp()[..., None], (kept[..., -1:] - kept).exp()[..., None]
@@ -122,7 +127,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def places(cu_seqlens: Tensor, counts: Tensor, tokens: int) -> Tensor:
-    """[tokens] int64: where each token lies once example e takes counts[e] places, its tokens the first of them."""
+    """[tokens] int64: the place of each token when example e gets counts[e] places and its tokens take the first of them."""
     starts = cu_seqlens[:-1].long()
     shift = counts.cumsum(0) - counts - starts
     lengths = cu_seqlens.long().diff()

@@ -1,7 +1,8 @@
-"""RMSNorm over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467), in few passes over memory on the CPU.
+"""RMSNorm over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467), with few passes over memory on the CPU.
 
-torch computes it there from eight operators and differentiates each of them. The gradient in closed form needs only the
-input and one number per row: with n = x r and r = 1 / rms(x), dx = r (w g - n mean(w g n)) and dw = sum of g n over rows.
+On the CPU torch computes it from eight operators and differentiates each of them. The gradient in closed form needs only the input and
+one number per vector. With r = 1 / rms(x), n = x r and the incoming gradient g: dx = r (w g - n mean(w g n)), and dw is the sum of g n
+over all vectors.
 """
 
 from typing import Any
@@ -34,7 +35,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight. x: [..., hidden], weight: [hidden], of one dtype; returns x's shape and dtype."""
-    # Narrow dtypes stay with torch, which computes them in float32 inside.
+    # torch computes narrow dtypes in float32 inside.
     if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and x.dim() > 1:
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)

@@ -1,6 +1,6 @@
-"""Rotary position embedding of tokens that carry their own positions.
+"""Rotary position embedding. Positions are given as data, one per token.
 
-The rotation is orthogonal, so its backward is the rotation by the opposite angle: nothing but the two tables is saved.
+The rotation is orthogonal, so its backward is the rotation by the opposite angle: only the two tables are saved.
 """
 
 from typing import Any
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each [tokens, 1, rotary_dim / 2], of `positions` [tokens]; in float32 for every dtype, like Hugging Face.
+    """Cosine and sine of `positions` [tokens], each [tokens, 1, rotary_dim / 2]. Computed in float32 for every dtype, as in Hugging
+    Face.
 
     `scale` multiplies both (the attention factor of YaRN, arXiv:2309.00071).
     """
@@ -19,7 +20,7 @@ def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: 
 
 
 def _halves(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The features that turn together, as two views of x."""
+    """The two features of each rotated pair, as two views of x."""
     if interleaved:
         return x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
     return x[..., :half], x[..., half : 2 * half]
@@ -52,7 +53,7 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotates the leading 2 * cos.shape[-1] features of x [tokens, heads, head_dim].
 
-    Features i and i + half turn together, as in GPT-NeoX, or 2i and 2i + 1 (`interleaved`), as in GPT-J.
+    Features i and i + half are rotated as a pair, as in GPT-NeoX; with `interleaved`, 2i and 2i + 1, as in GPT-J.
     """
     return _Rotate.apply(x, cos, sin, interleaved)
 

@@ -1,15 +1,16 @@
-"""A function of tokens that is computed a tile of tokens at a time, so that what lies inside it is never there for all of them.
+"""A function of tokens, computed one tile of tokens at a time, so that its intermediate tensors never exist for all tokens.
 
-The forward pass keeps the input alone. The backward pass computes a tile anew, differentiates it and drops it, so the function is
+The forward pass keeps only the input. The backward pass computes each tile again, differentiates it and drops it. So the function is
 computed twice (as in Arctic Long Sequence Training, arXiv:2506.13996, and in Megatron's recomputation).
 
-Parameters are inputs of one autograd node, and what tiles add to a gradient is summed inside it, so each parameter's gradient
-leaves it once, however many tiles there are. That is what Megatron's DistributedDataParallel counts on: its hook sits on the
-parameter's AccumulateGrad, moves what came into main_grad, and with overlap_grad_reduce says that the parameter is ready; a bucket
-whose parameters are ready is reduced, and a second call in a microbatch would be an error. `torch.autograd.grad` of a tile hands
-gradients to us and runs no AccumulateGrad, and so no hook. With gradient_accumulation_fusion a linear adds each tile's gradient to
-main_grad itself, sets grad_added_to_main_grad, and returns numbers without a meaning, of which one set is handed on: the
-hook does not read them, but must be called.
+Parameters are inputs of one autograd node, which sums their gradients over tiles. So each parameter receives one gradient per backward
+pass, for any number of tiles. Megatron's DistributedDataParallel requires that. Its hook on the parameter's AccumulateGrad moves the
+gradient into main_grad, and with overlap_grad_reduce marks the parameter as ready. A bucket whose parameters are all ready is reduced,
+and a second call in a microbatch would be an error. `torch.autograd.grad` of a tile returns gradients and runs no AccumulateGrad, so no
+hook either.
+
+With gradient_accumulation_fusion a linear layer adds each tile's gradient to main_grad itself, sets grad_added_to_main_grad, and returns
+numbers without a meaning. One set of these is passed on: the hook does not read them, but must be called.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Again = Callable[[], AbstractContextManager[Any]]
-"""Makes a context in which random numbers are those that were drawn when it was made."""
+"""Makes a context in which the random numbers are those that were drawn when `remember` was called."""
 
 
 def tiled(
@@ -34,10 +35,10 @@ def tiled(
 ) -> Tensor:
     """call(x), `tile` tokens at a time.
 
-    call: [tokens, ...] -> [tokens, ...], with no dependence of a token on another; it may communicate, since ranks that have the same
+    call: [tokens, ...] -> [tokens, ...]. The result of a token must not depend on other tokens. It may communicate: ranks with the same
     number of tokens take the same tiles in the same order, forward and backward. x: [tokens, ...].
-    parameters: all that `call` uses and that are trained; others would get no gradient.
-    remember: called before the forward pass; what it returns gives the second one the same random numbers. None: there are none.
+    parameters: all trained parameters that `call` uses; any other one would get no gradient.
+    remember: called before the forward pass; its result repeats the random numbers in the second computation. None: `call` draws none.
     """
     if not torch.is_grad_enabled():
         return _by_tiles(call, x, tile)
@@ -49,7 +50,7 @@ def _tiles(x: Tensor, tile: int) -> list[slice]:
 
 
 def _by_tiles(call: Callable[[Tensor], Tensor], x: Tensor, tile: int) -> Tensor:
-    """Without a graph; a tile's result is copied to its place and dropped."""
+    """Without a graph; the result of each tile is copied to its place and dropped."""
     whole: Tensor | None = None
     for part in _tiles(x, tile):
         out = call(x[part])
@@ -68,7 +69,7 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor], tile: int, again: Again, *parameters: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x)
-        # Not saved by autograd: they are no activations, which hooks on saved tensors may move to the host.
+        # Not saved by autograd: hooks on saved tensors may move activations to the host, and parameters are not activations.
         ctx.parameters = parameters
         ctx.call, ctx.tile, ctx.again = call, tile, again
         return _by_tiles(call, x, tile)
@@ -102,7 +103,7 @@ class _Tiled(torch.autograd.Function):
 
 
 class _GradientSum:
-    """The sum of a parameter's gradients over tiles, in float32 for narrower dtypes: each was rounded once, their sum is too."""
+    """The sum of a parameter's gradients over tiles, in float32 for narrower dtypes. Each gradient was rounded once, and so is the sum."""
 
     def __init__(self, parameter: Tensor, several: bool) -> None:
         self.parameter, self.several = parameter, several
