@@ -1,1 +1,1 @@
-"""How ranks share a model and a batch: layouts, process groups, and arithmetic over a cut vocabulary."""
+"""How ranks share a model and a batch: layouts, process groups, context parallelism, and the loss over a sharded vocabulary."""

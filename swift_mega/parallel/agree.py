@@ -1,10 +1,10 @@
-"""Nobody raises alone: what goes wrong on one rank is kept until all ranks ask one another, and then all raise it.
+"""An error on one rank is raised by all ranks, after all of them have learned of it.
 
-A rank that raised on its own would leave its peers in the next collective: they wait, or fail with a broken connection in place
-of the reason. So code between two collectives keeps its problem as text, goes on taking part, and calls `agree`.
+A rank that raised alone would leave its peers in the next collective: they wait, or fail with a broken connection in place of the
+reason. So code between two collectives keeps its problem as text, still takes part in the collectives, and then calls `agree`.
 
-What ranks tell one another here goes through the host, in a gloo group of its own: one of them may come hours after the others (rank 0
-merges an adapter, a reader waits for a slow disk). In a collective of NCCL they would be ended as hung after its timeout.
+These messages go through the host, in a gloo group of their own. One rank may come hours after the others (rank 0 merges an adapter, a
+reader waits for a slow disk), and a collective of NCCL would then be aborted after its timeout.
 """
 
 import errno
@@ -23,11 +23,11 @@ Result = TypeVar("Result")
 
 
 LONGEST_WAIT = timedelta(days=2)
-"""How long a rank waits for the others on the host. One that died ends the wait at once: its connections close."""
+"""How long a rank waits for the others on the host. If one of them dies, the wait ends at once, because its connections close."""
 
 
 def gather(mine: Result) -> list[Result]:
-    """What each rank has to tell, in the order of ranks; it is pickled, and stays on the host. Collective."""
+    """`mine` of every rank, in the order of ranks. It is pickled, and stays on the host. Collective."""
     if dist.get_world_size() == 1:
         return [mine]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -37,7 +37,7 @@ def gather(mine: Result) -> list[Result]:
 
 @functools.lru_cache(maxsize=1)
 def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """All ranks of `world`, over gloo. Collective where it is not made yet."""
+    """A gloo group of all ranks of `world`. Collective when it is made, at the first call."""
     try:
         return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     except RuntimeError as error:
@@ -48,26 +48,26 @@ def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def agree(problem: str | None) -> None:
-    """Every rank raises the error of the first rank that has a problem; none is left waiting. Collective."""
+    """Every rank raises the error of the first rank that has a problem, so that none waits for another. Collective."""
     said = next((text for text in gather(problem) if text is not None), None)
     if said is not None:
         raise AgreedError(said)
 
 
 def on_first_rank(action: Callable[[], object], target: Path | None = None) -> str | None:
-    """Rank 0 acts; returns what went wrong there. target: what it writes, where an OSError is to be told of that."""
+    """Rank 0 acts; returns what went wrong there. target: the path that it writes, which the message for an OSError then names."""
     return attempt(action, target)[1] if dist.get_rank() == 0 else None
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Each rank acts, without a collective in it; where one fails, all raise its error. Collective."""
+    """Every rank acts; if one fails, all raise its error. The action must not contain a collective. Collective."""
     result, problem = attempt(action)
     agree(problem)
     return cast(Result, result)
 
 
 def attempt(action: Callable[[], Result], target: Path | None = None) -> tuple[Result | None, str | None]:
-    """What the action returned, or what went wrong; anything but a UserError or an OSError is a defect, and raised."""
+    """(the action's result, None), or (None, the problem) for a UserError or an OSError. Any other exception is a defect, and is raised."""
     try:
         return action(), None
     except UserError as error:

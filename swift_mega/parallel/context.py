@@ -1,4 +1,4 @@
-"""Attention over the context axis: Ulysses, ring, both as a mesh, or all keys gathered."""
+"""Attention over the context axis: Ulysses, ring, a mesh of both, or all keys gathered."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
 
 @dataclass(frozen=True)
 class Context:
-    """The mesh of the context axis, this rank's place on the axis, and its groups in the mesh."""
+    """The mesh of the context axis, this rank's number on the axis, and its two groups in the mesh."""
 
     mesh: Mesh
     rank: int
@@ -29,7 +29,7 @@ class Context:
 def make_context(ranks: list[list[int]], mesh: Mesh, *, timeout: timedelta | None = None) -> Context:
     """The groups of the mesh for this rank. Collective over all ranks of the job.
 
-    ranks: the ranks of every context group, in the order of the axis. timeout: of a collective; None: the backend's.
+    ranks: the ranks of every context group, in the order of the axis. timeout: of a collective; None: the backend's default.
     """
     mine, me = None, dist.get_rank()
     for group in ranks:
@@ -58,11 +58,12 @@ def context_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention within the examples of a row whose tokens lie on the ranks of the context axis. Collective.
+    """Attention within the examples of a packed row whose tokens are sharded over the context ranks. Collective.
 
-    query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens, as
-    `sequence.pieces` says. cu_seqlens: where examples begin in the whole row, and its end, on the host; starts: the same as
-    int32 on the device. Returns [tokens, heads, value_dim].
+    query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens, which
+    `sequence.pieces` gives.
+    cu_seqlens: where examples begin in the whole row, and its end, on the host; starts: the same as int32 on the device.
+    Returns [tokens, heads, value_dim].
     """
     inner, mesh = context.ulysses, context.mesh
     copies = key_copies(key.shape[1], mesh.ulysses)
@@ -71,7 +72,7 @@ def context_attention(
     query, key, value = (tokens_to_heads(x, inner) for x in (query, key, value))
     if sinks is not None and mesh.ulysses > 1:
         sinks = sinks.chunk(mesh.ulysses)[inner.rank()]
-    if mesh.ring == 1 and causal:  # all keys are here
+    if mesh.ring == 1 and causal:  # this rank has all keys
         out = attention(
             query,
             key,
@@ -91,7 +92,7 @@ def context_attention(
 
 
 def gather_row(x: Tensor, context: Context | None, cu_seqlens: Sequence[int]) -> Tensor:
-    """[tokens, ...] of this context rank -> of the whole row in its order, on every one of them. No gradient. Collective.
+    """[tokens, ...] of each context rank -> the whole row, in its order, on every context rank. No gradient. Collective.
 
     cu_seqlens: where examples begin in the whole row, and its end.
     """

@@ -1,13 +1,14 @@
-"""Which tokens of a row each position of a ring holds: as many on each, and causal work alike; arithmetic, the same on every rank.
+"""Which tokens of a packed row each ring rank holds: as many on each, with equal causal work. Arithmetic, the same on every rank.
 
-A long example is cut in two pieces for each position, as far from its middle as each other, so that all have the same work of it:
+A long example is split into 2 * ring pieces. Ring rank p holds pieces p and 2 * ring - 1 - p (zigzag), so causal work is equal:
 
-    position         0                1                2                3
-    pieces           0, 7             1, 6             2, 5             3, 4       (zigzag)
+    ring rank        0                1                2                3
+    pieces           0, 7             1, 6             2, 5             3, 4
 
-Examples that are short beside a position's share stay whole, dealt out by length, and their keys are sent nowhere; where a share is full
-its last one goes on at the next position. Pieces of an example differ by a token where 2 * ring does not divide it, and which ones get it
-keeps the positions even, so examples have any length and only the row is padded.
+An example that is short beside a rank's share stays whole. Whole examples are dealt out by length, and their keys are sent nowhere.
+Where a rank's share is full, its last example continues on the next rank. The pieces of an example differ by one token where 2 * ring
+does not divide its length, and the longer pieces are chosen so that all ranks stay even. So examples may have any length, and only the
+row is padded.
 """
 
 import functools
@@ -17,18 +18,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Range = tuple[int, int]
-Piece = tuple[int, int, int]  # an example and a range of the row within it
+# An example, and a range of the row within it.
+Piece = tuple[int, int, int]
 
-EVEN = 1.05  # work of the slowest position over the mean: good enough
-TOKEN = (
-    1024  # keys that take as long as the rest of a layer for one token, at the least: 6 x hidden size by the products
-)
-SMALLEST = 16  # tokens of a piece of an example that is cut for the sake of balance alone
+# Good enough: work of the busiest ring rank over the mean.
+EVEN = 1.05
+# In a layer, everything but attention takes as long per token as attending to this many keys, at the least. Counted in products it would
+# be 6 x hidden size keys.
+TOKEN = 1024
+# Fewest tokens of a piece of an example that is split only for the sake of balance.
+SMALLEST = 16
 
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of one example that lie together: `length` of them, from `position` of the example on; the first is `first` here."""
+    """`length` consecutive tokens of one example, from its token `position` on. On this rank the first of them has index `first`."""
 
     example: int
     position: int
@@ -38,16 +42,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Cut:
-    """A row on the positions of a ring."""
+    """How a packed row is split over the ranks of a ring."""
 
     held: tuple[tuple[Range, ...], ...]
-    """Ranges of the row that a position holds, in its order."""
+    """For each ring rank: the ranges of the row that it holds, in its order."""
     shared: tuple[dict[int, list[Run]], ...]
-    """What a position holds of the examples that others hold too."""
+    """For each ring rank: its runs of the examples that other ring ranks hold too, by example."""
 
 
 def zigzag(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
-    """Two ranges of `tokens`, a multiple of 2 * ring, as far from the middle as each other."""
+    """The two ranges of `tokens` that a ring rank holds: pieces p and 2 * ring - 1 - p of 2 * ring equal ones, p = `position`.
+
+    tokens: a multiple of 2 * ring where ring > 1.
+    """
     if ring == 1:
         return ((0, tokens),)
     assert tokens % (2 * ring) == 0, (tokens, ring)
@@ -57,7 +64,7 @@ def zigzag(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
 
 @functools.lru_cache(maxsize=64)
 def cut_row(cu_seqlens: tuple[int, ...], ring: int) -> Cut:
-    """cu_seqlens: where the examples of a row begin, and its end, a multiple of 2 * ring where there is a ring."""
+    """Splits a packed row over a ring. cu_seqlens: where its examples begin, and its end, a multiple of 2 * ring where ring > 1."""
     if ring == 1:
         return Cut((((0, cu_seqlens[-1]),),), ({},))
     assert cu_seqlens[-1] % (2 * ring) == 0, (cu_seqlens[-1], ring)
@@ -74,7 +81,7 @@ def cut_row(cu_seqlens: tuple[int, ...], ring: int) -> Cut:
 
 
 def _limits(examples: Sequence[Range], ring: int) -> Iterator[int]:
-    """Up to which length examples stay whole: a position's share, then less as long as that cuts more of them."""
+    """Lengths up to which examples may stay whole: a rank's share, then half of that and so on, where this splits more examples."""
     lengths = [stop - start for start, stop in examples]
     most, cut = sum(lengths) // ring, -1
     while cut < 0 or most >= 2 * ring * SMALLEST:
@@ -85,7 +92,9 @@ def _limits(examples: Sequence[Range], ring: int) -> Iterator[int]:
 
 
 def _share_out(examples: Sequence[Range], ring: int, most: int) -> list[list[Piece]]:
-    """What each position holds: of examples longer than `most` the first pieces and then the second ones, and whole ones."""
+    """What each ring rank holds, in order: its first pieces of the examples longer than `most`, its second pieces of them, whole
+    examples.
+    """
     firsts: list[list[Piece]] = [[] for _ in range(ring)]
     seconds: list[list[Piece]] = [[] for _ in range(ring)]
     sizes, whole = [0] * ring, []
@@ -104,7 +113,7 @@ def _share_out(examples: Sequence[Range], ring: int, most: int) -> list[list[Pie
 
 
 def _pieces_of(start: int, stop: int, ring: int, sizes: list[int]) -> list[Range]:
-    """2 * ring pieces, one after another. sizes: tokens of each position so far, which differ by one at most, as they do afterwards."""
+    """2 * ring consecutive pieces. sizes: tokens of each ring rank so far, updated here; they differ by at most one, before and after."""
     least, more = divmod(stop - start, 2 * ring)
     lengths = [least] * (2 * ring)
     order = sorted(range(ring), key=sizes.__getitem__)
@@ -117,9 +126,10 @@ def _pieces_of(start: int, stop: int, ring: int, sizes: list[int]) -> list[Range
 
 
 def _whole(lengths: list[tuple[int, int, int]], room: Sequence[int]) -> list[list[Piece]]:
-    """Dealt out, the longest first, to the position that has least tokens and work; then moved on where there is more than room.
+    """Deals out whole examples, the longest first, to the ring rank that has the least tokens and work. Then what exceeds the room of a
+    rank moves on to the next rank.
 
-    lengths: (tokens, example, its first token in the row) of each.
+    lengths: (tokens, example, its first token in the row) of each. room: tokens that each rank can still take.
     """
     groups: list[list[tuple[int, int, int]]] = [[] for _ in room]
     tokens, pairs = (max(1, sum(one[0] ** power for one in lengths)) for power in (1, 2))
@@ -131,7 +141,8 @@ def _whole(lengths: list[tuple[int, int, int]], room: Sequence[int]) -> list[lis
     found: list[list[Piece]] = [[] for _ in room]
     position, left = 0, room[0]
     for group in groups:
-        for length, example, start in group[1::2][::-1] + group[::2]:  # short ones at both ends, where they may be cut
+        # Short examples are at both ends, because those may be split.
+        for length, example, start in group[1::2][::-1] + group[::2]:
             stop = start + length
             while start < stop:
                 while not left:
@@ -146,7 +157,7 @@ def _whole(lengths: list[tuple[int, int, int]], room: Sequence[int]) -> list[lis
 
 
 def _unevenness(cu_seqlens: Sequence[int], held: Sequence[Sequence[Piece]]) -> float:
-    """Work of a layer, in pairs of a query and a key that it sees: of the position that has most, over the mean."""
+    """Work of a layer on the busiest ring rank over the mean. The unit is one pair of a query and a key that it sees."""
     pairs = [0] * len(held)
     for position, mine in enumerate(held):
         for example, start, stop in mine:
@@ -170,7 +181,7 @@ def _shared(cu_seqlens: Sequence[int], held: Sequence[Sequence[Piece]]) -> tuple
 
 
 def join(found: list[Run], run: Run) -> None:
-    """Appends a run, to the last one where both lie together in the example and here."""
+    """Appends a run, or extends the last run if the two are adjacent both in the example and on this rank."""
     last = found[-1] if found else None
     if (
         last

@@ -1,7 +1,8 @@
-"""Attention with the keys and values of all context ranks gathered: one collective each way in place of a ring of messages.
+"""Attention with the keys and values of all context ranks gathered: one collective each way in place of the messages of a ring.
 
-Forward, a rank gets (r - 1) of r parts of K and V in their own dtype; backward it gets them again and hands on as much of dK and dV in
-float32. Its memory grows with the whole row, kv_heads * (head_dim + value_dim) a token; where key heads are few that is little.
+In the forward pass a rank receives (r - 1) of r parts of K and V in their own dtype. In the backward pass it receives them again, and
+sends as much of dK and dV in float32. Its memory grows with the whole row: kv_heads * (head_dim + value_dim) numbers per token. For few
+key heads that is little.
 """
 
 import dataclasses
@@ -28,13 +29,13 @@ def gathered_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `ring_attention`, which takes the same arguments. Collective."""
+    """Same arguments and result as `ring_attention`. Collective."""
     shown = _in_gathered(steps, group, len(key))
     return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap)  # type: ignore[no-any-return]
 
 
 def _in_gathered(steps: Sequence[Step], group: dist.ProcessGroup, keys: int) -> list[Block]:
-    """The blocks of all steps over the keys of all ranks, one rank's after another."""
+    """The blocks of all steps, with their keys counted in the gathered keys, which are in the order of ranks."""
     rank, size = group.rank(), group.size()
     return [
         dataclasses.replace(one, k=one.k + (rank - step.behind) % size * keys) for step in steps for one in step.blocks
@@ -76,14 +77,14 @@ class _Gathered(torch.autograd.Function):
 
 
 def _all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks * tokens, ...]"""
+    """[tokens, ...] of each rank -> [ranks * tokens, ...]."""
     found = x.new_empty(group.size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(found, x.contiguous(), group=group)
     return found
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows of the sum over ranks."""
+    """[ranks * tokens, ...] -> [tokens, ...]: this rank's part of the sum over ranks."""
     found = x.new_empty(len(x) // group.size(), *x.shape[1:])
     dist.reduce_scatter_tensor(found, x, group=group)
     return found

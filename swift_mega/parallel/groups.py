@@ -1,7 +1,7 @@
 """Process groups: the one place where a Layout becomes communicators, and where Megatron's parallel state is made.
 
-Megatron numbers ranks in its own code; `init` compares its numbers with the Layout's, so that everything planned from
-coordinates (byte ranges, layers, seeds) is true of the groups that communicate.
+Megatron numbers ranks in its own code. `init` compares its numbers with the Layout's. So everything that is computed from coordinates
+(byte ranges, layers, seeds) fits the groups that communicate.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class Groups:
     expert_data: ProcessGroup
     embedding: ProcessGroup | None
     row: Context | None
-    """How this rank's tokens meet those of the other context ranks; None where it has whole rows."""
+    """The mesh and groups over which this rank attends to tokens of other context ranks; None where it has whole rows."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -69,7 +69,7 @@ def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUT
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=False,  # for saving the optimizer's state in a format that we do not write
+        create_gloo_process_groups=False,  # only needed to save optimizer state in a format that is not used here
     )
     coordinate = layout.coordinate(dist.get_rank())
     _compare(coordinate)
@@ -94,17 +94,18 @@ def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUT
 
 
 EXPERT_INPUT = "expert-input-rng"
-"""The random state, beside Megatron's, for dropout of what all expert-tensor ranks of an expert hold whole."""
+"""Name of the random state, beside Megatron's, for dropout of tensors that all expert-tensor ranks of an expert have whole."""
 SEEDS_OF_A_RANK = 1 << 20
-"""Seeds that belong to one rank: Megatron adds at most 2718 + tensor rank, or 1024 + 100 * expert rank + expert-tensor rank."""
+"""Seeds reserved for one rank. Megatron adds at most 2718 + tensor rank, or 1024 + 100 * expert rank + expert-tensor rank."""
 
 
 def seed_dropout(layout: Layout, coordinate: Coordinate, seed: int) -> None:
     """Seeds torch's and Megatron's generators of this rank, so that dropout differs wherever activations do.
 
-    Ranks of one tensor group share the default generator, since they hold the same tokens; Megatron's tracker has states that differ on
-    them, for what is cut. Ranks with other tokens or layers (data, context and pipeline rank) differ in all of them: Megatron-LM itself
-    tells stages apart (100 * stage), but neither data nor context ranks, which would drop the same features of their tokens.
+    Ranks of one tensor group share the default generator, because they have the same tokens. Megatron's tracker has states that differ
+    on them, for sharded activations. Ranks with other tokens or layers (data, context and pipeline rank) differ in all states.
+    Megatron-LM itself separates stages (100 * stage), but neither data nor context ranks: these would drop the same features of their
+    tokens.
     """
     where = (coordinate.pipeline * layout.data + coordinate.data) * layout.context + coordinate.context
     mine = seed + SEEDS_OF_A_RANK * where
@@ -115,7 +116,9 @@ def seed_dropout(layout: Layout, coordinate: Coordinate, seed: int) -> None:
 
 
 def _of_engine(mesh: Mesh) -> list[int] | None:
-    """Sizes of the groups that Megatron makes for Transformer Engine: ranks that exchange heads, and rings of these."""
+    """Sizes of the groups that Megatron makes for Transformer Engine: ranks that exchange heads, and rings of these. None: no such
+    groups.
+    """
     return [mesh.ulysses, mesh.ring] if mesh.engine and mesh.communication == "a2a+p2p" else None
 
 
@@ -140,7 +143,7 @@ def close() -> None:
 
 
 def _compare(coordinate: Coordinate) -> None:
-    """Megatron and we must agree on where this rank is; otherwise weights would be cut for somebody else."""
+    """Megatron and the layout must agree on the coordinates of this rank. Otherwise weights would be sharded for another rank."""
     megatron = Coordinate(
         tensor=state.get_tensor_model_parallel_rank(),
         pipeline=state.get_pipeline_model_parallel_rank(),

@@ -1,9 +1,9 @@
-"""Layout: how many ranks share what, and which rank holds which layers; pure arithmetic, no torch.
+"""Layout: how many ranks share what, and which rank has which layers; pure arithmetic, no torch.
 
-A rank is one number whose digits are its coordinates. Megatron counts the same ranks twice: for attention and dense
-weights the digits are (tensor, context, data, pipeline), for experts (expert tensor, expert, expert data, pipeline),
-the leftmost turning fastest. Everything else here answers one question before a process is started: can this layout
-hold this model, and if not, what is the nearest one that can?
+A rank is one number whose digits are its coordinates. Megatron counts the same ranks twice: for attention and dense weights the digits
+are (tensor, context, data, pipeline), for experts (expert tensor, expert, expert data, pipeline). The first digit changes fastest.
+Everything else here answers one question before a process is started: does this model fit this layout, and if not, which is the nearest
+layout that it fits?
 """
 
 import math
@@ -21,7 +21,7 @@ from swift_mega.parallel.pipeline import chunk_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a model that decide how it can be cut. `ffn` is None where no layer has a dense MLP."""
+    """The sizes of a model that decide how it can be sharded. `ffn` is None where no layer has a dense MLP."""
 
     layers: int
     heads: int
@@ -32,7 +32,7 @@ class ModelShape:
     experts: int | None = None
     expert_ffn: int | None = None
     shared_ffn: int | None = None
-    """Of the expert that every token passes, which tensor ranks cut like a dense MLP; None where there is none."""
+    """MLP size of the expert that every token passes, which tensor ranks shard like a dense MLP; None where there is none."""
     linear_heads: int | None = None
     """Key heads of linear attention; None where there is none."""
     head_dim: int | None = None
@@ -42,14 +42,14 @@ class ModelShape:
     key_heads_alone: str | None = None
     """Why tensor ranks cannot share a key head ("each of which …"); None: they can."""
     not_engine: str | None = None
-    """Why Transformer Engine cannot do its attention over context ranks ("has …"); None: it can."""
+    """Why Transformer Engine cannot compute its attention over context ranks ("has …"); None: it can."""
     windows: bool = False
-    """Whether there are tokens that see only those near them."""
+    """Whether any layer has a sliding window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinate:
-    """Where one rank stands on every axis."""
+    """The number of one rank on every axis."""
 
     tensor: int
     pipeline: int
@@ -76,7 +76,7 @@ class Layout:
     mesh: Mesh = WHOLE
     """How the context ranks are used."""
     mesh_reason: str = ""
-    """Why so, in words."""
+    """Why this mesh, in words."""
     expert: int = 1
     expert_tensor: int = 1
     sequence: bool = False
@@ -99,7 +99,9 @@ class Layout:
 
     @property
     def row_multiple(self) -> int:
-        """The tokens of every row are a multiple of this: context ranks, and tensor ranks with sequence parallelism, cut them evenly."""
+        """The tokens of every row are a multiple of this. Context ranks, and tensor ranks with sequence parallelism, then get equal
+        shares.
+        """
         return self.mesh.multiple * (self.tensor if self.sequence else 1)
 
     @property
@@ -133,13 +135,15 @@ class Layout:
         )
 
     def layers_of(self, pipeline_rank: int, virtual: int = 0) -> range:
-        """Global indices of the layers that a stage holds in one of its model chunks."""
+        """Global indices of the layers that a stage has in one of its model chunks."""
         chunk = virtual * self.pipeline + pipeline_rank
         first = sum(self.layers[:chunk])
         return range(first, first + self.layers[chunk])
 
     def pipeline_settings(self) -> dict[str, Any]:
-        """Fields of TransformerConfig beyond the sizes that make Megatron build exactly `layers`; none if even."""
+        """Fields of TransformerConfig, beyond the sizes, that make Megatron build exactly `layers`; none if the layers are spread
+        evenly.
+        """
         if len(set(self.layers)) == 1:
             return {}
         chunks = [["decoder"] * layers for layers in self.layers]
@@ -163,7 +167,7 @@ class Layout:
 
 
 def _digits(number: int, sizes: tuple[int, ...]) -> list[int]:
-    """The digits of a number in mixed radix, the first one turning fastest."""
+    """The digits of a number in mixed radix, the one that changes fastest first."""
     digits = []
     for size in sizes:
         number, digit = divmod(number, size)
@@ -172,10 +176,10 @@ def _digits(number: int, sizes: tuple[int, ...]) -> list[int]:
 
 
 def plan_layout(parallel: Parallel, shape: ModelShape, world: int, *, training: bool = True) -> Layout:
-    """The layout that the settings ask for, or a UserError that says why not and which near ones would work.
+    """The layout that the settings ask for, or a UserError that says why it does not work and which near ones would.
 
-    `training` adds what only training needs: Megatron refuses to train experts under tensor parallelism without
-    sequence parallelism (moe_layer.py, MoELayer.forward).
+    `training` adds what only training needs: Megatron refuses to train experts under tensor parallelism without sequence parallelism
+    (moe_layer.py, MoELayer.forward).
     """
     try:
         return _plan(parallel, shape, world, training)
@@ -294,7 +298,10 @@ def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
 
 
 def _check_key_heads(tensor: int, shape: ModelShape) -> None:
-    """More tensor ranks than key-value heads share the rows of each group evenly (Megatron's attention.py), where that can be."""
+    """UserError where tensor ranks cannot share the key-value heads evenly.
+
+    More ranks than heads split the weight rows of each group evenly (Megatron's attention.py).
+    """
     heads = shape.kv_heads
     if heads % tensor == 0:
         return
@@ -394,7 +401,7 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
 
 
 def ranks_needed(parallel: Parallel, data: int | None = None) -> int:
-    """The number of ranks with `data` copies of the dense weights; without it, the fewest that the sizes allow."""
+    """The number of ranks with `data` copies of the dense weights; without `data`, the fewest that the sizes allow."""
     if data is not None:
         return parallel.tensor * parallel.context * parallel.pipeline * data
     return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert * _expert_tensor(parallel))

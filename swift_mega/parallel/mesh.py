@@ -8,16 +8,17 @@ from swift_mega.config.schema import ContextKind as Kind
 from swift_mega.errors import UserError
 
 ENGINE_KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind.startswith("te:"))
-"""The kinds that Transformer Engine does, on CUDA."""
+"""The kinds that Transformer Engine computes, on CUDA."""
 WITH_INNER = ("hybrid", "te:a2a+p2p")
-"""The kinds whose inner size can be chosen."""
+"""The kinds whose inner size the user can choose."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """`ulysses` neighbours exchange heads, `ring` sets of them pass keys on, or gather them all (`gather`).
+    """Sets of `ulysses` neighbouring ranks exchange heads. `ring` such sets pass keys on, or gather them all (`gather`).
 
-    engine: Transformer Engine does so, not we. It cuts every example on its own, in 2 * size chunks of which a rank has two.
+    engine: Transformer Engine does this communication. It splits every example separately, into 2 * size chunks, two of them for each
+    rank.
     """
 
     ulysses: int = 1
@@ -36,12 +37,12 @@ class Mesh:
 
     @property
     def example_multiple(self) -> int:
-        """The tokens of each of its examples, with the padding that follows them, must be a multiple of this."""
+        """The tokens of each example of the row, with the padding that follows them, must be a multiple of this."""
         return self.multiple if self.engine else 1
 
     @property
     def communication(self) -> str:
-        """Transformer Engine's word for how ranks meet (cp_comm_type)."""
+        """Transformer Engine's name for the communication between context ranks (cp_comm_type)."""
         if self.gather:
             return "all_gather"
         if self.ring > 1 and self.ulysses > 1:
@@ -60,24 +61,24 @@ class Mesh:
         return "ring" if self.ring > 1 else "ulysses"
 
     def place(self, rank: int) -> tuple[int, int]:
-        """(Ulysses rank, ring position)."""
+        """(Ulysses rank, ring rank)."""
         return rank % self.ulysses, rank // self.ulysses
 
 
 WHOLE = Mesh()
-"""Of ranks that have whole rows."""
+"""The mesh of ranks that have whole rows."""
 
 
 def key_copies(kv_heads: int, ulysses: int) -> int:
-    """How often each key head must be there, so that Ulysses ranks can share them: the least that works."""
+    """How many copies of each key head there must be, so that Ulysses ranks can share them evenly: the smallest number that works."""
     return math.lcm(kv_heads, ulysses) // kv_heads
 
 
 def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: int | None = None) -> tuple[Mesh, str]:
     """The mesh of `size` context ranks, and why, in words.
 
-    heads, kv_heads: of one tensor rank. ulysses: the inner size of `WITH_INNER`; None: as large as can be without a copy of a key head.
-    UserError, with sizes that work, where the heads cannot be shared so.
+    heads, kv_heads: of one tensor rank. ulysses: the inner size of `WITH_INNER`; None: the largest that needs no copy of a key head.
+    UserError, with sizes that work, where the ranks cannot share the heads so.
     """
     if kind in ("te:p2p", "te:allgather"):
         return Mesh(1, size, gather=kind == "te:allgather", engine=True), "as asked"
@@ -118,9 +119,10 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
 
 
 def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
-    """UserError where Transformer Engine is asked for and has no kernels for the model; rules of its attn_forward_func_with_cp.
+    """UserError where Transformer Engine is asked for and has no kernels for the model. The rules are those of its
+    attn_forward_func_with_cp.
 
-    not_engine: why not, as `ModelShape` says.
+    not_engine: why not, from `ModelShape`.
     """
     if kind not in ENGINE_KINDS:
         return
@@ -136,7 +138,7 @@ def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
 
 
 def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | None) -> Mesh:
-    """Transformer Engine shares out query and key heads evenly: it makes no copies of a key head."""
+    """The mesh for Transformer Engine, which shares query and key heads evenly and makes no copies of a key head."""
     shared = math.gcd(heads, kv_heads)
     has = f"the {heads} query and {kv_heads} key heads of a tensor rank, which Transformer Engine shares out without copies"
     if kind == "te:a2a":

@@ -30,7 +30,7 @@ def nearest_layouts(
 
 
 def _variants(parallel: Parallel, world: int, layers: int, experts: int | None) -> Iterator[Parallel]:
-    """Settings with other sizes; layers stay as they are given, or are balanced anew where the stages change."""
+    """Settings with other sizes, each with the layers per stage as given, and with the layers spread evenly."""
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     expert_sizes = divisors if experts else [1]
     expert_tensors = {parallel.expert_tensor, None, 1} if experts else {None}

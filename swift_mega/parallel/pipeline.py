@@ -1,4 +1,4 @@
-"""Which layers each chunk of a pipeline holds: evenly, with a first or last stage of its own, or as written out."""
+"""Which layers each chunk of a pipeline has: evenly, with another number in the first or last stage, or as written out."""
 
 import re
 
@@ -36,7 +36,7 @@ def chunk_layers(parallel: Parallel, layers: int) -> tuple[int, ...]:
 
 
 def _uneven_stages(parallel: Parallel, layers: int) -> list[float]:
-    """Layers of every stage where the first or the last is given; what is left is spread over the others."""
+    """Layers of every stage where the first or the last is given; the remaining layers are spread over the other stages."""
     stages, first, last = parallel.pipeline, parallel.first_stage_layers, parallel.last_stage_layers
     if stages == 1:
         raise UserError("first_stage_layers and last_stage_layers need stages, and parallel.pipeline=1")
@@ -75,7 +75,7 @@ def parse_pipeline_layout(text: str) -> tuple[int, ...]:
     if re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         return tuple(int(count) for count in text.split(","))
     plain = re.sub(r"[\s,]", "", text)
-    # Megatron's own order, parentheses before letters: pipeline_parallel_layer_layout.py, parse_str_to_list
+    # Parentheses are expanded before letters, as in Megatron: pipeline_parallel_layer_layout.py, parse_str_to_list
     for repeat in (r"\(([^()]+)\)\*(\d{1,4})", r"([EtL|])\*(\d{1,4})"):
         plain = re.sub(repeat, lambda match: match.group(1) * int(match.group(2)), plain)
     chunks = plain.split("|")
@@ -94,7 +94,7 @@ def parse_pipeline_layout(text: str) -> tuple[int, ...]:
 
 
 def balanced(layers: int, chunks: int) -> list[int]:
-    """Layers over chunks as evenly as possible; the middle gets the rest, since the ends hold embedding and head."""
+    """Layers over chunks as evenly as possible. The chunks in the middle get the rest, because the ends also have embedding and head."""
     extra = layers % chunks
     first = (chunks - extra) // 2
     return [layers // chunks + (first <= chunk < first + extra) for chunk in range(chunks)]

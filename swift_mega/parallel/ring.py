@@ -1,10 +1,12 @@
-"""Ring attention (arXiv:2310.01889): keys and values go round while every rank's queries stay.
+"""Ring attention (arXiv:2310.01889): keys and values travel around the ring, and the queries of every rank stay.
 
-Each step computes with the keys that are here while the next ones arrive. Forward, a rank sends the K and V of `steps - 1`
-positions: (steps - 1) * kv_heads * (head_dim + value_dim) numbers per key, in their own dtype. Backward recomputes each step's softmax
-from the saved log-sum-exp; K and V go round again, and behind them dK and dV in float32, `steps - 1` times and once more home.
-`steps` is the ring's size, or less where a window or short examples let no query see the keys of some positions (parallel/sequence.py):
-they are jumped over, to any rank of the ring in one message.
+Each step computes with the keys that are here while the next ones arrive. In the forward pass a rank sends K and V `steps - 1` times:
+(steps - 1) * kv_heads * (head_dim + value_dim) numbers per key, in their own dtype. The backward pass recomputes each step's softmax
+from the saved log-sum-exp. K and V travel again, and dK and dV follow them in float32, `steps - 1` times and once more to the rank that
+has these keys.
+
+`steps` is the ring's size, or less where a window or short examples let no query see the keys of some ring ranks (parallel/sequence.py).
+Those ranks are skipped: one message goes to any rank of the ring.
 """
 
 import itertools
@@ -34,7 +36,7 @@ def ring_attention(
     """Attention of this rank's queries to the keys of all ranks of the ring. Collective.
 
     query [tokens, heads, head_dim], key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim]: of this rank's tokens.
-    steps: what its queries see of whose keys, as `sequence.ring_steps` says; its own come first.
+    steps: which keys of which rank its queries see, from `sequence.ring_steps`; the first step is the rank's own keys.
     sinks: [heads], as in ops.attention. Returns [tokens, heads, value_dim].
     """
     return _Ring.apply(query, key, value, sinks, steps, group, scale, softcap)  # type: ignore[no-any-return]
@@ -83,7 +85,8 @@ class _Ring(torch.autograd.Function):
                     towards, gradients[0], query, here[0], here[1], out, lse, step.blocks, scale=scale, softcap=softcap
                 )
                 sums = (towards.key, towards.value)
-            if following is not None:  # what others found for the keys that are here was on its way meanwhile
+            # Meanwhile the gradients that other ranks computed for these keys have travelled here.
+            if following is not None:
                 theirs = following.arrived()
                 for mine, others in zip(sums, theirs, strict=False):
                     mine.add_(others)
@@ -106,12 +109,12 @@ class _Ring(torch.autograd.Function):
 
 
 def _hops(steps: Sequence[Step]) -> list[int]:
-    """How far keys go on after each step; 0 after the last."""
+    """How many ranks further the keys are sent after each step; 0 after the last."""
     return [after.behind - step.behind for step, after in itertools.pairwise(steps)] + [0]
 
 
 class _Turn:
-    """Tensors on their way to the rank `hops` further, while those of the rank `hops` before come here."""
+    """Sends tensors to the rank `hops` further on the ring, and receives those of the rank `hops` before. Does not wait."""
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, hops: int) -> None:
         size, rank = group.size(), group.rank()
@@ -126,7 +129,7 @@ class _Turn:
             self.works = dist.batch_isend_irecv(operations)
 
     def arrived(self) -> tuple[Tensor, ...]:
-        """Waits for what comes, and until what was sent may be written to."""
+        """Waits until the tensors have come, and until those that were sent may be overwritten. Returns what came."""
         for work in self.works:
             work.wait()
         return self.coming

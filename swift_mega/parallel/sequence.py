@@ -1,10 +1,10 @@
-"""Which tokens of a row a context rank holds, and what its queries see of another rank's keys; arithmetic, the same on every rank.
+"""Which tokens of a packed row a context rank has, and which keys of another rank its queries see. Arithmetic, the same on every rank.
 
-The context axis is a mesh, Ulysses inside (neighbouring ranks) and ring outside. A position of the ring holds what parallel/cut.py
-gives it, and its Ulysses ranks parts of that one after another. After the Ulysses exchange a rank has all tokens of its ring position
-and a share of the heads; the ring passes keys and values on.
+The context axis is a mesh: Ulysses inside (neighbouring ranks), ring outside. parallel/cut.py gives each ring rank its tokens, and its
+Ulysses ranks have equal parts of them, one after another. After the Ulysses exchange a rank has all tokens of its ring rank and a share
+of the heads. The ring passes keys and values on.
 
-Transformer Engine's own context parallelism cuts otherwise (`Mesh.engine`): each example as a ring would cut a row of it alone.
+Transformer Engine's own context parallelism (`Mesh.engine`) splits each example separately, zigzag over all context ranks.
 """
 
 import functools
@@ -22,14 +22,14 @@ from swift_mega.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Step:
-    """What a ring position's queries see of the keys of the position `behind` before it."""
+    """What the queries of a ring rank see of the keys of the ring rank `behind` places before it."""
 
     behind: int
     blocks: tuple[Block, ...]
 
 
 def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...]:
-    """Ranges of a row that a context rank holds, in order. cu_seqlens: where its examples begin, and its end."""
+    """Ranges of a row that a context rank has, in order. cu_seqlens: where the examples of the row begin, and its end."""
     if mesh.engine:
         return tuple(
             (start + begin, start + end)
@@ -49,7 +49,7 @@ def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...
 
 
 def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
-    """What lies in ranges of a row, example by example; neighbours in both are one."""
+    """The runs in these ranges of a row, split where an example ends. Runs that are adjacent in the example and on the rank are joined."""
     found: list[Run] = []
     first = 0
     for begin, end in held:
@@ -62,7 +62,9 @@ def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
 
 
 def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: int | None) -> tuple[Block, ...]:
-    """What the queries of `mine` see of the keys of `theirs`; those that lie one after another on both sides come so (call_groups)."""
+    """What the queries of `mine` see of the keys of `theirs`. Blocks that are adjacent on both sides follow one another, so that
+    `call_groups` can put them into one call.
+    """
     by_example: dict[int, list[Run]] = {}
     for run in theirs:
         by_example.setdefault(run.example, []).append(run)
@@ -87,9 +89,10 @@ def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: 
 def ring_steps(
     cu_seqlens: tuple[int, ...], ring: int, position: int, *, causal: bool = True, window: int | None = None
 ) -> tuple[Step, ...]:
-    """What this position sees of its own keys, then of those that come round the ring; `behind` is the same on every position.
+    """What this ring rank sees of its own keys, then of the keys that come around the ring. The `behind` of each step is the same on all
+    ranks.
 
-    Positions from which nobody sees a key are passed over: with a window, or examples that are short beside the row, most of them.
+    A distance at which no rank sees a key is skipped. With a window, or examples that are short beside the row, that is most of them.
     """
     cut = cut_row(cu_seqlens, ring)
     mine = runs(cut.held[position], cu_seqlens)
@@ -104,9 +107,9 @@ def ring_steps(
 
 
 def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
-    """How far behind keys lie that some position needs, but for its own."""
+    """The distances `behind`, above 0, at which some ring rank sees keys; in order."""
     ring, found = len(cut.shared), {0}
-    # Of an example: where runs of it begin and end, and who holds them.
+    # For each example: (begin, end, ring rank) of its runs.
     pieces: dict[int, list[tuple[int, int, int]]] = {}
     for position, shared in enumerate(cut.shared):
         for example, held in shared.items():
@@ -116,7 +119,7 @@ def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
         for number, (first, _, mine) in enumerate(in_order):
             for _, end, theirs in reversed(in_order[:number]) if causal else in_order:
                 if causal and window is not None and first - end + 1 >= window:
-                    break  # the first query sees most of what comes before
+                    break  # the first query of a run sees farthest back
                 found.add((mine - theirs) % ring)
             if len(found) == ring:
                 return sorted(found)[1:]
@@ -124,7 +127,7 @@ def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
 
 
 def held_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:
-    """[tokens / size] int64: places in the row of the tokens that a context rank holds, in its order."""
+    """[tokens / size] int64: indices in the row of the tokens that a context rank has, in its order."""
     begin, end = torch.tensor(pieces(cu_seqlens, mesh, rank)).t()
     lengths = end - begin
     return torch.arange(int(lengths.sum())) + (begin - lengths.cumsum(0) + lengths).repeat_interleave(lengths)

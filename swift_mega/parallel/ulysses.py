@@ -1,7 +1,7 @@
-"""Ulysses (arXiv:2309.14509): ranks that hold some tokens each exchange them for some heads each, and back.
+"""Ulysses (arXiv:2309.14509): ranks exchange some tokens with all heads for all tokens with some heads, and back.
 
-An exchange of [tokens, heads, dim] sends (u - 1) / u of it from every one of u ranks, in its own dtype: four forward (query, key, value and
-the result) and four backward.
+An exchange of [tokens, heads, dim] sends (u - 1) / u of it from each of u ranks, in its own dtype. There are four exchanges forward
+(query, key, value and the result) and four backward.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[tokens, heads, dim] of this rank's tokens -> [u * tokens, heads / u, dim] of its heads: tokens in the order of ranks. Collective."""
+    """[tokens, heads, dim] of this rank's tokens -> [u * tokens, heads / u, dim] of its heads, tokens in the order of ranks. Collective."""
     ranks = group.size()
     if ranks == 1:
         return x
@@ -32,7 +32,7 @@ def heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """[ranks, ...]: part i goes to rank i. Its gradient goes the same ways back."""
+    """[ranks, ...]: part i goes to rank i. The gradient goes back by the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,13 +1,14 @@
-"""Log-probabilities over a vocabulary that is cut over the tensor ranks, without ever holding [tokens, vocabulary].
+"""Log-probabilities over a vocabulary that is sharded over the tensor ranks, without a [tokens, vocabulary] tensor.
 
-With E = exp(logits - row maximum) the gradient of a token's log-probability is g ((1 - p) W[target] - pull), where pull is
-the mean of the other columns' weights under the softmax. Rows of E need only a factor each, so pull is computed while E of
-a chunk is there, in the forward pass, and E is dropped: a frozen head costs no recomputation at any chunk size. Only a
-trained head needs E again: it is kept where all of it fits one chunk, else computed anew. Taking the target's column out of E,
-and 1 - p from the float32 log-probability, keeps the gradient of a confident token exact where the products are in bfloat16.
+Let E = exp(logits - maximum of the token's logits), p the probability of the target and g the incoming gradient. The gradient of a
+token's hidden state is g ((1 - p) W[target] - pull), where pull is the sum of the other rows of W, weighted by the softmax. The softmax
+is E times one factor per token. So pull is computed in the forward pass, while E of a chunk exists, and E is dropped: a frozen head
+costs no recomputation at any chunk size. Only a trained head needs E again: it is kept where all of it fits one chunk, else computed
+again. The target's column is removed from E, and 1 - p is computed from the float32 log-probability. This keeps the gradient of a
+confident token exact where the products are in bfloat16.
 
-The gradient of a trained head is summed in float32, a block of the vocabulary at a time over all tokens, and rounded once:
-however many chunks there are, and however often a word is the target, no bfloat16 sum grows by steps too small for it.
+The gradient of a trained head is summed in float32 over all tokens, one block of the vocabulary at a time, and rounded once. A sum in
+bfloat16 would lose small summands where there are many chunks, or where a word is often the target.
 """
 
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ from torch.distributed import ProcessGroup
 
 from swift_mega.device.device import send
 
-CHUNK_NUMBERS = 1 << 25  # logits of one chunk where nobody says: 128 MiB in float32
-# On the CPU logits are worth most while they are in its cache: 2 MiB at once, 1.15 times faster than all columns at once.
+# Logits of one chunk by default: 128 MiB in float32.
+CHUNK_NUMBERS = 1 << 25
+# On the CPU logits should fit the cache: 2 MiB at once are 1.15 times faster than all columns at once.
 CPU_TOKENS, CPU_COLUMNS = 256, 2048
-WIDE = 1024  # columns of a trained head's gradient for which it pays to read all hidden states
+# Fewest columns of a trained head's gradient that are worth a pass over all hidden states.
+WIDE = 1024
 
 
 def token_log_probabilities(
@@ -43,21 +46,25 @@ def token_log_probabilities(
 ) -> Tensor:
     """log softmax(hidden @ weight.T + bias)[target] for every token, over the whole vocabulary; 0 where the target is negative.
 
-    hidden: [tokens, hidden], the same on every tensor rank. weight: [vocabulary / tp, hidden], this rank's rows, the first
-    of which is row `first_row` of the whole. Rows from `vocab_size` on are padding: they take no part and get no gradient.
-    targets: [tokens] int64, global, the same on every rank. Best on the host: of targets on a GPU the host must ask, and waits.
+    hidden: [tokens, hidden], the same on every tensor rank.
+    weight: [vocabulary / tp, hidden], this rank's rows. The first of them is row `first_row` of the whole weight. Rows from `vocab_size`
+    on are padding: they take no part and get no gradient.
+    targets: [tokens] int64, global, the same on every rank. Best on the host: targets on a GPU are copied to the host, which waits for
+    them.
     group: the tensor ranks; None for one rank.
-    bias: [vocabulary / tp], cut and padded like `weight`; None: none.
-    chunk: tokens whose logits exist at once; None: as many as fit CHUNK_NUMBERS. Where `weight` or `bias` is trained and one
-    chunk holds all tokens, their softmax is kept for the backward pass; that of several chunks is computed twice.
-    columns: of the vocabulary whose logits exist at once where they are not kept; None: all of them on CUDA, as many as fit
-    the cache on the CPU (and so many tokens, where `chunk` is None). softcap: of the logits, by `soft_cap`; None: as they are.
+    bias: [vocabulary / tp], sharded and padded like `weight`; None: none.
+    chunk: tokens whose logits exist at once; None: as many as fit CHUNK_NUMBERS. Where `weight` or `bias` is trained and one chunk holds
+    all tokens, their softmax is kept for the backward pass; the softmax of several chunks is computed twice.
+    columns: columns of the vocabulary whose logits exist at once where they are not kept; None: all of them on CUDA, as many as fit the
+    cache on the CPU (and as many tokens, where `chunk` is None).
+    softcap: of the logits, by `soft_cap`; None: none.
 
-    Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden, weight and
-    bias. The gradient of hidden is summed over the group, so it is whole on every rank. Tokens with a negative target cost nothing.
+    Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden, weight and bias. The gradient of
+    hidden is summed over the group, so it is complete on every rank. Tokens with a negative target cost nothing.
     """
     cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
-    if not torch.is_grad_enabled():  # autograd asks for gradients of what is trained even then
+    # Without this, needs_input_grad would be true for trained tensors also where no gradient is taken.
+    if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     host = targets.cpu()
     kept = (host >= 0).nonzero()[:, 0]
@@ -70,18 +77,18 @@ def token_log_probabilities(
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **cut: Any) -> Tensor:
-    """The negative of `token_log_probabilities`, which says what the arguments are: [tokens], 0 where label is negative."""
+    """The negative of `token_log_probabilities`, with the same arguments: [tokens], 0 where the label is negative."""
     return -token_log_probabilities(hidden, weight, labels, **cut)
 
 
 def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """c tanh(logits / c), so that all lie within [-c, c] (Gemma 2, arXiv:2408.00118); None: as they are."""
+    """c tanh(logits / c), so that all lie within [-c, c] (Gemma 2, arXiv:2408.00118); None: unchanged."""
     return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which rows of the vocabulary this rank has, and how many tokens it takes at once."""
+    """This rank's share of the vocabulary, and how many tokens and columns are computed at once."""
 
     group: ProcessGroup | None
     vocab_size: int
@@ -91,7 +98,7 @@ class _Cut:
     softcap: float | None
 
     def slope(self, capped: Tensor) -> Tensor | None:
-        """The derivative of `soft_cap` where it gives `capped`; None for 1."""
+        """The derivative of `soft_cap` where its result is `capped`; None: it is 1."""
         return None if self.softcap is None else 1 - (capped / self.softcap).square_()
 
     @property
@@ -99,11 +106,11 @@ class _Cut:
         return 1 if self.group is None else self.group.size()
 
     def real_rows(self, weight: Tensor) -> Tensor:
-        """This rank's rows (or numbers of a bias) without padding; a view."""
+        """This rank's vocabulary rows (or entries of a bias) without padding; a view."""
         return weight[: max(0, min(len(weight), self.vocab_size - self.first_row))]
 
     def logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """[tokens, rows], capped; float32, or float64 for float64."""
+        """[tokens, rows], after the soft-cap; float32, or float64 for float64."""
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return soft_cap(F.linear(hidden, rows, bias).to(exact), self.softcap)
 
@@ -112,25 +119,28 @@ class _Cut:
         return tokens <= self.chunk if self.chunk else tokens * len(rows) <= CHUNK_NUMBERS
 
     def chunks(self, tokens: int, rows: Tensor) -> Iterator[slice]:
-        """Tokens that are taken at once where logits are not kept."""
+        """Slices of the tokens that are computed at once where logits are not kept."""
         fitting = CPU_TOKENS if rows.device.type == "cpu" else max(64, CHUNK_NUMBERS // max(len(rows), 1))
         return _slices(tokens, self.chunk or fitting)
 
     def blocks(self, rows: Tensor) -> Iterator[slice]:
-        """Rows of the vocabulary that are taken at once where logits are not kept."""
+        """Slices of the vocabulary rows that are computed at once where logits are not kept."""
         return _slices(len(rows), self.columns or (CPU_COLUMNS if rows.device.type == "cpu" else len(rows)))
 
     def backward_sizes(self, tokens: int, rows: Tensor) -> tuple[int, int]:
-        """(tokens, rows) whose softmax is computed anew at once: as many numbers as in a chunk, for more tokens and fewer rows."""
+        """(tokens, vocabulary rows) whose softmax is computed again at once: as many numbers as in a chunk, for more tokens and fewer
+        rows.
+        """
         fitting = CPU_TOKENS * CPU_COLUMNS if rows.device.type == "cpu" else CHUNK_NUMBERS
         numbers = self.chunk * len(rows) if self.chunk else fitting
         columns = max(1, min(len(rows), self.columns or max(numbers // max(tokens, 1), WIDE)))
         return max(1, numbers // columns), columns
 
     def own_by_block(self, host: Tensor, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Tokens whose target is in this rank's rows, by block of `columns` rows, and the row of each from the block's first.
+        """For each block of `columns` vocabulary rows of this rank: the tokens whose target is in it, and each target's row counted from
+        the block's first.
 
-        host: targets on the host, which must know how many there are of each block; what is returned is on `device`.
+        host: targets on the host, because the number of tokens of each block must be known there. The result is on `device`.
         """
         local = host - self.first_row
         tokens = ((local >= 0) & (local < rows)).nonzero()[:, 0]
@@ -142,10 +152,10 @@ class _Cut:
 
 
 def _found(local: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Where to look for each token's target among `columns` rows, [tokens, 1], and whether it is there at all.
+    """The column in which to look for each token's target, [tokens, 1], and whether the target is there at all, bool [tokens, 1].
 
-    local: [tokens], the target's row, counted from the first of these. Only tensors of fixed size: the host need not wait for the GPU
-    to say how many there are, as it must after nonzero.
+    local: [tokens], the target's row counted from the first of these `columns` columns. All shapes are fixed, so the host need not wait
+    for the GPU to report a count, as it must after nonzero.
     """
     places = local.clamp(0, columns - 1)[:, None]
     return places, places == local[:, None]
@@ -231,9 +241,11 @@ def _fill_head_gradients(
     towards: Tensor,
     cut: _Cut,
 ) -> None:
-    """Fills the gradients of a trained head, which are zero, a block of rows at a time. softmax: of `_whole_chunk`, or None: anew.
+    """Fills the gradients of a trained head, which are zero before, one block of vocabulary rows at a time.
 
-    away, towards: [tokens], what comes from above times the softmax's share of all ranks, negative, and times 1 - p.
+    softmax: from `_whole_chunk`; None: it is computed again.
+    away, towards: [tokens], for the incoming gradient g. away is -g times this rank's share of the softmax over all ranks. towards is g
+    (1 - p), with a soft-cap times its derivative at the target.
     """
     rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
     size, columns = cut.backward_sizes(len(targets), rows) if softmax is None else (len(targets), len(rows))
@@ -261,7 +273,7 @@ def _fill_head_gradients(
 
 @dataclass(frozen=True)
 class _Sum:
-    """A block of a gradient, and what is added up for it: itself, or the same in a wider dtype."""
+    """A block of a gradient, and the tensor in which it is summed: the block itself, or a copy of a wider dtype."""
 
     into: Tensor
     total: Tensor
@@ -288,9 +300,10 @@ def _whole_chunk(
     target_logits: Tensor,
     pull: Tensor | None,
 ) -> Tensor:
-    """Fills lse, target_logits and pull of a chunk of tokens; returns the softmax over this rank's rows, the target's column 0.
+    """Fills lse, target_logits and pull of one chunk of tokens. Returns the softmax over this rank's rows, with the target's column set
+    to 0.
 
-    Where logits are capped, each number of the softmax that is returned, or that pulls, is times the slope of the cap there.
+    With a soft-cap, each number of the softmax is multiplied by the derivative of the cap, both in the result and in pull.
     """
     logits = cut.logits(hidden, rows, biases)
     slope = cut.slope(logits)
@@ -317,7 +330,10 @@ def _chunk_in_blocks(
     target_logits: Tensor,
     pull: Tensor | None,
 ) -> None:
-    """The same a block of the vocabulary at a time; what was summed is scaled down when a block has a larger logit (arXiv:1805.02867)."""
+    """Fills lse, target_logits and pull of one chunk of tokens, one block of the vocabulary at a time.
+
+    When a block has a larger logit, the sums so far are scaled down (arXiv:1805.02867).
+    """
     local = targets - cut.first_row
     tops = lse.new_full(lse.shape, -torch.inf)
     totals = torch.zeros_like(lse)
@@ -341,7 +357,7 @@ def _chunk_in_blocks(
 
 
 def _take_out(numbers: Tensor, places: Tensor, there: Tensor) -> None:
-    """Sets the target's column of [tokens, rows] to 0, in place, where it is among them."""
+    """Sets the target's column of [tokens, rows] to 0, in place, where the target is among these rows."""
     numbers.scatter_(1, places, numbers.gather(1, places).masked_fill_(there, 0))
 
 
@@ -360,9 +376,9 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 def _softmax_of_others(
     hidden: Tensor, rows: Tensor, bias: Tensor | None, local: Tensor, lse: Tensor, cut: _Cut
 ) -> Tensor:
-    """The softmax of tokens over some rows, [tokens, rows], with the target's column taken out.
+    """The softmax of tokens over some vocabulary rows, [tokens, rows], with the target's column set to 0.
 
-    local: the target's row, counted from the first of `rows`; it may be none of them. lse: over all rows of this rank.
+    local: the target's row, counted from the first of `rows`; it may lie outside them. lse: over all rows of this rank.
     """
     logits = cut.logits(hidden, rows, bias)
     slope = cut.slope(logits)
@@ -372,7 +388,7 @@ def _softmax_of_others(
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - row maximum) in place; returns the maxima and the sums of the rows, [tokens] each."""
+    """exp(logits - the token's maximum) in place; returns the maxima and the sums, [tokens] each."""
     if not logits.numel():  # a rank whose rows are all padding
         return logits.new_full((len(logits),), -torch.inf), logits.new_ones(len(logits))
     top = logits.amax(-1)
@@ -380,7 +396,7 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _over_ranks(local_lse: Tensor, target_logits: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp over every rank's rows, and the target's logit from the rank that has it; one gather."""
+    """The log-sum-exp over all ranks' rows, and the target's logit from the rank that has it, with one gather."""
     if cut.ranks == 1 or not len(local_lse):
         return local_lse, target_logits
     mine = torch.stack([local_lse, target_logits])
