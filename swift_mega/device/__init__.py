@@ -1,1 +1,1 @@
-"""The device that this process computes on, what is installed beside torch, and Megatron-core where there is no CUDA."""
+"""The device that this process computes on, which optional packages are installed, and patches for Megatron-core without CUDA."""

@@ -1,6 +1,6 @@
-"""Optional packages that compute, and whether they are there: asked here only.
+"""Optional packages that compute, and whether they can be used. Only this module checks that.
 
-CUDA needs nothing but torch and Megatron-core. Transformer Engine, flash-attn and apex are used where they are installed; without them
+CUDA needs nothing but torch and Megatron-core. Transformer Engine, flash-attn and apex are used where they are installed. Without them,
 Megatron's local modules and torch's kernels do the same work.
 """
 
@@ -14,10 +14,10 @@ from importlib import metadata
 import torch
 
 TE_DTYPES = (torch.bfloat16, torch.float16)
-"""Weights of Transformer Engine's modules here.
+"""Dtypes of the models that use Transformer Engine's modules here.
 
-It has no float64. It multiplies float32 in TF32 (cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), which keeps 10 bits of the mantissa in
-place of 23: a float32 proof would then compare rounding, so float32 has Megatron's local modules.
+Transformer Engine has no float64. It multiplies float32 in TF32 (cublaslt_gemm.cu: CUBLAS_COMPUTE_32F_FAST_TF32), which keeps 10 bits of
+the mantissa in place of 23. A float32 proof would then compare rounding errors, so float32 uses Megatron's local modules.
 """
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 """What an import raises where a package does not fit torch, CUDA or a library that is loaded."""
@@ -25,7 +25,7 @@ BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An optional package: its version where it can be used, else why it cannot be."""
+    """An optional package: its version if it can be used, else the reason why it cannot."""
 
     name: str
     version: str | None = None
@@ -37,9 +37,10 @@ class Package:
 
 @functools.cache
 def transformer_engine() -> Package:
-    """Transformer Engine, imported. Where the import fails, it is hidden from all later imports of this process.
+    """Transformer Engine, imported. If the import fails, it is hidden from all later imports of this process.
 
-    Megatron catches an ImportError only, and takes a package whose torch part is missing for a whole one: it would fail in its own import.
+    Megatron catches only ImportError. It also takes a package whose torch part is missing for a complete one, and then fails in its own
+    import.
     """
     name = "Transformer Engine"
     if importlib.util.find_spec("transformer_engine") is None:
@@ -63,12 +64,12 @@ def flash_attn() -> Package:
 
 
 def apex() -> Package:
-    """NVIDIA's apex with its CUDA kernels. PyPI's package of that name is another project, and has no amp_C."""
+    """NVIDIA's apex with its CUDA kernels. PyPI's package of that name is another project and has no amp_C."""
     return Package(name="apex", version="with kernels") if _there("amp_C") else Package(name="apex")
 
 
 def wgrad_kernel() -> bool:
-    """Whether apex's kernel is there that adds the product of a weight's gradient to the sum of gradients."""
+    """Whether apex's kernel is installed that computes a weight's gradient and adds it to the sum of gradients in one product."""
     return _there("fused_weight_gradient_mlp_cuda")
 
 

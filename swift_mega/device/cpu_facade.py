@@ -1,8 +1,8 @@
-"""What lets unmodified Megatron-core run where there is no CUDA.
+"""Patches that let unmodified Megatron-core run where there is no CUDA.
 
-Megatron asks torch for CUDA in few ways: a device, streams, random state, type names. The facade answers each of these for
-the CPU. It is a table: what is replaced, by what, and the line of Megatron-core 0.16.1 that needs it. Every target is
-looked up before anything is replaced, so that a Megatron or torch without one fails at once, by the name of the patch.
+Megatron asks torch for CUDA in few ways: a device, streams, random state, type names. The facade answers each of these for the CPU. It
+is a table: what is replaced, by what, and the line of Megatron-core 0.16.1 that needs it. All targets of a patch are looked up before
+any is replaced. So if Megatron or torch lacks one, installing fails at once, with the name of the patch.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def install() -> None:
-    """Installs the patches, once. UserError where Megatron was imported already."""
+    """Installs the patches, once. UserError where Megatron was imported before."""
     if "megatron.core" in sys.modules:
         raise UserError(
             "megatron.core was imported before swift_mega.device.device.setup(), and binds CUDA functions when it is imported: "
             "call swift_mega.device.device.setup() first, in a new process"
         )
-    # torch.compile'd helpers (megatron/core/jit.py:20) would die with "Expected a cuda device, but got: cpu". Megatron
-    # decorates them when it is imported, and torch reads this at each decoration (_dynamo/eval_frame.py).
+    # torch.compile'd helpers (megatron/core/jit.py:20) would fail with "Expected a cuda device, but got: cpu". Megatron decorates them
+    # when it is imported, and torch reads this variable at each decoration (_dynamo/eval_frame.py).
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # The CPU has one generator, so dropout inside Megatron's forked random state does move "the CPU's".
+    # The CPU has one generator, so dropout inside Megatron's forked random state changes the CPU's state, and Megatron warns of that.
     drop_log("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
-    # `with torch.device(...)` looks factories up in a set that torch builds from its own names at first use. Built after the
-    # patch it would hold our wrappers, and the context would do nothing: transformers then loads models with buffers unset.
+    # `with torch.device(...)` finds factory functions in a set that torch builds from its own functions at first use. If that came after
+    # the patches, the set would hold our wrappers, and the context would do nothing: transformers then loads models with buffers unset.
     torch.utils._device._device_constructors()
     for patch in PATCHES:
         patch.install()
@@ -60,7 +60,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Event:
-    """A CUDA event where everything has already happened when it is recorded."""
+    """A CUDA event on the CPU: all earlier work is done when the event is recorded."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.seconds = time.perf_counter()
@@ -82,7 +82,7 @@ class _Event:
 
 
 class _Stream:
-    """A CUDA stream where work is done as soon as it is given; all are the same one."""
+    """A CUDA stream on the CPU: work is done as soon as it is submitted, and all streams are equal."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -118,7 +118,7 @@ class _Stream:
 
 
 class _Generators:
-    """torch.cuda.default_generators with the CPU's generator for every device."""
+    """torch.cuda.default_generators, with the CPU's generator for every device."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -145,7 +145,7 @@ def _cuda_type(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _host_copy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's maybe_move_tensor_to_cpu, which converts to numpy only what is on CUDA; split sizes must be numbers."""
+    """In place of Megatron's maybe_move_tensor_to_cpu, which converts to numpy only what is on CUDA. Split sizes must be numbers."""
     if not torch.is_tensor(tensor):
         return tensor
     return tensor.cpu().numpy() if as_numpy else tensor.cpu()
@@ -193,7 +193,7 @@ _GET_STATE = replaced_by(lambda device="cuda": torch.default_generator.get_state
 _SET_STATE = replaced_by(lambda state, device="cuda": torch.default_generator.set_state(state))
 _MOE = "megatron.core.transformer.moe."
 
-# Lines are those of Megatron-core 0.16.1. The patches of torch come first: importing Megatron binds some of their targets.
+# Line numbers are those of Megatron-core 0.16.1. The patches of torch come first, because importing Megatron binds some of their targets.
 PATCHES = (
     Patch(
         name="current device",

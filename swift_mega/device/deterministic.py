@@ -1,7 +1,7 @@
-"""Runs that repeat to the last bit: every op in the form that adds in a fixed order, or one error that names the op which has none.
+"""Runs that repeat bit by bit: every op adds in a fixed order, or one error names the op that cannot.
 
-torch's own switch does most of it (torch.use_deterministic_algorithms), and our kernels ask torch whether it is on. Libraries beneath
-read the environment when they are first used.
+torch.use_deterministic_algorithms does most of it, and our kernels check whether it is on. Libraries below torch read environment
+variables when they are first used.
 """
 
 import os
@@ -21,14 +21,15 @@ ENVIRONMENT = {
     "NCCL_ALGO": ("^NVLS,NVLSTree", ("^NVLS,NVLSTree", "^NVLS", "Tree", "Ring", "CollnetDirect", "CollnetChain")),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0", ("0",)),
 }
-"""What libraries read: the value that is set where there is none, and all that will do."""
+"""Variables that libraries read: the value that is set where there is none, and all values that are accepted."""
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """train.deterministic: until the end of the context, in this process. Enter it before CUDA computes and NCCL communicates.
+    """Switches deterministic ops on until the end of the context, in this process, if `wanted` (train.deterministic).
 
-    UserError where the environment says the contrary, or an op has no deterministic form.
+    Enter it before CUDA computes and NCCL communicates. UserError where the environment says the contrary, or an op has no deterministic
+    form.
     """
     if not wanted:
         yield
@@ -37,7 +38,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     switch: Any = torch.utils.deterministic
     filling = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    switch.fill_uninitialized_memory = False  # a pass over each new tensor, for those who read what was never written
+    # Filling would cost a pass over each new tensor, and only helps code that reads memory it never wrote.
+    switch.fill_uninitialized_memory = False
     try:
         yield
     except RuntimeError as error:
@@ -50,7 +52,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def set_environment(environ: MutableMapping[str, str]) -> None:
-    """Sets what is not set; UserError where a library is told to do otherwise."""
+    """Sets the variables that are not set. UserError where one tells its library to do otherwise."""
     for name, (value, fitting) in ENVIRONMENT.items():
         if environ.setdefault(name, value) not in fitting:
             raise UserError(
@@ -60,7 +62,7 @@ def set_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def _no_such_form(error: RuntimeError) -> str:
-    """torch begins with the op, and cuBLAS's error with the word Deterministic."""
+    """The message for torch's error, which begins with the op, or for cuBLAS's, which begins with the word Deterministic."""
     op = str(error).split(" does not have a deterministic implementation")[0].split("\n")[0]
     where = traceback.extract_tb(error.__traceback__)[-1]
     return (

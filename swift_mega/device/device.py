@@ -1,6 +1,7 @@
-"""The device that this process computes on, found once for each rank.
+"""The device that this process computes on, found once per rank.
 
-Without CUDA unmodified Megatron-core runs on the CPU by a table of patches (cpu_facade.py), which must come before Megatron's import.
+Without CUDA, unmodified Megatron-core runs on the CPU by a table of patches (cpu_facade.py). They must be installed before Megatron is
+imported.
 """
 
 import os
@@ -36,18 +37,18 @@ class Device:
     name: str
 
     def uses_transformer_engine(self, dtype: torch.dtype) -> bool:
-        """Whether the layers of a model of this dtype are Transformer Engine's; elsewhere they are Megatron's local modules."""
+        """Whether the layers of a model of this dtype are Transformer Engine's modules. Otherwise they are Megatron's local modules."""
         return self.kind == "cuda" and dtype in TE_DTYPES and transformer_engine().version is not None
 
     def peak_memory_bytes(self) -> int:
-        """CUDA: the most that torch had reserved. CPU: the most that this process had resident."""
+        """CUDA: the most bytes that torch had reserved. CPU: the most that this process had resident."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def peak_allocated_bytes(self) -> int | None:
-        """CUDA: the most that tensors had, which is what `plan` counts; the rest of what is reserved is free for later ones. CPU: None."""
+        """CUDA: the most bytes that tensors took, which is what `plan` estimates; the rest of the reserved memory is free. CPU: None."""
         return torch.cuda.max_memory_allocated(self.device) if self.kind == "cuda" else None
 
     def peak_flops(self) -> float | None:
@@ -55,15 +56,15 @@ class Device:
         return next((flops for name, flops in PEAK_FLOPS.items() if name in self.name), None)
 
     def safe_schedule(self, virtual: int = 1) -> dict[str, Any]:
-        """Fields of TransformerConfig that give right numbers on this device.
+        """Fields of TransformerConfig that give correct numbers on this device.
 
-        Interleaving of two stages with batched point-to-point calls gives a wrong loss on gloo without an error, so
-        calls are made one by one, and overlapped. Freed outputs are corrupted by such calls on the CPU (0.16.1). The
-        fusions are CUDA kernels; which of them are on there, models/fusions.py says.
+        On gloo, interleaving of two stages with batched point-to-point calls gives a wrong loss without an error. So calls are made one
+        by one, and overlapped. On the CPU such calls corrupt freed outputs (0.16.1). The fusions are CUDA kernels; models/fusions.py
+        says which of them are on with CUDA.
 
-        On CUDA Megatron waits for the whole device after each batched call (batch_p2p_sync, p2p_communication.py:398), against a race of
-        torch before 1.13: work objects took note of NCCL's streams before the calls were issued, so that waiting for them waited for
-        nothing (pytorch #82450). Megatron-core needs torch 2.6, where waiting for the calls is enough.
+        On CUDA Megatron waits for the whole device after each batched call (batch_p2p_sync, p2p_communication.py:398), because of a race
+        in torch before 1.13: work objects recorded NCCL's streams before the calls were issued, so waiting for them waited for nothing
+        (pytorch #82450). Megatron-core needs torch 2.6, where waiting for the calls is enough.
         """
         interleaved = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if virtual > 1 else {}
         if self.kind == "cuda":
@@ -80,33 +81,34 @@ class Device:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to CUDA through a copy in pinned memory, so that the host does not wait for the copy to arrive."""
+    """`tensor` on `device`. A copy to CUDA goes through pinned memory, so that the host does not wait for it to arrive."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton would take: what CC names, else clang or gcc on PATH; None: there is none."""
+    """The C compiler that Triton would use: the one that CC names, else clang or gcc on PATH; None: there is none."""
     return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def setup(*, starts_ranks: bool = False) -> Device:
-    """This process's device; without CUDA, installs the facade first. Call it before Megatron is imported; again is free.
+    """This process's device. Without CUDA, installs the facade first. Call it before Megatron is imported; later calls are free.
 
     The device is the one of the local rank, and becomes torch's current device.
-    starts_ranks: a process that is no rank itself leaves the GPUs alone, and the device has no name: a context takes some hundred MB of
-    the first GPU, and one in exclusive mode would be taken from its rank.
+    starts_ranks: this process only starts ranks and is no rank itself. It then does not touch the GPUs, and the device has no name. A
+    CUDA context would take some hundred MB of the first GPU, and would keep a GPU in exclusive mode from its rank.
     Raises UserError where Megatron was imported too early, RuntimeError where a patch no longer fits it.
     """
     quiet()
-    # One queue to the GPU, so that a collective starts before the product it overlaps with (tensor_parallel/layers.py:727).
+    # One queue to the GPU, so that a collective starts before the matrix product it overlaps with (tensor_parallel/layers.py:727).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         _set_allocator(os.environ)
         alone = starts_ranks and not _is_rank()
         device = Device(kind="cuda", device=_cuda(0), backend="nccl", name="CUDA") if alone else _own_device()
-        without_te.install()  # last, since Transformer Engine may ask the current GPU what it can do when it is imported
+        # Last, because importing Transformer Engine may query the capabilities of the current GPU.
+        without_te.install()
         return device
     cpu_facade.install()
     without_te.install()
@@ -114,9 +116,9 @@ def setup(*, starts_ranks: bool = False) -> Device:
 
 
 def unused_gpus(folder: Path = Path("/dev")) -> str | None:
-    """Where this machine has GPUs that torch does not see: that they are not used, why, and what to do about it. None where all is well.
+    """A message where this machine has GPUs that torch does not see: they are not used, why, and the remedy. None where all is well.
 
-    folder: of device files. CUDA_VISIBLE_DEVICES, where it is set to nothing, says that this is meant.
+    folder: of device files. If CUDA_VISIBLE_DEVICES is set to nothing, this is intended.
     """
     files = sorted(str(path) for path in folder.glob("nvidia[0-9]*"))
     if not files or has_cuda() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -128,18 +130,18 @@ def unused_gpus(folder: Path = Path("/dev")) -> str | None:
 
 
 def has_cuda() -> bool:
-    """Whether this torch is built for CUDA and there is a GPU. Asks the driver's library (NVML), which makes no context."""
+    """Whether this torch is built for CUDA and there is a GPU. Asks the driver's library (NVML), which creates no CUDA context."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def _set_allocator(environ: MutableMapping[str, str]) -> None:
-    """Let torch's CUDA allocator grow its segments, unless the user configures it; it reads the environment when CUDA is first used.
+    """Makes the segments of torch's CUDA allocator expandable, unless the user configures it. torch reads this when CUDA is first used.
 
-    Rows differ in length. With segments of fixed size a longer row finds no room in the pieces that shorter ones left.
+    Rows differ in length. With segments of fixed size, a longer row finds no room in the pieces that shorter rows left.
     """
     if not any(environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        # 2.9 introduced the shorter name and warned of the longer one.
+        # torch 2.9 introduced the shorter name, and warns about the longer one.
         name = "PYTORCH_ALLOC_CONF" if Version(torch.__version__) >= Version("2.9") else "PYTORCH_CUDA_ALLOC_CONF"
         environ[name] = "expandable_segments:True"
 
@@ -153,13 +155,13 @@ def _in_group() -> bool:
 
 
 def _own_device() -> Device:
-    """The GPU of this process, which becomes the current one: NCCL takes the current device, and hangs where two ranks have the same."""
+    """The GPU of this process, made the current one. NCCL uses the current device, and hangs where two ranks have the same one."""
     environ = dict(os.environ)
-    if "RANK" not in environ and _in_group():  # a caller's own
+    if "RANK" not in environ and _in_group():  # the caller made the process group
         environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     index = device_index(find_local_rank(environ), torch.cuda.device_count())
     if torch.cuda.is_initialized() and torch.cuda.current_device() > 0:
-        index = torch.cuda.current_device()  # somebody chose it
+        index = torch.cuda.current_device()  # the caller chose it
     torch.cuda.set_device(index)
     return Device(kind="cuda", device=_cuda(index), backend="nccl", name=torch.cuda.get_device_name(index))
 

@@ -1,7 +1,8 @@
-"""Tells tensors of the device from copies on the host where both are the CPU's memory.
+"""Distinguishes tensors of the device from copies on the host, where both are in the CPU's memory.
 
-Megatron's optimizer offload sorts parameters by `is_cuda` while it copies some of them to the host. Without CUDA no parameter says
-yes and no copy is made. Here every tensor says yes for as long as the sorting takes, but for what `.cpu()` made and what came of it.
+Megatron's optimizer offload sorts parameters by `is_cuda` while it copies some of them to the host. Without CUDA, is_cuda is False for
+every parameter, and no copy is made. Inside `two_sides`, is_cuda is True for every tensor except what `.cpu()` returned and what was
+computed from that.
 """
 
 import contextlib
@@ -13,11 +14,11 @@ from torch import Tensor
 
 
 class _OnHost(Tensor):
-    """What `.cpu()` returned, or a copy of it."""
+    """A result of `.cpu()`, or a copy of it."""
 
 
 def two_sides(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, in which `.cpu()` copies and is_cuda knows the copies; it returns plain tensors."""
+    """`function`, in which `.cpu()` copies and is_cuda is False for these copies; it returns plain tensors."""
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -46,7 +47,7 @@ def _told_apart() -> Iterator[None]:
 
 
 def _plain(value: Any, made: dict[int, Tensor]) -> Any:
-    """`value` with every host copy in it, keys included, in the plain class; one stays one."""
+    """`value` with every host copy in it, keys included, as a plain tensor. One host copy always becomes the same tensor."""
     if isinstance(value, _OnHost):
         return made.setdefault(id(value), value.as_subclass(Tensor))
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
-"""Which of its machine's ranks a process is, and so which of the machine's devices is its own. Reads an environment, asks no device.
+"""Which rank of its machine a process is, and so which of the machine's devices it uses. Reads an environment, queries no device.
 
-Every launcher says it in its own words: torchrun and we set LOCAL_RANK, srun sets SLURM_LOCALID, and a caller may have set RANK alone.
+Launchers use different variables: torchrun and our launcher set LOCAL_RANK, srun sets SLURM_LOCALID, and a caller may have set only
+RANK.
 """
 
 from collections.abc import Mapping
@@ -20,13 +21,13 @@ def find_local_rank(environ: Mapping[str, str]) -> int:
 def device_index(local: int, devices: int) -> int:
     """The device of local rank `local`, where the process sees `devices` of them.
 
-    Modulo: a launcher that shows each process only its own device (srun --gpus-per-task=1) leaves the local rank as it is.
+    Modulo, because a launcher that shows each process only its own device (srun --gpus-per-task=1) leaves the local rank as it is.
     """
     return local % devices
 
 
 def whole(environ: Mapping[str, str], name: str, default: int, *, least: int) -> int:
-    """A whole number from the environment."""
+    """A whole number from the environment, or `default` where it is not set. UserError where it is no such number, or below `least`."""
     text = environ.get(name, "")
     if not text:
         return default

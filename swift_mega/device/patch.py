@@ -1,4 +1,4 @@
-"""A replacement in a module of somebody else, with its reason; it fails by name where its target is gone."""
+"""A replacement in another package's module, with its reason. It fails with its own name where its target does not exist."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """One reason to replace things, and the things: target -> what to put there, given what is there.
+    """One reason to replace things, and the replacements: target -> function from the old value to the new one.
 
-    A target is "module:attribute" or "module:Class.attribute"; "a|b" is whichever of the two names exists, and a trailing
-    "?" makes the target one that may be absent.
+    A target is "module:attribute" or "module:Class.attribute". "a|b" means whichever of the two names exists. A target with a trailing
+    "?" may be absent.
     """
 
     name: str
@@ -19,7 +19,7 @@ class Patch:
     targets: Mapping[str, Callable[[Any], Any]]
 
     def install(self) -> None:
-        """Look up every target, then replace each; RuntimeError with this patch's name if one is gone."""
+        """Looks up every target, then replaces each. RuntimeError with this patch's name if one does not exist."""
         found = [(*self._find(target), make) for target, make in self.targets.items()]
         for owner, attribute, make in found:
             setattr(owner, attribute, make(getattr(owner, attribute, None)))

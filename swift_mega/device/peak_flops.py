@@ -1,4 +1,4 @@
-"""What GPUs can do at most."""
+"""Peak FLOP/s of GPUs."""
 
 PEAK_FLOPS = {
     "GB200": 2.5e15,
@@ -20,4 +20,4 @@ PEAK_FLOPS = {
     "L4": 121e12,
     "RTX 4090": 165e12,
 }
-"""Dense bfloat16 FLOP/s, without sparsity, from NVIDIA's data sheets; the first name that the device's name contains counts."""
+"""Dense bfloat16 FLOP/s, without sparsity, from NVIDIA's data sheets. The first name that the device's name contains applies."""

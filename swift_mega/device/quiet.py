@@ -1,4 +1,4 @@
-"""What Megatron makes Python say, over and over, about optional packages and its own use of torch: silenced by its text."""
+"""Silences warnings and log lines that Megatron causes again and again, about optional packages and its own use of torch."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ KNOWN_LOGS = (
 
 @functools.cache
 def quiet() -> None:
-    """Silences what is known. Again is free."""
+    """Silences the known warnings and log lines. Later calls are free."""
     for message, module in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
     for logger, text in KNOWN_LOGS:

@@ -1,4 +1,4 @@
-"""What Megatron-core gets wrong where Transformer Engine is absent, on CUDA too."""
+"""Patches for what Megatron-core does wrong where Transformer Engine is absent, also on CUDA."""
 
 import functools
 
@@ -6,7 +6,7 @@ from swift_mega.device.backends import transformer_engine
 from swift_mega.device.many_tensors import in_place_of, l2_norm, scale
 from swift_mega.device.patch import Patch, replaced_by
 
-# Megatron-core 0.16.1 again. 0.19 has none of the first three faults, and their patches change nothing there.
+# Line numbers are those of Megatron-core 0.16.1. 0.19 has none of the first three faults, and their patches change nothing there.
 WITHOUT_TE = (
     Patch(
         name="MoE router",
@@ -40,7 +40,7 @@ WITHOUT_TE = (
 
 @functools.cache
 def install() -> None:
-    """Installs the patches where Transformer Engine cannot be used. Again is free."""
+    """Installs the patches where Transformer Engine cannot be used. Later calls are free."""
     if transformer_engine().version is None:
         for patch in WITHOUT_TE:
             patch.install()
