@@ -1,7 +1,7 @@
-"""What a value may be, which settings contradict each other, and whether the files they name are there.
+"""Checks settings: the range of each value, contradictions between them, and whether the files they name exist.
 
-A setting that could not take effect is an error here, never skipped later in silence. Whether a layout fits the model
-and the ranks is `parallel.layout`'s to say.
+A setting that could not take effect is an error here; it is never skipped silently. `parallel.layout` checks whether a layout fits the
+model and the ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ EPOCHS: Limit = ("above 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
 SIZE: Limit = ("a size such as 500MB, 5GB or 512MiB", lambda v: size_in_bytes(v) is not None)
 NOT_EMPTY: Limit = ("something, not empty text", lambda v: v.strip() != "")
 
-# Those that differ from the rule of their type: whole numbers count something (at least 1), others are not negative.
+# Limits that differ from those of the type: whole numbers are at least 1, other numbers are not negative.
 LIMITS: dict[str, Limit] = {
     "data.split_dataset_ratio": PROBABILITY,
     "data.seed": NOT_NEGATIVE,
@@ -52,7 +52,7 @@ OF_ADAPTERS = (
 
 
 def check_range(setting: Setting, value: Any, *, where: str) -> None:
-    """Raises UserError when one value alone is impossible."""
+    """Raises UserError where one value alone is impossible."""
     if value is None or setting.table:
         return
     if setting.many:
@@ -65,7 +65,7 @@ def check_range(setting: Setting, value: Any, *, where: str) -> None:
 
 
 def check_together(run: Run, sources: Mapping[str, str]) -> None:
-    """Raises UserError when two settings contradict, or one cannot take effect because of another."""
+    """Raises UserError where two settings contradict, or one cannot take effect because of another."""
     for broken, message in _contradictions(run):
         if broken:
             raise UserError(message)
@@ -167,7 +167,7 @@ def _refuse_changed(run: Run, sources: Mapping[str, str], keys: tuple[str, ...],
 
 
 def check_inputs(run: Run, *, command: str) -> None:
-    """For a training run: that it names a model and data, and that every file it names exists."""
+    """For a training run: UserError unless it names a model and data, and every file that it names exists."""
     if run.model.path is None:
         raise UserError(f"{command}: no model; give --model DIR, a Hugging Face directory")
     check_model_directory(run.model.path, what="model.path (--model)")
@@ -185,7 +185,7 @@ def check_inputs(run: Run, *, command: str) -> None:
 
 
 def check_one_adapter(run: Run, *, command: str) -> None:
-    """UserError where several adapters are named. Their sum is no adapter of either's rank, so one file could not hold it."""
+    """UserError where several adapters are named. Their sum has a larger rank than each of them, so one adapter file could not hold it."""
     if len(adapters := run.model.adapters) > 1:
         first, rest = adapters[0], " ".join(adapters[1:])
         raise UserError(

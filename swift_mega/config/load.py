@@ -1,7 +1,8 @@
-"""Settings from four places into one `Run`: defaults < YAML recipe < dotted overrides < SWIFT-style flags.
+"""Merges settings from four places into one `Run`: defaults < YAML recipe < dotted overrides < SWIFT-style flags.
 
-Each place yields (name, value, where it stands). Names are looked up, text is typed, values are checked one by one and
-then together; whatever does not fit is one `UserError` that says where it was written. Every key's winner is remembered.
+Each place yields (name, value, where it is written). Names are looked up, text is converted to types, and values are checked one by one
+and then together. Whatever does not fit is one `UserError` that says where it was written. The source of every key's final value is
+recorded.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from swift_mega.config.schema import Run
 from swift_mega.config.tree import Setting, find, sections, settings, unknown
 from swift_mega.errors import UserError
 
-FLAG = re.compile(r"--|-[A-Za-z]")  # not a negative number
+FLAG = re.compile(r"--|-[A-Za-z]")  # does not match a negative number
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A run, and for every dotted key "default", "FILE:LINE", "override", "--flag", or what set a command's default."""
+    """A run, and for every dotted key its source: "default", "FILE:LINE", "override", "--flag", or what set a command's default."""
 
     run: Run
     sources: dict[str, str]
@@ -31,7 +32,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag as it was given: `--name word word`; words is empty for a bare switch."""
+    """One flag as it was given: `--name word word`. words is empty for a bare switch."""
 
     name: str
     words: tuple[str, ...]
@@ -48,10 +49,10 @@ def load(
     defaults: Mapping[str, str] | None = None,
     defaults_source: str = "default",
 ) -> Resolved:
-    """Read a recipe (or none), `key=value` overrides and `--flag value …` tokens.
+    """Reads a recipe (or none), `key=value` overrides and `--flag value …` tokens.
 
-    defaults: what a command sets differently from the schema, by dotted key; weaker than everything else.
-    Raises UserError for unknown names (with the nearest), wrong types, impossible values and contradictions.
+    defaults: what a command sets differently from the schema, by dotted key. All other sources override them.
+    Raises UserError for unknown names (with the nearest known one), wrong types, impossible values and contradictions.
     """
     layers = [
         [_given(f"{key}={value}", source=defaults_source) for key, value in (defaults or {}).items()],
@@ -76,8 +77,8 @@ def split_arguments(
 ) -> tuple[list[str], list[Flag]]:
     """Command-line tokens -> (positional words, flags). A flag takes as many words as its setting does.
 
-    own: for a name that is not a setting (or that the command takes itself) "one", "many" or "switch", else None.
-    A list ends at the next flag or `key=value` (write a file of such a name as ./key=value); so does a switch.
+    own: returns "one", "many" or "switch" for a name that is not a setting, or that the command takes itself; else None.
+    A list of words ends at the next flag or `key=value` (write a file of such a name as ./key=value). So does a switch.
     """
     positional: list[str] = []
     flags: list[Flag] = []
@@ -99,7 +100,7 @@ def split_arguments(
 
 
 def _take(rest: list[str], kind: str) -> list[str]:
-    """Remove from `rest` the words that belong to a flag of this kind."""
+    """Removes from `rest` the words that belong to a flag of this kind, and returns them."""
     words: list[str] = []
     while rest and not FLAG.match(rest[0]) and (kind == "one" or not OVERRIDE.match(rest[0])):
         words.append(rest.pop(0))
@@ -144,7 +145,7 @@ def _given_flags(tokens: Sequence[str]) -> list[Given]:
 
 
 def _apply(layer: Sequence[Given], values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Put one layer's values over those of the layers before it. Within a layer a key has one value."""
+    """Writes one layer's values over those of earlier layers. UserError where the layer gives a key two different values."""
     mine: dict[str, tuple[Given, Any]] = {}
     for given in layer:
         found = find(given.name)
@@ -190,7 +191,7 @@ def _build(values: Mapping[str, Any]) -> Run:
 
 
 def to_dict(run: Run) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, by section: what args.json holds, and what a recipe may hold."""
+    """Plain dicts, lists and scalars, by section: the content of args.json, and a valid recipe."""
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 

@@ -1,7 +1,7 @@
-"""Text to typed values. A YAML scalar, an override and a flag are all text here, so they mean the same everywhere.
+"""Text to typed values. A YAML scalar, an override and a flag are all text here, so a value means the same in each of them.
 
-YAML is read as nodes, not as Python values: PyYAML would make `1e-4` a string, `no` a boolean and `007` the number 7.
-Nodes also know their line, which errors and the `config` verb quote.
+YAML is read as nodes, not as Python values: PyYAML would make `1e-4` a string, `no` a boolean and `007` the number 7. Nodes also have
+line numbers, which errors and the `config` verb show.
 """
 
 import json
@@ -17,16 +17,16 @@ from swift_mega.config.tree import Setting, sections, settings, suggest
 from swift_mega.errors import UserError
 from swift_mega.text_files import parse_json, read_text
 
-# What SWIFT calls a choice, where we call it otherwise.
+# SWIFT's names of choices, where ours differ.
 SWIFT_VALUES = {"data.loss_on": {"default": "assistant", "last_round": "last"}}
 INTEGER = re.compile(r"[+-]?\d{1,300}")
-"""More digits are no number that a setting could mean, and Python refuses more than 4300."""
+"""At most 300 digits: no setting needs more, and Python refuses more than 4300."""
 SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?i?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """One value as it was written; plain: without quotes, so that it may be a number or null."""
+    """One value as it was written. plain: it was written without quotes, so it may be a number or null."""
 
     text: str
     plain: bool = True
@@ -37,7 +37,7 @@ Value = Scalar | list["Value"] | dict[str, "Value"]
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """A value somebody gave. where: what an error begins with; source: what `config` shows."""
+    """A value that the user gave. where: how an error begins. source: what the `config` verb shows."""
 
     name: str
     value: Value
@@ -46,7 +46,7 @@ class Given:
 
 
 def read_recipe(path: str) -> list[Given]:
-    """The (possibly dotted) keys of a YAML file and their lines, sections opened up. Raises UserError with file:line."""
+    """The keys of a YAML file (they may be dotted) with their values and lines; sections are flattened. Raises UserError with file:line."""
     text = read_text(path, what=f"recipe {path}")
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -106,7 +106,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def from_words(words: Sequence[str], setting: Setting, *, inside: str) -> Value:
-    """The words after a flag or an override as a value: lists also by comma, tables as JSON."""
+    """The words after a flag or an override as a value. Lists may also be separated by commas, and tables are JSON."""
     if setting.many and not inside:
         return [Scalar(part.strip()) for word in words for part in word.split(",") if part.strip()]
     if setting.table and not inside and len(words) == 1:
@@ -129,7 +129,7 @@ def _from_json(value: Any) -> Value:
 
 
 def convert(setting: Setting, value: Value, *, inside: str, where: str) -> Any:
-    """The typed value of a setting, or of one key (`inside`) of its table. Raises UserError beginning with `where`."""
+    """The typed value of a setting, or of one key (`inside`) of its table. Raises a UserError that begins with `where`."""
     if _is_null(value) and not inside:
         if setting.optional:
             return None
@@ -227,7 +227,7 @@ def _shown(value: Value) -> str:
 
 
 def size_in_bytes(text: str) -> int | None:
-    """'5GB' -> 5 * 10^9, '512MiB' -> 512 * 2^20, '1000' -> 1000; None when it is not a size of at least one byte."""
+    """'5GB' -> 5 * 10^9, '512MiB' -> 512 * 2^20, '1000' -> 1000; None where the text is not a size of at least one byte."""
     match = SIZE.fullmatch(text.strip())
     if match is None:
         return None

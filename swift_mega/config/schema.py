@@ -1,7 +1,7 @@
-"""The one settings tree: what a run is, as frozen dataclasses with units and defaults.
+"""The one settings tree: frozen dataclasses, with units and defaults, that say what a run is.
 
-A recipe (YAML), dotted overrides and SWIFT-style flags all fill this same tree (`config.load`), so a setting has one
-name, one type and one default wherever it comes from. A field whose metadata has `flag` answers to those SWIFT names too.
+A recipe (YAML), dotted overrides and SWIFT-style flags all fill this same tree (`config.load`). So a setting has one name, one type and
+one default, wherever its value comes from. A field whose metadata has `flag` can also be set by these SWIFT names.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ TIMEOUT_MINUTES = 60
 
 
 def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None, empty: bool = False) -> Any:
-    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: "" is a value of its own."""
+    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: whether "" is a valid value."""
     metadata = {"flag": tuple(flag.split()), "help": help, "empty": empty}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 

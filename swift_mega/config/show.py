@@ -1,4 +1,4 @@
-"""Settings for reading: the resolved run as YAML that is again a recipe, each line with where its value came from."""
+"""The resolved settings as YAML, for reading. The YAML is a valid recipe, and each line says where its value came from."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ COMMENT_COLUMN = 56
 
 
 def to_yaml(resolved: Resolved, *, only_changed: bool = False) -> str:
-    """One line a setting, `key: value  # source`, under its section. Scalars are JSON, which YAML can read."""
+    """One line per setting, `key: value  # source`, under its section. Scalars are JSON, which YAML can read."""
     lines: list[str] = []
     section = ""
     for key, setting in settings().items():

@@ -1,7 +1,7 @@
-"""The settings tree laid out flat: one `Setting` per leaf, found by its dotted key or by a SWIFT flag.
+"""The settings tree as a flat table: one `Setting` per leaf, found by its dotted key or by a SWIFT flag.
 
-Everything that reads settings (recipe, overrides, flags, help, the `config` verb) goes through `settings()` and
-`find()`, so a field added to `schema` is at once a YAML key, an override, a flag and a line of help.
+Everything that reads settings (recipe, overrides, flags, help, the `config` verb) goes through `settings()` and `find()`. So a field
+added to `schema` is at once a YAML key, an override, a flag and a line of help.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from swift_mega.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One leaf. hint: its type without `| None`, which `optional` says. default: a fresh copy where it is a dict."""
+    """One leaf. hint: its type without `| None`. optional: whether None is allowed. default: a fresh copy where it is a dict."""
 
     key: str
     hint: Any
@@ -26,7 +26,7 @@ class Setting:
     flags: tuple[str, ...]
     help: str
     empty: bool = False
-    """Whether empty text is a value of its own."""
+    """Whether empty text is a valid value."""
 
     @property
     def section(self) -> str:
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def switch(self) -> bool:
-        """True or false, so that a bare flag means true."""
+        """True or false, so a bare flag means true."""
         return self.hint is bool
 
     @property
@@ -97,7 +97,7 @@ def _by_name() -> dict[str, Setting]:
 
 
 def find(name: str) -> tuple[Setting, str] | None:
-    """The setting that answers to a dotted key or a flag name (dashes or underscores), and the key inside its table."""
+    """The setting with this dotted key or flag name (dashes or underscores), and the key inside its table."""
     names = _by_name()
     if (setting := names.get(name) or names.get(name.replace("-", "_"))) is not None:
         return setting, ""
@@ -113,13 +113,13 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     wanted = name.replace("-", "_")
     same_leaf = [c for c in candidates if c.rpartition(".")[2] == wanted.rpartition(".")[2]]
     near = same_leaf or difflib.get_close_matches(wanted, candidates, n=2, cutoff=0.6)
-    if not near:  # `lr_rate`: a word in common
+    if not near:  # for example `lr_rate`, which has a word in common
         near = difflib.get_close_matches(wanted.rpartition(".")[2], candidates, n=1, cutoff=0.5)
     return f" (did you mean {' or '.join(near[:2])}?)" if near else ""
 
 
 def unknown(name: str, *, flag: bool, extra: Iterable[str] = ()) -> UserError:
-    """The error for a name that no setting answers to; extra: other names that would have been right here."""
+    """The error for a name of no setting. extra: other names that would have been valid here."""
     if name in sections():
         leaves = ", ".join(s.key for s in settings().values() if s.section == name)
         return UserError(f"{name} is a section, not a setting: it has {leaves}")
