@@ -1,7 +1,7 @@
-"""swift_mega: Hugging Face checkpoints trained by Megatron-core in any layout, and handed back as Hugging Face files.
+"""swift_mega: trains Hugging Face checkpoints with Megatron-core in any layout, and writes the results as Hugging Face files.
 
-`LAYERS` is the walk of the data. A module imports only from its own layer and the ones before it; tests/test_layers.py
-fails on any import that points the other way.
+`LAYERS` is the order of imports, which is also the order in which data passes. A module imports only from its own layer and the ones
+before it; tests/test_layers.py fails on any other import.
 """
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
-"""Output directories that appear whole or not at all, whenever the writer is killed.
+"""Output directories that appear complete or not at all, whenever the writer is killed.
 
-Everything is written beside the target under a name that nobody loads; then the two names are exchanged in one step of the file
-system, and what was there before is removed under the other name. A kill leaves the old directory or the new one, never
-neither, and the next run removes what the killed one left.
+Everything is written beside the target, under a name that nothing loads. Then the file system exchanges the two names in one step, and
+the older directory is removed under the other name. A kill leaves the old directory or the new one, never neither. The next run removes
+what the killed one left.
 """
 
 import ctypes
@@ -19,22 +19,22 @@ from swift_mega.errors import UserError
 EXCHANGE, RELATIVE_TO_HERE = 2, -100
 """RENAME_EXCHANGE and AT_FDCWD of Linux's renameat2(2)."""
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-"""What a kernel or a file system answers that has no such step (NFS, some FUSE)."""
+"""Error numbers of a kernel or a file system that cannot exchange names (NFS, some FUSE)."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITING = ".writing"
 
 
 def staging_of(target: Path) -> Path:
-    """Where `target` is written until it is complete."""
+    """The directory in which `target` is written until it is complete."""
     return target.with_name(target.name + WRITING)
 
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool, needed: int = 0) -> Iterator[Path]:
-    """`with staged(target, …) as staging:` writes into `staging`, which becomes `target` where the body ends, and goes where it does not.
+    """`with staged(target, …) as staging:` writes into `staging`, which becomes `target` where the body ends normally.
 
-    Whatever ends the body early (a UserError, a full disk, Ctrl-C, a signal that raises) leaves `target` as it was and no staging
-    directory. UserError for an OSError, and where `target` may not be written. needed: as for `open_staging`.
+    If the body ends early for any reason (a UserError, a full disk, Ctrl-C, a signal that raises), `target` stays as it was and no
+    staging directory is left. UserError for an OSError, and where `target` may not be written. needed: as for `open_staging`.
     """
     staging = open_staging(target, overwrite=overwrite, needed=needed)
     try:
@@ -48,7 +48,7 @@ def staged(target: Path, *, overwrite: bool, needed: int = 0) -> Iterator[Path]:
 
 
 def open_staging(target: Path, *, overwrite: bool, needed: int = 0) -> Path:
-    """The empty directory in which `target` is to be written; UserError where it may not be, cannot be, or has no room.
+    """The empty directory in which `target` is to be written. UserError where it may not be written, cannot be, or has too little space.
 
     needed: bytes that will be written, as far as they are known.
     """
@@ -63,7 +63,7 @@ def open_staging(target: Path, *, overwrite: bool, needed: int = 0) -> Path:
 
 
 def begin_staging(staging: Path, needed: int = 0) -> None:
-    """An empty staging directory, in place of one that a killed save left: never complete, never loaded."""
+    """Makes an empty staging directory, in place of one that a killed save left, which is never complete and never loaded."""
     if staging.is_dir():
         shutil.rmtree(staging)
     check_space(staging, needed)
@@ -71,7 +71,9 @@ def begin_staging(staging: Path, needed: int = 0) -> None:
 
 
 def check_space(staging: Path, needed: int) -> None:
-    """UserError where fewer than `needed` bytes are free. An older output does not count: it is kept until the new one is complete."""
+    """UserError where fewer than `needed` bytes are free. An older output is kept until the new one is complete, so its bytes are not
+    free.
+    """
     free, target = free_bytes(staging), _target_of(staging)
     if needed > free:
         older = (
@@ -85,7 +87,7 @@ def check_space(staging: Path, needed: int) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """That may still be written where `path` is, or will be. Some file systems do not count them; those have any."""
+    """Bytes that can still be written where `path` is, or will be. Where a file system does not count them: sys.maxsize."""
     while not path.exists():
         path = path.parent
     found = os.statvfs(path)
@@ -93,7 +95,7 @@ def free_bytes(path: Path) -> int:
 
 
 def check_output(target: Path, overwrite: bool) -> None:
-    """UserError where the output is there already and may not be replaced."""
+    """UserError where the output exists already and may not be replaced."""
     if target.exists() and not target.is_dir():
         raise UserError(f"output {target} is a file and is left as it is; choose another path")
     if target.is_dir() and not overwrite and any(target.iterdir()):
@@ -103,14 +105,14 @@ def check_output(target: Path, overwrite: bool) -> None:
 
 
 def recover(target: Path) -> None:
-    """Puts the older directory back where a kill between two renames (no exchange on that file system) left none."""
+    """Restores the older directory after a kill between two renames, which are used where the file system has no exchange."""
     old = _old(target)
     if old.is_dir() and not target.exists():
         os.rename(old, target)
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Makes a complete staging directory the target; an older target is removed afterwards."""
+    """Makes a complete staging directory the target. An older target is removed afterwards."""
     _reach_disk(staging)
     old = _old(target)
     if old.exists():
@@ -128,8 +130,8 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> str:
-    """What to tell the user of an OSError while `path` was written."""
-    if error.errno == errno.EEXIST and error.filename:  # in the way of the staging directory
+    """The message to the user for an OSError while `path` was written."""
+    if error.errno == errno.EEXIST and error.filename:  # this file is in the way of the staging directory
         path = Path(error.filename)
     else:
         path = _target_of(path)
@@ -160,7 +162,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _reach_disk(directory: Path) -> None:
-    """The files' bytes before the directory's new name: after a power cut a name must not lead to holes."""
+    """Syncs the files' bytes before the directory gets its new name. After a power failure, a name must not lead to incomplete files."""
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _sync(path)

@@ -1,8 +1,8 @@
-"""Text files as users write them: UTF-8, with or without a byte order mark, and only \\n and \\r\\n end a line.
+"""Text files as users write them: UTF-8, with or without a byte order mark; only \\n and \\r\\n end a line.
 
 Everything that reads a user's text (templates, recipes, data sets, prompts) reads it here, so that a file means the same everywhere.
-Python's `read_text` keeps the mark as the first character, and `splitlines` also ends a line at U+2028 or a form feed, which JSON
-strings and prompts may hold.
+Python's `read_text` keeps the mark as the first character. Python's `splitlines` also ends a line at U+2028 or a form feed, which JSON
+strings and prompts may contain.
 """
 
 import json
@@ -14,13 +14,13 @@ from swift_mega.errors import UserError
 
 BOM = "\ufeff"
 DEEPEST = 100
-"""Levels of a JSON value. Python's own limit is that of its stack, which printing or copying the value would meet next."""
+"""Levels of nesting in a JSON value. A deeper one could exceed Python's stack, also later, when it is printed or copied."""
 LONGEST_INTEGER = 4000
-"""Digits of an integer; Python reads 4300 at most, since more take long."""
+"""Digits of an integer. Python reads at most 4300, because reading more takes long."""
 
 
 def read_text(path: str | Path, *, what: str) -> str:
-    """The text of a file, its line ends as they are. `what` begins every error: which setting or file this is."""
+    """The text of a file, with its line ends unchanged. `what` begins every error: which setting or file this is."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -34,7 +34,7 @@ def read_text(path: str | Path, *, what: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of `text` without their ends; what follows the last one is none where it is empty."""
+    """The lines of `text` without their ends. Where the text ends with a line end, no empty line follows it."""
     found = [line.removesuffix("\r") for line in text.split("\n")]
     return found[:-1] if found[-1] == "" else found
 
@@ -44,9 +44,9 @@ Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def parse_json(text: str | bytes, *, pairs: Pairs | None = None) -> Any:
-    """The value of a JSON text; ValueError, whatever is wrong with it. Integers beyond LONGEST_INTEGER digits are read as floats.
+    """The value of a JSON text; ValueError for any fault in it. Integers beyond LONGEST_INTEGER digits are read as floats.
 
-    pairs: makes a dict of an object's pairs, as json's object_pairs_hook.
+    pairs: makes a dict of an object's pairs, like json's object_pairs_hook.
     """
     try:
         value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
@@ -61,9 +61,9 @@ def parse_json(text: str | bytes, *, pairs: Pairs | None = None) -> Any:
 def read_object(
     path: str | Path, *, remedy: str = "copy it from the source again", pairs: Pairs | None = None
 ) -> dict[str, Any]:
-    """The JSON object in a file of a model or an adapter; UserError where there is none, which ends with `remedy`.
+    """The JSON object in a file of a model or an adapter. Where there is none: UserError that ends with `remedy`.
 
-    pairs: as for `parse_json`; a UserError that it raises gets the path before it and the remedy behind it.
+    pairs: as for `parse_json`. A UserError that it raises gets the path before it and the remedy after it.
     """
     try:
         value = parse_json(Path(path).read_bytes().decode("utf-8-sig"), pairs=pairs)
@@ -83,7 +83,7 @@ def _integer(digits: str) -> int | float:
 
 
 def _depth(value: Any) -> int:
-    """Levels of lists and dicts, level by level."""
+    """Levels of nested lists and dicts, counted level by level."""
     level, depth = [value], 0
     while level:
         level = [item for one in level if isinstance(one, list | dict) for item in _items(one)]
