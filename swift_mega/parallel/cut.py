@@ -5,7 +5,7 @@ A long example is split into 2 * ring pieces. Ring rank p holds pieces p and 2 *
     ring rank        0                1                2                3
     pieces           0, 7             1, 6             2, 5             3, 4
 
-An example that is short beside a rank's share stays whole. Whole examples are dealt out by length, and their keys are sent nowhere.
+An example that is short compared with a rank's share stays whole. Whole examples are dealt out by length, and their keys are sent nowhere.
 Where a rank's share is full, its last example continues on the next rank. The pieces of an example differ by one token where 2 * ring
 does not divide its length, and the longer pieces are chosen so that all ranks stay even. So examples may have any length, and only the
 row is padded.

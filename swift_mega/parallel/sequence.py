@@ -92,7 +92,7 @@ def ring_steps(
     """What this ring rank sees of its own keys, then of the keys that come around the ring. The `behind` of each step is the same on all
     ranks.
 
-    A distance at which no rank sees a key is skipped. With a window, or examples that are short beside the row, that is most of them.
+    A distance at which no rank sees a key is skipped. With a window, or with examples much shorter than the row, that is most of them.
     """
     cut = cut_row(cu_seqlens, ring)
     mine = runs(cut.held[position], cu_seqlens)
