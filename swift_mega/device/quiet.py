@@ -1,4 +1,6 @@
-"""Silences warnings and log lines that Megatron causes again and again, about optional packages and its own use of torch."""
+"""Silences, by their text, warnings and log lines that Megatron causes again and again: about optional packages and its own use of
+torch.
+"""
 
 import functools
 import logging

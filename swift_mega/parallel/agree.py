@@ -55,7 +55,7 @@ def agree(problem: str | None) -> None:
 
 
 def on_first_rank(action: Callable[[], object], target: Path | None = None) -> str | None:
-    """Rank 0 acts; returns what went wrong there. target: the path that it writes, which the message for an OSError then names."""
+    """Rank 0 acts; returns what went wrong there, else None. target: the path that it writes; the message for an OSError names it."""
     return attempt(action, target)[1] if dist.get_rank() == 0 else None
 
 
