@@ -1,4 +1,4 @@
-"""Activations by the names that config.json gives them: transformers knows tanh-GELU under several."""
+"""Activations by their names in config.json; transformers has several names for tanh-GELU."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,4 +21,4 @@ UNGATED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.nn.functional.relu,
     **dict.fromkeys(("silu", "swish"), torch.nn.functional.silu),
 }
-"""Of an MLP of two linears. The three of the second line write one formula down in three ways."""
+"""For an MLP of two linears. The three names of tanh-GELU are one formula, written in three ways in transformers."""

@@ -1,6 +1,6 @@
 """This rank's part of a model, built by Megatron-core from a family's settings and a layout.
 
-`canonical` gives a parameter the one name that the rules use, whichever modules hold it.
+`canonical` gives a parameter the one name that the rules use, for Transformer Engine's modules and Megatron's local ones alike.
 """
 
 import functools
@@ -33,9 +33,9 @@ from swift_mega.parallel.layout import Coordinate, Layout
 
 
 class Decoder(GPTModel):
-    """A chunk of the model: Megatron's GPTModel over rows of tokens that carry their positions.
+    """A chunk of the model: Megatron's GPTModel on packed rows of tokens with their positions.
 
-    The last chunk returns hidden states, not logits: [tokens, vocab] need never exist at once (parallel/vocab.py).
+    The last chunk returns hidden states, not logits, so that [tokens, vocab] need not exist at once (parallel/vocab.py).
     """
 
     def __init__(self, *, settings: Settings, norm: Any, **given: Any) -> None:
@@ -67,8 +67,8 @@ class Decoder(GPTModel):
         padding: Tensor | None = None,
     ) -> Tensor:
         """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
-        context: the ranks that share the row; None: all of it is here. padding: [tokens] bool, tokens that a router's losses leave out;
-        None: there are none.
+        context: the ranks that share the row; None: this rank has all of it.
+        padding: [tokens] bool, True for tokens that a router's losses leave out; None: there are none.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
@@ -77,18 +77,18 @@ class Decoder(GPTModel):
         row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, context)
         if padding is not None:
             padding = padding[None]
-            if self.config.sequence_parallel and not self.pre_process:  # Megatron cuts it in the first stage only
+            if self.config.sequence_parallel and not self.pre_process:  # Megatron scatters it in the first stage only
                 padding = scatter_to_sequence_parallel_region(padding.T.contiguous()).T.contiguous()
         return super().forward(tokens[None], positions[None], None, packed_seq_params=row, padding_mask=padding)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
-        """Megatron's place for logits and loss; called with hidden_states by name in the whole supported range."""
+        """Megatron's method for logits and loss. Every supported version of Megatron passes hidden_states by name."""
         return hidden_states
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[tokens / s, 1, hidden] -> every token's [tokens, hidden] on every tensor rank.
 
-        The gradient that comes back is divided by nobody: the vocabulary's own backward already sums it over tensor ranks.
+        The backward pass does not sum the gradient over tensor ranks: the vocabulary's backward already does (parallel/vocab.py).
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
@@ -97,10 +97,10 @@ class Decoder(GPTModel):
 
 
 def _no_gradient_of(row: int, module: torch.nn.Module, given: tuple[Tensor], result: Tensor) -> None:
-    """Forward hook of Megatron's embedding of tokens: what torch's padding_idx does, for this rank's share of them.
+    """Forward hook of Megatron's token embedding that does what torch's padding_idx does, for this rank's tokens.
 
-    given: tokens [1, tokens]. result: [1, tokens, hidden], or [tokens / s, 1, hidden] where sequence ranks each get their share.
-    The head of a tied model adds its own part of the gradient to the row, as transformers' does.
+    given: tokens [1, tokens]. result: [1, tokens, hidden], or [tokens / s, 1, hidden] where the embedding scatters it over ranks.
+    The head of a tied model still adds its own gradient to the row, as in transformers.
     """
     if not result.requires_grad:
         return
@@ -112,41 +112,41 @@ def _no_gradient_of(row: int, module: torch.nn.Module, given: tuple[Tensor], res
 
 
 def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-    """Forward hook of an embedding whose output is multiplied; in the embedding's dtype, like Hugging Face."""
+    """Forward hook of an embedding: multiplies its output by `factor` in the embedding's dtype, as Hugging Face does."""
     return result * torch.tensor(factor, dtype=result.dtype)
 
 
 def _normalise(module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-    """Forward hook of an embedding whose output is normalised, each rank its share of the tokens."""
+    """Forward hook of an embedding: normalises its output, on each rank for its own tokens."""
     return module.norm(result)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class Held:
-    """One parameter of this rank's part, under its canonical name, with the rule that fills it."""
+    """One parameter of this rank's part, with its canonical name and the rule that fills it."""
 
     name: str
     parameter: torch.nn.Parameter
-    """Or a buffer that checkpoints hold, which has no gradient."""
+    """Or a buffer that checkpoints contain, which has no gradient."""
     rule: Rule
     numbers: Mapping[str, int]
     copy: bool
-    """A tied output layer on a later stage than the embedding: filled like it, but not written."""
+    """A tied output layer on a later stage than the embedding: filled like the embedding, but not written."""
 
     @property
     def expert(self) -> bool:
-        """Cut by the expert-tensor axis, and a different one on every expert rank."""
+        """Whether it is part of a routed expert: sharded over the expert-tensor axis, and different on every expert rank."""
         return "e" in self.numbers
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Hugging Face names of the tensors in it."""
+        """Hugging Face names of the tensors that fill it."""
         return tuple(part.format(**self.numbers) for part in self.rule.parts)
 
 
 @dataclass
 class ModelPart:
-    """What one rank holds: its chunks in virtual-stage order."""
+    """The part of a model on one rank: its chunks in virtual-stage order."""
 
     family: Family
     settings: Settings
@@ -156,7 +156,7 @@ class ModelPart:
     chunks: list[Decoder]
 
     def held(self) -> Iterator[Held]:
-        """Every base parameter (adapters are the tuner's), in a fixed order."""
+        """Every base parameter (not the tuner's adapters), in a fixed order."""
         for virtual, chunk in enumerate(self.chunks):
             yield from self._held(chunk, self.layout.layers_of(self.coordinate.pipeline, virtual).start)
 
@@ -172,18 +172,18 @@ class ModelPart:
             yield Held(full, parameter, rule, numbers, copy)
 
     def tensor_axis(self, held: Held) -> tuple[int, int]:
-        """(rank, size) of the axis that cuts this parameter."""
+        """(rank, size) of the axis that shards this parameter."""
         if held.expert:
             return self.coordinate.expert_tensor, self.layout.expert_tensor
         return self.coordinate.tensor, self.layout.tensor
 
     @property
     def heads(self) -> Heads:
-        """How this rank's attention projections are laid out."""
+        """Layout of this rank's attention projections."""
         return self.settings.heads.on(self.coordinate.tensor, self.layout.tensor)
 
     def part_shapes(self, held: Held) -> list[tuple[int, ...]]:
-        """Whole shapes of the Hugging Face tensors in a parameter."""
+        """Whole shapes of the Hugging Face tensors that fill a parameter."""
         (_, size), pack, shape = self.tensor_axis(held), held.rule.pack, list(held.parameter.shape)
         if pack.padded:
             shape[0] = self.settings.shape.vocab
@@ -194,7 +194,7 @@ class ModelPart:
 
     @property
     def head_weight(self) -> Tensor | None:
-        """[vocab / tensor, hidden] of the last stage, None elsewhere."""
+        """[vocab / tensor, hidden] on the last stage, None elsewhere."""
         chunk = self.chunks[-1]
         if not chunk.post_process:
             return None
@@ -202,13 +202,13 @@ class ModelPart:
 
     @property
     def head_bias(self) -> Tensor | None:
-        """[vocab / tensor] of the last stage, where the head has a bias."""
+        """[vocab / tensor] on the last stage, where the head has a bias; else None."""
         chunk = self.chunks[-1]
         return chunk.output_layer.bias if chunk.post_process else None
 
 
 BUFFERS = (".router.expert_bias", ".activation_func.beta", ".activation_func.eps")
-"""The buffers that are read from checkpoints and written to them; others are counters or derived."""
+"""The buffers that are read from checkpoints and written to them; other buffers are counters or derived."""
 
 
 _TE_NAMES = (
@@ -219,9 +219,9 @@ _TE_NAMES = (
 
 
 def canonical(name: str, *, first_layer: int, first_expert: int) -> str:
-    """The name that rules use: global layer and expert numbers, Megatron's local modules.
+    """The name that rules use: with global layer and expert numbers, as in Megatron's local modules.
 
-    name: a parameter of one chunk; first_layer, first_expert: global number of the chunk's and the rank's first.
+    name: a parameter of one chunk; first_layer, first_expert: global numbers of the chunk's first layer and of the rank's first expert.
     """
     for pattern, plain in _TE_NAMES:
         name = pattern.sub(plain, name)
@@ -241,7 +241,7 @@ def build(
     adapters: bool = False,
     tile: int | None = None,
 ) -> ModelPart:
-    """This rank's chunks, with parameters that hold no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
+    """This rank's chunks. Their parameters have no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
     te = device.uses_transformer_engine(config.params_dtype)
     specs = layer_specs(settings, te=te, adapters=adapters, tile=tile, again=again)
@@ -270,19 +270,19 @@ def build(
 
 
 def _mark_cut(part: ModelPart) -> None:
-    """Says which parameters are cut over tensor ranks, for the gradient's norm.
+    """Marks the parameters that are sharded over tensor ranks, for the gradient's norm.
 
-    Megatron sets the mark while it initialises values, which we don't let it do (every value is read); without it the norm leaves out
-    the parts on tensor ranks but the first, silently, and clipping is wrong.
+    Megatron sets this mark while it initialises values, which is off here because every value is read. Without the mark the norm silently
+    counts a sharded parameter on the first tensor rank only, and clipping is wrong.
     """
     for held in part.held():
         cut = held.rule.pack.axis is not None
-        # Experts on other tensor ranks are other experts: one that is whole counts on its first expert-tensor rank.
+        # Tensor ranks may have different experts, so an expert's whole parameter counts on its first expert-tensor rank.
         whole_counts = held.expert and part.coordinate.expert_tensor == 0
         held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
         if held.expert and part.layout.expert_tensor != part.layout.tensor:
-            # Whose gradient is summed over the ranks with the same experts. Megatron 0.16 says so only where there are expert ranks;
-            # without them an expert that tensor ranks do not cut kept each rank's own part, silently.
+            # False: the gradient is summed over the ranks with the same experts. Megatron 0.16 sets it only with several expert ranks.
+            # Without it, the gradient of an expert that is not sharded over tensor ranks silently stayed each rank's own.
             held.parameter.allreduce = False  # type: ignore[attr-defined]
         held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.held_dim or 0, 1  # type: ignore[attr-defined]
 

@@ -8,7 +8,7 @@ from swift_mega.text_files import read_object
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory; UserError where it is missing or not one."""
+    """config.json of a Hugging Face directory; UserError where it is missing or has no model_type."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise UserError(

@@ -1,4 +1,4 @@
-"""The common pre-norm decoder as data: what its config means to Megatron. models/rules.py says which tensors fill it.
+"""The common pre-norm decoder as data: the settings of Megatron that its config gives. models/rules.py says which tensors fill it.
 
 A family file is a diff from `translate` and the rules; it does not know which modules Megatron builds (models/specs.py does).
 """
@@ -22,9 +22,6 @@ READS = frozenset(
 )
 
 
-# ---------------------------------------------------------------------------------------------- config -> settings
-
-
 def translate(
     config: Any,
     *,
@@ -33,10 +30,10 @@ def translate(
     kv_heads: int | None = None,
     **changes: Any,
 ) -> Settings:
-    """Settings of a Llama-like config; `changes` are fields of Settings, `megatron` is merged into what is found here.
+    """Settings of a Llama-like config. `changes` are fields of Settings; `megatron` is merged into the fields found here.
 
-    epsilon: the config's field for that of the norms, or its value where there is no field; ffn, kv_heads: the MLP's width and
-    the key heads where they are not `intermediate_size` and `num_key_value_heads`.
+    epsilon: name of the config's field for the norms' epsilon, or its value where there is no field. ffn, kv_heads: width of the MLP and
+    number of key heads, where they are not `intermediate_size` and `num_key_value_heads`.
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     kv_heads = kv_heads or getattr(config, "num_key_value_heads", None) or heads
@@ -103,8 +100,8 @@ def moe(
 ) -> Settings:
     """Settings with a mixture of experts in the marked layers, routed by softmax where there is no `routing`.
 
-    normalise: the chosen probabilities sum to one, which is what Megatron computes when it takes the softmax after the choice.
-    shared: columns of the expert that every token passes; shared_gate: its output is weighed by the sigmoid of a learned projection.
+    normalise: the weights of the chosen experts sum to one, which Megatron computes by taking the softmax after the choice.
+    shared: width of the shared expert, which every token passes; shared_gate: the sigmoid of a learned projection multiplies its output.
     """
     megatron = dict(
         num_moe_experts=experts,
@@ -130,7 +127,7 @@ def moe(
 
 
 def whole_heads(config: Any) -> None:
-    """UserError where config.json names a head_dim that a family, whose heads share out hidden_size, does not have."""
+    """UserError where config.json has another head_dim than hidden_size / num_attention_heads, and the family has only this one."""
     named, real = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
     if named not in (None, real):
         raise UserError(
@@ -139,7 +136,7 @@ def whole_heads(config: Any) -> None:
 
 
 def windows(config: Any) -> tuple[int | None, ...]:
-    """Sliding windows by layer from `layer_types`, or one `sliding_window` for all layers."""
+    """Sliding windows per layer: by `layer_types`, or `sliding_window` for all layers where config.json has no such list."""
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     known = {"sliding_attention", "full_attention"}
@@ -149,10 +146,10 @@ def windows(config: Any) -> tuple[int | None, ...]:
 
 
 def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: str | None = None) -> Rope:
-    """Rotary frequencies of a transformers config, by transformers' own formulas for its scaled kinds.
+    """Rotary frequencies of a transformers config; scaled kinds are computed by transformers' own functions.
 
-    layer_type: whose frequencies, in a config that has some for each type of layer. UserError where a parameter is of another type than
-    the formulas expect, which transformers only warns of.
+    layer_type: which frequencies, in a config that has some for each type of layer. UserError where a parameter has a type that the
+    formulas do not take; transformers only warns of that.
     """
     parameters = config.rope_parameters
     try:
@@ -171,8 +168,8 @@ def _rope(config: Any, parameters: Mapping[str, Any], head_dim: int, interleaved
 
     kind = parameters.get("rope_type", "default")
     if kind in ("default", "dynamic"):
-        # `dynamic` stretches only rows longer than the trained length, by the longest row of a batch: with examples of many
-        # lengths in a row there is no one right frequency, so those lengths are refused instead (`longest`).
+        # transformers scales `dynamic` frequencies only for inputs longer than the trained length, by the longest of a batch.
+        # Examples of many lengths in a packed row have no common frequency, so longer examples are refused instead (`longest`).
         rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float) / rotary_dim
         frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
@@ -195,13 +192,13 @@ def _rope(config: Any, parameters: Mapping[str, Any], head_dim: int, interleaved
 
 
 def ropes_by_type(config: Any, head_dim: int, *, interleaved: bool = False) -> tuple[Rope, ...]:
-    """Per layer, the rotation of its type."""
+    """Per layer: the rotation of its layer type."""
     made = {kind: rope(config, head_dim, interleaved=interleaved, layer_type=kind) for kind in set(config.layer_types)}
     return tuple(made[kind] for kind in config.layer_types)
 
 
 def vary(base: Family, **changes: Any) -> Family:
-    """`base` with other fields; `rules` and `reads` given are added to the base's."""
+    """`base` with other fields; given `rules`, `reads` and `fixed` are added to the base's."""
     changes["rules"] = base.rules + tuple(changes.get("rules", ()))
     changes["reads"] = base.reads | frozenset(changes.get("reads", ()))
     changes["fixed"] = {**base.fixed, **changes.get("fixed", {})}

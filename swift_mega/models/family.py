@@ -1,7 +1,7 @@
 """What a model family is, and how the one for a Hugging Face directory is found.
 
-A family is a table: which config fields it understands, what they mean to Megatron, and which Hugging Face tensors fill which
-Megatron parameter. The registry is the folder families/: every module with a `FAMILY` is one.
+A family is a table: which config fields it understands, which settings of Megatron they become, and which Hugging Face tensors fill
+which Megatron parameter. The registry is the folder families/: every module with a `FAMILY` is one.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from swift_mega.models.transformers_version import check_transformers
 
 @dataclass(frozen=True)
 class Rule:
-    """`megatron` is one parameter name, `parts` the Hugging Face tensors in it; {i} is the layer, {e} the expert."""
+    """`megatron` is one parameter name, `parts` the Hugging Face tensors that fill it; {i} is the layer, {e} the expert."""
 
     megatron: str
     parts: tuple[str, ...]
@@ -32,7 +32,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: `translate` reads a transformers config, `rules` name the tensors."""
+    """A model family: `translate` makes Settings from a transformers config, `rules` name the tensors."""
 
     hf_types: tuple[str, ...]
     translate: Callable[[Any], Settings]
@@ -42,22 +42,22 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Fields that are understood for these values only; any other value stops the run."""
     by_layer: frozenset[str] = frozenset()
-    """Sizes for which config.json may list a number for each layer; `translate` checks them."""
+    """Sizes for which config.json may have a list with a number per layer; `translate` checks them."""
     absent: tuple[str, ...] = ()
-    """Regular expressions of tensors that a checkpoint may hold and that no parameter reads (derived buffers)."""
+    """Regular expressions for tensors that a checkpoint may have and no parameter reads (derived buffers)."""
     prefix: str = ""
-    """What the names of a checkpoint lack where the bare model was saved, without its head: transformers' base_model_prefix."""
+    """transformers' base_model_prefix. Tensor names lack it where a checkpoint was saved from the bare model, without its head."""
     bare: bool = False
-    """Whether the rules are those of such a checkpoint (`named_like`)."""
+    """Whether the rules are for such a checkpoint, without the prefix (`named_like`)."""
     variant: Callable[[Mapping[str, Any]], "Family"] | None = None
-    """The same family with the rules that a config.json asks for, where tensors have other names or layouts by its fields."""
+    """Returns this family with other rules, where names or layouts of tensors depend on fields of config.json."""
     pad_without_gradient: bool = True
-    """Whether transformers hands pad_token_id to the embedding as torch's padding_idx: that row gets no gradient from being looked up."""
+    """Whether transformers passes pad_token_id as torch's padding_idx: this row of the embedding gets no gradient from lookups."""
     read_as: Mapping[str, str] = field(default_factory=dict)
-    """Of `hf_types`, those that transformers has no model for, and its name for the same one."""
+    """For those of `hf_types` that transformers has no model for: its name of the same model."""
 
     def __post_init__(self) -> None:
-        """The prefix is that of the embedding's name."""
+        """Takes the prefix from the embedding's name, if none is given."""
         if self.rules and not self.prefix:
             object.__setattr__(self, "prefix", self.embedding.split(".")[0] + ".")
 
@@ -67,9 +67,10 @@ class Family:
         return tuple((_pattern(rule.megatron), rule) for rule in self.rules)
 
     def named_like(self, names: Iterable[str]) -> "Family":
-        """This family, with rules for a checkpoint of tensors with such names: with the prefix or without.
+        """This family, with rules for a checkpoint whose tensors have these names, with the prefix or without.
 
-        No names say nothing, and neither do those of other models: bare is what has a bare name of this family's layers.
+        The checkpoint is bare if no name has the prefix and at least one is a name of this family without it. So an empty list, or names of
+        another model, change nothing.
         """
         names = list(names)
         if any(name.startswith(self.prefix) for name in names) or not any(self._is_bare(name) for name in names):
@@ -81,36 +82,36 @@ class Family:
         return dataclasses.replace(self, rules=rules, bare=True)
 
     def _is_bare(self, name: str) -> bool:
-        """Whether a name is one of this family's, but for the prefix."""
+        """Whether `name` with the prefix is a name of this family."""
         return any(pattern.fullmatch(self.prefix + name) for pattern in self.part_patterns)
 
     @functools.cached_property
     def part_patterns(self) -> tuple[re.Pattern[str], ...]:
-        """Names of the Hugging Face tensors as regular expressions, with the prefix."""
+        """Regular expressions for the names of Hugging Face tensors that start with the prefix."""
         parts = {part.partition("[")[0] for rule in self.rules for part in rule.parts}
         return tuple(_pattern(part) for part in sorted(parts) if part.startswith(self.prefix))
 
     def module(self, tensor: str) -> str:
-        """What transformers and PEFT call the module whose weight is `tensor` of a checkpoint."""
+        """The name in transformers and PEFT of the module whose weight is `tensor` in a checkpoint."""
         name = tensor.removesuffix(".weight")
         return self.prefix + name if self.bare and tensor != self.head else name
 
     def on_disk(self, name: str) -> str:
-        """What the checkpoint calls a tensor that is `name` in transformers' model."""
+        """The name in the checkpoint of the tensor that is `name` in transformers' model."""
         return name.removeprefix(self.prefix) if self.bare else name
 
     def derived(self, tensor: str) -> bool:
-        """Whether `tensor` follows from the config: checkpoints may hold it, and nothing reads it."""
+        """Whether `tensor` follows from the config: checkpoints may have it, and nothing reads it."""
         names = (tensor, self.prefix + tensor) if self.bare else (tensor,)
         return any(re.fullmatch(pattern, name) for pattern in self.absent for name in names)
 
     def turned(self, tensor: str) -> bool:
-        """Whether `tensor` is a linear's weight that is stored [in, out]."""
+        """Whether `tensor` is a linear's weight that is stored transposed: [in, out]."""
         return any(pattern.fullmatch(tensor) for pattern in self.turned_weights)
 
     @functools.cached_property
     def turned_weights(self) -> tuple[re.Pattern[str], ...]:
-        """Names of the weights that are stored [in, out]."""
+        """Names of the weights that are stored [in, out], as regular expressions."""
         return tuple(_pattern(part) for rule in self.rules if isinstance(rule.pack, Turned) for part in rule.parts)
 
     @functools.cached_property
@@ -120,7 +121,7 @@ class Family:
 
     @functools.cached_property
     def head(self) -> str:
-        """Hugging Face name of the output layer's weight, which a tied model may hold or not."""
+        """Hugging Face name of the output layer's weight; a checkpoint of a tied model may lack it."""
         return self._alone("output_layer.weight")
 
     def _alone(self, megatron: str) -> str:
@@ -155,8 +156,10 @@ def families() -> dict[str, Family]:
 
 
 def family_of(directory: str | Path) -> Family:
-    """The family of a Hugging Face directory; UserError with the supported types where there is none, or where the installed transformers
-    is not one that they are read with."""
+    """The family of a Hugging Face directory.
+
+    UserError where its model_type is not supported (it lists those that are), or where the installed transformers is outside its range.
+    """
     raw = read_config(directory)
     hf_type = raw["model_type"]
     if hf_type not in families():

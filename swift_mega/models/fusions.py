@@ -1,8 +1,8 @@
-"""Which of Megatron's fused functions compute what the model's own ones do, and so may be on by default on CUDA.
+"""Which of Megatron's fused functions compute the same as the model's own, and so may be on by default on CUDA.
 
-Megatron has torch.compile make a kernel of each: bias, activation and gate at once, which also keeps less for the backward pass, and
-bias, dropout and residual at once. Its kernel for GELU is the tanh form whatever the model asks for, it knows no clamp or offset beside
-silu, and in experts it clamps before it adds a bias (fusions/fused_bias_geglu.py, 0.16.1 and 0.19.2). So only silu(gate) * up is fused.
+Megatron compiles each into one kernel with torch.compile: bias, activation and gate, which also keeps less for the backward pass; and
+bias, dropout and residual. Its GELU kernel is always the tanh form, whatever the model has. Its silu kernel has no clamp or offset.
+In experts the clamp comes before the bias (fusions/fused_bias_geglu.py, 0.16.1 and 0.19.2). So only silu(gate) * up is fused.
 """
 
 import sysconfig
@@ -15,11 +15,11 @@ from swift_mega.device.device import Device, c_compiler
 from swift_mega.models.settings import Block, Settings
 
 COMPILED = ("bias_activation_fusion", "bias_dropout_fusion")
-"""Fields of Megatron's TransformerConfig."""
+"""Fields of Megatron's TransformerConfig that switch these kernels on."""
 
 
 def fused(settings: Settings, device: Device, dtype: torch.dtype, dropout: float) -> dict[str, bool]:
-    """The fields of COMPILED as they are where nobody sets them. dropout: Megatron's hidden_dropout."""
+    """The default values of the fields of COMPILED. dropout: Megatron's hidden_dropout."""
     able = device.kind == "cuda" and dtype != torch.float64 and cannot_compile() is None
     return {
         "bias_activation_fusion": able and activation_unfused(settings) is None,
@@ -28,7 +28,7 @@ def fused(settings: Settings, device: Device, dtype: torch.dtype, dropout: float
 
 
 def activation_unfused(settings: Settings) -> str | None:
-    """Why Megatron's fused activation would not be this model's; None: it is."""
+    """Why Megatron's fused activation would not compute this model's; None: it would."""
     given = settings.megatron
     if settings.activation is not None:
         return "this model's activation has parameters, which the kernel does not read"
@@ -42,7 +42,7 @@ def activation_unfused(settings: Settings) -> str | None:
 
 
 def dropout_unfused(settings: Settings) -> str | None:
-    """Why Megatron's fused sum of bias, dropout and residual would not run, or not in every layer; None: it does."""
+    """Why Megatron's fused sum of bias, dropout and residual would not run in every layer; None: it would."""
     if settings.block != Block():
         return "this model's layers are joined otherwise (models/modules/layer.py)"
     return _biased_experts(settings)
@@ -54,12 +54,12 @@ def _biased_experts(settings: Settings) -> str | None:
 
 
 def _has_more_than_a_sum(settings: Settings, dropout: float) -> bool:
-    """A residual sum alone is one kernel already, and need not be compiled."""
+    """Whether there is a bias or dropout: a residual sum alone is one kernel already and need not be compiled."""
     return bool(dropout) or settings.biases.mlp or settings.biases.attention_output
 
 
 def cannot_compile() -> str | None:
-    """What torch.compile would miss here for a kernel on CUDA; None: nothing."""
+    """What torch.compile lacks on this machine for a kernel on CUDA; None: nothing."""
     if find_spec("triton") is None:
         return "the package triton, which is not installed; install it"
     if c_compiler() is None:

@@ -1,4 +1,4 @@
-"""Which Hugging Face modules are linears of attention and MLP: what adapters go to, and what FP8 checkpoints quantise."""
+"""Which Hugging Face modules are linears of attention and MLP: these get adapters, and FP8 checkpoints quantise these."""
 
 import re
 
@@ -9,13 +9,13 @@ from swift_mega.models.settings import Settings
 LINEAR = re.compile(r".*\.linear_[a-z0-9_]+\.weight")
 EXPERTS = re.compile(r"\.mlp\.(shared_)?experts\.")
 DELTA = ".linear_delta_"
-"""In the names of a gated delta net's linears (models/modules/gated_delta.py)."""
+"""Occurs in the parameter names of a gated delta net's linears (models/modules/gated_delta.py)."""
 STACKED = re.compile(r".*\[(\d+|\{e\})\]")
-"""A slice of a tensor that stacks all experts. It is no linear of its own to Hugging Face and PEFT, and gets no adapter."""
+"""A slice of a tensor that stacks all experts. It is not a linear of its own in Hugging Face and PEFT, and gets no adapter."""
 
 
 def modules_of(family: Family, settings: Settings) -> set[str]:
-    """Hugging Face names of every linear of attention and MLP; not norms, embeddings, the output layer and routers."""
+    """Hugging Face names of every linear of attention and MLP, without norms, embeddings, the output layer and routers."""
     found: set[str] = set()
     for rule in family.rules:
         if LINEAR.fullmatch(rule.megatron) and not STACKED.fullmatch(rule.parts[0]) and _is_there(rule, settings):
@@ -33,7 +33,7 @@ def _in_layer(rule: Rule, moe: bool, delta: bool) -> bool:
 
 
 def _is_there(rule: Rule, settings: Settings) -> bool:
-    """A family's rules cover what some of its models have."""
+    """Whether this model has the linear of a rule: a family's rules cover parts that only some of its models have."""
     if ".shared_experts." in rule.megatron:
         return bool(settings.shape.shared_ffn)
     return rule.megatron.split(".")[-2] not in unused(settings)

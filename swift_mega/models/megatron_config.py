@@ -28,8 +28,11 @@ def check_passthrough(
     device: Device | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """UserError for a field of `model.megatron` that Megatron does not have, that follows from something else, or that would not be
-    obeyed in every layer (models/megatron_fields.py). device, and the model's dtype on it: None where they are not known yet."""
+    """UserError for a field of `model.megatron` that Megatron lacks, that follows from another setting, or that not every layer would obey
+    (models/megatron_fields.py).
+
+    device, and dtype of the model on it: None where they are not known yet.
+    """
     fields = {f.name: f for f in dataclasses.fields(MLATransformerConfig) if f.init}
     asked = Asked(given=given, settings=settings, train=train)
     for key, value in given.items():
@@ -57,7 +60,7 @@ def _check_obeyed(key: str, asked: Asked) -> None:
 
 
 def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
-    """What a kernel of ON_CUDA needs and this machine does not have, and where that is to be had."""
+    """What a kernel of ON_CUDA needs and this machine lacks, with the remedy; None: nothing."""
     if device.kind != "cuda":
         return "CUDA, and ranks run on the CPU; start them where GPUs are"
     if key in WITH_TE and not device.uses_transformer_engine(dtype or TE_DTYPES[0]):
@@ -66,14 +69,14 @@ def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
             return f"Transformer Engine, which {te.problem}; install it (README.md)"
         name = str(dtype).removeprefix("torch.")
         return f"layers of Transformer Engine, and a model in {name} has Megatron's; set model.dtype=bfloat16"
-    # Megatron's own output layer asks for it too, so that Transformer Engine's kernel for its layers is not enough.
+    # Megatron's own output layer needs apex's kernel too, so Transformer Engine's kernel for its own layers is not enough.
     if key == "gradient_accumulation_fusion" and not wgrad_kernel():
         return "apex's kernel fused_weight_gradient_mlp_cuda, which is not installed; build apex with --cuda_ext"
     return cannot_compile() if key in COMPILED else None
 
 
 def _why_not(key: str) -> str:
-    """The rest of the message for a field that is not handed on."""
+    """The end of the error message for a field that is not passed on."""
     if key in MODEL:
         return (
             "would train another model than config.json states, with which it is exported and run: this follows from the model; change "
@@ -96,7 +99,7 @@ def transformer_config(
     given: Mapping[str, Any],
     aux_loss: float = 0.0,
 ) -> TransformerConfig:
-    """Megatron's config: family's settings < layout < device's safe choices < `given` (model.megatron)."""
+    """Megatron's config. Later sources override earlier ones: family, layout, the device's safe choices, `given` (model.megatron)."""
     check_passthrough(given, settings, train, device, dtype)
     if is_latent(settings):
         check_cut(settings, layout.tensor)
@@ -117,7 +120,7 @@ def transformer_config(
     if layout.mesh.engine:
         fields["cp_comm_type"] = layout.mesh.communication
     if settings.whole_qk_norm or settings.head_qk_norm:
-        # Lets newer Megatrons take the spec's norms. Not qk_layernorm, which would sum the gradients of weights that heads cut.
+        # Makes newer Megatron versions take the spec's norms. qk_layernorm would also sum the gradients of weights sharded by heads.
         fields["qk_l2_norm"] = True
     if train.recompute != "none":
         fields["recompute_granularity"] = train.recompute

@@ -1,7 +1,7 @@
-"""Every field of Megatron's TransformerConfig and MLATransformerConfig, 0.16 to 0.19, and what becomes of it in model.megatron.
+"""Every field of Megatron's TransformerConfig and MLATransformerConfig, 0.16 to 0.19, and what model.megatron does with it.
 
-A field is handed on only where something reads it in every layer of ours and Megatron's (HANDED_ON, with its condition, and ON_CUDA).
-All others are refused with the reason: a field that this table does not know too, since nobody has looked at what reads it.
+A field is passed on only where every layer, ours or Megatron's, obeys it (HANDED_ON and ON_CUDA, each with its condition). All others are
+refused with a reason. A field that this table does not list is refused too, because nobody has checked what reads it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from swift_mega.models.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What conditions look at: the fields that are asked for, and the run around them."""
+    """What conditions look at: the fields that the user gave, and the run around them."""
 
     given: Mapping[str, Any]
     settings: Settings
@@ -23,7 +23,7 @@ class Asked:
 
 
 Condition = Callable[[Asked], str | None]
-"""Why the field would have no effect, or a wrong one; None: it is honoured."""
+"""Returns why the field would have no effect, or a wrong one; None: it is obeyed."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def _expert_bias(asked: Asked) -> str | None:
 
 
 def _modules(asked: Asked) -> str | None:
-    """Each of the named modules must be there to be computed again."""
+    """Each of the named modules must exist, so that it can be recomputed."""
     settings, wanted = asked.settings, asked.given["recompute_modules"]
     if asked.train.recompute != "selective":
         return "only train.recompute=selective reads it"
@@ -103,14 +103,14 @@ HANDED_ON: dict[str, Condition] = {
     "recompute_modules": _modules,
     "distribute_saved_activations": _saved,
     "clone_scatter_output_in_embedding": _always,
-    "moe_z_loss_coeff": _always,  # of models/modules/balancing.py, like the next two
+    "moe_z_loss_coeff": _always,  # read by models/modules/balancing.py, like the next two
     "moe_aux_loss_coeff": _always,
     "moe_router_load_balancing_type": _always,
     "moe_router_dtype": _router_dtype,
     "moe_router_enable_expert_bias": _experts,
     "moe_router_bias_update_rate": _expert_bias,
 }
-"""Fields that are honoured, and when."""
+"""Fields that are passed on, and their conditions."""
 
 ON_CUDA: dict[str, Condition] = {
     **dict.fromkeys(_words("fp8 batch_p2p_comm batch_p2p_sync overlap_p2p_comm deallocate_pipeline_outputs"), _always),
@@ -126,13 +126,13 @@ ON_CUDA: dict[str, Condition] = {
     "bias_activation_fusion": _activation_fusion,
     "bias_dropout_fusion": _dropout_fusion,
 }
-"""Kernels, streams and calls between stages of Megatron and Transformer Engine, which are not there on the CPU, or wrong over gloo."""
+"""Kernels, streams and communication between stages, of Megatron and Transformer Engine, that the CPU lacks or that gloo gets wrong."""
 
 WITH_TE = _words("""
     fp8 fp8_recipe fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad tp_only_amax_red first_last_layers_bf16
     num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 disable_parameter_transpose_cache moe_permute_fusion moe_router_fusion
 """)
-"""Those of ON_CUDA that are Transformer Engine's kernels."""
+"""Those of ON_CUDA that are kernels of Transformer Engine."""
 
 OURS = _words("""
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
@@ -158,7 +158,7 @@ MODEL = _words("""
     linear_value_head_dim linear_num_key_heads linear_num_value_heads apply_residual_connection_post_layernorm
     use_fused_weighted_squared_relu
 """)
-"""Fields that follow from config.json, with which a trained model is exported and then run."""
+"""Fields that follow from config.json, with which a trained model is exported and run."""
 
 _ATTENTION = "attention here is not Megatron's (models/modules/attention.py), and "
 _WINDOWS = _ATTENTION + "takes windows from the model's config.json; leave it out"
@@ -263,4 +263,4 @@ def _refused() -> dict[str, str]:
 
 
 REFUSED = _refused()
-"""Fields that would have an effect which is not right, or not proven, here, and why."""
+"""Fields whose effect here would be wrong, or is not proven, and why."""

@@ -1,12 +1,12 @@
 """How the Hugging Face tensors of one Megatron parameter are laid out in it.
 
-A Pack sees tensors and never a rank. Tensor parallelism cuts every part along the same dim (`axis`), and `join` of parts that
-are all cut at the same fraction *is* the shard of that fraction. So `join(cut parts)` makes a rank's parameter,
-`split(parameter)` gives back its pieces, and neither knows how many ranks there are. The same Pack serves weight and bias,
-and the `up` factor of an adapter on that linear.
+A Pack sees tensors and never a rank. Tensor parallelism shards every Hugging Face tensor along the same dim (`axis`). If all parts are the
+same fraction of their whole tensors, `join` of the parts is that fraction of the Megatron parameter: join(shards) == shard of join(wholes).
+So `join` makes a rank's parameter from shards, `split` is its inverse, and neither needs the number of ranks. The same Pack serves weight
+and bias, and the `up` factor of an adapter on that linear.
 
-The one exception: where there are more tensor ranks than key heads, Megatron cuts the rows of a joined QKV within a group, and a rank
-has some rows of query, key or value, or none of one. `Heads.on` is told which rank it is, and `Pack.rows` says which rows those are.
+There is one exception. With more tensor ranks than key heads, Megatron shards the rows of a joined QKV within a group, and a rank has some
+rows of query, key or value, or none of one of them. `Heads.on` takes the rank, and `Pack.rows` says which rows it has.
 """
 
 from collections.abc import Sequence
@@ -19,29 +19,29 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Heads:
-    """What a fused attention projection needs to know: query heads that share one key head, and features per head."""
+    """Sizes of a fused attention projection: query heads per key head, and features per head."""
 
     queries_per_group: int
     head_dim: int
     groups: int = 0
-    """Key heads of the whole model, each with its query heads; 0 where ranks have whole ones in any case."""
+    """Key heads of the whole model, each with its query heads; 0 where every rank has whole groups anyway."""
     share: tuple[int, int] = (0, 1)
-    """(rank, size): whose part of the tensors this is about, where ranks have parts of a group; else (0, 1)."""
+    """(rank, size): which shard the tensors are, where ranks have parts of a group; else (0, 1)."""
     place: tuple[int, int] = (0, 1)
-    """(rank, size) of the tensor rank whose tensors this is about."""
+    """(rank, size) of the tensor rank that the tensors belong to."""
     channels: tuple[int, ...] = ()
     """Query, key and value channels of one key head of a gated delta net."""
 
     def on(self, rank: int, size: int) -> "Heads":
-        """The same of what tensor rank `rank` of `size` holds."""
+        """The same for the tensors of tensor rank `rank` of `size`."""
         return replace(self, place=(rank, size), share=self.share if self.groups % size == 0 else (rank, size))
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...] | None:
-        """Where the rows of query, key and value that this share has begin and end; None where it has whole groups.
+        """(begin, end) of the rows of query, of key and of value that this share has; None where it has whole groups.
 
-        They lie one after another in the joined tensor [groups, queries_per_group + 2, head_dim], which is cut evenly; the size is a
-        multiple of the groups, so all are of one group (megatron/core/transformer/attention.py, get_query_key_value_tensors).
+        The joined tensor is [groups, queries_per_group + 2, head_dim], flattened to rows and sharded evenly. The size is a multiple of the
+        groups, so all rows of a rank belong to one group (megatron/core/transformer/attention.py, get_query_key_value_tensors).
         """
         rank, size = self.share
         if size == 1:
@@ -59,17 +59,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Pack:
-    """One Hugging Face tensor, as it is; cut along `axis`, or whole on every rank (None).
+    """One Hugging Face tensor, unchanged; sharded along `axis`, or whole on every rank (None).
 
-    `expert` marks a parameter cut by the expert-tensor axis in place of the tensor axis. `padded`: the cut dim is padded
-    with zero rows until the tensor size divides it (vocabularies).
+    `padded`: the sharded dim is padded with zero rows until the tensor size divides it (vocabularies).
     """
 
     axis: int | None = None
     padded: bool = False
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
-        """The Megatron tensor of `parts`, each whole or cut at the same fraction of `axis`."""
+        """The Megatron tensor of `parts`, which are all whole, or all the same fraction along `axis`."""
         (part,) = parts
         return part
 
@@ -79,38 +78,38 @@ class Pack:
 
     @property
     def held_dim(self) -> int | None:
-        """The dim of the Megatron tensor that is cut; `axis` is the Hugging Face tensors'."""
+        """The dim of the Megatron tensor that is sharded; `axis` is the dim of the Hugging Face tensors."""
         return self.linear.axis
 
     def places(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...] | None:
-        """Views of a Megatron tensor that hold the numbers of each part of `join` in order, whatever their shapes; None: there are none."""
+        """Per part of `join`: a view of the Megatron tensor with the part's values in order, in any shape; None: there are no views."""
         return (tensor,)
 
     def shares(self, heads: Heads) -> tuple[int, ...]:
-        """Relative sizes along `axis` of what `split` gives."""
+        """Relative sizes along `axis` of what `split` returns."""
         return (1,)
 
     def ranges(self, length: int, heads: Heads) -> tuple[tuple[int, int], ...]:
-        """The parts that lie in one Hugging Face tensor of `length` along `axis`: where each begins and ends."""
+        """(begin, end) of each part along `axis` of one Hugging Face tensor of this `length`."""
         return ((0, length),)
 
     def rows(self, heads: Heads) -> tuple[tuple[int, int], ...] | None:
-        """Where what a rank holds of each part begins and ends along `axis`; None where that is its even share of each."""
+        """(begin, end) along `axis` of what a rank has of each part; None where that is an even shard of each."""
         return None
 
     def fuse(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors of whole parts."""
+        """The Hugging Face tensors that whole parts form."""
         return tuple(parts)
 
     @property
     def linear(self) -> "Pack":
-        """The same of a linear whose tensors are stored [out, in], as Megatron and PEFT have them."""
+        """The pack of the same linear with tensors stored [out, in], as in Megatron and PEFT."""
         return self
 
 
 @dataclass(frozen=True)
 class GateUp(Pack):
-    """Gate and up projection [ffn, ...] one above the other: [2 * ffn, ...]. A rank holds its rows of gate, then of up."""
+    """Gate and up projection [ffn, ...], concatenated to [2 * ffn, ...]. A rank has its shard of gate, then its shard of up."""
 
     axis: int | None = 0
 
@@ -129,7 +128,7 @@ class GateUp(Pack):
 
 @dataclass(frozen=True)
 class Qkv(Pack):
-    """Query, key, value, interleaved by group: [groups, queries_per_group + 2, head_dim, ...], flattened to rows."""
+    """Query, key and value, interleaved by group: [groups, queries_per_group + 2, head_dim, ...], flattened to rows."""
 
     axis: int | None = 0
 
@@ -164,7 +163,10 @@ class Qkv(Pack):
 
 @dataclass(frozen=True)
 class GatedQkv(Qkv):
-    """`Qkv` with a gate for every query: in turn for each head in Hugging Face's tensor, after all queries of a group in Megatron's."""
+    """`Qkv` with a gate for every query head.
+
+    In Hugging Face's tensor each head has its query, then its gate; in Megatron's a group has all its queries, then all its gates.
+    """
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
         query = parts[0].unflatten(0, (-1, heads.queries_per_group, 2, heads.head_dim)).transpose(1, 2).flatten(0, 3)
@@ -183,7 +185,7 @@ class GatedQkv(Qkv):
 
 @dataclass(frozen=True)
 class ByKeyHead(Pack):
-    """Query, key and value channels of a gated delta net, in turn for each key head."""
+    """Query, key and value channels of a gated delta net, interleaved by key head: [key_heads, sum(channels), ...], flattened."""
 
     axis: int | None = 0
 
@@ -203,7 +205,7 @@ class ByKeyHead(Pack):
 
 @dataclass(frozen=True)
 class Fused(Pack):
-    """The parts of `inner` one after another in a single Hugging Face tensor (phi3's qkv_proj, glm's gate_up_proj)."""
+    """The parts of `inner`, concatenated in a single Hugging Face tensor (phi3's qkv_proj, glm's gate_up_proj)."""
 
     axis: int | None = 0
     inner: Pack = field(default_factory=Pack)
@@ -234,13 +236,13 @@ class Fused(Pack):
 
 @dataclass(frozen=True)
 class Turned(Pack):
-    """`inner` of a linear whose Hugging Face tensors are stored [in, out] (transformers' Conv1D); `axis` is theirs."""
+    """`inner` of a linear whose Hugging Face tensors are transposed, [in, out] (transformers' Conv1D); `axis` is a dim of those."""
 
     inner: Pack = field(default_factory=Pack)
 
     @classmethod
     def of(cls, inner: Pack) -> "Turned":
-        """`inner`, turned."""
+        """`inner` with transposed tensors."""
         return cls(axis=None if inner.axis is None else 1 - inner.axis, inner=inner)
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
@@ -272,9 +274,9 @@ class Turned(Pack):
 
 @dataclass(frozen=True)
 class PerHead(Pack):
-    """A vector [head_dim] of each query head (or key head, `keys`) in a tensor of its own; Megatron's is [heads, head_dim], cut by heads.
+    """One tensor [head_dim] for each query head (`keys`: for each key head). Megatron's is [heads, head_dim], sharded by heads.
 
-    A rank has all of its heads' tensors and nothing of the others.
+    A rank has its own heads' tensors whole and nothing of the others.
     """
 
     axis: int | None = 0
@@ -311,7 +313,7 @@ class PerHead(Pack):
 
 @dataclass(frozen=True)
 class OneRow(Pack):
-    """A vector, whole on every rank, that Hugging Face stores as a matrix of one row."""
+    """A vector, whole on every rank, that Hugging Face stores as a matrix [1, n]."""
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
         (part,) = parts
@@ -323,11 +325,11 @@ class OneRow(Pack):
 
 @dataclass(frozen=True)
 class InterleavedGateUp(Pack):
-    """Gate and up of one feature after another in a single Hugging Face tensor: [in, 2 * ffn] transposed, or a bias [2 * ffn]."""
+    """Gate and up interleaved by feature in a single Hugging Face tensor: [in, 2 * ffn], transposed, or a bias [2 * ffn]."""
 
     def join(self, parts: Sequence[Tensor], heads: Heads) -> Tensor:
         (part,) = parts
-        rows = part.t()  # a bias stays as it is
+        rows = part.t()  # a bias has one dim, and t() returns it unchanged
         return torch.cat((rows[::2], rows[1::2]))
 
     def split(self, tensor: Tensor, heads: Heads) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
-"""What a Hugging Face directory says of how its weights are quantised.
+"""What a Hugging Face directory says about the quantisation of its weights.
 
-Today it is `quantization_config` in config.json; checkpoints of older tools say it in a file of its own beside it.
+Today this is `quantization_config` in config.json; older tools wrote a separate file beside it.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from swift_mega.text_files import read_object
 KEYS = ("quantization_config", "compression_config")
 """Fields of config.json; the second is what compressed-tensors wrote at first."""
 SIDECARS = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Files that said it before config.json did, and the method they stand for where they name none."""
+"""Files that older tools wrote instead, and the method of each where the file names none."""
 FLAG = "--dequantize true (model.dequantize=true)"
 
 
@@ -28,7 +28,7 @@ def quantization_of(directory: str | Path) -> dict[str, Any] | None:
     for name, method in SIDECARS.items():
         if (folder / name).is_file():
             said = _object(folder / name)
-            inside = said.get("quantization")  # where ModelOpt's file has it
+            inside = said.get("quantization")  # ModelOpt nests it
             return _checked(
                 {"quant_method": method, **(inside if isinstance(inside, dict) else said)}, str(folder / name)
             )
@@ -36,7 +36,7 @@ def quantization_of(directory: str | Path) -> dict[str, Any] | None:
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype:
-    """The dtype that config.json names for the weights, which a quantised checkpoint means for the dequantised; else bfloat16."""
+    """The dtype that config.json names for the weights (of a quantised checkpoint: for the dequantised ones); else bfloat16."""
     config = _object(Path(directory) / "config.json")
     name = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)

@@ -1,7 +1,7 @@
-"""What `quantization_config` may say of each method: fields that are understood for some values, and those that change no number.
+"""What `quantization_config` may contain for each method: fields that are understood for some values, and fields that change no number.
 
-A field that stands in neither list is refused where transformers' class of the method declares it, and named in a note where it does
-not: writers add fields of their own, and transformers pays no attention to those.
+A field in neither list is refused where transformers' class of the method declares it. Otherwise a note names it: tools write fields of
+their own, and transformers ignores them.
 """
 
 import inspect
@@ -13,21 +13,21 @@ from swift_mega.errors import UserError
 
 REMEDY = "Convert the checkpoint to bfloat16 with its own tools first"
 Values = tuple[Any, ...] | None
-"""Those that are understood; None: all, since the numbers do not depend on it or are checked where the weights are read."""
+"""The values that are understood. None: all, because the numbers do not depend on it or it is checked where the weights are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One `quant_method`. check: of what a list of values cannot say."""
+    """One `quant_method`. check: what a list of values cannot express."""
 
     fields: Mapping[str, Values]
     transformers: str | None = None
-    """Its class there."""
+    """Name of its class in transformers."""
     check: Callable[[Mapping[str, Any]], None] = lambda config: None
 
 
 def judge(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Notes on fields that nothing reads; UserError where the weights would not be read as they are meant."""
+    """Notes on fields that nothing reads; UserError where the weights would not be read correctly."""
     name = config["quant_method"]
     if name not in METHODS:
         raise UserError(
@@ -70,7 +70,7 @@ def _require(config: Mapping[str, Any], fields: Mapping[str, Values], method: st
 
 
 def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a block; None where scales are for whole tensors or rows."""
+    """(rows, columns) of a block; None where scales are for whole tensors or rows."""
     sizes = [config.get("weight_block_size")]
     for group in (config.get("config_groups") or {}).values():
         sizes.append((group.get("weights") or {}).get("block_structure"))
@@ -118,7 +118,7 @@ def _check_gptq(config: Mapping[str, Any]) -> None:
     forms = {str(config[key]).lower() for key in ("checkpoint_format", "format") if config.get(key) is not None}
     if len(forms) > 1:
         raise UserError(f"quantization_config: checkpoint_format and format say {sorted(forms)}; correct one of them")
-    # GPTQModel's patterns of modules: "-:" leaves one as it is, and its tensors say so; others may have bits and groups of their own.
+    # GPTQModel's patterns of modules. "-:" leaves modules unquantised, as their tensors show; others may set other bits and group sizes.
     special = config.get("dynamic") or {}
     if not _is(special) or any(not name.startswith("-:") and of_its_own for name, of_its_own in special.items()):
         raise UserError(
@@ -127,7 +127,7 @@ def _check_gptq(config: Mapping[str, Any]) -> None:
 
 
 def gptq_format(config: Mapping[str, Any]) -> str:
-    """gptq, whose zero points are stored minus one, or gptq_v2. transformers writes the field under either name."""
+    """gptq, whose zero points are stored minus one, or gptq_v2. transformers writes the field under one of two names."""
     return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
@@ -144,7 +144,7 @@ COMMON: dict[str, Values] = dict.fromkeys(
         "dequantize",
     )
 )
-"""Which modules are quantised, their tensors say."""
+"""Accepted with any value: the tensors show which modules are quantised."""
 COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
 WEIGHTS: dict[str, Values] = {
     "num_bits": (8,),
@@ -154,18 +154,18 @@ WEIGHTS: dict[str, Values] = {
     "type": ("float", "int"),
     "actorder": ("static", "weight", False),
 }
-"""Of a group of compressed-tensors' modules, what is understood."""
+"""What is understood in the weights of a group of modules (compressed-tensors)."""
 CACHE: dict[str, Values] = dict.fromkeys(
     ("kv_cache_scheme", "kv_cache_quant_method", "kv_cache_quant_algo", "activation_scheme", "activation_scale_ub")
 )
-"""Of activations and of the cache, which plain weights have no use for."""
+"""Fields about activations and the key-value cache, which weights alone do not need."""
 OF_GPTQS_MAKING = dict.fromkeys(
     "tokenizer dataset damp_percent damp_auto_increment act_group_aware true_sequential static_groups backend model_seqlen mse "
     "block_name_to_quantize module_name_preceding_first_block batch_size pad_token_id max_input_length cache_block_outputs "
     "modules_in_block_to_quantize inside_layer_modules model_name_or_path model_file_base_name use_cuda_fp16 use_exllama "
     "disable_exllama exllama_config quantizer lm_head".split()
 )
-"""How the weights were found and which kernels run them."""
+"""Fields about how the weights were quantised and which kernels run them."""
 METHODS: dict[str, Method] = {
     "fp8": Method(
         fields={

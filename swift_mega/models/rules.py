@@ -1,6 +1,6 @@
 """Which Hugging Face tensors fill which parameters of Megatron, for the parts that decoders are made of.
 
-A family takes the rules of its parts from here and adds its own. Rules hold names only; a Pack says how the tensors lie.
+A family takes the rules of its parts from here and adds its own. Rules contain names only; a Pack describes the layout of the tensors.
 """
 
 from swift_mega.models.family import Rule
@@ -29,7 +29,7 @@ def attention_rules(source: str = HF_LAYER + "self_attn.") -> tuple[Rule, ...]:
 
 
 def fused_attention_rules(source: str, output: str) -> tuple[Rule, ...]:
-    """Attention whose one projection is in Megatron's order; names of its module and of the output's."""
+    """Attention with one query-key-value projection in Megatron's order. source, output: modules of this and of the output projection."""
     target = LAYER + "self_attention."
     return (
         Rule(target + "linear_qkv.weight", (source + ".weight",), COLUMN),
@@ -40,7 +40,7 @@ def fused_attention_rules(source: str, output: str) -> tuple[Rule, ...]:
 
 
 def mlp_rules(target: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """A gated MLP; the last three are Hugging Face module names."""
+    """A gated MLP. gate, up, down: Hugging Face module names."""
     return (
         Rule(target + "linear_fc1.weight", (gate + ".weight", up + ".weight"), GATE_UP),
         Rule(target + "linear_fc1.bias", (gate + ".bias", up + ".bias"), GATE_UP),
@@ -50,7 +50,7 @@ def mlp_rules(target: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
 
 
 def ungated_mlp_rules(target: str, up: str, down: str) -> tuple[Rule, ...]:
-    """An MLP of two linears with an activation between; the last two are Hugging Face module names."""
+    """An MLP of two linears with an activation between them. up, down: Hugging Face module names."""
     return (
         Rule(target + "linear_fc1.weight", (up + ".weight",), COLUMN),
         Rule(target + "linear_fc1.bias", (up + ".bias",), COLUMN),
@@ -66,12 +66,12 @@ def expert_rules(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]
 
 
 def shared_expert_rules(gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """The expert that every token of a mixture passes. There is one for all expert ranks, which tensor ranks cut: no {e}."""
+    """The shared expert, which every token passes. All expert ranks have the same one, sharded over tensor ranks, so it has no {e}."""
     return mlp_rules(LAYER + "mlp.shared_experts.", gate, up, down)
 
 
 def norm_rules(target: str, source: str) -> tuple[Rule, ...]:
-    """A norm's weight and bias; names of the modules, Megatron's and Hugging Face's."""
+    """Weight and bias of a norm. target, source: names of its module in Megatron and in Hugging Face."""
     return tuple(Rule(f"{target}.{leaf}", (f"{source}.{leaf}",), REPLICATED) for leaf in ("weight", "bias"))
 
 
@@ -92,7 +92,7 @@ POST_NORM_RULES = (
     *norm_rules(LAYER + "post_self_attn_layernorm", HF_LAYER + "post_attention_layernorm"),
     *norm_rules(LAYER + "post_mlp_layernorm", HF_LAYER + "post_feedforward_layernorm"),
 )
-"""Norms after attention and MLP, in place of those before."""
+"""Norms after attention and MLP, for layers without norms before them."""
 MLP = HF_LAYER + "mlp."
 DENSE_RULES = mlp_rules(LAYER + "mlp.", MLP + "gate_proj", MLP + "up_proj", MLP + "down_proj")
 FUSED_DENSE_RULES = (

@@ -1,4 +1,4 @@
-"""A Hugging Face config in Megatron's terms, and what beyond Megatron's own fields a family may ask for."""
+"""A Hugging Face config in Megatron's terms: Megatron's own fields, and what a family needs that Megatron has no field for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from swift_mega.parallel.layout import ModelShape
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies [rotary_dim / 2], the factor on cosine and sine, and the longest position they are right for.
+    """Rotary position embedding (RoPE) of a layer.
 
-    interleaved: features 2i and 2i + 1 are turned together (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
-    long: the frequencies of every token of an example that has more than `long_beyond` tokens (LongRoPE, arXiv:2402.13753).
+    inverse_frequencies: [rotary_dim / 2]; scale: factor on cosine and sine.
+    longest: most tokens of an example for which the frequencies are right; None: no limit.
+    interleaved: features 2i and 2i + 1 are rotated as a pair (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
+    long: the frequencies for every token of an example that has more than `long_beyond` tokens (LongRoPE, arXiv:2402.13753).
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -26,7 +28,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class NormKind:
-    """What stands before (and after) attention and MLP. one_plus: the weight is stored minus one (Gemma)."""
+    """The norms before (and after) attention and MLP. one_plus: the weight is stored minus one (Gemma)."""
 
     kind: Literal["rms", "layer"] = "rms"
     one_plus: bool = False
@@ -39,11 +41,11 @@ LAYER_NORM = NormKind(kind="layer", bias=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """How attention and MLP are joined to the residual stream; the default is Megatron's own pre-norm layer.
+    """How attention and MLP are connected to the residual stream; the default is Megatron's own pre-norm layer.
 
-    parallel: both read the same input and are added together; shared_norm: through one norm, not one each.
-    pre_norms: the input of each is normalised; post_norms: its output is, before it is added.
-    residual_multiplier: of each output, as it is added.
+    parallel: attention and MLP read the same input, and both outputs are added; shared_norm: they read it through one norm, not one each.
+    pre_norms: the input of attention and of MLP is normalised; post_norms: their output is, before it is added.
+    residual_multiplier: factor on each output when it is added.
     """
 
     parallel: bool = False
@@ -55,9 +57,9 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Biases:
-    """Which linears after attention's inputs have a bias (query, key and value: Megatron's add_qkv_bias).
+    """Which linears other than query, key and value projections have a bias (for those: Megatron's add_qkv_bias).
 
-    head: one number for each word of the vocabulary, added to its logit.
+    head: the output layer has a bias [vocab], which is added to the logits.
     """
 
     attention_output: bool = False
@@ -67,9 +69,9 @@ class Biases:
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """Constant factors and limits of a family's arithmetic.
+    """Constant factors and limits in a family's arithmetic.
 
-    embedding: on looked-up embeddings; logits: on logits. clip: queries, keys and values are clamped to [-clip, clip].
+    embedding: factor on the embedding's output; logits: factor on logits. clip: queries, keys and values are clamped to [-clip, clip].
     """
 
     embedding: float = 1.0
@@ -80,18 +82,19 @@ class Scales:
     attention_softcap: float | None = None
     """Attention scores s become c tanh(s / c)."""
     logit_softcap: float | None = None
-    """Logits, likewise."""
+    """The same for logits."""
     query_growth: tuple[float, int] | None = None
     """(b, n): queries at position p are multiplied by 1 + b log(1 + floor(p / n))."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """How a token's experts are chosen and weighed, where it is otherwise than Megatron's softmax over the logits.
+    """How a token's experts are chosen and weighted, where that is not Megatron's softmax over the logits.
 
-    bias: a constant of each expert, a tensor of the checkpoint that no gradient reaches, joins in the choice but not in the weights.
-    normalise: the weights are divided by their sum, to which `added` is added and which is at least `smallest`; then times `scale`.
-    groups: experts are chosen from `chosen_groups` of that many groups only, those with the largest sum of their `group_best` best.
+    bias: each expert has a constant in the checkpoint, without a gradient. It is added to the scores for the choice, not for the weights.
+    normalise: the weights are divided by max(their sum + `added`, `smallest`). All weights are then multiplied by `scale`.
+    groups: the experts form this many equal groups. They are chosen from `chosen_groups` of them only: those with the largest sum of their
+    `group_best` best scores.
     """
 
     score: Literal["softmax", "sigmoid"]
@@ -103,9 +106,9 @@ class Routing:
     groups: int = 1
     chosen_groups: int = 1
     group_best: int = 2
-    """Two in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), one in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
+    """2 in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), 1 in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
     balanced_score: Literal["softmax", "sigmoid"] | None = None
-    """The score that the balancing loss is of, where it is another than the choice's."""
+    """The score that the balancing loss uses; None: `score`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ class DeltaNet:
     key_dim: int
     value_dim: int
     taps: int
-    """Tokens that the convolution sees, the last one its own."""
+    """Width of the convolution in tokens: each token and the taps - 1 before it."""
 
     @property
     def channels(self) -> tuple[int, int, int]:
@@ -135,60 +138,60 @@ class Settings:
     heads: Heads
     tied: bool
     ropes: tuple[Rope | None, ...]
-    """Per layer, how queries and keys are rotated; None: not."""
+    """Per layer: the rotation of queries and keys; None: no rotation."""
     windows: tuple[int | None, ...]
-    """Per layer, tokens that a token sees, itself included; None: all."""
+    """Per layer: how many tokens a token attends to, itself included; None: all."""
     moe_layers: tuple[bool, ...]
-    """Per layer, whether its MLP is a mixture of experts."""
+    """Per layer: whether its MLP is a mixture of experts."""
     norm: NormKind = NormKind()
     block: Block = Block()
     biases: Biases = Biases()
     scales: Scales = Scales()
     routing: Routing | None = None
-    """None: Megatron's own router does it."""
+    """None: Megatron's own router chooses."""
     predict_layers: int = 0
-    """Layers of multi-token prediction that a checkpoint holds after the last layer; not computed, but kept."""
+    """Layers of multi-token prediction that a checkpoint has after the last layer. They are kept, not computed."""
     predict_prefix: str | None = None
-    """What the names of such layers' tensors start with, where they are no layers beyond the last one."""
+    """Prefix of the names of their tensors, where they are not numbered as layers after the last one."""
     delta: DeltaNet | None = None
     delta_layers: tuple[bool, ...] = ()
-    """Per layer, whether a gated delta net is in attention's place; none is where there is no `delta`."""
+    """Per layer: whether a gated delta net replaces attention. Empty: no layer has one."""
     positions: int | None = None
-    """Learned positions, added to the embedding of tokens: how many there are. None: there are none."""
+    """Number of learned positions, whose vectors are added to the token embedding. None: no learned positions."""
     alibi: tuple[float, ...] | None = None
-    """Per head, what a score gains for each position of its key (ops/alibi.py). None: nothing."""
+    """Per head: its slope. A score grows by the slope times the position of its key (ops/alibi.py). None: no ALiBi."""
     pad_row: int | None = None
-    """The row of the embedding that gets no gradient where it is looked up (that of the padding token); None: every row gets its own."""
+    """The row of the embedding matrix (the padding token's) that gets no gradient from lookups. None: every row gets one."""
     embedding_norm: bool = False
-    """What comes out of the embedding is normalised."""
+    """The output of the embedding is normalised."""
     whole_qk_norm: bool = False
-    """Queries and keys are normalised over all heads together, not each head alone."""
+    """Queries and keys are normalised over all heads together, not per head."""
     head_qk_norm: bool = False
-    """The LayerNorms of queries and keys have a weight for every head, not one that all share."""
+    """The LayerNorms of queries and keys have a weight for every head, not one that all heads share."""
     late_qk_norm: bool = False
-    """Queries and keys are rotated first and normalised then; the norms lie in Megatron's core attention."""
+    """Queries and keys are normalised after the rotation. These norms are inside Megatron's core attention."""
 
     activation: Callable[[Any], Any] | None = None
-    """Makes, of Megatron's config, the module that is every MLP's activation; None: Megatron's activation_func, which has no parameters."""
+    """Builds the activation module of every MLP from Megatron's config. None: Megatron's activation_func, without parameters."""
     notes: tuple[str, ...] = ()
-    """What config.json says and training does not do, a line each; a run says it once."""
+    """What config.json says and training does not do, one line each; a run prints each once."""
     sinks: bool = False
-    """Each head has a learned logit that joins its softmax (ops/sinks.py)."""
+    """Each head has a learned logit that takes part in its softmax (ops/sinks.py)."""
 
     @property
     def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """Per layer, whether its MLP is a mixture of experts, and whether a gated delta net is in attention's place."""
+        """Per layer: whether its MLP is a mixture of experts, and whether a gated delta net replaces attention."""
         return tuple(zip(self.moe_layers, self.delta_layers or (False,) * len(self.moe_layers), strict=True))
 
     @property
     def longest(self) -> int | None:
-        """Most tokens an example may have."""
+        """Most tokens that an example may have; None: no limit."""
         bounds = [rope.longest for rope in self.ropes if rope and rope.longest]
         return min([*bounds, *([self.positions] if self.positions else [])], default=None)
 
     @property
     def not_engine(self) -> str | None:
-        """Why Transformer Engine's attention over context ranks cannot be this model's ("has …"); None: it can (modules/engine.py)."""
+        """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can (modules/engine.py)."""
         reasons = {
             "has attention sinks, which it takes in some of its kernels only": self.sinks,
             "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,
@@ -213,6 +216,6 @@ class Settings:
 
 
 def padded_vocabulary(vocab: int, divisible_by: int, tensor: int) -> int:
-    """Rows of the embedding: `vocab` rounded up to a multiple of divisible_by * tensor, like Megatron-LM."""
+    """Rows of the embedding matrix: `vocab` rounded up to a multiple of divisible_by * tensor, as in Megatron-LM."""
     unit = divisible_by * tensor
     return -(-vocab // unit) * unit

@@ -1,6 +1,6 @@
 """Megatron's layer specs with what a family varies.
 
-Everything that knows whether layers are made of Transformer Engine's modules or of Megatron's local ones is here. te: the former, as
+Only this file knows whether layers consist of Transformer Engine's modules or of Megatron's local ones. te: Transformer Engine's, as
 Device.uses_transformer_engine says.
 """
 
@@ -31,9 +31,9 @@ def layer_specs(
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
-    adapters: linears must see their real input; tile: of modules/tiles.py; again: modules that are computed anew in the backward pass.
-    Megatron's own layer cannot do that for norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor for MLPs with a
-    bias, which has no end (0.16.1 and 0.19.2).
+    adapters: adapters need the real input of linears. tile: of modules/tiles.py. again: modules that the backward pass recomputes.
+    Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
+    backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
     norm, made, te_core = norm_class(settings, te=te, tile=tile), {}, te_attention(te)
     spec = functools.partial(_te_spec if te else _local_spec, settings, norm, adapters=adapters)
@@ -50,7 +50,7 @@ def layer_specs(
 
 
 def _linears(te: bool) -> tuple[type, type]:
-    """The linears that tensor ranks cut by columns and by rows, without a norm in them."""
+    """The column-parallel and the row-parallel linear, without a fused norm."""
     if not te:
         return ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
@@ -59,7 +59,7 @@ def _linears(te: bool) -> tuple[type, type]:
 
 
 def te_attention(te: bool) -> type | None:
-    """Transformer Engine's attention, which context ranks can share a row by."""
+    """Transformer Engine's attention, which context ranks can use to share a packed row; None: Megatron's local modules."""
     if not te:
         return None
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -68,7 +68,7 @@ def te_attention(te: bool) -> type | None:
 
 
 def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type:
-    """Transformer Engine's norm where it has the kind, else ours, `tile` tokens at a time."""
+    """Transformer Engine's norm where it has this kind, else ours, which computes `tile` tokens at a time."""
     if te and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -77,7 +77,7 @@ def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type
 
 
 def bound(module: Any, **fixed: Any) -> type:
-    """A class that builds `module` with `fixed` arguments: classes are what every place of a Megatron spec takes."""
+    """A class that builds `module` with `fixed` arguments: every place of a Megatron spec takes a class."""
 
     def start(self: Any, *args: Any, **given: Any) -> None:
         module.__init__(self, *args, **{**given, **fixed})
@@ -86,7 +86,7 @@ def bound(module: Any, **fixed: Any) -> type:
 
 
 def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Megatron's own modules, and experts of ours (models/modules/experts.py): its grouped ones need Transformer Engine."""
+    """Megatron's own modules, with our experts (models/modules/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None,
         moe_grouped_gemm=False,
@@ -109,8 +109,11 @@ def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) ->
 
 
 def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
-    """Transformer Engine's modules. The norms stay apart from the linears that they could be fused into where an adapter needs the
-    normalised input, which the fused module does not show, and where the layer is joined otherwise than Megatron's."""
+    """Transformer Engine's modules.
+
+    Norms are not fused into the linears where an adapter needs the normalised input, which a fused module does not return, and where the
+    layer's connections differ from Megatron's.
+    """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -134,7 +137,7 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> Mo
 
 
 def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool) -> ModuleSpec:
-    """What a family varies, on either kind of modules."""
+    """What a family varies, the same for both kinds of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
     attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core)
     if moe:
@@ -147,9 +150,8 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | No
         attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
     if settings.late_qk_norm:
         attention.q_layernorm = attention.k_layernorm = NoNorm
-    mlp_bias = settings.megatron.get(
-        "add_bias_linear", False
-    )  # of all linears, and Megatron refuses it beside shared experts
+    # Megatron's field is for all linears, and Megatron refuses it together with shared experts.
+    mlp_bias = settings.megatron.get("add_bias_linear", False)
     if mlp_bias and not settings.megatron.get("add_qkv_bias"):
         attention.linear_qkv = bound(attention.linear_qkv, bias=False)
     if settings.biases.attention_output != mlp_bias:
@@ -165,7 +167,7 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | No
 
 
 def _tile(spec: ModuleSpec, tile: int, *, moe: bool) -> None:
-    """The MLP `tile` tokens at a time, or the experts that every token passes. A class, where each Megatron takes what builds the MLP."""
+    """Computes the MLP, or the shared experts, `tile` tokens at a time. Both are classes, which every Megatron takes in these places."""
     if not moe:
         spec.submodules.mlp = bound(TiledMLP, submodules=_mlp(spec), tile=tile)
         return
@@ -174,9 +176,9 @@ def _tile(spec: ModuleSpec, tile: int, *, moe: bool) -> None:
 
 
 def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:
-    """What Megatron's checkpoints call a layer's norms, fused or not: as Megatron's layer with Transformer Engine does on CUDA.
+    """Names of a layer's norms in Megatron's checkpoints, fused or not: those of Megatron's layer with Transformer Engine on CUDA.
 
-    Megatron's local layers do so too, but with experts or latents, where there is no linear to fuse a norm into, they do not agree.
+    Megatron's local layers use them too, except with experts or latent attention, where no linear takes a fused norm.
     """
     names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if is_latent(settings):
@@ -192,5 +194,5 @@ def _mlp(spec: ModuleSpec) -> Any:
 
 
 def _submodules(module: Any) -> Any:
-    """Newer Megatrons have a partial function where older ones have a spec."""
+    """Submodules of a module's spec; newer Megatron versions have a partial function in its place."""
     return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules

@@ -1,6 +1,6 @@
-"""Which transformers model types are read with: an older one gives the same config.json another meaning, without an error.
+"""The versions of transformers that models can be read with: an older one gives the same config.json another meaning, without an error.
 
-pip sees to it where swift_mega is installed; a tree on PYTHONPATH may meet any version.
+pip enforces the range where swift_mega is installed; a source tree on PYTHONPATH may find any version.
 """
 
 import functools
@@ -9,7 +9,7 @@ from importlib import metadata
 from swift_mega.errors import UserError
 
 LOWEST, BELOW = (5, 23), (6,)
-"""As setup.py; tests/models/test_transformers_version.py holds one against the other."""
+"""The range in setup.py; tests/models/test_transformers_version.py compares the two."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to the settings of its model: every field is understood, or the run stops with its name."""
+"""From a Hugging Face directory to the settings of its model: every field is understood, or the run stops and names the field."""
 
 import dataclasses
 import re
@@ -15,13 +15,13 @@ from swift_mega.models.settings import Settings
 from swift_mega.models.unread import unread_fields
 
 CONFIG_ACCIDENTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-"""What a config class raises over a field of another type than it expects."""
+"""What a config class raises when a field has another type than it expects."""
 
 
 def load_settings(directory: str | Path, *, dequantize: bool = False) -> Settings:
-    """Config of a Hugging Face directory in Megatron's terms; a field that nobody understands stops the run.
+    """Settings from the config.json of a Hugging Face directory; UserError for a field that may change the model and is not understood.
 
-    dequantize: the weights will be read dequantised, so a quantisation changes nothing of the model.
+    dequantize: the weights will be read dequantised, so quantisation does not change the model.
     """
     family, raw = family_of(directory), read_config(directory)
     if (quantization := quantization_of(directory)) is not None and not dequantize:
@@ -63,7 +63,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
 
 
 def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
-    """torch counts a negative padding_idx from the end, and makes no embedding where it is beyond the rows."""
+    """The padding token's row of the embedding. As in torch, a negative padding_idx counts from the end, and one outside is an error."""
     pad = config.pad_token_id
     if pad is None:
         return None
@@ -76,7 +76,7 @@ def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
 
 
 def _check_task(directory: str | Path, architectures: Any) -> None:
-    """UserError where config.json says that the weights are of a model for another task than predicting the next token."""
+    """UserError where config.json says that the model is for another task than predicting the next token."""
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     if names and all(OTHER_TASK.fullmatch(name) for name in names):
         raise UserError(
@@ -96,7 +96,7 @@ def _check_rates(directory: str | Path, rates: Mapping[str, Any]) -> None:
 def _notes(rates: Mapping[str, Any], unread: Mapping[str, Any], family: Family, own_code: bool) -> Iterator[str]:
     """What config.json says and nothing here does.
 
-    Dropout is a setting of pretraining that config.json may name; fine-tuning here has it where an adapter or model.megatron says so.
+    Dropout in config.json is a setting of pretraining. Fine-tuning here has dropout only where an adapter or model.megatron asks for it.
     """
     computing = [f"{key}={rates[key]}" for key in sorted(rates) if rates[key] and not key.startswith(OF_OTHER_TASKS)]
     if computing:
@@ -116,8 +116,8 @@ def _short(value: Any) -> str:
 
 
 def hf_config(directory: str | Path) -> Any:
-    """The transformers config of a Hugging Face directory, of a type that transformers has a model for."""
-    from transformers import AutoConfig  # 2 s: only when a model is really read
+    """The transformers config of a Hugging Face directory, by the model type in `Family.read_as` where transformers lacks its own."""
+    from transformers import AutoConfig  # takes 2 s, so only where a model is read
 
     fields, family = read_config(directory), family_of(directory)
     known = family.read_as.get(fields.pop("model_type"))
@@ -127,7 +127,7 @@ def hf_config(directory: str | Path) -> Any:
 
 
 def _check_sizes(directory: str | Path, raw: Mapping[str, Any]) -> None:
-    """Sizes are counts; transformers lets most of them be anything, and Megatron would fail far from the cause."""
+    """UserError for a size that is not a positive count: transformers accepts most values, and Megatron would fail far from the cause."""
     for key in SIZES & raw.keys():
         value = raw[key]
         unset = value is None and key in MAY_BE_NONE
@@ -159,7 +159,7 @@ MAY_BE_NONE = frozenset("num_key_value_heads head_dim num_kv_heads ffn_hidden_si
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 MOST_LAYERS, LARGEST = 100_000, 2**28
-"""Far beyond any model: what is more is a damaged file, and would end in a list that no memory holds."""
+"""Far beyond any model. A larger number comes from a damaged file, and would make a list that does not fit into memory."""
 SIZES = MAY_BE_NONE | frozenset(
     "hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads vocab_size "
     "max_position_embeddings query_pre_attn_scalar n_embd n_head n_layer n_positions "
@@ -169,7 +169,7 @@ SIZES = MAY_BE_NONE | frozenset(
     "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
     "full_attention_interval".split()
 )
-"""Fields of config.json that count something; those that may be null have a default that follows from others."""
+"""Fields of config.json that are counts. Those that may be null have a default that follows from other fields."""
 
 
 NEUTRAL = frozenset(
@@ -182,7 +182,7 @@ NEUTRAL = frozenset(
     "transformers.js_config attn_implementation attention_implementation max_length "
     "max_sequence_length pretraining_tp cache_implementation".split()
 )
-"""Fields of config.json that change nothing that a decoder computes."""
+"""Fields of config.json that do not change what a decoder computes."""
 
 
 DROPOUT = re.compile(r".*(dropout|pdrop|dropout_prob)")
@@ -192,9 +192,9 @@ OTHER_TASK = re.compile(
     r".*(For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM|RewardModel(ing)?)|RewardModel"
     r"|DoubleHeadsModel)"
 )
-"""Names of transformers' classes, and others', that are no causal language models."""
+"""Class names, in transformers and elsewhere, of models that are not causal language models."""
 OF_OTHER_TASKS = ("classifier_", "summary_")
-"""How rates of dropout begin that are of heads for other tasks."""
+"""Prefixes of dropout fields that belong to heads for other tasks."""
 
 
 FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -202,4 +202,4 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "use_mrope": (False, None),
     "hidden_act": ("silu", "swish"),
 }
-"""Fields that every family here understands for these values only."""
+"""Fields that every family here understands for these values only, unless its own `fixed` has others."""

@@ -1,8 +1,8 @@
-"""Which fields of a config.json transformers pays no attention to: those change nothing that it computes.
+"""Which fields of a config.json transformers does not read: those change nothing that it computes.
 
-A field counts as read where its name stands in transformers' code for the model type: a field of the config class or another name
-of one, an attribute of a config, or a string that `getattr` or a dict of keyword arguments is asked for. The code is parsed and
-never imported, so a model costs some milliseconds, and only where config.json has a field that its family does not know.
+A field counts as read if its name occurs in transformers' code for the model type: as a field of the config class or an alias of one, as
+an attribute of a config, or as a string that `getattr` or a dict of keyword arguments is called with. The code is parsed and never
+imported. This takes some milliseconds per model, and happens only where config.json has a field that its family does not know.
 """
 
 import ast
@@ -19,17 +19,17 @@ from swift_mega.models.family import Family
 
 FUNCTIONS = frozenset({"getattr", "hasattr", "setattr"})
 METHODS = frozenset({"pop", "get", "setdefault"})
-"""What is given a field's name as a string."""
+"""Functions, and methods of a dict, that take a field's name as a string."""
 SHARED = (
     "configuration_utils.py", "modeling_rope_utils.py", "masking_utils.py", "modeling_layers.py", "cache_utils.py",
     "integrations/sdpa_attention.py", "integrations/flash_attention.py", "integrations/flex_attention.py",
     "integrations/eager_paged.py", "integrations/moe.py", "modeling_flash_attention_utils.py",
 )  # fmt: skip
-"""Files of transformers that every model's code calls with its config."""
+"""Files of transformers that get the config of every model."""
 
 
 def unread_fields(directory: str | Path, family: Family, known: Set[str], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Of fields that the family does not know, those that transformers pays no attention to; UserError where it does, or may."""
+    """Of `others`, which the family does not know, the fields that transformers does not read; UserError where it reads one, or may."""
     if not others:
         return {}
     raw = read_config(directory)
@@ -53,7 +53,7 @@ def unread_fields(directory: str | Path, family: Family, known: Set[str], others
 
 
 def _newer(written_by: object) -> str | None:
-    """The version of transformers that wrote a config, where it is newer than the one here."""
+    """The version of transformers that wrote a config, where it is newer than the installed one; else None."""
     from packaging.version import InvalidVersion, Version
     from transformers import __version__
 
@@ -64,18 +64,18 @@ def _newer(written_by: object) -> str | None:
 
 
 def aliases(model_type: str) -> dict[str, str]:
-    """Other names of fields that transformers takes, and the fields."""
+    """transformers' aliases of fields, and the fields that they mean."""
     return dict(_config_class(model_type).attribute_map)
 
 
 @functools.cache
 def read_by_transformers(model_type: str) -> frozenset[str]:
-    """Names of fields that transformers declares for a model type or that its code asks for."""
+    """Names of fields that transformers declares for a model type or that its code reads."""
     import transformers
 
     config = _config_class(model_type)
     declared = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
-    declared |= set(inspect.signature(config.__init__).parameters)  # before transformers 5 a config was no dataclass
+    declared |= set(inspect.signature(config.__init__).parameters)  # before transformers 5 a config was not a dataclass
     declared |= config.attribute_map.keys() | set(config.attribute_map.values())
     classes = [
         Path(inspect.getfile(base)) for base in config.__mro__ if base.__module__.startswith("transformers.models.")
@@ -93,7 +93,7 @@ def _config_class(model_type: str) -> Any:
 
 @functools.cache
 def _names(file: Path) -> frozenset[str]:
-    """Names that a file asks a config for. In a file of configs `self` is one."""
+    """Names that a file reads from a config. In a file of config classes, `self` is a config."""
     of_configs = file.name.startswith("configuration_") or file.name == "modeling_rope_utils.py"
     return frozenset(_asked(ast.parse(file.read_text(encoding="utf-8")), of_configs))
 
