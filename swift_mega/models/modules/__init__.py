@@ -1,1 +1,1 @@
-"""Modules of our own that take a place in Megatron's layers."""
+"""Our own modules that replace modules in Megatron's layers."""

@@ -1,4 +1,4 @@
-"""Activation functions of an MLP that have parameters of their own, where Megatron knows plain functions only."""
+"""Activations of an MLP that have parameters; Megatron's own are plain functions without parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Xielu(MegatronModule):
-    """xIELU (Huang 2024, arXiv:2411.13010): a parabola above zero and an integrated ELU below it, each of a learned height.
+    """xIELU (Huang 2024, arXiv:2411.13010): a parabola above zero and an integrated ELU below it, each with a learned factor.
 
-    The heights are whole on every tensor rank, and each rank has some of the features they act on: their gradients are summed.
+    Every tensor rank has both factors, and only some of the features that they act on. So their gradients are summed over tensor ranks.
     """
 
     beta: Tensor
@@ -25,7 +25,7 @@ class Xielu(MegatronModule):
         self.cut = config.tensor_model_parallel_size > 1
         self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
-        for name in ("beta", "eps"):  # constants that checkpoints hold
+        for name in ("beta", "eps"):  # constants that checkpoints contain
             self.register_buffer(name, torch.empty((), dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Xielu(MegatronModule):
 
 
 def replace_activations(layers: torch.nn.ModuleList, make: Callable[[TransformerConfig], torch.nn.Module]) -> None:
-    """Gives the MLP of each of Megatron's `layers` an activation of its own in place of its config's function."""
+    """Gives the MLP of each of Megatron's `layers` its own activation module, in place of the function in its config."""
     for layer in layers:
         mlp: Any = layer.mlp
         mlp.activation_func = make(mlp.config)

@@ -1,8 +1,8 @@
-"""Megatron's core attention, replaced: positions are data, and a row holds many examples.
+"""Our core attention, in place of Megatron's: positions are data, and a packed row holds many examples.
 
-Megatron hands un-rotated queries and keys to `core_attention`; what lies in the row (where examples start, cosine and sine of
-every token) travels with them in `Segments`, through pipeline, recomputation and both Megatron ends alike. So rotary
-frequencies are computed once per microbatch, and Megatron's own packed RoPE and its [s, s] mask are never entered.
+Megatron passes queries and keys to `core_attention` before the rotation. `Segments` travels with them and describes the row: where
+examples start, cosine and sine of every token. It passes through the pipeline and recomputation in every supported version of Megatron.
+So rotary frequencies are computed once per microbatch, and Megatron's own packed RoPE and its [s, s] mask are never used.
 """
 
 import functools
@@ -29,29 +29,29 @@ from swift_mega.parallel.sequence import held_tokens
 
 @dataclass
 class Segments(PackedSeqParams):
-    """What lies in a row of tokens. `qkv_format` stays "sbhd", so that Megatron leaves the row [tokens, 1, ...] alone."""
+    """Description of a packed row. `qkv_format` stays "sbhd", so that Megatron leaves the row as [tokens, 1, ...]."""
 
     qkv_format: str = "sbhd"
     bounds: tuple[int, ...] = ()
-    """First token of each example, and the end of the last one; on the host."""
-    starts: Tensor = None  # type: ignore[assignment]  # the parent's fields have defaults, so these must; it is never left out
-    """The same as int32 on the device: cu_seqlens."""
+    """Start of each example, and the end of the last one, in tokens; on the host."""
+    starts: Tensor = None  # type: ignore[assignment]  # needs a default because the parent's fields have one; it is always given
+    """cu_seqlens: the same as int32 on the device."""
     turns: tuple[tuple[Tensor, Tensor], ...] = ()
-    """Cosine and sine, [tokens, 1, rotary_dim / 2] each, of every different rotation of the model."""
+    """(cosine, sine), each [tokens, 1, rotary_dim / 2], of every different rotation of the model."""
     growth: Tensor | None = None
     """[tokens, 1, 1]: factor on the queries of each token."""
     context: Context | None = None
-    """The ranks that hold the other tokens of the row, of which `bounds` and `starts` speak; None: all are here."""
+    """The ranks that share the row; `bounds` and `starts` are of the whole row. None: this rank has all of it."""
 
 
 def segments(
     settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, context: Context | None = None
 ) -> Segments:
-    """What lies in a row of tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
+    """Describes a packed row with tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
 
     context: the ranks that share the row; positions are then those of this rank's tokens, cu_seqlens is of the whole row.
 
-    An example's frequencies follow from its own length, not from the longest of its row: those that it has alone.
+    The frequencies of an example depend on its own length, not on the longest example in its row. So they are the same as without packing.
     """
     turns = tuple(
         tables(positions, _frequencies(rope, cu_seqlens, context, positions.device), rope.scale, dtype)
@@ -89,7 +89,7 @@ def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None, device
 
 
 class CoreAttention(MegatronModule):
-    """Attention within each example of a row, after rotating queries and keys by their positions."""
+    """Attention within each example of a packed row, after the rotation of queries and keys by their positions."""
 
     def __init__(
         self,
@@ -104,7 +104,8 @@ class CoreAttention(MegatronModule):
     ) -> None:
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
 
-        cp_comm_type: how context ranks meet where Transformer Engine does it; engine: then its attention, TEDotProductAttention.
+        cp_comm_type: how context ranks communicate, where Transformer Engine does it; None: it does not.
+        engine: its attention class for this case, TEDotProductAttention.
         """
         super().__init__(config=config)
         rope = settings.ropes[layer_number - 1]
@@ -119,7 +120,8 @@ class CoreAttention(MegatronModule):
         if settings.scales.attention_by_layer:
             self.scale /= layer_number
         self.late_norm = settings.late_qk_norm
-        if self.late_norm:  # named like Megatron's own, whose gradients it sums over tensor ranks by these names
+        # Megatron sums gradients over tensor ranks by the names of its own norms, so ours have the same names.
+        if self.late_norm:
             self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
             self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
         self.softmax_offset = None  # Megatron's name for attention sinks
@@ -151,9 +153,8 @@ class CoreAttention(MegatronModule):
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
             query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
-            value = value.clone(
-                memory_format=torch.contiguous_format
-            )  # or it, kept for the gradient, holds on to all of linear_qkv's output
+            # The backward pass keeps value, and a view would keep all of linear_qkv's output in memory.
+            value = value.clone(memory_format=torch.contiguous_format)
         if row.growth is not None:
             query = query * row.growth
         if self.late_norm:
@@ -191,7 +192,7 @@ class CoreAttention(MegatronModule):
         return out.reshape(out.shape[0], 1, -1)
 
     def kernel(self, device: torch.device) -> str:
-        """What attends in this layer on a device, in words; not where Transformer Engine does."""
+        """Name of the kernel that computes this layer's attention on a device; not where Transformer Engine does."""
         config = self.config
         latent = config.multi_latent_attention
         head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
@@ -207,13 +208,13 @@ class CoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The sinks as one tensor of all heads; a Megatron module without its own says that ranks hold the same."""
+        """The sinks as one tensor over all heads. Without this method Megatron assumes that all ranks have the same values."""
         own = {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith("engine.")}
         return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)  # type: ignore[no-any-return]
 
 
 def _mine(alibi: tuple[float, ...] | None) -> Tensor | None:
-    """This tensor rank's share of the slopes of all heads."""
+    """This tensor rank's part of the slopes of all heads."""
     if alibi is None:
         return None
     rank, ranks = (

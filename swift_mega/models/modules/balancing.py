@@ -1,16 +1,16 @@
-"""The losses on a router's logits: how evenly tokens fall on experts, and how large the logits are (z-loss).
+"""The losses on a router's logits: how evenly tokens are spread over experts, and how large the logits are (z-loss).
 
 For a microbatch of T tokens (padding left out), E experts, k of them chosen per token, and one layer:
 
     balance = E * sum over experts e of f_e * P_e,  f_e = tokens that choose e / (k T),  P_e = mean score of e
     z       = mean over tokens of logsumexp(logits)^2
 
-What is minimised is loss + coefficient * (sum over MoE layers of the mean over microbatches). f and T are of the whole row, on whichever
-tensor and context ranks its tokens lie; no gradient passes through f. `balance` is 1 where experts are used evenly, and k times less than
-`load_balancing_loss_func` of transformers on the logits of one layer. Sources: arXiv:2101.03961 eq. 4 to 6 (k = 1), arXiv:2202.08906 eq. 5.
+Training minimises loss + coefficient * (sum over MoE layers of the mean over microbatches). f and T count the whole packed row, over all
+tensor and context ranks that share it; no gradient passes through f. `balance` is 1 where experts are used evenly. It equals transformers'
+`load_balancing_loss_func` on one layer's logits, divided by k. Sources: arXiv:2101.03961 eq. 4 to 6 (k = 1), arXiv:2202.08906 eq. 5.
 
-Megatron divides all gradients by the trained tokens of the global batch, so a microbatch's part is multiplied by `weight`, the trained
-tokens per microbatch. Megatron's own factors count all tokens, of one rank, with padding.
+Megatron divides all gradients by the trained tokens of the global batch. So a microbatch's losses are multiplied by `weight`, the trained
+tokens per microbatch. Megatron's own factors count all tokens of one rank, padding included.
 """
 
 import math
@@ -26,13 +26,13 @@ from torch import Tensor
 from swift_mega.errors import UserError
 
 BALANCE, Z = "load_balancing_loss", "z_loss"
-"""What the losses are called in logging.jsonl."""
+"""Names of the losses in logging.jsonl."""
 
 
 def balancing_fields(coefficient: float, given: Mapping[str, Any], *, experts: bool) -> dict[str, Any]:
     """Fields of TransformerConfig for the balancing loss; UserError for settings that contradict each other or have no effect.
 
-    coefficient: model.router_aux_loss_coefficient. given: model.megatron, which may name the same by Megatron's own fields.
+    coefficient: model.router_aux_loss_coefficient. given: model.megatron, which may set the same by Megatron's own fields.
     """
     named = {
         "model.router_aux_loss_coefficient": coefficient or None,
@@ -73,7 +73,8 @@ def has_router_losses(config: TransformerConfig) -> bool:
 class RouterLosses:
     """The losses of one router.
 
-    score: of an expert, "softmax" over the logits or "sigmoid" of its own, divided by their sum. group: ranks that share a row's tokens.
+    score: an expert's score is the "softmax" of the logits, or the "sigmoid" of its logit divided by the sum over experts.
+    group: the ranks that share a row's tokens.
     """
 
     def __init__(self, config: TransformerConfig, *, score: str, group: Any) -> None:
@@ -85,17 +86,17 @@ class RouterLosses:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is any."""
+        """Whether any of the losses is on."""
         return bool(self.balance or self.z)
 
     def start(self, weight: float) -> None:
-        """Before a step: trained tokens per microbatch of its global batch. Forgets what the step before it summed up."""
+        """Call before a step. weight: trained tokens per microbatch of its global batch. Clears the sums of the step before."""
         self.weight, self.sums = weight, {}
 
     def attach(self, weights: Tensor, logits: Tensor, real: Tensor | None) -> Tensor:
-        """`weights`, through whose backward pass the losses' gradient reaches `logits`; both [tokens / ranks, experts].
+        """Returns `weights`; their backward pass adds the gradient of the losses to `logits`. Both are [tokens / ranks, experts].
 
-        real: [tokens / ranks] bool, False where a token is padding; None: there is none here. Collective over `group`.
+        real: [tokens / ranks] bool, False where a token is padding; None: there is no padding. Collective over `group`.
         """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = wide.softmax(-1) if self.score == "softmax" else _shares(wide.sigmoid())
@@ -116,5 +117,5 @@ class RouterLosses:
 
 
 def _shares(scores: Tensor) -> Tensor:
-    """Sigmoids of each token divided by their sum: arXiv:2412.19437 eq. 20."""
+    """Each token's sigmoids, divided by their sum: arXiv:2412.19437 eq. 20."""
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)

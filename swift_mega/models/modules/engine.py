@@ -1,7 +1,8 @@
 """Transformer Engine's own attention over context ranks, in place of ours (parallel/context.py): `parallel.cp=te:...`, on CUDA.
 
-It cuts every example on its own, which therefore is padded (data/pack.py). It is told of no padding: what stands behind an example's last
-token counts as more of it, which no real token sees, since attention is causal. With padding it would have fewer kernels to choose from.
+It splits every example over the ranks on its own, so every example is padded (data/pack.py). Padding is not declared to Transformer
+Engine: it counts as more tokens at the end of the example, and causal attention hides it from real tokens. With declared padding
+Transformer Engine would have fewer kernels to choose from.
 """
 
 import copy
@@ -19,11 +20,11 @@ from swift_mega.errors import UserError
 from swift_mega.parallel.mesh import Mesh
 
 SINCE = {"p2p": (2, 0), "a2a": (2, 11), "all_gather": (2, 18), "a2a+p2p": (2, 19)}
-"""The first Transformer Engine whose way of that name takes rows of many examples, and windows where it knows windows at all."""
+"""Per communication type: the first Transformer Engine that takes rows of many examples, and windows if it supports windows at all."""
 
 
 def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
-    """UserError where this machine cannot do what `mesh` asks of Transformer Engine. dtype: of the model."""
+    """UserError where this machine cannot run what `mesh` asks of Transformer Engine. dtype: of the model."""
     if not mesh.engine:
         return
     asked, ours = f"parallel.cp={mesh.name}", "parallel.cp=auto does the same on any device"
@@ -56,8 +57,9 @@ def engine_attention(
     scale: float,
     window: int | None,
 ) -> torch.nn.Module:
-    """A layer's attention. attention: TEDotProductAttention; window: tokens that a token sees, itself included."""
-    mine = copy.copy(config)  # what Megatron says of windows is of the whole model, and by layers in a pattern
+    """A layer's Transformer Engine attention. attention: TEDotProductAttention; window: tokens that a token attends to, itself included."""
+    # Megatron's window fields are for the whole model, with a pattern over layers; the copy has this layer's window.
+    mine = copy.copy(config)
     mine.window_size, mine.window_attn_skip_freq = None if window is None else (window - 1, 0), None
     return attention(  # type: ignore[no-any-return]
         config=mine,
@@ -75,10 +77,10 @@ def attend(
 ) -> Tensor:
     """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of this rank -> [tokens, heads * head_dim]. Collective.
 
-    bounds: where examples begin in the whole row and its end, on the host; cu_seqlens: the same as int32 on the device.
+    bounds: start of each example and the end of the last one, in the whole row, on the host; cu_seqlens: the same as int32 on the device.
     """
     longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
-    # The very same tensor four times: that is how newer versions know that there is no padding, without looking at its numbers.
+    # One tensor object four times: newer versions see by its identity that there is no padding, without reading its values.
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

@@ -1,12 +1,12 @@
-"""Experts of Megatron's local modules: biases where they cannot be cut, and all experts of a rank in one product for each linear.
+"""Experts made of Megatron's local modules: with biases, and with one product per linear for all experts of a rank.
 
-Without Transformer Engine Megatron multiplies by one expert after another, some ten launches each. Where the experts are frozen,
-`GroupedExperts` has torch's grouped_mm do the products of all: parameters, their names and checkpoints stay as they are, since the weights
-of a rank's experts are views of one tensor. What lies between the linears is Megatron's own MLP.
+Without Transformer Engine, Megatron loops over the experts, with about ten kernel launches for each. Where the experts are frozen,
+`GroupedExperts` computes all their products with torch's grouped_mm. Parameters, their names and checkpoints do not change, because the
+weights of a rank's experts are views of one tensor. Between the two linears Megatron's own MLP runs.
 
-Trained experts keep the loop. Their weights move into the buffer of Megatron's distributed optimizer, with the linears of an expert
-side by side and the last expert first, which grouped_mm cannot read; and its gradient of the weights is wrong for an expert without a token
-on some GPUs (pytorch/pytorch#172439).
+Trained experts keep the loop, for two reasons. Their weights move into the buffer of Megatron's distributed optimizer, with the linears of
+one expert side by side and the last expert first, which grouped_mm cannot read. And grouped_mm's gradient of the weights is wrong for an
+expert without tokens on some GPUs (pytorch/pytorch#172439).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ from swift_mega.models.settings import Settings
 
 LINEARS = ("linear_fc1", "linear_fc2")
 GROUPED = {"cuda": (torch.bfloat16,)}
-"""dtypes for which grouped_mm is one kernel, by the kind of device. Elsewhere it is a loop too."""
+"""dtypes for which grouped_mm is one kernel, by kind of device. For others it loops too."""
 ALIGNED = 16
-"""Bytes: a row of every tensor that grouped_mm takes is a multiple of it."""
+"""Bytes. The size of a row of every tensor that grouped_mm takes is a multiple of this."""
 
 
 def check_biases(settings: Settings, expert_tensor: int) -> None:
-    """UserError where expert-tensor ranks would each add an expert's bias; Megatron has no other way."""
+    """UserError where every expert-tensor rank would add an expert's bias; Megatron has no other way."""
     if settings.shape.experts and settings.biases.mlp and expert_tensor > 1:
         raise UserError(
             f"parallel.expert_tensor={expert_tensor}: this model's experts have biases, which Megatron cannot cut over tensor "
@@ -41,21 +41,21 @@ def check_biases(settings: Settings, expert_tensor: int) -> None:
 
 
 class BiasedRow(RowParallelLinear):
-    """Megatron allows a bias of experts on one expert-tensor rank only, so there is nothing to reduce.
+    """Second linear of an expert, with a bias. Megatron allows it on one expert-tensor rank only, so there is nothing to reduce.
 
-    Megatron's reduction over one rank hands its input on as a view, to which the expert then adds its bias in place: autograd refuses.
-    And it marks the bias as one that tensor ranks see some tokens each of, whose gradient is summed over them; those ranks hold other
-    experts here.
+    Megatron's reduction over one rank returns its input as a view. The expert then adds its bias to the view in place, which autograd
+    refuses. Megatron also marks the bias as sequence parallel, so that its gradient is summed over tensor ranks; here those ranks have
+    other experts.
     """
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        self.explicit_expert_comm = True  # what is left to the dispatcher is not reduced here
+        self.explicit_expert_comm = True  # leaves the reduction to the dispatcher, so none is done here
         self.bias.sequence_parallel = False
 
 
 class GroupedExperts(SequentialMLP):
-    """SequentialMLP whose products are grouped where the experts are frozen and grouped_mm takes their tensors."""
+    """SequentialMLP whose products are grouped where the experts are frozen and grouped_mm supports their tensors."""
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
@@ -68,17 +68,17 @@ class GroupedExperts(SequentialMLP):
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [tokens, hidden] sorted by expert, how many each has, and their factors [tokens]; as SequentialMLP's."""
+        """As SequentialMLP's: tokens [tokens, hidden] sorted by expert, the number of tokens of each expert, router weights [tokens]."""
         stacks = self._stacks(permuted_local_hidden_states)
         if stacks is None:
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)  # type: ignore[no-any-return]
-        splits = tokens_per_expert.tolist()  # of a host tensor: Megatron's dispatcher has fetched it
+        splits = tokens_per_expert.tolist()  # does not wait: Megatron's dispatcher has copied it to the host
         ends = send(torch.tensor(splits).cumsum(0).to(torch.int32), permuted_local_hidden_states.device)
         first, second = (self._linear(name, stack, splits, ends) for name, stack in zip(LINEARS, stacks, strict=True))
 
         def weighed(x: Tensor) -> tuple[Tensor, None]:
             out, bias = second(x)
-            # MLP would do so by itself for the bias of one expert.
+            # MLP does this itself, but only for the bias of a single expert.
             return (out if bias is None else out + bias * permuted_probs[:, None]), None
 
         expert: Any = self.local_experts[0]
@@ -91,7 +91,7 @@ class GroupedExperts(SequentialMLP):
         return MLP.forward(joined, permuted_local_hidden_states, permuted_probs)  # type: ignore[no-any-return]
 
     def _stacks(self, x: Tensor) -> list[Tensor] | None:
-        """The weights [experts, out, in] of both linears, not copied; None where they, or tokens x, are not grouped_mm's."""
+        """The weights [experts, out, in] of both linears, as views; None where grouped_mm does not take them, or tokens x."""
         config = self.config
         if x.dtype not in GROUPED.get(x.device.type, ()) or not hasattr(F, "grouped_mm") or not len(x):
             return None
@@ -114,9 +114,9 @@ class GroupedExperts(SequentialMLP):
     def _linear(
         self, name: str, stack: Tensor, splits: list[int], ends: Tensor
     ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-        """What stands for a linear of all experts: returns its output [tokens, out] and the bias of each token, or None.
+        """A function in place of one linear of all experts: returns its output [tokens, out] and the bias of each token, or None.
 
-        ends: [experts] int32, where the tokens of each end. Adapters see their expert's tokens, as they do in the loop.
+        ends: [experts] int32, the end of each expert's tokens. Each adapter gets its own expert's tokens, as in the loop.
         """
 
         def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -137,19 +137,19 @@ class GroupedExperts(SequentialMLP):
 
 
 class _Linear(torch.nn.Module):
-    """A function where Megatron asks for a module."""
+    """Wraps a function as a module, which Megatron's code expects."""
 
     def __init__(self, run: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> None:
         super().__init__()
         self.run = run
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The function's."""
+        """Calls the function."""
         return self.run(x)
 
 
 def together(tensors: Sequence[Tensor]) -> Tensor | None:
-    """[n, ...]: n tensors of one shape that lie at equal distances in one storage, as a view; None where they do not."""
+    """[n, ...]: one view of n tensors of the same shape that lie at equal distances in one storage; None where they do not."""
     first, *rest = tensors
     if not all(each.is_contiguous() and each.shape == first.shape and each.dtype == first.dtype for each in tensors):
         return None

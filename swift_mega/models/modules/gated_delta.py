@@ -1,9 +1,8 @@
-"""Gated delta net (Yang et al. 2024, arXiv:2412.06464) in place of a layer's attention, as Qwen3-Next has it.
+"""Gated delta net (Yang et al. 2024, arXiv:2412.06464) in place of a layer's attention, as in Qwen3-Next.
 
-Everything belongs to a key head: its query and key, the values, gates and rates of the value heads that it serves, and their
-channels of the convolution. So tensor ranks hold some key heads each, every projection is cut by rows or columns, and nothing
-crosses ranks inside. Megatron's own module refuses to be built without flash-linear-attention, and before 0.19 refuses rows of many
-examples; only its linears are used here.
+Everything belongs to one key head: its query and key; values, gates and rates of its value heads; and their channels of the convolution.
+So each tensor rank has some key heads, every projection is column- or row-parallel, and ranks do not communicate inside. Megatron's own
+module cannot be built without flash-linear-attention, and before 0.19 it refuses rows of many examples. Only its linears are used here.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ from swift_mega.ops.causal_conv import causal_conv
 from swift_mega.ops.gated_delta import gated_delta_rule
 
 CUT = {"A_log": 0, "dt_bias": 0, "conv": 0}
-"""Own parameters that tensor ranks hold parts of, and the dim that is cut."""
+"""The module's own parameters that are sharded over tensor ranks, and the sharded dim."""
 
 
 class GatedDeltaNet(MegatronModule):
@@ -33,7 +32,7 @@ class GatedDeltaNet(MegatronModule):
     def __init__(
         self, config: TransformerConfig, layer_number: int, *, delta: DeltaNet, column: Any, row: Any, **given: Any
     ) -> None:
-        """column, row: Megatron's linears; `given` is what Megatron passes to any attention."""
+        """column, row: Megatron's column- and row-parallel linear; `given` is what Megatron passes to any attention."""
         super().__init__(config)
         self.delta, self.ranks = delta, config.tensor_model_parallel_size
         self.key_heads, self.per_key = delta.key_heads // self.ranks, delta.value_heads // delta.key_heads
@@ -89,7 +88,7 @@ class GatedDeltaNet(MegatronModule):
     def _gated(self, x: Tensor, gate: Tensor) -> Tensor:
         """RMSNorm of every head, times silu of its gate; [tokens, value_heads, value_dim]."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # One weight for all heads, of which each rank has some: its gradient is summed.
+        # One weight for all heads. Each rank has some of the heads, so the gradient is summed over tensor ranks.
         weight = copy_to_tensor_model_parallel_region(self.gated_norm) if self.ranks > 1 else self.gated_norm
         normed = F.rms_norm(x.to(wide), x.shape[-1:], None, self.config.layernorm_epsilon).to(x.dtype)
         return (weight * normed * F.silu(gate.to(wide))).to(x.dtype)
@@ -97,7 +96,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What Megatron's checkpoints are told: a module without its own says that ranks hold the same."""
+        """Its parameters for Megatron's checkpoints. Without this method Megatron assumes that all ranks have the same values."""
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         group = parallel_state.get_tensor_model_parallel_group()
@@ -114,7 +113,7 @@ def _parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
 
 
 def delta_net(spec: ModuleSpec, settings: Settings, *, norm: type, column: Any, row: Any) -> None:
-    """Makes the attention of a layer's spec a gated delta net; its input norm stays apart from the linears."""
+    """Replaces the attention in a layer's spec by a gated delta net; the input norm is not fused into a linear."""
     spec.submodules.input_layernorm = norm
     spec.submodules.self_attention = ModuleSpec(
         module=GatedDeltaNet, params={"delta": settings.delta, "column": column, "row": row}

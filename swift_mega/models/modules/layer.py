@@ -1,7 +1,7 @@
-"""Megatron's transformer layer with the joints that families vary: parallel branches, norms after them, a factor on them.
+"""Megatron's transformer layer with the connections that families vary: parallel branches, norms after them, a factor on them.
 
-Only the few lines between attention, MLP and residual stream are ours: additions, dropout of what is added, and which norms and MLPs are
-computed again in the backward pass. Both modules, and everything that cuts them over ranks, stay Megatron's.
+Only the few lines between attention, MLP and residual stream are ours: additions, dropout before them, and which norms and MLPs the
+backward pass recomputes. Both modules, and everything that shards them over ranks, stay Megatron's.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from swift_mega.models.settings import Block
 
 
 class Layer(TransformerLayer):
-    """One layer, joined as `block` says. `norm` builds the norms after the branches."""
+    """One layer, connected as `block` says. `norm` builds the norms after the branches."""
 
     def __init__(self, config: TransformerConfig, submodules: Any, *, block: Block, norm: Any, **given: Any) -> None:
         super().__init__(config, submodules, **given)
@@ -53,7 +53,7 @@ class Layer(TransformerLayer):
         return hidden_states + self._scaled(self._dropped(self._second(hidden_states, padding_mask))), None
 
     def _second(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """What the MLP adds, through its own norm."""
+        """The MLP's output, on its own normalised input."""
         read, forget = self._normed(self.pre_mlp_layernorm, hidden_states, self.recompute_pre_mlp_layernorm)
         out = self._transformed(read, padding_mask)
         forget(out)
@@ -61,16 +61,17 @@ class Layer(TransformerLayer):
 
     def _transformed(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         def mlp(x: Tensor) -> Tensor:
-            # The sum, not the bias beside it: a parameter that leaves a checkpoint gets that as its history, and backward never ends.
+            # Returns the sum, not the bias beside it. A parameter that a checkpointed function returns gets the checkpoint as its
+            # grad_fn, and the backward pass never ends.
             return _output(self.mlp(x, padding_mask=padding_mask))
 
         out = checkpoint(mlp, False, x) if self.recompute_mlp else mlp(x)
         return self.post_mlp_layernorm(out) if self.block.post_norms else out
 
     def _normed(self, norm: Any, x: Tensor, again: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
-        """x normalised, and what to call with a tensor made of all that read it: then its memory is free until that one's backward.
+        """x normalised, and a function that frees its memory. Call this with a tensor that depends on all uses of the normalised x.
 
-        again: the norm is computed anew there. `norm` may stand for none, whose output is x itself and stays.
+        again: the backward pass of that tensor recomputes the norm. Else, and for NoNorm (which returns x itself), the function does nothing.
         """
         if not again or isinstance(norm, NoNorm):
             return norm(x), lambda after: None
@@ -86,17 +87,17 @@ class Layer(TransformerLayer):
 
 
 def _output(result: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Megatron's modules return output and bias apart, for kernels that fuse the sum."""
+    """Output plus bias. Megatron's modules return them apart, for kernels that fuse the sum."""
     out, bias = result
     return out if bias is None else out + bias
 
 
 class NoNorm(MegatronModule):
-    """Stands where a layer has no norm."""
+    """Takes the place of a norm where a layer has none."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **given: Any) -> None:
         super().__init__(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x."""
+        """Returns x."""
         return x

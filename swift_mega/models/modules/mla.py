@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values of all heads come from one narrow latent.
 
-Megatron's MLASelfAttention builds the linears and norms; from hidden states to queries, keys and values is ours, for two reasons.
-Positions are data here, and Megatron's rotation knows only lengths. And where tensor ranks hold some heads each, the rotated part of
-the key, one for all heads, gets a part of its gradient on every rank: Megatron's local modules keep one rank's part of it.
+Megatron's MLASelfAttention builds the linears and norms. The steps from hidden states to queries, keys and values are ours, for two
+reasons. Positions are data here, and Megatron's rotation knows only lengths. And the rotated part of the key is one for all heads: every
+tensor rank, with some of the heads, has a part of its gradient, and Megatron's local modules keep one rank's part only.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from swift_mega.ops.rope import rotate
 LINEARS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
 WITHOUT_EFFECT = ("cache_mla_latents", "apply_rope_fusion")
 EPSILON = 1e-6
-"""Of the latents' norms. DeepSeek's and Hugging Face's modelling code give these their class's default, whatever rms_norm_eps says."""
+"""Epsilon of the latents' norms. DeepSeek's and Hugging Face's code use the default of the norm's class, whatever rms_norm_eps says."""
 
 
 class LatentAttention(MLASelfAttention):
@@ -36,13 +36,13 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, config: TransformerConfig, submodules: Any, layer_number: int, **given: Any) -> None:
         refuse_without_effect(config)
         super().__init__(config, submodules, layer_number, **given)
-        # The rotation moves here from the core attention, which would turn the leading features of whole heads.
+        # The rotation moves here from the core attention, which would rotate the first features of whole heads.
         core = self.core_attention
         self.turn, self.interleaved = core.turn, core.interleaved
         core.turn = self.rotary_pos_emb = None
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """What the spec says, on newer Megatrons too: those want a norm before a query projection that has no latent."""
+        """The spec's modules, on newer Megatron versions too, which require a norm before a query projection that has no latent."""
         return {name: getattr(submodules, name) for name in (*LINEARS, "q_layernorm", "kv_layernorm")}
 
     def get_query_key_value_tensors(
@@ -56,7 +56,7 @@ class LatentAttention(MLASelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """hidden_states [tokens / s, 1, hidden] -> query, key [tokens, 1, heads, head_dim], value [tokens, 1, heads, v_head_dim].
 
-        heads: of this tensor rank. The last two of what is returned are the latents, for Megatron's inference.
+        heads: of this tensor rank. The last two results are the latents, for Megatron's inference.
         """
         assert packed_seq_params is not None and self.turn is not None
         config, (cos, sin) = self.config, packed_seq_params.turns[self.turn]
@@ -67,7 +67,7 @@ class LatentAttention(MLASelfAttention):
         )
         latent = self.kv_layernorm(self._own_tokens(latent))
         if self._ranks > 1:
-            shared = copy_to_tensor_model_parallel_region(shared)  # every rank's heads add to its gradient
+            shared = copy_to_tensor_model_parallel_region(shared)  # sums its gradient over the ranks' heads
 
         query = self._by_head(self._query(query_latent))
         key, value = self._by_head(self.linear_kv_up_proj(latent)[0]).split([straight, config.v_head_dim], -1)
@@ -95,7 +95,7 @@ class LatentAttention(MLASelfAttention):
         return gather_from_tensor_model_parallel_region(latent) if self._ranks > 1 else latent
 
     def _own_tokens(self, latent: Tensor) -> Tensor:
-        """[tokens, 1, width] -> [tokens / s, 1, width]: what a linear after it gathers again."""
+        """[tokens, 1, width] -> [tokens / s, 1, width]: this rank's tokens. The linear after it gathers them again."""
         return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent
 
     def _by_head(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class LatentAttention(MLASelfAttention):
 
 
 def refuse_without_effect(config: TransformerConfig) -> None:
-    """UserError for settings of model.megatron that only Megatron's own path from hidden states to keys reads."""
+    """UserError for settings of model.megatron that only Megatron's own steps from hidden states to keys read."""
     modules = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
     found = [name for name in WITHOUT_EFFECT if getattr(config, name, False)]
     found += ["recompute_modules=mla_up_proj"] if "mla_up_proj" in modules else []
@@ -113,12 +113,12 @@ def refuse_without_effect(config: TransformerConfig) -> None:
 
 
 def is_latent(settings: Settings) -> bool:
-    """Keys and values come from a latent."""
+    """Whether keys and values come from a latent."""
     return bool(settings.megatron.get("multi_latent_attention", False))
 
 
 def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: type) -> None:
-    """Makes the spec of Megatron's latent attention ours: norms apart from the linears, which are all cut by columns."""
+    """Puts our latent attention into Megatron's spec: norms are not fused into the linears, which are all column parallel."""
     attention.module = LatentAttention
     submodules = attention.submodules
     submodules.kv_layernorm = _with_epsilon(norm)
@@ -128,7 +128,7 @@ def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: typ
 
 
 def _with_epsilon(norm: Any) -> type:
-    """A class, as a spec asks for, that builds `norm` with the latents' epsilon; Transformer Engine's is a factory, not a base."""
+    """A class, as a spec requires, that builds `norm` with the latents' epsilon. Transformer Engine's is a factory, not a base class."""
 
     def make(cls: type, config: TransformerConfig, hidden_size: int, **given: Any) -> Any:
         return norm(config=config, hidden_size=hidden_size, eps=EPSILON)
@@ -137,7 +137,7 @@ def _with_epsilon(norm: Any) -> type:
 
 
 def unused(settings: Settings) -> frozenset[str]:
-    """Linears of attention that a family has rules for and this model does not have."""
+    """Linears of attention that the family has rules for and this model lacks."""
     if not settings.megatron.get("multi_latent_attention"):
         return frozenset()
     without = settings.megatron["q_lora_rank"] is None
@@ -145,7 +145,7 @@ def unused(settings: Settings) -> frozenset[str]:
 
 
 def check_cut(settings: Settings, tensor: int) -> None:
-    """UserError where tensor ranks cannot share the latents evenly."""
+    """UserError where the tensor size does not divide the widths of the latents."""
     widths = {
         "q_lora_rank": settings.megatron["q_lora_rank"] or tensor,
         "kv_lora_rank + qk_rope_head_dim": settings.megatron["kv_lora_rank"] + settings.megatron["qk_pos_emb_head_dim"],

@@ -1,7 +1,7 @@
-"""The norms of the families, whole on every tensor rank or cut with the heads they stand on.
+"""The norms of the families: whole on every tensor rank, or sharded with the heads that they normalise.
 
-The mark on a whole weight is what Megatron's finalize_model_grads looks for: with sequence parallelism its gradient is summed over
-the tensor ranks. Megatron's own local norm refuses sequence parallelism.
+A whole weight has the mark `sequence_parallel`, which Megatron's finalize_model_grads looks for: with sequence parallelism it sums the
+gradient over the tensor ranks. Megatron's own local norm refuses sequence parallelism.
 """
 
 from typing import Any
@@ -46,15 +46,15 @@ def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
 
 
 class WholeNorm(torch.nn.Module):
-    """RMSNorm over all heads of a token together, where tensor ranks hold some heads each: the mean square is summed over them.
+    """RMSNorm over all heads of a token together. Each tensor rank has some of the heads, so the squares are summed over tensor ranks.
 
-    Where there are more ranks than heads, several see the same head, and each keeps a part of its weight.
+    With more ranks than heads, several ranks have the same head, and each keeps a part of its weight.
     """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **given: Any
     ) -> None:
-        """heads: of the whole model; hidden_size: features of one head, which is what Megatron asks for."""
+        """heads: of the whole model; hidden_size: features of one head, which is what Megatron passes."""
         super().__init__()
         ranks = config.tensor_model_parallel_size
         self.whole, self.eps, self.cut = heads * hidden_size, eps, ranks > 1
@@ -72,7 +72,7 @@ class WholeNorm(torch.nn.Module):
         return (normed * self._weight()).view_as(x)
 
     def _weight(self) -> Tensor:
-        """That of this rank's heads. The gradient of a gathered one is summed over the ranks that use it."""
+        """The weight of this rank's heads. The gradient of a gathered weight is summed over the ranks that use it."""
         if self.copies == 1:
             return self.weight
         whole = all_gather_last_dim_from_tensor_parallel_region(self.weight)
@@ -80,12 +80,12 @@ class WholeNorm(torch.nn.Module):
         return whole[first : first + self.size]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """What Megatron's checkpoints are told of the weight."""
+        """The weight for Megatron's checkpoints."""
         return _cut_weight(self, prefix, sharded_offsets, metadata)
 
 
 class HeadNorm(torch.nn.Module):
-    """LayerNorm of each head, with a weight of its own for each; tensor ranks hold those of their heads."""
+    """LayerNorm of each head, with its own weight for each; a tensor rank has the weights of its heads."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, heads: int, **given: Any
@@ -102,12 +102,12 @@ class HeadNorm(torch.nn.Module):
         return (F.layer_norm(wide, (self.size,), None, None, self.eps) * self.weight).to(x.dtype)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """What Megatron's checkpoints are told of the weight."""
+        """The weight for Megatron's checkpoints."""
         return _cut_weight(self, prefix, sharded_offsets, metadata)
 
 
 def _cut_weight(module: torch.nn.Module, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
-    """A weight cut over tensor ranks; Megatron takes that of a module that says nothing for one that all ranks share."""
+    """A weight sharded over tensor ranks. Megatron assumes that all ranks have the same values in a module without sharded_state_dict."""
     return make_sharded_tensors_for_checkpoint(
         module.state_dict(keep_vars=True),
         prefix,
@@ -119,7 +119,7 @@ def _cut_weight(module: torch.nn.Module, prefix: str, offsets: Any, metadata: An
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over tensor ranks whose every part is used by every rank, so that the gradient is summed too."""
+    """Sum over tensor ranks. Every rank uses the sum, so the gradient is summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

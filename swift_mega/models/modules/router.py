@@ -1,8 +1,8 @@
-"""Megatron's router with losses of our own (models/modules/balancing.py), and where a family asks for it another choice of experts.
+"""Megatron's router with our losses (models/modules/balancing.py) and, where a family needs it, our choice of experts.
 
 `choose` is one pure function from logits to weights: sigmoid or softmax scores, a bias in the choice only, groups of experts. Logits and
-dispatch stay Megatron's. The bias is a buffer under Megatron's own name for it, `expert_bias`; it stays as the checkpoint has it, unless
-model.megatron asks for Megatron's balancing without a loss (moe_router_enable_expert_bias), which moves it after every step.
+dispatch stay Megatron's. The bias is a buffer with Megatron's own name for it, `expert_bias`. It keeps the checkpoint's values, unless
+model.megatron asks for Megatron's balancing without a loss (moe_router_enable_expert_bias), which changes it after every step.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from swift_mega.models.settings import Routing
 
 
 class Router(TopKRouter):
-    """Chooses `moe_router_topk` experts per token as `routing` says, or as Megatron does where it is None."""
+    """Chooses `moe_router_topk` experts per token, as `routing` says, or as Megatron does where that is None."""
 
     def __init__(self, config: TransformerConfig, *args: Any, routing: Routing | None, **given: Any) -> None:
         super().__init__(config, *args, **given)
@@ -42,22 +42,22 @@ class Router(TopKRouter):
             weights, chosen = super().routing(logits)
         else:
             weights, chosen = choose(flat, self.topk, self.choice, self.expert_bias)
-        # Not in the first pass of a recomputed layer, whose second one has gradients.
+        # Not in the first pass of a recomputed layer, which has no gradients; the second pass has.
         if self.losses.wanted and self.training and torch.is_grad_enabled():
             weights = self.losses.attach(weights, flat, real)
         super()._apply_expert_bias(chosen if real is None else chosen & real[:, None])
         return weights, chosen
 
     def is_aux_loss_enabled(self) -> bool:
-        """No: Megatron's own losses, which `losses` stands for, are off."""
+        """False: Megatron's own losses are off, and `losses` replaces them."""
         return False
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """logits: the loss is in `losses`."""
+        """Returns logits unchanged: the z-loss is in `losses`."""
         return logits
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Nothing where Megatron's `routing` calls it: padding would count."""
+        """Does nothing, because Megatron's `routing` calls it and would count padding; ours calls Megatron's method."""
 
 
 def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
@@ -82,7 +82,8 @@ def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
 def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits [tokens, experts], bias [experts] -> weights [tokens, experts], zero where not chosen, and the choice, bool.
 
-    Source: DeepseekV2TopkRouter, DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers; the choice passes no gradient.
+    No gradient passes through the choice.
+    Source: DeepseekV2TopkRouter, DeepseekV3TopkRouter and Ernie4_5_MoeTopKRouter of transformers.
     """
     wide = logits.float()
     scores = wide.sigmoid() if routing.score == "sigmoid" else wide.softmax(-1)
@@ -100,7 +101,7 @@ def choose(logits: Tensor, top_k: int, routing: Routing, bias: Tensor | None) ->
 
 
 def _within_groups(scores: Tensor, routing: Routing) -> Tensor:
-    """scores [tokens, experts], minus infinity outside of each token's best groups."""
+    """scores [tokens, experts], with minus infinity outside each token's best groups."""
     grouped = scores.view(len(scores), routing.groups, -1)
     best = grouped.topk(routing.group_best, dim=-1).values.sum(-1).topk(routing.chosen_groups, dim=-1).indices
     outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)

@@ -1,8 +1,8 @@
-"""MLPs and norms of Megatron's layers, computed a tile of tokens at a time (ops/tiling.py): train.tile_mlp.
+"""MLPs and norms of Megatron's layers, computed one tile of tokens at a time (ops/tiling.py): train.tile_mlp.
 
-Dense MLPs, the experts that every token passes, and our norms. Not routed experts: their tokens go to other ranks, and data ranks
-with rows of other lengths would have other numbers of tiles, and so of collectives. Not Transformer Engine's norms, whose
-kernel keeps its input and one number for each token as it is.
+Tiled are dense MLPs, shared experts (which every token passes) and our norms. Routed experts are not: their tokens go to other ranks, and
+data ranks with rows of different lengths would have different numbers of tiles, and so of collectives. Transformer Engine's norms are
+not either, because their kernel keeps only its input and one number per token anyway.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from swift_mega.ops.tiling import Again, tiled
 
 
 class TiledMLP(MLP):
-    """Megatron's dense MLP, `tile` tokens at a time. The bias that it leaves to the layer to add is added here, to a tile."""
+    """Megatron's dense MLP, `tile` tokens at a time. Megatron leaves its bias to the layer; here it is added to each tile."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TiledMLP(MLP):
 
 
 class TiledSharedExperts(SharedExpertMLP):
-    """Megatron's experts that every token passes, `tile` tokens at a time, the gate on them too."""
+    """Megatron's shared experts, with their gate, `tile` tokens at a time."""
 
     def __init__(self, config: TransformerConfig, *, tile: int, **given: Any) -> None:
         super().__init__(config, **given)
@@ -82,13 +82,13 @@ def _trained(module: Any) -> list[Tensor]:
 
 
 def _random_numbers() -> Again:
-    """Dropout of an adapter draws, of the tensor ranks' common numbers or of its own, the same when a tile is computed again."""
+    """Makes an adapter's dropout the same when a tile is recomputed: restores the tensor ranks' common random state and the rank's own."""
     *states, named = _get_all_rng_states()
 
     @contextmanager
     def again() -> Iterator[None]:
         with _fork_rng():
-            _set_all_rng_states(*states, dict(named))  # it keeps and changes what it is given
+            _set_all_rng_states(*states, dict(named))  # a copy, because it keeps and changes this dict
             yield
 
     return again
@@ -106,7 +106,7 @@ REFUSED = {
 
 
 def check_tiles(settings: Settings, train: Train, given: Mapping[str, Any]) -> str | None:
-    """UserError where train.tile_mlp cannot take effect; else what it leaves out, a line for the user. given: model.megatron."""
+    """UserError where train.tile_mlp cannot take effect; else a line for the user about what is not tiled. given: model.megatron."""
     if not train.tile_mlp:
         return None
     for name, reason in REFUSED.items():
