@@ -71,7 +71,7 @@ class Layer(TransformerLayer):
     def _normed(self, norm: Any, x: Tensor, again: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
         """x normalised, and a function that frees its memory. Call this with a tensor that depends on all uses of the normalised x.
 
-        again: the backward pass of that tensor recomputes the norm. Else, and for NoNorm (which returns x itself), the function does nothing.
+        again: that tensor's backward pass recomputes the norm. Else, and for NoNorm (which returns x itself), the function does nothing.
         """
         if not again or isinstance(norm, NoNorm):
             return norm(x), lambda after: None
