@@ -1,1 +1,1 @@
-"""The families: one file is one family, a difference from the common decoder. models/family.py finds them."""
+"""The families: one file is one family, as a difference from the common decoder. models/family.py finds them."""

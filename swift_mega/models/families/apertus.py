@@ -1,4 +1,4 @@
-"""Apertus: norms on queries and keys, and an MLP of two linears with xIELU between, whose two heights every layer learns."""
+"""Apertus: RMSNorm on queries and keys; an MLP of two linears with xIELU between them, which has two learned parameters in every layer."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ FAMILY = Family(
         ),
     ),
     reads=(READS - {"sliding_window", "layer_types"}) | {"attention_bias"},
-    # The last three are what the published configs say of the architecture, which transformers does not read.
+    # The last three are in published configs, and transformers does not read them: its architecture has no other values.
     fixed={
         "hidden_act": ("xielu",),
         "mlp_bias": (False,),

@@ -1,6 +1,6 @@
-"""BLOOM: ALiBi in place of positions, a norm on the embedding, LayerNorm, biases everywhere, always tied.
+"""BLOOM: ALiBi instead of positions, a norm after the embedding, LayerNorm, biases on every linear, always tied.
 
-Published checkpoints are of the bare model, as GPT-2's are.
+Published checkpoints were saved from the bare model, as GPT-2's were.
 """
 
 from typing import Any
@@ -45,8 +45,8 @@ FAMILY = Family(
         *fused_attention_rules(HF_LAYER + "self_attention.query_key_value", HF_LAYER + "self_attention.dense"),
         *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.dense_h_to_4h", HF_LAYER + "mlp.dense_4h_to_h"),
     ),
-    # From seq_length on they are of Megatron-DeepSpeed, which trained it: a length that nothing depends on, fused kernels, and a
-    # shift of ALiBi that a softmax does not see.
+    # From seq_length on they are settings of Megatron-DeepSpeed, which trained it: a length that nothing depends on, fused kernels,
+    # and an offset of ALiBi that does not change the softmax.
     reads=frozenset(
         "vocab_size hidden_size n_embed n_layer n_head num_attention_heads layer_norm_epsilon tie_word_embeddings "
         "seq_length attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion offset_alibi skip_bias_add "

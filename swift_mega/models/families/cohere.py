@@ -1,4 +1,4 @@
-"""Command-R: LayerNorm without bias, attention and MLP side by side after one norm, features rotated in pairs, a factor on logits."""
+"""Command-R: LayerNorm without bias, attention and MLP in parallel after one norm, interleaved RoPE, a factor on logits."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ COHERE_READS = (READS - {"rms_norm_eps"}) | {"layer_norm_eps", "logit_scale", "a
 
 
 def translate_cohere(config: Any, **changes: Any) -> Settings:
-    """What Command-R and Command-R7B share."""
+    """Settings that Command-R and Command-R7B share."""
     if config.logit_scale is None:
         raise UserError("config.json: logit_scale=None is not a number, and logits are multiplied by it; correct it")
     bias = bool(config.attention_bias)
@@ -49,7 +49,7 @@ FAMILY = Family(
         *HEAD_QK_NORM_RULES,
         *DENSE_RULES,
     ),
-    # model_max_length is the tokenizer's.
+    # model_max_length is a field of the tokenizer.
     reads=(COHERE_READS - {"sliding_window", "layer_types"}) | {"use_qk_norm", "model_max_length"},
     absent=DECODER.absent,
 )

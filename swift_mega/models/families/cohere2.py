@@ -1,4 +1,4 @@
-"""Command-R7B and Command-A: Command-R where three of four layers see a window and only those rotate queries and keys."""
+"""Command-R7B and Command-A: Command-R in which three of four layers have a sliding window, and only those have RoPE."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ FAMILY = Family(
     translate=_translate,
     rules=tuple(rule for rule in cohere.FAMILY.rules if rule not in cohere.HEAD_QK_NORM_RULES),
     reads=cohere.COHERE_READS | {"sliding_window_pattern", "use_parallel_embedding"},
-    # What the published configs say of the architecture and transformers does not read: it has no other one.
+    # Fields of the architecture in published configs. transformers does not read them, because it has no other architecture.
     fixed={
         "use_qk_norm": (False,),
         "layer_switch": (4,),

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V2-Lite: latent attention, and after some dense layers experts chosen by softmax, of all or of the best groups."""
+"""DeepSeek-V2 and V2-Lite: latent attention (MLA); some dense layers, then experts chosen by softmax, from all or from the best groups."""
 
 from typing import Any
 
@@ -38,6 +38,6 @@ FAMILY = vary(
         "mlp_bias": (False, None),
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
-        "norm_topk_prob": (False, None),  # transformers' router does not read it, DeepSeek's own would normalise
+        "norm_topk_prob": (False, None),  # transformers' router does not read it; DeepSeek's own code would normalise
     },
 )

@@ -1,6 +1,6 @@
-"""DeepSeek-V3 and models of its type (Moonlight, Kimi K2): latent attention, and after some dense layers experts chosen by groups.
+"""DeepSeek-V3 and models of its type (Moonlight, Kimi K2): latent attention (MLA); some dense layers, then experts chosen by groups.
 
-The multi-token-prediction layers that some checkpoints hold beyond the last layer are not part of what this computes, but kept.
+Some checkpoints have multi-token-prediction layers after the last layer. They are kept, not computed.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ EXPERT_READS = (
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"),
     *("n_group", "topk_group", "routed_scaling_factor"),
     *("num_local_experts", "num_experts"),  # transformers' other names of n_routed_experts
-    *("aux_loss_alpha", "seq_aux", "ep_size"),  # of the training that made the checkpoint
+    *("aux_loss_alpha", "seq_aux", "ep_size"),  # settings of the checkpoint's training
 )
 MTP_READS = ("num_nextn_predict_layers", "num_mtp_layers")
 READS = (
@@ -53,7 +53,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Settings:
-    """Settings of a DeepSeek config, whose experts are chosen by `routing`."""
+    """Settings of a DeepSeek config with latent attention, whose experts are chosen by `routing`."""
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     if config.num_key_value_heads != heads:
         raise UserError(
@@ -74,7 +74,7 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
         qk_pos_emb_head_dim=config.qk_rope_head_dim,
         v_head_dim=config.v_head_dim,
         kv_channels=config.qk_nope_head_dim + config.qk_rope_head_dim,
-        # Megatron's rotation is not used, but of these it makes the scale of the scores, as transformers does.
+        # Megatron's rotation is not used. But Megatron computes the scale of the scores from these, as transformers does.
         rope_type="rope",
         rotary_scaling_factor=yarn.get("factor", 1.0),
         mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
@@ -84,7 +84,7 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
 
 
 def translate_experts(settings: Settings, config: Any, routing: Routing) -> Settings:
-    """Settings with the mixture of a DeepSeek config, whose experts are chosen by `routing`."""
+    """`settings` with the mixture of experts of a DeepSeek config, chosen by `routing`."""
     _check_groups(config, routing)
     predict = getattr(config, "num_nextn_predict_layers", None) or getattr(config, "num_mtp_layers", None) or 0
     return moe(

@@ -1,4 +1,4 @@
-"""dots.llm1: Qwen3's attention, and DeepSeek-V3's choice of experts after the first layers."""
+"""dots.llm1: Qwen3's attention; some dense layers, then DeepSeek-V3's choice of experts."""
 
 from typing import Any
 
@@ -28,6 +28,6 @@ FAMILY = vary(
     fixed={
         "moe_layer_freq": (1,),
         "use_sliding_window": (False, None),  # transformers does not read it: `sliding_window` alone decides
-        "scoring_func": ("noaux_tc", "sigmoid"),  # two names of what the one router of the type does
+        "scoring_func": ("noaux_tc", "sigmoid"),  # two names of the only router that this type has
     },
 )

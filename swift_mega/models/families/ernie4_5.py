@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: the common decoder with features rotated in pairs, and biases on every linear or on none."""
+"""ERNIE 4.5, dense: the common decoder with interleaved RoPE, and biases on every linear or on none."""
 
 from typing import Any
 

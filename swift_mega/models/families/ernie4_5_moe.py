@@ -1,6 +1,6 @@
-"""ERNIE 4.5 with experts: features rotated in pairs, experts chosen by softmax and a bias, in the layers that an interval names.
+"""ERNIE 4.5 with experts: interleaved RoPE; experts chosen by softmax and a bias, in layers at a fixed interval.
 
-The multi-token-prediction modules that checkpoints hold are not part of what this computes; they are kept as they are.
+Checkpoints have multi-token-prediction modules. They are kept, not computed.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ FAMILY = vary(
         *("moe_num_experts", "moe_k", "moe_num_shared_experts", "moe_intermediate_size", "moe_norm_min"),
         *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         *("num_experts", "num_experts_per_tok"),  # transformers' other names of moe_num_experts and moe_k
-        *("num_nextn_predict_layers", "moe_capacity"),  # of the training that made the checkpoint
+        *("num_nextn_predict_layers", "moe_capacity"),  # settings of the checkpoint's training
     ),
     fixed={
         "use_bias": (False, None),

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms after attention and MLP and on queries and keys; where some layers see a window, only those rotate."""
+"""EXAONE 4: norms after attention and MLP and on queries and keys. Where some layers have a sliding window, only those have RoPE."""
 
 import dataclasses
 from typing import Any

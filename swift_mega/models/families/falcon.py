@@ -1,6 +1,6 @@
-"""Falcon: LayerNorm, mostly no biases, attention beside the MLP; one key head (7B), or groups and a norm for each branch (40B).
+"""Falcon: LayerNorm, mostly no biases, attention and MLP in parallel; one key head (7B), or groups and a norm for each branch (40B).
 
-Its fused projection holds, of one group of heads after another, the queries, the key and the value: Megatron's own order.
+The fused projection holds queries, key and value of one group of heads after another. This is Megatron's own order.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def _translate(config: Any) -> Settings:
 
 
 def _block(config: Any, grouped: bool) -> Block:
-    """The norms that there are. transformers makes others than it then asks for where the fields do not go together."""
+    """How the branches are connected. UserError where transformers' forward pass would use a norm that it did not build."""
     norms, beside = config.num_ln_in_parallel_attn, bool(config.parallel_attn)
     norms = norms or (2 if grouped else 1)
     if grouped and not beside:
@@ -55,7 +55,7 @@ def _block(config: Any, grouped: bool) -> Block:
 
 
 def _rules(*norms: str) -> tuple[Rule, ...]:
-    """norms: Hugging Face names of those before attention and before the MLP."""
+    """norms: Hugging Face names of the norm before attention and of the norm before the MLP."""
     before_attention, before_mlp = norms
     return (
         Rule("embedding.word_embeddings.weight", ("transformer.word_embeddings.weight",), VOCAB),

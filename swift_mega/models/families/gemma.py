@@ -1,4 +1,4 @@
-"""Gemma: norm weights stored minus one, embeddings times the root of the hidden size, a gate through tanh-GELU, always tied."""
+"""Gemma: norm weights stored minus one, embeddings times the square root of the hidden size, gated tanh-GELU, always tied."""
 
 from typing import Any
 

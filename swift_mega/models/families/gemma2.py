@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma with norms before and after, every other layer through a window, and caps on scores and logits."""
+"""Gemma 2: Gemma with norms before and after attention and MLP, a sliding window in every other layer, soft caps on scores and logits."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ FOUR_NORM_RULES = (
 def translate_gemma(
     config: Any, *, megatron: dict[str, Any], attention_softcap: float | None, **changes: Any
 ) -> Settings:
-    """What Gemma 2 and 3 share."""
+    """Settings that Gemma 2 and 3 share."""
     return translate(
         config,
         megatron={
@@ -51,7 +51,7 @@ FAMILY = Family(
     reads=READS
     | {
         *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-        "cache_implementation",  # of generation
+        "cache_implementation",  # a setting of generation
     },
     fixed={
         **gemma.FAMILY.fixed,

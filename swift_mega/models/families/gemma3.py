@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 without caps on scores, with norms on queries and keys, and a rotation of its own for layers with a window."""
+"""Gemma 3, text: Gemma 2 without caps on scores, with norms on queries and keys, and other RoPE frequencies in layers with a window."""
 
 from typing import Any
 

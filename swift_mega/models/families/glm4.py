@@ -1,4 +1,4 @@
-"""GLM-4 (0414): norms before and after attention and MLP, half the features rotated in pairs, gate and up in one tensor."""
+"""GLM-4 (0414): norms before and after attention and MLP, interleaved RoPE on half of each head, gate and up in one tensor."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""GLM-4.5 to 4.7: half the features rotated, heads normalised or not, and DeepSeek-V3's choice of experts after the first layers.
+"""GLM-4.5 to 4.7: RoPE on half of each head, norms on queries and keys or not; some dense layers, then DeepSeek-V3's choice of experts.
 
-The multi-token-prediction layer that checkpoints hold after the last layer is not part of what this computes, but kept.
+Checkpoints have a multi-token-prediction layer after the last layer. It is kept, not computed.
 """
 
 from typing import Any

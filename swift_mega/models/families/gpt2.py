@@ -1,6 +1,6 @@
-"""GPT-2: learned positions, LayerNorm, biases everywhere, weights stored [in, out], query, key and value in one tensor.
+"""GPT-2: learned positions, LayerNorm, biases on every linear, weights stored [in, out], query, key and value in one tensor.
 
-Published checkpoints are of the bare model: their names have no `transformer.` prefix, and exports keep them so.
+Published checkpoints were saved from the bare model: their names have no `transformer.` prefix, and exports keep them so.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ HF_LAYER = PREFIX + "h.{i}."
 
 
 def translate_gpt2(config: Any, *, kv_heads: int | None = None, by_layer: bool = False) -> Settings:
-    """What GPT-2 and its kin make of their config. by_layer: scores are divided by the layer's number."""
+    """Settings of GPT-2 and models like it. by_layer: scores are divided by the layer's number."""
     scale = {} if config.scale_attn_weights else {"softmax_scale": 1.0}
     return translate(
         config,
@@ -48,12 +48,12 @@ def translate_gpt2(config: Any, *, kv_heads: int | None = None, by_layer: bool =
 
 
 def _translate(config: Any) -> Settings:
-    # reorder_and_upcast_attn is about the dtype of scores, which are summed in float32 here anyway.
+    # reorder_and_upcast_attn is about the dtype of scores, which are always summed in float32 here.
     return translate_gpt2(config, by_layer=bool(config.scale_attn_by_inverse_layer_idx))
 
 
 def gpt2_rules(*, query_key_value: Pack, bias: Pack, column: Pack, row: Pack) -> tuple[Rule, ...]:
-    """Names of GPT-2 and its kin; how their linears lie."""
+    """Rules for the names of GPT-2 and models like it. The arguments are the packs of their linears."""
     attention, mlp = LAYER + "self_attention.", LAYER + "mlp."
     return (
         Rule("embedding.word_embeddings.weight", (PREFIX + "wte.weight",), VOCAB),
@@ -78,7 +78,7 @@ FAMILY = Family(
     translate=_translate,
     pad_without_gradient=False,
     rules=gpt2_rules(query_key_value=TURNED_FUSED_QKV, bias=FUSED_QKV, column=TURNED_COLUMN, row=TURNED_ROW),
-    # n_ctx is an older word for n_positions; the summary's fields are those of classification.
+    # n_ctx is an older name of n_positions; the summary_ fields are for classification.
     reads=frozenset(
         "vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
         "tie_word_embeddings scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn summary_type "

@@ -1,4 +1,4 @@
-"""StarCoder (GPT-BigCode): GPT-2 with plain linears, and one key head for all queries."""
+"""StarCoder (GPT-BigCode): GPT-2 with weights stored [out, in], and one key head for all queries."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ FAMILY = Family(
     hf_types=("gpt_bigcode",),
     translate=_translate,
     pad_without_gradient=False,
-    # The fused projection is in Megatron's order: all queries, key, value of one group, or these three of each head.
+    # The fused projection is in Megatron's order: queries, key and value of the only group, or query, key and value of each head.
     rules=gpt2.gpt2_rules(query_key_value=COLUMN, bias=COLUMN, column=COLUMN, row=ROW),
-    # num_key_value_heads: transformers writes it and reads multi_query. The others are about the dtype of the softmax, which is float32
-    # here anyway, and about inference.
+    # num_key_value_heads: transformers writes it, but reads multi_query. The others are about inference, and about the dtype of the
+    # softmax, which is always float32 here.
     reads=(gpt2.FAMILY.reads - {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"})
     | {"multi_query", "num_key_value_heads", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"}
     | {

@@ -1,7 +1,7 @@
-"""GPT-NeoX and Pythia: LayerNorm, biases, a quarter of a head rotated, attention and MLP beside each other through a norm each.
+"""GPT-NeoX and Pythia: LayerNorm, biases, RoPE on a quarter of each head, attention and MLP in parallel with a norm each.
 
-Its fused projection holds query, key and value of one head after another, which is Megatron's own order where each query head
-has a key head: a plain cut.
+The fused projection holds query, key and value of one head after another. With a key head per query head this is Megatron's own order,
+so the tensor is sharded as it is.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks, windows in every other layer, biases everywhere, and stacked experts with a clamped SwiGLU."""
+"""gpt-oss: attention sinks, a sliding window in every other layer, biases on every linear, stacked experts with a clamped SwiGLU."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def _translate(config: Any) -> Settings:
     bias = bool(config.attention_bias)
     settings = translate(
         config,
-        # Megatron's quick_gelu is x sigmoid(1.702 x); its clamp is of the gate from above and of up from both sides.
+        # Megatron's quick_gelu is x sigmoid(1.702 x). It clamps the gate from above, and up from both sides.
         megatron={
             "add_qkv_bias": bias,
             "activation_func": quick_gelu,
@@ -57,12 +57,10 @@ FAMILY = Family(
         Rule(EXPERT + "linear_fc2.weight", (HF_EXPERTS + "down_proj[{e}]",), TURNED_ROW),
         Rule(EXPERT + "linear_fc2.bias", (HF_EXPERTS + "down_proj_bias[{e}]",), REPLICATED),
     ),
+    # The last two are OpenAI's names of num_experts_per_tok and of the original length in rope_parameters.
     reads=READS
     | {"attention_bias", "num_local_experts", "num_experts", "num_experts_per_tok", "swiglu_limit"}
-    | {
-        "experts_per_token",
-        "initial_context_length",
-    },  # OpenAI's names of num_experts_per_tok and of the rope's original length
+    | {"experts_per_token", "initial_context_length"},
     fixed={"swiglu_alpha": (1.702,)},
     absent=DECODER.absent,
 )

@@ -1,4 +1,4 @@
-"""Granite: the common decoder with factors on embeddings, attention scores, residual branches and logits."""
+"""Granite: the common decoder with constant factors on embeddings, attention scores, residual branches and logits."""
 
 from typing import Any
 

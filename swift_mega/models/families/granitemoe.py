@@ -14,7 +14,7 @@ MOE, EXPERT = HF_LAYER + "block_sparse_moe.", LAYER + "mlp.experts.local_experts
 
 
 def translate_granite(config: Any, shared: int = 0) -> Settings:
-    """Settings; shared: columns of the expert that every token passes."""
+    """Settings. shared: width of the shared expert, which every token passes; 0: there is none."""
     return moe(
         granite.FAMILY.translate(config),
         experts=config.num_local_experts,

@@ -1,4 +1,4 @@
-"""Granite with experts, and one that every token passes."""
+"""Granite with experts, and a shared expert that every token passes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Helium: the common decoder with features rotated in pairs."""
+"""Helium: the common decoder with interleaved RoPE."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from swift_mega.models.settings import Biases, Settings
 
 def _translate(config: Any) -> Settings:
     heads, head_dim = config.num_attention_heads, config.head_dim
-    if heads * head_dim != config.hidden_size:  # transformers' output projection has no other shape
+    if heads * head_dim != config.hidden_size:  # transformers' output projection supports no other shape
         raise UserError(
             f"config.json: num_attention_heads={heads} times head_dim={head_dim} is not hidden_size={config.hidden_size}; "
             "correct one"

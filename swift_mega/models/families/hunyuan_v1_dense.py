@@ -1,4 +1,4 @@
-"""Hunyuan dense: queries and keys are rotated, by frequencies of a base that `alpha` stretches once and for all, and normalised then."""
+"""Hunyuan dense: norms on queries and keys after RoPE, whose base `alpha` multiplies by a constant factor."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CORE = LAYER + "self_attention.core_attention."
 
 
 def rope(config: Any, head_dim: int) -> Rope:
-    """The rotation; `dynamic` with an alpha does not depend on the length of anything (HunYuanDenseV1RotaryEmbedding)."""
+    """The rotation. With `alpha`, `dynamic` frequencies do not depend on any length (HunYuanDenseV1RotaryEmbedding)."""
     given = config.rope_parameters
     if given.get("rope_type") != "dynamic" or not given.get("alpha"):
         return decoder.rope(config, head_dim)
@@ -49,8 +49,8 @@ FAMILY = vary(
         Rule(CORE + "q_layernorm.weight", (HF_LAYER + "self_attn.query_layernorm.weight",), REPLICATED),
         Rule(CORE + "k_layernorm.weight", (HF_LAYER + "self_attn.key_layernorm.weight",), REPLICATED),
     ),
-    # Tokens, and what the vocabulary was before padding: of the tokenizer and of pretraining.
     reads=(
+        # From org_vocab_size to text_end_id they are of the tokenizer and of pretraining: tokens, and the vocabulary before padding.
         *(
             "attention_bias",
             "attention_head_dim",
@@ -61,14 +61,10 @@ FAMILY = vary(
             "im_start_id",
         ),
         *("im_end_id", "im_newline_id", "mask_init_id", "text_start_id", "text_end_id"),
-        *(
-            "dense_list",
-            "pool_type",
-            "class_num",
-            "cla_share_factor",
-        ),  # without effect while those below are as they are
+        # They have no effect with the values below.
+        *("dense_list", "pool_type", "class_num", "cla_share_factor"),
     ),
-    # What the published configs say of the architecture and transformers does not read: it has no other one.
+    # Fields of the architecture in published configs. transformers does not read them, because it has no other architecture.
     fixed={
         "mlp_bias": (False,),
         "norm_type": ("rms",),

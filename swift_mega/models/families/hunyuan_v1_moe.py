@@ -1,6 +1,6 @@
-"""Hunyuan MoE (Hunyuan-A13B): Hunyuan's attention, and in every layer a choice of experts beside an MLP that every token passes.
+"""Hunyuan MoE (Hunyuan-A13B): Hunyuan's attention; routed experts and a shared expert in every layer.
 
-Its configs may list the same number for every layer; transformers has one width for all MLPs and experts, whatever they list.
+Its configs may list the same number for every layer. transformers has one width for all MLPs and experts, whatever they list.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def _translate(config: Any) -> Settings:
 
 
 def _everywhere(config: Any, name: str, default: int) -> Any:
-    """A number that may be listed by layer: the one that all layers have."""
+    """The number that all layers have, of a field that may be a list with a number per layer."""
     value = getattr(config, name, None)
     if not isinstance(value, list):
         return default if value is None else value
@@ -60,15 +60,15 @@ FAMILY = vary(
     reads=(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_topk", "moe_intermediate_size"),
         *("num_shared_expert", "image_token_id", "video_start_id", "video_end_id"),
-        # without effect while those below are as they are
+        # They have no effect with the values below.
         *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "xdrope_section"),
-        # of an encoder of images, whose tensors nothing would read
+        # Settings of an image encoder, whose tensors nothing would read.
         *("anyres_pooling_size", "anyres_vit_max_image_size", "anyres_vit_two_views", "num_media_embeds"),
         *("skip_cls_token", "vit_add_patchemb_bias", "vit_input_resolution", "vit_mapping_type", "vit_norm_type"),
         *("vit_patch", "vit_path", "vit_remove_prenorm", "vit_token", "vit_type", "vit_used_rms_norm"),
     ),
     by_layer=frozenset({"moe_intermediate_size"}),
-    # What transformers does not read: it has no other one.
+    # transformers does not read these, because it has no other architecture.
     fixed={
         "norm_type": ("rms", "hf_rms"),
         "group_limited_greedy": (False,),

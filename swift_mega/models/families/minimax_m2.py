@@ -1,4 +1,4 @@
-"""MiniMax-M2: RMSNorm over all heads of queries and keys, half the features rotated, experts chosen by sigmoid and a bias."""
+"""MiniMax-M2: RMSNorm over all heads of queries and keys, RoPE on half of each head, experts chosen by sigmoid and a bias."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def _translate(config: Any) -> Settings:
         top_k=config.num_experts_per_tok,
         ffn=config.intermediate_size,
         layers=(True,) * config.num_hidden_layers,
-        routing=Routing(score="sigmoid", balanced_score="softmax"),  # as transformers' load_balancing_loss_func
+        routing=Routing(score="sigmoid", balanced_score="softmax"),  # as in transformers' load_balancing_loss_func
     )
 
 
@@ -42,7 +42,7 @@ FAMILY = vary(
     reads=(
         *("num_local_experts", "num_experts", "num_experts_per_tok", "rotary_dim", "partial_rotary_factor"),
         "attn_type_list",
-        *("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),  # no published checkpoint holds these modules
+        *("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),  # no published checkpoint has these modules
     ),
     fixed={
         "qk_norm_type": ("per_layer",),

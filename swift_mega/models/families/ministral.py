@@ -1,4 +1,4 @@
-"""Ministral: Mistral where some layers see a window and the others everything."""
+"""Ministral: Mistral in which some layers have a sliding window, and the others attend to all tokens."""
 
 from swift_mega.models.decoder import vary
 from swift_mega.models.families import mistral

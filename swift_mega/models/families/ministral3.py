@@ -1,4 +1,4 @@
-"""Ministral 3, text: Mistral with YaRN, whose queries grow with the logarithm of their position."""
+"""Ministral 3, text: Mistral with YaRN, and with a factor on queries that grows with the logarithm of their position."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Mistral: the common decoder, every layer with the same sliding window, or none."""
+"""Mistral: the common decoder with the same sliding window in every layer, or with none."""
 
 import dataclasses
 from typing import Any
@@ -13,5 +13,5 @@ def _translate(config: Any) -> Settings:
 
 FAMILY = dataclasses.replace(
     vary(DECODER, hf_types=("mistral",), translate=_translate),
-    reads=READS - {"layer_types"},  # which transformers does not apply to this type
+    reads=READS - {"layer_types"},  # transformers does not apply it to this type
 )

@@ -1,4 +1,4 @@
-"""Mixtral: the common decoder where every layer's MLP is a mixture of experts."""
+"""Mixtral: the common decoder with a mixture of experts in every layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""MPT: ALiBi in place of positions, LayerNorm without bias, no biases, query, key and value in one tensor, always tied."""
+"""MPT: ALiBi instead of positions, LayerNorm without bias, no biases, query, key and value in one tensor, always tied."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ ATTENTION = {
     "prefix_lm": (False,),
     "qk_ln": (False,),
 }
-"""Fields of attn_config that transformers does not read, with the values that its model is right for."""
+"""Fields of attn_config that transformers does not read, and the values that its model computes correctly."""
 
 
 def _translate(config: Any) -> Settings:
@@ -50,7 +50,7 @@ def _check_attention(attention: Any) -> None:
                 f"config.json: attn_config.{key}={getattr(attention, key)!r} is not supported; supported: "
                 f"{', '.join(map(repr, allowed))}"
             )
-    # What newer code of MPT's own adds, and what is not asked for there: rope=false, sliding_window_size=0.
+    # Newer versions of MPT's own code add fields. Those that are false or 0 ask for nothing: rope=false, sliding_window_size=0.
     asked = {key for key, value in vars(attention).items() if value}
     if unknown := sorted(asked - vars(MptAttentionConfig()).keys() - NEUTRAL):
         listed = ", ".join(f"attn_config.{key}={getattr(attention, key)!r}" for key in unknown)
@@ -74,7 +74,7 @@ FAMILY = Family(
         Rule(LAYER + "self_attention.linear_proj.weight", (HF_LAYER + "attn.out_proj.weight",), ROW),
         *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "ffn.up_proj", HF_LAYER + "ffn.down_proj"),
     ),
-    # learned_pos_emb is true in published configs, beside ALiBi, which then takes its place. The last four are not of the model.
+    # learned_pos_emb is true in published configs, but ALiBi replaces it there. The last four do not belong to the model.
     reads=frozenset(
         "vocab_size d_model n_heads n_layers max_seq_len layer_norm_epsilon tie_word_embeddings attn_config "
         "learned_pos_emb init_config init_device tokenizer_name verbose".split()

@@ -1,4 +1,4 @@
-"""Nemotron 4 and Minitron: LayerNorm whose weight is stored minus one, squared ReLU between two linears, half a head rotated."""
+"""Nemotron 4 and Minitron: LayerNorm whose weight is stored minus one, squared ReLU between two linears, RoPE on half of each head."""
 
 from typing import Any
 

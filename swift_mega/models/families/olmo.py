@@ -1,4 +1,4 @@
-"""OLMo 1: LayerNorm without weight or bias, and by choice a limit on queries, keys and values."""
+"""OLMo 1: LayerNorm without weight or bias; queries, keys and values clamped or not."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, attention_rule
 from swift_mega.models.settings import Biases, NormKind, Scales, Settings
 
 EPSILON = 1e-5
-"""Of every norm; the config has no field for it."""
+"""Epsilon of every norm; the config has no field for it."""
 
 
 def _translate(config: Any) -> Settings:

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and MLP instead of before, and over all heads of queries and keys together."""
+"""OLMo 2 and 3: norms after attention and MLP instead of before, and RMSNorm over all heads of queries and keys."""
 
 from typing import Any
 

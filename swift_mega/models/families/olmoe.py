@@ -1,4 +1,4 @@
-"""OLMoE: experts in every layer, RMSNorm over all heads of queries and keys together, and a limit on queries, keys and values."""
+"""OLMoE: experts in every layer, RMSNorm over all heads of queries and keys; queries, keys and values clamped or not."""
 
 from typing import Any
 

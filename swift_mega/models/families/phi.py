@@ -1,4 +1,4 @@
-"""Phi 1 to 2: LayerNorm with bias, attention and MLP side by side after one norm, biases on every linear, the output layer's too."""
+"""Phi 1 to 2: LayerNorm with bias, attention and MLP in parallel after one norm, biases on every linear and on the output layer."""
 
 from typing import Any
 

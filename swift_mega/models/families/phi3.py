@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: the common decoder whose checkpoints hold query, key and value in one tensor, gate and up in another."""
+"""Phi-3 and Phi-4: the common decoder with query, key and value in one tensor of the checkpoint, gate and up in another."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 whose layers choose among experts, beside a gated one that every token passes."""
+"""Qwen1.5-MoE and Qwen2-MoE: Qwen2 with routed experts, and a shared expert with a gate."""
 
 from typing import Any
 

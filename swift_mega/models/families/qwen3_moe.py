@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 whose layers, but for the listed dense ones, choose among experts."""
+"""Qwen3-MoE: Qwen3 with routed experts in every layer but the listed dense ones."""
 
 from typing import Any
 
@@ -35,6 +35,6 @@ FAMILY = vary(
         *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
         *("mlp_only_layers", "decoder_sparse_step"),
     ),
-    # written by some training codes (Qwen3-Coder's), read by nobody
+    # Some training code writes these (Qwen3-Coder's), and nothing reads them.
     fixed={"qkv_bias": (False,), "shared_expert_intermediate_size": (0, None), "use_qk_norm": (True,)},
 )

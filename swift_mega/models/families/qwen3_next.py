@@ -1,6 +1,6 @@
-"""Qwen3-Next: gated delta nets in most layers, gated attention in the others, and experts beside a shared one.
+"""Qwen3-Next: gated delta nets in most layers, gated attention in the others; routed experts and a shared expert.
 
-The multi-token-prediction layer that checkpoints hold is not part of what this computes, but kept.
+Checkpoints have a multi-token-prediction layer. It is kept, not computed.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def _translate(config: Any) -> Settings:
     turn = rope(config, config.head_dim)
     settings = translate(
         config,
-        # heterogeneous: layers have different parameters, and Megatron's checkpoints would stack them
+        # hetereogenous_dist_checkpoint: layers have different parameters, which Megatron's checkpoints would otherwise stack.
         megatron=dict(
             attention_output_gate=True, qk_layernorm=True, add_qkv_bias=bias, hetereogenous_dist_checkpoint=True
         ),

@@ -1,4 +1,4 @@
-"""Seed-OSS: the common decoder with biases on query, key, value, and by choice elsewhere."""
+"""Seed-OSS: the common decoder with optional biases: on query, key and value, on attention's output, in the MLP."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""SmolLM3: the common decoder where every fourth layer does not rotate queries and keys (NoPE)."""
+"""SmolLM3: the common decoder without RoPE in every fourth layer (NoPE)."""
 
 import dataclasses
 from typing import Any

@@ -1,6 +1,6 @@
-"""StableLM 2 and 3B: LayerNorm with bias, some features of a head rotated; a gated MLP after attention or beside it.
+"""StableLM 2 and 3B: LayerNorm with bias, RoPE on some features of each head; a gated MLP after attention or in parallel to it.
 
-StableLM 2 12B normalises each head of queries and keys by a LayerNorm of its own, whose weights are a tensor each.
+StableLM 2 12B normalises each head of queries and keys by its own LayerNorm, with one weight tensor per head.
 """
 
 import dataclasses
@@ -33,9 +33,8 @@ def _norms_of_heads(letter: str, heads: int, pack: Pack) -> Rule:
 
 
 def _variant(raw: Mapping[str, Any]) -> Family:
-    queries, keys = (
-        raw.get(key, 32) for key in ("num_attention_heads", "num_key_value_heads")
-    )  # transformers' defaults
+    # 32 is transformers' default of both.
+    queries, keys = (raw.get(key, 32) for key in ("num_attention_heads", "num_key_value_heads"))
     if not raw.get("qk_layernorm") or type(queries) is not int or type(keys) is not int:
         return FAMILY
     norms = (_norms_of_heads("q", queries, PER_QUERY_HEAD), _norms_of_heads("k", keys, PER_KEY_HEAD))

@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between."""
+"""StarCoder2: LayerNorm with bias, biases on every linear, and an MLP of two linears with tanh-GELU between them."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ FAMILY = Family(
         *attention_rules(),
         *ungated_mlp_rules(LAYER + "mlp.", HF_LAYER + "mlp.c_fc", HF_LAYER + "mlp.c_proj"),
     ),
-    # The last five are of the code before transformers', which does not read them.
+    # The last five are fields of the model's code before transformers had it. transformers does not read them.
     reads=UNGATED
     | {"norm_epsilon", "use_bias", "activation_function", "layer_norm_epsilon", "scale_attn_weights"}
     | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"},
