@@ -1,1 +1,1 @@
-"""Hugging Face directories to and from the parameters of a rank: every tensor read once, every parameter filled once."""
+"""Conversion between Hugging Face directories and a rank's parameters: every tensor is read once, every parameter is filled once."""

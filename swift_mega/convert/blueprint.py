@@ -1,8 +1,8 @@
-"""Which bytes go where, for any rank of any layout, from a config alone: nothing is read and no other rank is needed.
+"""Blueprint: which slices each rank of any layout holds, known from config.json alone. No weights are read, no other rank is needed.
 
-Megatron says once, on the meta device, which parameters one layer of each kind has. Everything after that is arithmetic: a rank of
-a layout holds some layers and experts, and of each parameter the share that its pack's axis gives. The same `slices` tell a
-real rank what to read, and Megatron itself, built at a layout, must have the parameters that are planned here (tests).
+Megatron is built once on the meta device, with one layer of each kind, to learn which parameters a layer has. The rest is arithmetic:
+a rank of a layout holds some layers and experts, and a shard of each parameter along the dim that its pack gives. Real ranks use the same
+function `slices` to load. Tests compare the blueprint with Megatron built in each layout.
 """
 
 import dataclasses
@@ -34,58 +34,58 @@ META = Device(kind="cpu", device=torch.device("meta"), backend="gloo", name="met
 
 @dataclass(frozen=True)
 class Slot:
-    """One Megatron parameter (or buffer that checkpoints hold) of the whole model, under the name that rules use."""
+    """One Megatron parameter (or a buffer that checkpoints contain) of the unsharded model, under the name that rules use."""
 
     name: str
     rule: Rule
     numbers: Mapping[str, int]
     shape: tuple[int, ...]
-    """Uncut, a vocabulary unpadded."""
+    """Unsharded; a vocabulary without padding."""
     parts: Mapping[str, tuple[int, ...]]
-    """The Hugging Face tensors in it, and their whole shapes."""
+    """The Hugging Face tensors in it, with their unsharded shapes."""
     dtype: torch.dtype
     places: tuple[Place, ...]
-    """Where a Megatron checkpoint holds its rows, in their order."""
+    """Where its rows are stored in a Megatron checkpoint, in the order of the rows."""
 
     @property
     def expert(self) -> bool:
-        """Cut by the expert-tensor axis, and on one expert rank only."""
+        """Whether it belongs to one expert: sharded along the expert-tensor axis, and present on one expert rank only."""
         return "e" in self.numbers
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Every parameter of a model, in order."""
+    """Every parameter of the unsharded model, in order."""
 
     family: Family
     settings: Settings
     slots: tuple[Slot, ...]
     objects: tuple[ShardedObject, ...]
-    """What a Megatron checkpoint holds beside tensors: the empty states of linears."""
+    """What a Megatron checkpoint contains besides tensors: the empty `_extra_state` objects of linears."""
 
     @property
     def wanted(self) -> dict[str, tuple[int, ...]]:
-        """All Hugging Face tensors that parameters are made of, with their shapes."""
+        """All Hugging Face tensors that the parameters need, with their shapes."""
         return {name: shape for slot in self.slots for name, shape in slot.parts.items()}
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds of a slot."""
+    """The shard of a slot that one rank holds."""
 
     slot: Slot
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
     cut: tuple[int, int]
-    """(rank, size) of the axis that cuts it."""
+    """(rank, size) of the mesh axis that shards it."""
     copy: bool = False
-    """The embedding again, as the head of a tied model whose last stage is not its first."""
+    """Whether it is the second copy of a tied embedding: the output layer on a last stage that is not the first."""
 
 
 def draw(source: Source, dtype: torch.dtype = torch.bfloat16) -> Blueprint:
-    """The blueprint of a model, or of its config.json alone. In a group of one rank (Megatron asks for one).
+    """The blueprint of a model, from its config.json. Creates and closes a process group of one rank, since Megatron needs one.
 
-    dtype: of the model; a few parameters may have one of their own.
+    dtype: of the model; a few parameters may have another dtype.
     """
     family, settings = source.family, source.settings
     kinds = _kinds(settings)
@@ -124,7 +124,7 @@ def _objects(
 
 
 def _kinds(settings: Settings) -> list[list[int]]:
-    """Layers that have the same parameters, by kind."""
+    """The layer numbers of each kind; layers of one kind have the same parameters."""
     found: dict[tuple[bool, bool], list[int]] = {}
     for layer, kind in enumerate(settings.layer_kinds):
         found.setdefault(kind, []).append(layer)
@@ -132,7 +132,7 @@ def _kinds(settings: Settings) -> list[list[int]]:
 
 
 def _only(settings: Settings, layers: Sequence[int]) -> Settings:
-    """Settings of a model that has just these layers."""
+    """The settings of a model that consists of these layers only."""
     megatron = {**settings.megatron, "num_layers": len(layers)}
     if "moe_layer_freq" in megatron:
         megatron["moe_layer_freq"] = [int(settings.moe_layers[layer]) for layer in layers]
@@ -150,7 +150,7 @@ def _only(settings: Settings, layers: Sequence[int]) -> Settings:
 def shares(
     blueprint: Blueprint, layout: Layout, where: Coordinate, *, vocab_divisible_by: int = 128
 ) -> Iterator[Share]:
-    """What the rank at `where` holds, in order."""
+    """The shards that the rank at `where` holds, in the order of the slots."""
     stage_of = _stage_of(layout)
     for slot in blueprint.slots:
         cut, expert = _cut(layout, where, slot), _expert_rank(blueprint, layout, slot)
@@ -160,7 +160,7 @@ def shares(
 
 
 def _stage_of(layout: Layout) -> list[int]:
-    """The stage of every layer."""
+    """The pipeline stage of each layer."""
     found = [0] * sum(layout.layers)
     for stage in range(layout.pipeline):
         for virtual in range(layout.virtual):
@@ -170,7 +170,7 @@ def _stage_of(layout: Layout) -> list[int]:
 
 
 def _stages(blueprint: Blueprint, layout: Layout, stage_of: Sequence[int], slot: Slot) -> list[tuple[int, bool]]:
-    """The stages that hold a slot, each with whether it is a copy: the embedding, again, as a tied model's head."""
+    """[(stage, is_copy)] for the stages that hold a slot; the copy is a tied embedding used as output layer on the last stage."""
     if "i" in slot.numbers:
         return [(stage_of[slot.numbers["i"]], False)]
     last = layout.pipeline - 1
@@ -181,14 +181,14 @@ def _stages(blueprint: Blueprint, layout: Layout, stage_of: Sequence[int], slot:
 
 
 def _expert_rank(blueprint: Blueprint, layout: Layout, slot: Slot) -> int | None:
-    """The expert rank that holds a slot; None: all do."""
+    """The expert rank that holds a slot; None: every expert rank holds it."""
     if not slot.expert:
         return None
     return slot.numbers["e"] // ((blueprint.settings.shape.experts or 1) // layout.expert)
 
 
 def _cut(layout: Layout, where: Coordinate, slot: Slot) -> tuple[int, int]:
-    """(rank, size) of the axis that cuts a slot."""
+    """(rank, size) of the mesh axis that shards a slot."""
     return (where.expert_tensor, layout.expert_tensor) if slot.expert else (where.tensor, layout.tensor)
 
 
@@ -204,16 +204,16 @@ def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible
 
 
 def value_of(checkpoint: TensorSource, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
-    """The parameter that a share is, as the rank's own loader fills it; no rank is there."""
+    """The values of a share, read by the same `fill` that a rank uses to load. It needs no process group."""
     made = torch.empty(share.shape, dtype=dtype)
     fill(made, checkpoint, share.slot.rule, share.slices, settings.heads.on(*share.cut))
     return made
 
 
 def check_tiling(blueprint: Blueprint, layout: Layout, *, vocab_divisible_by: int = 128) -> int:
-    """Numbers of the whole model, after proving that the ranks of one replica hold each of them exactly once.
+    """Checks that the ranks of one replica together hold each number exactly once; returns how many parameters the model has.
 
-    Copies of a tied embedding apart. AssertionError names the tensor where it is not so, which would be our error.
+    Copies of a tied embedding are not counted. AssertionError with the tensor's name otherwise: that is a bug of this code.
     """
     count, seen, stage_of = 0, set(), _stage_of(layout)
     for slot in blueprint.slots:
@@ -246,7 +246,7 @@ def _check_whole(name: str, shape: Sequence[int], axis: int | None, pieces: Sequ
 
 
 def byte_ranges(checkpoint: TensorSource, share: Share) -> list[tuple[Path, Span]]:
-    """Where in the files the bytes of a share lie."""
+    """(file, byte range) of each slice of a share that is not empty."""
     found = []
     for piece in share.slices:
         if piece.start == piece.stop:

@@ -1,4 +1,4 @@
-"""A plan as people read it: what becomes of every tensor, what each stage's ranks hold, and what they read."""
+"""The report on a conversion before it runs: what happens to each tensor, what the ranks of each stage hold, and how much they read."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,47 +19,47 @@ from swift_mega.parallel.layout import Coordinate, Layout
 
 @dataclass(frozen=True)
 class Stage:
-    """One rank of a pipeline stage; its ranks differ only in which share they hold."""
+    """One rank of a pipeline stage; the ranks of a stage differ only in which shard they hold."""
 
     stage: int
     ranks: int
     layers: tuple[int, ...]
     parameters: int
-    """Of one rank, a vocabulary's padding included."""
+    """Of one rank, including the padding of a vocabulary."""
     bytes: int
-    """Of these, in the dtype of the result."""
+    """Size of these parameters in the output dtype."""
     reads: int | None
-    """Bytes of the files that one rank asks for; None without weights."""
+    """Bytes that one rank reads from the files; None without weights."""
     ranges: int | None
-    """In how many runs."""
+    """How many contiguous runs of bytes that is."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion would do."""
+    """What a conversion will do."""
 
     model: str
     layout: str
     ranks: int
     dtype: str
     parameters: int
-    """Of the model: every one of them is held once by the ranks of a replica."""
+    """Of the model, each counted once; the ranks of a replica hold each of them exactly once."""
     tensors: int
     source_bytes: int | None
     carried: Mapping[str, str]
     left: Mapping[str, str]
     stages: tuple[Stage, ...]
     notes: tuple[str, ...] = ()
-    """What config.json says and nothing does."""
+    """Fields of config.json that have no effect here."""
     beside: str | None = None
-    """What lies beside the weights and is not read."""
+    """Files next to the weights that are not read."""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """As a dict of JSON types."""
         return asdict(self)
 
     def table(self) -> str:
-        """Some lines of text."""
+        """As lines of text for the terminal."""
         weights = (
             "no weights, from config.json alone"
             if self.source_bytes is None
@@ -98,7 +98,7 @@ def make(
     checkpoint: TensorSource | None,
     vocab_divisible_by: int = 128,
 ) -> Plan:
-    """The plan for a layout; UserError where the checkpoint (None: there is only a config) does not fit its config."""
+    """The report for a layout; UserError where the checkpoint does not fit its config. checkpoint: None where there is only a config."""
     covered: Coverage | None = None
     if checkpoint is not None:
         covered = check_coverage(blueprint.family, blueprint.settings, checkpoint, blueprint.wanted)
@@ -133,9 +133,8 @@ def _stage(
     held = list(shares(blueprint, layout, where, vocab_divisible_by=divisible_by))
     numbers = sum(torch.Size(share.shape).numel() for share in held)
     layers = sorted({share.slot.numbers["i"] for share in held if "i" in share.slot.numbers})
-    plain = (
-        checkpoint if not isinstance(checkpoint, Dequantised) else None
-    )  # of others, what a slice reads is the format's affair
+    # For a quantised checkpoint the format decides what a slice reads, so byte ranges are not known here.
+    plain = checkpoint if not isinstance(checkpoint, Dequantised) else None
     reads = _reads(plain, held) if plain else (None, None)
     return Stage(
         stage, layout.world // layout.pipeline, tuple(layers), numbers, numbers * dtype.itemsize, reads[0], reads[1]
@@ -148,7 +147,7 @@ def _reads(checkpoint: TensorSource, held: Sequence[Share]) -> tuple[int, int]:
 
 
 def rest_of(carried: Mapping[str, str], left: Mapping[str, str]) -> str:
-    """What becomes of the tensors that the model does not compute with."""
+    """A phrase on the tensors that the model does not compute with: carried or left out, and why."""
     said = [
         f"{count} {word} ({why})"
         for found, word in ((carried, "kept as they are"), (left, "left out"))
@@ -158,7 +157,7 @@ def rest_of(carried: Mapping[str, str], left: Mapping[str, str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """'0-7,16-23'."""
+    """Layer numbers as ranges, such as '0-7,16-23'."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

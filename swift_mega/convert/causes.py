@@ -1,6 +1,6 @@
-"""Why a checkpoint does not fit its config.json, told from the names of its tensors: a cause that is certain, or none.
+"""Finds the cause of a misfit between a checkpoint and its config.json, from the names of its tensors.
 
-Each entry of `CAUSES` looks at what is missing and what nothing reads, and says what was done where the names prove it.
+Each function in `CAUSES` looks at the missing and the unread names. It returns a message only where the names prove the cause.
 """
 
 import re
@@ -20,13 +20,13 @@ WRAPPERS = {
     r"(.*\.)?_checkpoint_wrapped_module\.": "activation checkpointing's (save the model inside)",
     r"module\.": "DistributedDataParallel's or DeepSpeed's (save model.module)",
 }
-"""What wrappers of a model write into names, whose they are, and what to save in their place."""
+"""Pattern of the names that a wrapper of the model produces -> which wrapper it is, and what to save instead."""
 OTHER_HEADS = re.compile(r"(score|classifier|qa_outputs|reward_head|value_head|multiple_choice_head)\..*")
 QUANTISED = re.compile(
     r".*(\.qweight|\.qzeros|\.g_idx|\.SCB|\.absmax|quant_state\..*|\.weight_packed|_scale_inv|\.weight_scale|_blocks|_scales)"
 )
 MTP = re.compile(r".*\.(eh_proj|enorm|hnorm|shared_head)\..*")
-"""What only a layer of multi-token prediction has."""
+"""Modules that only a layer of multi-token prediction has."""
 OF_IMAGES = re.compile(
     r"(.*\.)?(vision_tower|visual|vision_model|multi_modal_projector|audio_tower|vision_embed_tokens)\..*"
 )
@@ -36,7 +36,7 @@ EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Misfit:
-    """A checkpoint and the model of its config.json, and the names in which they differ."""
+    """A checkpoint, the model that its config.json describes, and the tensor names in which the two differ."""
 
     family: Family
     settings: Settings
@@ -46,7 +46,7 @@ class Misfit:
 
 
 def cause_of(found: Misfit) -> str:
-    """What is known of the cause, and what to do."""
+    """The first cause that applies, with its remedy; a general remedy where none applies."""
     said = (cause(found) for cause in CAUSES)
     return next(filter(None, said), "use the config.json that belongs to these weights, or copy the weights again")
 
@@ -74,7 +74,7 @@ def _of_images(found: Misfit) -> str | None:
 
 
 def _other_prefix(found: Misfit) -> str | None:
-    """Whether every missing name is there behind one prefix."""
+    """Every missing tensor is present under its name with one common prefix."""
     names = set(found.extra)
     plain = min(found.missing, key=len, default="")
     for name in found.extra:
@@ -121,7 +121,7 @@ def _predicting(found: Misfit) -> str | None:
 
 
 def _layers(found: Misfit) -> str | None:
-    """Whether all that differs are whole layers at the end."""
+    """The only difference is whole layers at the end."""
     layers = found.settings.shape.layers
     numbers = {False: set[int](), True: set[int]()}
     for names, there in ((found.missing, False), (found.extra, True)):

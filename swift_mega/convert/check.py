@@ -1,7 +1,7 @@
-"""Every name, shape and dtype accounted for, before any byte moves.
+"""Coverage: every name, shape and dtype is checked before any weight is read.
 
-Each rank knows which Hugging Face tensors its parameters need. Together they must need every tensor of the checkpoint but those
-that the family lists as derived, and the checkpoint must hold every tensor they need, at the shape they expect.
+Each rank knows which Hugging Face tensors its parameters need. All ranks together must need every tensor of the checkpoint, except
+carried ones and those that the family lists as derived. The checkpoint must contain every needed tensor, at the expected shape.
 """
 
 import json
@@ -24,14 +24,14 @@ from swift_mega.models.quantization import FLAG
 from swift_mega.models.settings import Settings
 
 VALUE_HEAD = re.compile(r"v_head\..*|score\.weight")
-"""TRL's value head on a language model, and transformers' reward head."""
+"""The value head that TRL adds to a language model, and the reward head of transformers."""
 PREDICT_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
-"""Fields of config.json that count layers of multi-token prediction. transformers does not compute them, and drops them when it saves."""
+"""Fields of config.json that count layers of multi-token prediction. transformers does not compute these layers, and does not save them."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensors that this rank's parameters are made of, with their whole shapes; each exactly once."""
+    """The Hugging Face tensors that this rank's parameters need, with their unsharded shapes."""
     wanted: dict[str, tuple[int, ...]] = {}
     doubled: Counter[str] = Counter()
     for held in part.held():
@@ -46,20 +46,23 @@ def needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What becomes of each tensor of a checkpoint that has all that is asked for."""
+    """What happens to each tensor of a checkpoint in which no needed tensor is missing."""
 
     read: tuple[str, ...]
-    """Into parameters."""
+    """Names that are read into parameters."""
     carried: Mapping[str, str]
-    """Into no parameter, but into every Hugging Face directory that is made of this one, unchanged; name -> what it is."""
+    """Read into no parameter, but kept unchanged in every Hugging Face directory made from this one; name -> what it is."""
     left: Mapping[str, str]
-    """Nowhere; name -> why that loses nothing."""
+    """Left out; name -> why no information is lost."""
 
 
 def check_coverage(
     family: Family, settings: Settings, checkpoint: TensorSource, wanted: Mapping[str, tuple[int, ...]]
 ) -> Coverage:
-    """What becomes of each tensor; UserError unless `wanted`, of all ranks together, is what the checkpoint has to be read."""
+    """What happens to each tensor. UserError unless the names and shapes match `wanted`, and all that is read is plain floating point.
+
+    wanted: name -> unsharded shape, over all ranks.
+    """
     wanted = together(wanted)
     missing = sorted(wanted.keys() - checkpoint.entries.keys())
     rest = sorted(checkpoint.entries.keys() - wanted.keys())
@@ -86,7 +89,7 @@ def check_coverage(
 
 
 def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
-    """Which of these tensors belong to parts that are not computed here but kept, and what they are."""
+    """The carried ones of these tensors: nothing computes them, and outputs keep them. name -> what it is."""
     found, layers = {}, settings.shape.layers
     for name in names:
         layer = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
@@ -102,9 +105,9 @@ def carried_of(settings: Settings, names: Iterable[str]) -> dict[str, str]:
 
 
 def count_predicted(path: Path, settings: Settings, names: Collection[str]) -> str | None:
-    """Makes a config.json count the layers of multi-token prediction that are there; returns what to say where it counted others.
+    """Lowers the count of multi-token prediction layers in a config.json to those that are present; returns a notice where it changed.
 
-    names: of the tensors beside those that the model computes with.
+    names: of the tensors that the model does not compute with.
     """
     layers = {int(found[1]) for name in names if (found := re.match(r"(?:.*\.)?layers\.(\d+)\.", name))}
     there = sum(layer >= settings.shape.layers for layer in layers)
@@ -121,7 +124,7 @@ def count_predicted(path: Path, settings: Settings, names: Collection[str]) -> s
 
 
 def _rows_cause(family: Family, checkpoint: TensorSource, wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """Vocabularies are what most often differ, by a few rows: padded for speed, or grown by added tokens."""
+    """A remedy where the vocabulary sizes differ, the most frequent case: padding for speed, or added tokens. "" for other cases."""
     for name in (family.embedding, family.head):
         shape = wanted.get(name, ())
         found = checkpoint.entries[name].shape if name in wanted else ()
@@ -132,7 +135,7 @@ def _rows_cause(family: Family, checkpoint: TensorSource, wanted: Mapping[str, t
 
 
 def refuse_quantised(checkpoint: TensorSource, names: Iterable[str]) -> None:
-    """UserError where one of these tensors is not of a plain floating-point dtype."""
+    """UserError where the dtype of one of these tensors is not plain floating point (`FLOATS`)."""
     strange = [
         f"{name} ({checkpoint.entries[name].dtype})" for name in names if checkpoint.entries[name].dtype not in FLOATS
     ]
@@ -144,7 +147,7 @@ def refuse_quantised(checkpoint: TensorSource, names: Iterable[str]) -> None:
 
 
 def check_same_head(family: Family, checkpoint: TensorSource) -> None:
-    """A tied model's checkpoint may hold the output layer too, but only as a copy of the embedding."""
+    """UserError where a tied model's checkpoint contains an output layer that is not an exact copy of the embedding."""
     head, embedding = checkpoint.read(family.head), checkpoint.read(family.embedding)
     if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head, embedding):
         raise UserError(

@@ -1,4 +1,7 @@
-"""A Hugging Face directory into this rank's parameters: only its slices are read, and once for all data replicas."""
+"""Loads a Hugging Face directory into this rank's parameters.
+
+A rank reads only the slices that it needs. The first data replica reads them, and broadcasts them to the other replicas.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,10 +24,10 @@ from swift_mega.parallel.groups import Groups
 
 
 def load(part: ModelPart, checkpoint: TensorSource, groups: Groups) -> None:
-    """Fills every base parameter of `part` from `checkpoint`. Collective: all ranks call it; raises UserError on all alike.
+    """Fills every base parameter of `part` from `checkpoint`. Collective; a UserError is raised on all ranks.
 
-    The first data replica reads; the others get its numbers over the network, which is faster than the files are for all. They wait for
-    the files in `agree`, since a broadcast would end the run where the files take longer than a collective may.
+    The first data replica reads, and broadcasts to the others: the network is faster than every replica reading the files. The others
+    wait for it in `agree`. A broadcast would time out where reading takes longer than the timeout of a collective.
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
     problem: str | None = None
@@ -43,16 +46,16 @@ def load(part: ModelPart, checkpoint: TensorSource, groups: Groups) -> None:
 
 
 def _read(part: ModelPart, checkpoint: TensorSource, held: Held) -> str | None:
-    """One parameter from its file; returns what is wrong with its numbers."""
+    """Fills one parameter from its files; returns an error message where a number is not finite."""
     pieces = slices_of(part, checkpoint, held)
     fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
     return not_finite(held.parameter, checkpoint, pieces)
 
 
 def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice]) -> str | None:
-    """What to say of a parameter that holds NaN or infinity, by the tensor that it is in.
+    """The error message for a parameter that holds NaN or infinity, with the name of the Hugging Face tensor; None where all are finite.
 
-    A rank that found one goes on: the others wait for what it sends them.
+    It is returned, not raised: the rank must continue, since other ranks wait for its broadcasts.
     """
     if is_finite(value):
         return None
@@ -65,13 +68,16 @@ def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice])
 
 
 def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:
-    """The ranks that hold the same parameter, and whether this one is their first."""
+    """The group of ranks that hold the same shard of this parameter, and whether this rank is the first of it."""
     group = groups.expert_data if held.expert else groups.data_context
     return group, dist.get_rank(group) == 0
 
 
 def fill(value: Tensor, checkpoint: TensorSource, rule: Rule, pieces: Sequence[Slice], heads: Heads) -> None:
-    """One parameter from its slices, straight into place where its pack has places for them; a vocabulary's padding is zero."""
+    """Fills `value` from its slices. They are read straight into memory where the pack gives views for them (`places`).
+
+    Padding rows of a vocabulary are set to zero.
+    """
     pack = rule.pack
     if pack.padded:
         (piece,) = pieces
@@ -88,7 +94,7 @@ def fill(value: Tensor, checkpoint: TensorSource, rule: Rule, pieces: Sequence[S
 
 
 def slices_of(part: ModelPart, checkpoint: TensorSource, held: Held) -> list[Slice]:
-    """What this rank reads for a parameter."""
+    """The slices that this rank reads for a parameter."""
     return slices(
         held.rule,
         {name: checkpoint.shape(name) for name in held.parts},
@@ -99,7 +105,7 @@ def slices_of(part: ModelPart, checkpoint: TensorSource, held: Held) -> list[Sli
 
 
 def _all_needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
-    """`needs` of all ranks together; one rank speaks for every stage and set of experts."""
+    """The union of `needs` over all ranks. Only ranks with expert_tensor = expert_data = 0 send theirs: one per stage and expert rank."""
     mine = needs(part) if part.coordinate.expert_tensor == 0 and part.coordinate.expert_data == 0 else {}
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine

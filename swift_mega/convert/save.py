@@ -1,8 +1,8 @@
-"""This rank's parameters into a Hugging Face directory: sizes first, then every rank writes its own ranges in place, all at once.
+"""Saves the parameters of all ranks as one Hugging Face directory: file headers first, then all ranks write their byte ranges in parallel.
 
-What a rank holds as rows of a Hugging Face tensor it writes as they are; what it holds as columns is glued first, on one rank, in
-turn. Data replicas take turns too. A rank that cannot write keeps its place in the exchange of tensors, so that all ranks hear of
-it and stop with the same message; a directory appears whole or not at all (outputs.py).
+A shard along dim 0 is a contiguous byte range of the Hugging Face tensor, so the rank writes it as it is. Shards along another dim are
+gathered on one tensor rank, round robin. The data replicas also write round robin. A rank that cannot write still takes part in the
+gathers; `agree` then raises the same error on every rank. The directory appears complete or not at all (outputs.py).
 """
 
 import itertools
@@ -47,7 +47,7 @@ Value = Callable[[Held], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """Hugging Face tensor `name` from row `first_row` on."""
+    """Rows of the Hugging Face tensor `name`, starting at row `first_row`."""
 
     name: str
     value: Tensor
@@ -56,22 +56,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Carried:
-    """Tensors of a Hugging Face directory that no parameter holds and that go on, by name, with the dtype that they are written in."""
+    """Carried tensors: no parameter holds them, and the output keeps them. dtypes: name -> the dtype in which it is written."""
 
     checkpoint: TensorSource
     dtypes: Mapping[str, torch.dtype]
 
     def pieces(self) -> Iterator[Piece]:
-        """This rank's turns."""
+        """The tensors that this rank writes: every world_size-th one."""
         for name in tuple(self.dtypes)[dist.get_rank() :: dist.get_world_size()]:
             yield Piece(name, self.checkpoint.read(name))
 
 
 def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value) -> Iterator[Piece]:
-    """What this rank writes, one parameter in flight; all ranks' pieces together are every tensor, each byte once. Collective.
+    """What this rank writes, one parameter at a time. The pieces of all ranks together cover each byte of each tensor once. Collective.
 
-    exported: `part.held()`, or what a tuner holds. `value` gives what to export for a parameter (its data, its gradient, …),
-    shaped like it.
+    exported: `part.held()`, or a tuner's `held`. value: the tensor to export for a parameter (its data, its gradient, …), of the same
+    shape.
     """
     for turn, held in enumerate(held for held in exported if not held.copy):
         replicas = groups.expert_data if held.expert else groups.data_context
@@ -120,7 +120,7 @@ def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]
 
 
 def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:
-    """Names and whole shapes of this rank's tensors, if it is the one that speaks for those that hold them."""
+    """Names and unsharded shapes of this rank's tensors that it reports: only those for which it is tensor rank 0 and replica 0."""
     mine: dict[str, tuple[int, ...]] = {}
     where = part.coordinate
     for held in exported:
@@ -142,10 +142,10 @@ def save(
     edit: Callable[[Path], None] = lambda staging: None,
     convert_carried: bool = False,
 ) -> None:
-    """Writes a complete Hugging Face directory. Collective; `source` gives config, tokenizer and chat template.
+    """Writes a complete Hugging Face directory. Collective. Config, tokenizer and chat template are copied from `source`.
 
-    dtypes: of the tensors by Hugging Face name, or one for all. edit: changes the files that came from `source`, on rank 0.
-    convert_carried: as for `carried_tensors`.
+    dtypes: by Hugging Face tensor name, or one for all. edit: called on rank 0 to change the files copied from `source`.
+    convert_carried: the `convert` of `carried_tensors`.
     """
     settings, origin = part.settings, Path(source)
     carried = on_every_rank(lambda: carried_tensors(settings, origin, dtypes, convert=convert_carried))
@@ -171,9 +171,9 @@ def save(
 def companions_from(
     source: str | Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, settings: Settings, carried: Carried | None
 ) -> Callable[[Path], None]:
-    """Writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes.
+    """Returns a function that writes config, tokenizer and chat template of `source` into a directory of plain weights of these dtypes.
 
-    UserError at once, before a weight is written, where one of them is a link to nothing.
+    UserError immediately, before any weight is written, where one of these files is a broken link.
     """
     companions(Path(source))
 
@@ -182,8 +182,9 @@ def companions_from(
         drop_quantization(staging)
         if isinstance(dtypes, torch.dtype):
             set_dtype(staging / "config.json", dtypes)
+        # All tensors of a source with weights are kept, so the counts in its config.json stay valid.
         if has_weights(Path(source)):
-            return  # all that it holds goes on, so its config.json is as right as it was
+            return
         if said := count_predicted(staging / "config.json", settings, carried.dtypes if carried else ()):
             print(f"{source}: {said}", flush=True)
 
@@ -193,10 +194,11 @@ def companions_from(
 def carried_tensors(
     settings: Settings, source: Path, dtypes: Mapping[str, torch.dtype] | torch.dtype, *, convert: bool
 ) -> Carried | None:
-    """What a source directory holds that is not computed but kept: of its own weights, or what lies beside a Megatron checkpoint.
+    """The carried tensors of a source directory; None where it has none.
 
-    Plain tensors keep their numbers and dtype, or get that of `dtypes` where it is one for all and `convert` says so. Quantised ones
-    are dequantised into it, since what is written says of all its weights that they are plain.
+    They come from its own weights, or from the `carried` files next to a Megatron checkpoint. Plain tensors keep their dtype, except
+    where `convert` is true and `dtypes` is one dtype: then they get that. Quantised ones are dequantised, since the output's config.json
+    declares all weights as plain.
     """
     stem = MODEL if has_weights(source) else CARRIED
     if not has_weights(source, stem):
@@ -228,10 +230,10 @@ def write_directory(
     carried: Carried | None = None,
     any_number: bool = False,
 ) -> None:
-    """Writes `exported` of all ranks as one safetensors directory; rank 0 adds the files that `companions` writes.
+    """Writes `exported` of all ranks as one safetensors directory; rank 0 calls `companions` for the other files. Collective.
 
-    value: what is written for a parameter, shaped like it. carried: further tensors, which come as they are. any_number: NaN and
-    infinity too, which no model may hold.
+    value: the tensor that is written for a parameter, of the same shape. carried: further tensors, written unchanged.
+    any_number: allow NaN and infinity, which are refused in a model.
     """
     write_pieces(
         pieces(part, groups, exported, value),
@@ -260,7 +262,7 @@ def write_pieces(
     carried: Carried | None = None,
     any_number: bool = False,
 ) -> None:
-    """`mine` of all ranks, which are the tensors of these whole shapes, as one safetensors directory. Collective."""
+    """Writes the pieces `mine` of all ranks as one safetensors directory. whole: name -> unsharded shape of every tensor. Collective."""
     shapes = together(_in_order(whole))
     kinds = _kinds(shapes, dtypes)
     if carried is not None:
@@ -284,8 +286,9 @@ def _write(
     written: Callable[[int], object],
     any_number: bool,
 ) -> dict[str, str]:
-    """Writes this rank's tensors; returns the sha256 of all ranks'. Collective: who cannot write goes on taking tensors, which
-    other ranks wait for in `_gather`.
+    """Writes this rank's tensors; returns the sha256 of the tensors of all ranks. Collective.
+
+    A rank that cannot write still consumes `tensors`, because the other ranks wait for it in `_gather`.
     """
     problem, found = None, {}
     with (
@@ -300,10 +303,11 @@ def _write(
                         written(piece.value.nbytes)
                     except OSError as error:
                         problem = cannot_write(staging, error)
-                    except UserError as error:  # a number that is not finite
+                    except UserError as error:  # a number is not finite
                         problem = str(error)
-                del piece  # or it would stay beside the next one while that is made
-        except UserError as error:  # a source that cannot be read to its end
+                # Otherwise it stays in memory while the next piece is made.
+                del piece
+        except UserError as error:  # the source cannot be read
             problem = problem or str(error)
         if problem is None:
             try:
@@ -315,7 +319,7 @@ def _write(
 
 
 def _share_checksums(staging: Path, planned: Mapping[str, Planned], mine: dict[str, str]) -> dict[str, str]:
-    """Every tensor's checksum. What several ranks wrote of is hashed by one of them. Collective."""
+    """The sha256 of every tensor. A tensor that several ranks wrote is hashed by one rank now. Collective."""
     world, problem = dist.get_world_size(), None
     found = _united(mine)
     rest = [name for name in planned if name not in found]
@@ -333,9 +337,9 @@ def _united(mine: dict[str, str]) -> dict[str, str]:
 
 @contextmanager
 def staged_together(target: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
-    """`outputs.staged` for all ranks: rank 0 makes the staging directory, and publishes or removes it. Collective.
+    """`outputs.staged` for all ranks: rank 0 creates the staging directory, and publishes or removes it at the end. Collective.
 
-    A body that fails on one rank must fail on all (`agree`), or its peers wait here.
+    If the body of the `with` fails on one rank, it must fail on all (use `agree`); otherwise the other ranks wait here.
     """
     with ExitStack() as stack:
         agree(on_first_rank(lambda: stack.enter_context(staged(target, overwrite=overwrite, needed=needed))))
@@ -366,7 +370,7 @@ def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[
 
 
 def _in_order(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Layer by layer in number order, so that a file holds whole layers and a listing reads well."""
+    """Sorted with numbers in numeric order, so that layers follow each other and a file contains whole layers."""
 
     def key(name: str) -> list[tuple[int, str | int]]:
         return [(1, int(word)) if word.isdigit() else (0, word) for word in re.split(r"(\d+)", name)]

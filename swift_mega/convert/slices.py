@@ -1,4 +1,7 @@
-"""Which slice of a Hugging Face tensor a rank's parameter is made of: arithmetic on a rule and a place, no rank talks."""
+"""Which slices of Hugging Face tensors make up a rank's parameter.
+
+This is arithmetic on a rule and a rank's number along its axis; there is no communication.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from swift_mega.models.packs import Heads
 
 @dataclass(frozen=True)
 class Slice:
-    """[start, stop) along `axis` of a Hugging Face tensor, or all of it (axis None), as `Checkpoint.read` takes it."""
+    """[start, stop) along dim `axis` of a Hugging Face tensor, or the whole tensor (axis None): the arguments of `Checkpoint.read`."""
 
     name: str
     axis: int | None = None
@@ -21,10 +24,10 @@ class Slice:
 def slices(
     rule: Rule, tensors: Mapping[str, Sequence[int]], *, cut: tuple[int, int], heads: Heads, rows: int
 ) -> list[Slice]:
-    """What a rank holds of the tensors in a parameter, in their order: its share of each part in them, which may be empty.
+    """The slices of `tensors` that this rank holds, in the order of `tensors`: its shard of each part. A slice may be empty.
 
-    tensors: name -> whole shape; cut: (rank, size) of the axis that cuts the parameter; rows: the parameter's on this rank, which
-    for a vocabulary may reach beyond its end.
+    tensors: name -> unsharded shape. cut: (rank, size) of the mesh axis that shards the parameter.
+    rows: size of dim 0 of the parameter on this rank. For a padded vocabulary, rows * size may exceed the size of the tensor.
     """
     pack, (rank, size) = rule.pack, cut
     axis = pack.axis
@@ -46,12 +49,12 @@ def slices(
 
 
 def rows_of(shape: Sequence[int]) -> int:
-    """Rows of a parameter; a single number, of no dim, is one."""
+    """Size of dim 0 of a parameter; 1 for a scalar."""
     return shape[0] if shape else 1
 
 
 def together(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """`X[0]`, `X[1]`, … as the one Hugging Face tensor X that they are along its first dim; other tensors as they are."""
+    """Merges the names `X[0]`, `X[1]`, … into one tensor X that has them along dim 0; other tensors stay as they are."""
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         whole, index = stacked(name)

@@ -1,6 +1,6 @@
-"""A Hugging Face model as one object: its directory, what its config.json means, its family and its tensors.
+"""A Hugging Face model as one object: its directory, the settings that config.json gives, its family and its tensors.
 
-A Source is opened once and passed on. Each part is read when it is first asked for, and once; what is wrong with it is raised then.
+A Source is opened once and passed on. Each property is read from disk at its first use, which raises errors in the files, and then cached.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,10 +21,11 @@ from swift_mega.models.translate import load_settings
 
 
 class Source:
-    """dequantize: the dtype in which quantised weights are read, True for float32; False: a quantised model is refused.
+    """dequantize: the dtype in which quantised weights are read; True means float32, False refuses a quantised model.
 
-    names: of the model's tensors, for a directory that has config.json and no weights. It can be pickled: another process reads config.json
-    itself, and takes the tensors that were opened here, whose files must not have changed.
+    names: the names of the model's tensors, for a directory with config.json and no weights.
+    A Source can be pickled: another process reads config.json again, and uses the TensorSource that was opened here. The weight files
+    must not change in between.
     """
 
     def __init__(
@@ -39,17 +40,17 @@ class Source:
         return {key: value for key, value in self.__dict__.items() if key in kept}
 
     def open(self) -> None:
-        """Read config and headers now; UserError where something is wrong with them."""
+        """Reads config and headers now; UserError where they are invalid."""
         _ = self.settings, self.tensors, self.family
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """config.json as it is written."""
+        """config.json, unchanged."""
         return read_config(self.directory)
 
     @property
     def is_known(self) -> bool:
-        """Whether its model_type has a family here."""
+        """Whether a family exists for its model_type."""
         return self.config["model_type"] in families()
 
     @cached_property
@@ -59,7 +60,7 @@ class Source:
 
     @cached_property
     def tensors(self) -> TensorSource:
-        """The weights; UserError where files are missing or odd."""
+        """The weights; UserError where files are missing or invalid."""
         return open_checkpoint(self.directory, self.dequantize)
 
     @property
@@ -69,7 +70,7 @@ class Source:
 
     @cached_property
     def family(self) -> Family:
-        """The family, whose rules have the names of this model's tensors: with their prefix, or without it."""
+        """The family, with its rules in the names that this model's tensors have: with the family's prefix, or without it."""
         names = self.names
         if names is None:
             names = tuple(self.tensors.entries) if self.has_weights else ()

@@ -1,7 +1,7 @@
-"""A Megatron checkpoint of any layout to and from Hugging Face files in one process that never holds the model.
+"""Converts between a Megatron checkpoint of any layout and Hugging Face files, in one process with constant memory.
 
-The whole model is walked parameter by parameter, and a large parameter in bands of rows, so that some hundred MB are in flight. What is
-written is what the ranks of a layout would write: each chunk is some rank's share, or a part of it.
+It goes through the model parameter by parameter, and through a large parameter in blocks of rows (`Band`), so a few hundred MB are in
+memory at a time. The output is what the ranks of a layout would write: each chunk is the shard of one rank, or part of one.
 """
 
 import itertools
@@ -41,12 +41,15 @@ from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.layout import Layout
 
 MOST = 256 << 20
-"""Bytes of a parameter that are in flight; more where its pack cannot be cut."""
+"""Bytes of a parameter in memory at a time. It is exceeded where a pack cannot be split further."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Some rows of a parameter: a tensor of this shape, made of `slices`; its own rows lie in (place, first row, last row + 1)."""
+    """A block of rows of a parameter, of shape `shape`.
+
+    slices: the Hugging Face slices that it is made of. lies: (place, first row, last row + 1) in a Megatron checkpoint, in row order.
+    """
 
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
@@ -54,10 +57,11 @@ class Band:
 
 
 def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = None) -> Iterator[Band]:
-    """A parameter in bands of at most `most` bytes where it can be cut so. rows: of a vocabulary that is to be padded."""
+    """Splits a parameter into bands of at most `most` bytes, where its pack allows that. rows: of a vocabulary after padding."""
     shape, pack = slot.shape, slot.rule.pack
     size = slot.dtype.itemsize * math.prod(shape)
-    if type(pack) is Pack and shape and len(slot.places) == 1:  # a Hugging Face tensor as it is: any rows
+    # One Hugging Face tensor, unchanged: it can be split at any row.
+    if type(pack) is Pack and shape and len(slot.places) == 1:
         (name,), (place,) = slot.parts, slot.places
         together, length = max(1, most * shape[0] // size) if size else 1, (rows if pack.padded else None) or shape[0]
         for start in range(0, length, together):
@@ -77,7 +81,7 @@ def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = N
 
 
 def _count(slot: Slot, settings: Settings, size: int, most: int) -> int:
-    """Equal bands of a fused parameter: as few as it takes, and no more than its groups or features."""
+    """The number of equal bands of a fused parameter: as few as possible, at most its number of query groups or MLP features."""
     pack = slot.rule.pack
     inner = pack.inner if isinstance(pack, Fused) else pack
     unit = 1
@@ -98,7 +102,7 @@ def write_mcore(
     vocab_divisible_by: int = 128,
     most: int = MOST,
 ) -> None:
-    """What `save_mcore` of the ranks of `layout` writes, by this process alone. In a group of one rank."""
+    """Writes what `save_mcore` would write on all ranks of `layout`, from this process alone, in a process group of one rank."""
     target, settings = Path(output), blueprint.settings
     check_coverage(blueprint.family, settings, checkpoint, blueprint.wanted)
     with staged_together(target, overwrite=overwrite, needed=_bytes(blueprint)) as staging:
@@ -114,7 +118,7 @@ def write_mcore(
 def _write_slots(
     writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: TensorSource, rows: int, most: int
 ) -> None:
-    """Every parameter in bands, from the Hugging Face tensors; rows: of the padded vocabulary."""
+    """Writes every parameter in bands, from the Hugging Face tensors. rows: of the padded vocabulary."""
     settings = blueprint.settings
     with bytes_bar(_bytes(blueprint), "writing") as bar:
         for slot in blueprint.slots:
@@ -127,7 +131,8 @@ def _write_slots(
                 for place, start, part in _parts(band, value):
                     _write(writer, slot, place, start, part, size=size, padded=rows)
                 bar.update(value.nbytes)
-                del value, part  # or they would stay beside the next band's
+                # Otherwise they stay in memory while the next band is read.
+                del value, part
 
 
 def _bytes(blueprint: Blueprint) -> int:
@@ -135,7 +140,7 @@ def _bytes(blueprint: Blueprint) -> int:
 
 
 def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
-    """A band's rows by the place that they lie in, from which of its rows on."""
+    """(place, first row in that place, rows) for each place of a band."""
     at = 0
     for place, start, stop in band.lies:
         yield place, start, value[at : at + stop - start] if value.dim() else value
@@ -143,7 +148,7 @@ def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
 
 
 def _write(writer: ChunkWriter, slot: Slot, place: Place, start: int, value: Tensor, *, size: int, padded: int) -> None:
-    """Rows of a place from `start` on, in the chunks that the `size` tensor ranks would write."""
+    """Writes rows of a place, from row `start`, in the chunks that `size` tensor ranks would write. padded: rows of a padded vocabulary."""
     rows = padded if slot.rule.pack.padded else None
     box, dim = place.box(rows=rows), slot.rule.pack.held_dim
     if not value.dim():
@@ -173,10 +178,10 @@ def read_mcore(
     overwrite: bool = False,
     most: int = MOST,
 ) -> tuple[int, int]:
-    """A Megatron checkpoint of any layout as a Hugging Face directory, by this process alone. In a group of one rank.
+    """Writes a Megatron checkpoint of any layout as a Hugging Face directory, from this process alone, in a process group of one rank.
 
-    source: config, tokenizer and chat template. Returns how many tensors and objects of a training run's state were left out, and
-    their bytes, which are not read.
+    source: directory of config, tokenizer and chat template. Returns (number, bytes) of the tensors and objects of optimizer and training
+    state that were left out; they are not read.
     """
     folder = iteration_directory(directory)
     try:
@@ -207,7 +212,7 @@ def _unreadable(folder: Path, error: BaseException) -> UserError:
 
 
 def _fit(blueprint: Blueprint, stored: TorchDist) -> dict[Place, Box]:
-    """Where each place is in this checkpoint; UserError unless it holds what config.json asks for, and no other weight."""
+    """The box of each place in this checkpoint; UserError unless its weights are exactly those that config.json asks for."""
     found: dict[Place, Box] = {}
     missing, shapes = [], []
     for slot in blueprint.slots:
@@ -218,7 +223,8 @@ def _fit(blueprint: Blueprint, stored: TorchDist) -> dict[Place, Box]:
                 continue
             found[place] = box
             size = tuple(stored.tensors[box.key].size)
-            longer = slot.rule.pack.padded and size[:1] > box.size[:1]  # Megatron pads a vocabulary as its settings say
+            # Megatron pads a vocabulary to a multiple that its settings give.
+            longer = slot.rule.pack.padded and size[:1] > box.size[:1]
             if size != box.size and not (longer and size[1:] == box.size[1:]):
                 shapes.append(f"{box.key} is {list(size)}, config.json says {list(box.size)}")
     extra = stored.tensors.keys() - {box.key for box in found.values()}
@@ -248,7 +254,7 @@ def _pieces(blueprint: Blueprint, stored: TorchDist, boxes: Mapping[Place, Box],
 
 
 def _split(slot: Slot, settings: Settings, band: Band, value: Tensor) -> Iterator[Piece]:
-    """The rows of Hugging Face tensors that a band holds."""
+    """The rows of Hugging Face tensors in a band."""
     pack = slot.rule.pack
     if pack.axis == 0 or (type(pack) is Pack and value.dim()):
         for piece, part in zip(band.slices, pack.split(value, settings.heads), strict=True):
