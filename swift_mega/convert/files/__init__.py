@@ -1,1 +1,1 @@
-"""Hugging Face files: read by slices, dequantised as they are read, written in place."""
+"""Hugging Face files: they are read by slices, dequantised while reading, and written in place."""

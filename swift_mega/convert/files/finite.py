@@ -1,7 +1,7 @@
-"""Numbers that are none, found by the name of their tensor before a model is made of them.
+"""Finds NaN and infinity in tensors, and reports the name of the tensor, before a model is made of them.
 
-One pass over memory: the smallest and the largest number are NaN or infinite where any number is. For FP8, which torch cannot compare,
-the bytes are compared: what is not finite has the largest codes of its sign.
+It takes one pass over memory: if any number is NaN or infinite, so is the minimum or the maximum. torch cannot compare FP8 numbers, so
+their bytes are compared: the codes that are not finite are the largest ones of each sign.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 from swift_mega.errors import UserError
 
 _CODES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
-"""The first code that is not finite, without the sign."""
+"""The smallest code that is not finite, without the sign bit."""
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite; whole numbers are."""
+    """Whether every number is finite; integers are."""
     if not tensor.numel():
         return True
     if tensor.dtype in _CODES:
@@ -28,10 +28,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(name: str, tensor: Tensor, written: torch.dtype | None = None, first_row: int = 0) -> None:
-    """UserError with the tensor's name, how many of its numbers are NaN or infinite, and where the first one is.
+    """UserError with the tensor's name, how many of its numbers are NaN or infinite, and the index of the first one.
 
-    written: the dtype that the numbers are about to get, whose range they may be beyond. first_row: of the tensor, where this is a
-    part of it.
+    written: the dtype in which the numbers will be written; numbers outside its range are an error too. first_row: the row of the whole
+    tensor at which `tensor` begins.
     """
     odd = None if is_finite(tensor) else ~_finite(tensor)
     if odd is not None:

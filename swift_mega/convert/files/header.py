@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself: name, dtype, shape and byte range of every tensor, held against the file's real size."""
+"""The header of a safetensors file: name, dtype, shape and byte range of every tensor, checked against the file's real size."""
 
 import math
 import os
@@ -18,12 +18,12 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
-"""How files of torch.save begin, of today and of before 1.6. As the length of a header they are longer than any file."""
+"""First bytes of torch.save files: zip archives, and pickles (before torch 1.6). Read as a header length, they exceed any file size."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_header(file: Path) -> tuple[list[Entry], tuple[int, int]]:
-    """Entries of one safetensors file, whose ranges cover the file's real size without a hole, an overlap or a rest; its `state_of`."""
+    """(entries, `state_of`) of one safetensors file. UserError unless the byte ranges cover the file without gap, overlap or rest."""
     try:
         with file.open("rb") as handle:
             state = state_of(handle.fileno())
@@ -55,13 +55,13 @@ def read_header(file: Path) -> tuple[list[Entry], tuple[int, int]]:
 
 
 def state_of(handle: int) -> tuple[int, int]:
-    """Bytes and time of the last change (ns): a file of other numbers has another one."""
+    """(size in bytes, time of last change in ns) of an open file, by which a change is detected."""
     found = os.fstat(handle)
     return found.st_size, found.st_mtime_ns
 
 
 def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> None:
-    """The format asks that tensors tile the data: bytes that belong to none or to two are a damaged file or a foreign one."""
+    """UserError unless the tensors tile the data, as the format requires; otherwise the file is damaged or was made by another program."""
     reached, before = start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != reached:
@@ -103,11 +103,11 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError where it is none."""
+    """Reads a JSON object; UserError where the file is not one or repeats a key."""
     return read_object(path, pairs=_once)
 
 
 def some(names: Sequence[str], limit: int = 6) -> str:
-    """At most `limit` names, and how many more there are."""
+    """The first `limit` names as text, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,7 +1,7 @@
 """Safetensors directories, read by slices.
 
-A checkpoint is its headers: name, dtype, shape and byte range of every tensor, checked against the files before a byte of
-weight moves. Pickle files are never opened.
+All headers are read first: name, dtype, shape and byte range of every tensor. They are checked against the file sizes and the index
+before any weight is read. Pickle files are never opened.
 """
 
 import os
@@ -23,8 +23,9 @@ __all__ = ["DTYPES", "NAMES", "Checkpoint", "Entry", "read_json", "some"]
 class Checkpoint(TensorSource):
     """The safetensors files of a Hugging Face directory; values are read on demand, by slice.
 
-    stem: of the files, one of those in which_files.py; default: a model's, or an adapter's where the directory is PEFT's alone. It can
-    be pickled: another process opens the files itself, and stops where one is no longer what it was when its header was read.
+    stem: how the file names begin, one of the constants in which_files.py; default: a model's, or an adapter's in a directory that
+    contains only a PEFT adapter.
+    A Checkpoint can be pickled: another process opens the files again, and raises UserError where a file changed since its header was read.
     """
 
     def __init__(self, directory: str | Path, *, stem: str | None = None) -> None:
@@ -50,10 +51,11 @@ class Checkpoint(TensorSource):
         self._handles: dict[Path, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}  # a number that means another file, or none, to another process
+        # A file descriptor has no meaning in another process.
+        return {**self.__dict__, "_handles": {}}
 
     def _check_index(self, index: Path) -> None:
-        """The index names exactly the tensors that the files hold."""
+        """UserError unless the index names exactly the tensors in the files."""
         listed: dict[str, str] = read_json(index).get("weight_map", {})
         for name, file in listed.items():
             if name not in self.entries:

@@ -1,6 +1,6 @@
 """Safetensors directories, written in place.
 
-Sizes are known first, so that headers are written before any weight, and every process puts what it has where it belongs.
+All shapes are known first, so the headers are written before any weight. Every process then writes its tensors at their offsets.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from swift_mega.errors import UserError
 from swift_mega.text_files import parse_json
 
 LEFT = re.compile(
-    # weights in any format, lists of their files, and the settings of other formats' readers
+    # weights in any format, indexes of weight files, and settings for readers of other formats
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|npy|ot|pkl|pickle|tflite|mlmodel|nemo|distcp|tar|zip)"
     r"|.*\.index\.json|.*\.index|.*\.data-\d+-of-\d+|(tf_model|flax_model|consolidated|ggml-model)[.-].*|params\.json"
     # an adapter: transformers would load its base, or apply it
@@ -34,21 +34,21 @@ LEFT = re.compile(
     # the state of a training run
     r"|(optimizer|scheduler|scaler|rng_state|random_states|training_args|pytorch_model_fsdp|zero_pp_rank)([._-].*)?"
     r"|trainer_state\.json|zero_to_fp32\.py|latest(_checkpointed_iteration\.txt)?"
-    # what is of one directory alone: hidden files, compiled code, our own report
+    # files that belong to this directory only: hidden files, compiled code, our own report
     r"|\..*|.*\.pyc|.*~|(report|source_dtypes|resized)\.json",
     re.IGNORECASE,
 )
-"""Files of a Hugging Face directory that do not go on into what is made of it. Everything else does: config, tokenizer, chat
-template, processor, generation settings, code, model card, licence."""
+"""Files of a Hugging Face directory that are not copied into an output. All others are: config, tokenizer, chat template, processor,
+generation settings, code, model card, licence."""
 TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers looks for further chat templates (*.jinja)."""
+"""The folder in which transformers looks for additional chat templates (*.jinja)."""
 MODULES = "modules.json"
-"""What sentence-transformers reads first: a list of modules, each with the folder (`path`) that it is in."""
+"""The file that sentence-transformers reads first: a list of modules, each with its folder (`path`)."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write: what it is, and where it goes."""
+    """A tensor to write: its dtype and shape, and the file and byte offset at which it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class Planned:
 def plan_files(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model"
 ) -> dict[str, Planned]:
-    """Files and offsets (header included) for `tensors`, in their order; a file holds at most max_bytes, or one tensor."""
+    """Assigns a file and an offset (header included) to each of `tensors`, in order. A file has at most max_bytes, or one tensor."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
@@ -85,7 +85,7 @@ def plan_files(
 
 
 def bytes_needed(planned: Mapping[str, Planned], source: Path | None = None) -> int:
-    """On the disk by a plan's files, and by the other files of `source`; JSON that goes with them is not counted."""
+    """Disk space of the planned files and of the companions of `source`, in bytes; the index and report.json are not counted."""
     ends: dict[str, int] = {}
     for place in planned.values():
         ends[place.file] = max(ends.get(place.file, 0), place.offset + place.bytes)
@@ -93,7 +93,7 @@ def bytes_needed(planned: Mapping[str, Planned], source: Path | None = None) -> 
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The header of a safetensors file that holds `tensors` one after another, with its length, padded to 8 bytes."""
+    """The header of a safetensors file with `tensors` in this order, including its 8-byte length field, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -106,7 +106,7 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> 
 
 
 def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
-    """Creates every file of a plan at its full size, header first, and the index where there are several."""
+    """Creates every planned file with its header and its full size, and the index where there are several files."""
     files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for name, tensor in planned.items():
         files.setdefault(tensor.file, {})[name] = (tensor.dtype, tensor.shape)
@@ -124,11 +124,11 @@ def write_headers(directory: Path, planned: Mapping[str, Planned]) -> None:
 
 
 class Writer:
-    """Puts tensors, whole or by rows, where a plan says; any number of processes may do so at once, once the headers are there.
+    """Writes tensors, whole or by rows, at their planned offsets. Several processes may write at once, after `write_headers`.
 
-    sharers: processes that do so on this machine. A tensor that this one wrote to its end is read back and hashed while the next
-    ones are written. Numbers that are not finite are not written, but where `any_number` says of a name that they may be: masks
-    that follow from config.json hold -inf.
+    sharers: how many processes on this machine write at once. A tensor that this process wrote completely is read back and hashed while
+    the next ones are written. NaN and infinity are refused, except in tensors for whose name `any_number` is true: masks that follow
+    from config.json contain -inf.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Writer:
             os.close(self._handles.popitem()[1])
 
     def finish(self) -> dict[str, str]:
-        """Waits until all that was written is on the disk; returns the sha256 of the tensors written to their end."""
+        """Waits until everything is on disk (fsync); returns the sha256 of each tensor that this process wrote completely."""
         with ThreadPoolExecutor(1) as disk:
             synced = [disk.submit(os.fsync, handle) for handle in self._handles.values()]
             found = {name: digest.result() for name, digest in self._digests.items()}
@@ -164,9 +164,9 @@ class Writer:
         return found
 
     def write(self, name: str, value: Tensor, first_row: int = 0) -> None:
-        """`value` is tensor `name` from row `first_row` on; `X[3]` is number 3 of the stacked tensor X.
+        """Writes `value` as the rows of tensor `name` that begin at `first_row`. The name `X[3]` is index 3 along dim 0 of tensor X.
 
-        UserError with the name where a number is not finite, or would not be in the dtype that is written.
+        UserError with the name where a number is not finite, or is outside the range of the output dtype.
         """
         whole, index = stacked(name)
         place = self.planned[whole]
@@ -204,7 +204,7 @@ class Writer:
 
 
 def _write_all(handle: int, numbers: Tensor, begin: int) -> int:
-    """Returns how many bytes there were."""
+    """Writes contiguous CPU numbers at byte `begin`; returns how many bytes that was."""
     raw = memoryview(numbers.view(torch.uint8).numpy().data) if numbers.numel() else memoryview(b"")
     done = 0
     while done < len(raw):
@@ -213,7 +213,7 @@ def _write_all(handle: int, numbers: Tensor, begin: int) -> int:
 
 
 def digest(file: Path, begin: int, size: int) -> str:
-    """sha256 of `size` bytes of a file."""
+    """sha256 of `size` bytes of a file, from byte `begin`."""
     found, buffer = hashlib.sha256(), memoryview(bytearray(min(BUFFER, max(size, 1))))
     with file.open("rb", buffering=0) as handle:
         while size:
@@ -226,12 +226,12 @@ def digest(file: Path, begin: int, size: int) -> str:
 
 
 def hashing_threads(sharers: int) -> int:
-    """For each of the processes that share this machine's cores."""
+    """Hashing threads for each of `sharers` processes on this machine: its cores divided by them, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // sharers)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Everything that belongs to the model of a directory but its weights (see LEFT); of links, the files that they lead to."""
+    """Copies the companions of a model directory: all its files except weights and other files that match LEFT. Links are followed."""
     for file in companions(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def companions(source: Path) -> list[Path]:
-    """The files that `copy_companions` copies; UserError where one is a link to nothing."""
+    """The files that `copy_companions` copies; UserError where one is a broken link."""
     found = [file for file in sorted(source.iterdir()) if not LEFT.fullmatch(file.name)]
     templates = sorted((source / TEMPLATES).glob("*.jinja"))
     modules = [
@@ -257,7 +257,7 @@ def companions(source: Path) -> list[Path]:
 
 
 def _modules(source: Path) -> list[Path]:
-    """Folders of further modules of a sentence-transformers model. Their weights, if any, are no language model's: they go along."""
+    """Folders of further modules of a sentence-transformers model. They are copied whole: their weights are not the language model's."""
     try:
         listed = parse_json((source / MODULES).read_bytes())
         paths = {str(module["path"]) for module in listed}
@@ -267,10 +267,10 @@ def _modules(source: Path) -> list[Path]:
 
 
 def _forget_file_of_weights(path: Path) -> None:
-    """Files that we write have the names that transformers looks for where config.json names none."""
+    """Removes `transformers_weights` from a config.json: the files that we write have transformers' default names."""
     try:
         config = parse_json(path.read_bytes()) if path.is_file() else {}
-    except ValueError:  # who needs it says so
+    except ValueError:  # code that needs config.json reports this error
         return
     if isinstance(config, dict) and config.pop(NAMED_BY_CONFIG, None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Bytes per second and the time that is left, on the first rank's standard error, where a conversion takes long enough to ask."""
+"""A progress bar with bytes per second and remaining time, on standard error of the first rank, for work that takes over 2 seconds."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def bytes_bar(total: int, what: str) -> "tqdm[None]":
-    """A bar over this rank's `total` bytes; `.update(bytes)` moves it. In a log file, which nobody watches, a line every ten seconds."""
+    """A bar over this rank's `total` bytes; `.update(bytes)` advances it. Where stderr is no terminal, it prints every ten seconds."""
     silent = dist.is_initialized() and dist.get_rank() != 0
     watched = sys.stderr.isatty()
     return tqdm(

@@ -1,7 +1,7 @@
-"""Checkpoints whose weights are quantised, read as if they were plain: each slice is dequantised as it is read.
+"""Reads quantised checkpoints as if their weights were plain: each slice is dequantised while it is read.
 
-`open_checkpoint` is the way in. What comes back has the names, shapes and dtypes of the plain model, so that loading, checking,
-converting and merging know nothing of it. How each kind of file stores its numbers is a table entry in convert/files/formats.
+`open_checkpoint` is the entry point. Its result has the names, shapes and dtypes of the plain model, so loading, checking, converting
+and merging need no code for quantisation. Each storage format is one file in convert/files/formats.
 """
 
 import json
@@ -27,14 +27,14 @@ from swift_mega.models.quantization import KEYS, SIDECARS, quantization_of, stor
 from swift_mega.models.quantization_fields import judge
 
 CHUNK = 1 << 19
-"""Numbers that are dequantised at a time: what lies between the steps stays in the processor's cache."""
+"""Numbers that are dequantised at a time, so that intermediate results stay in the CPU cache."""
 ALIGNED = 32
-"""Rows at whose multiples pieces end."""
+"""Pieces end at multiples of this many rows, where packed words and blocks of MXFP4 end too."""
 SUPPORTED = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Dequantised(TensorSource):
-    """A quantised checkpoint under the names of its plain weights."""
+    """View of a quantised checkpoint with the names, shapes and dtypes of its plain weights."""
 
     def __init__(
         self, stored: TensorSource, weights: Mapping[str, Quantised], unneeded: frozenset[str], dtype: torch.dtype
@@ -57,7 +57,7 @@ class Dequantised(TensorSource):
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` with numbers rounded to the entry's dtype. Only the blocks they lie in are read."""
+        """Fills `target` with numbers rounded to the entry's dtype. Only the quantisation blocks that contain them are read."""
         whole, index = stacked(name)
         if whole not in self.weights:
             self.stored.read_into(target, name, axis, start, stop)
@@ -85,14 +85,15 @@ class Dequantised(TensorSource):
         for piece in _pieces(box):
             boxes = weight.boxes(piece)
             chunk = {role: _within(parts[role], wanted[role], boxes[role]) for role in parts}
-            value = weight.dequantise(chunk, piece).to(dtype)  # before it moves: a copy of one dtype is fast
+            # Converted before the copy into `target`: a copy within one dtype is fast.
+            value = weight.dequantise(chunk, piece).to(dtype)
             if dtype == torch.float16 and not is_finite(value):
                 name = next(iter(weight.parts.values()))
                 check_finite(f"{self.directory}: {name}, dequantised,", weight.dequantise(chunk, piece), dtype)
             _within(target, box, piece).copy_(value)
 
     def _part(self, name: str, box: Box) -> Tensor:
-        """A box of a stored tensor, read along the dim that it is cut along."""
+        """A box of a stored tensor: reads a slice along the first dim that the box restricts, and narrows along the others."""
         shape = self.stored.entries[name].shape
         cut = [dim for dim, (span, size) in enumerate(zip(box, shape, strict=True)) if span != (0, size)]
         value = self.stored.read(name, cut[0], *box[cut[0]]) if cut else self.stored.read(name)
@@ -104,7 +105,7 @@ class Dequantised(TensorSource):
 
 
 def _pieces(box: Box) -> Iterator[Box]:
-    """A box in pieces of about CHUNK numbers, cut along its first dims where blocks and words end, too."""
+    """Splits a box into pieces of about CHUNK numbers along its first dims, at multiples of ALIGNED."""
     (start, stop), *rest = box
     size = math.prod(end - begin for begin, end in rest)
     if size > CHUNK and len(rest) > 1:
@@ -118,17 +119,18 @@ def _pieces(box: Box) -> Iterator[Box]:
 
 
 def _within(value: Tensor, box: Box, piece: Box) -> Tensor:
-    """The piece of a tensor that holds `box`."""
+    """The part `piece` of `value`, which contains `box`; both are in the coordinates of the whole weight."""
     for dim, ((origin, _), (start, stop)) in enumerate(zip(box, piece, strict=True)):
         value = value.narrow(dim, start - origin, stop - start)
     return value
 
 
 def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None) -> TensorSource:
-    """The tensors of a Hugging Face directory, by slices; quantised ones as plain ones of dtype `dequantize`, where it is given.
+    """The tensors of a Hugging Face directory, read by slices; quantised weights as plain ones of dtype `dequantize`.
 
-    Without it they are what is stored, and whoever needs them as weights refuses them. Raises UserError where the directory is not
-    quantised but `dequantize` is given, where its method is not known, and where a scale or other part is missing, left over or odd.
+    dequantize None: tensors are returned as stored; code that needs plain weights then raises an error on quantised ones.
+    Raises UserError where `dequantize` is given and the directory is not quantised, where the quantisation method is unknown, and where a
+    scale or another part is missing, left over or of an unexpected shape or dtype.
     """
     stored = open_resized(directory) or Checkpoint(directory)
     if dequantize is None:
@@ -157,14 +159,14 @@ def _format(config: Mapping[str, Any]) -> Format:
 
 
 def written_dtypes(checkpoint: TensorSource, dequantised: torch.dtype | None = None) -> dict[str, torch.dtype]:
-    """The dtype of every tensor where plain weights are written of it: dequantised ones have this one, or what config.json names."""
+    """name -> dtype in which a plain copy of the checkpoint is written. A dequantised weight gets `dequantised`, or config.json's dtype."""
     quantised = checkpoint.weights.keys() if isinstance(checkpoint, Dequantised) else ()
     plain = dequantised or stored_dtype(checkpoint.directory)
     return {name: plain if name in quantised else entry.dtype for name, entry in checkpoint.entries.items()}
 
 
 def drop_quantization(directory: Path) -> None:
-    """Makes the copied config of a directory say what is true of plain weights: nothing of a quantisation."""
+    """Removes all quantisation fields and files from the copied config of a directory with plain weights."""
     path = directory / "config.json"
     if path.is_file():
         config = json.loads(path.read_text())

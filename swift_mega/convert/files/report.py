@@ -1,6 +1,6 @@
-"""`report.json` beside the weights: what every tensor's bytes were when they were written, so that a later reader can tell.
+"""`report.json` beside the weights: the sha256 of every tensor, by which a later reader can detect changed bytes.
 
-The checksums are taken from the files, after they were written: what is promised is what is there.
+The checksums are computed from the files after writing, so they describe what is on disk.
 """
 
 import json
@@ -20,7 +20,7 @@ REPORT = "report.json"
 def checksums(
     directory: Path, planned: Mapping[str, Planned], names: Iterable[str], *, sharers: int = 1
 ) -> dict[str, str]:
-    """sha256 of the bytes of each of these tensors, as they are in the files. sharers: processes that do so on this machine."""
+    """sha256 of the bytes in the files of each of these tensors. sharers: how many processes on this machine hash at the same time."""
 
     def one(name: str) -> tuple[str, str]:
         place = planned[name]
@@ -47,7 +47,7 @@ def write_report(directory: Path, planned: Mapping[str, Planned], found: Mapping
 
 
 def problems(directory: str | Path) -> tuple[int, list[str]]:
-    """How many tensors report.json has, and what is no longer as it says; UserError where there is none to compare with."""
+    """(number of tensors in report.json, differences between it and the files); UserError where there is no valid report.json."""
     path = Path(directory) / REPORT
     if not path.is_file():
         raise UserError(

@@ -1,9 +1,11 @@
-"""A model with more rows in embedding and output layer: a directory that holds its own config and tokenizer, the new rows, and the path of
-the weights, of which nothing is copied. `open_checkpoint` reads it as a whole.
+"""A model with a larger vocabulary: more rows in embedding and output layer.
 
-New rows are transformers' (resize_token_embeddings): drawn around the mean of the old ones with 1e-9 of their covariance, so that the new
-words change the odds of the others as little as can be (https://nlp.stanford.edu/~johnhew/vocab-expansion.html); or that mean itself.
-They are made once, from one seed, so no layout changes them.
+It is a directory with its own config and tokenizer, the new rows, and the path of the original weights, which are not copied.
+`open_checkpoint` reads it as one model.
+
+New rows are made as in transformers' resize_token_embeddings: either the mean of the old rows, or drawn from a normal distribution with
+that mean and 1e-9 of the old rows' covariance, so that new tokens change the probabilities of the others as little as possible
+(https://nlp.stanford.edu/~johnhew/vocab-expansion.html). They are made once, with a fixed seed, so they do not depend on the layout.
 """
 
 import json
@@ -31,7 +33,7 @@ Kind = Literal["transformers", "mean"]
 
 
 class Resized(TensorSource):
-    """`stored` with the rows of `more` after those of the same names."""
+    """View of `stored` in which the rows of each tensor of `more` are appended to the tensor of the same name."""
 
     def __init__(self, directory: Path, stored: TensorSource, more: TensorSource | None) -> None:
         self.directory, self.stored, self.more = directory, stored, more
@@ -43,7 +45,7 @@ class Resized(TensorSource):
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` from both."""
+        """Fills `target` from `stored` and `more`."""
         if self.more is None or name not in self.more.entries:
             self.stored.read_into(target, name, axis, start, stop)
             return
@@ -58,7 +60,7 @@ class Resized(TensorSource):
 
 
 def open_resized(directory: str | Path) -> TensorSource | None:
-    """The checkpoint of a directory that `write_resized` made; None where it is another."""
+    """The tensors of a directory that `write_resized` made; None for any other directory."""
     path = Path(directory)
     if not (path / MARKER).is_file():
         return None
@@ -67,7 +69,7 @@ def open_resized(directory: str | Path) -> TensorSource | None:
 
 
 def weights_of(directory: str | Path) -> str:
-    """Where the weights of a model lie: the directory itself, or the one that it was made of."""
+    """The directory of a model's weight files: `directory` itself, or the original of a resized model."""
     marker = Path(directory) / MARKER
     return str(read_json(marker)["weights"]) if marker.is_file() else str(directory)
 
@@ -75,7 +77,7 @@ def weights_of(directory: str | Path) -> str:
 def write_resized(
     view: Path, stored: TensorSource, family: Family, settings: Settings, vocab: int, *, kind: Kind
 ) -> None:
-    """Makes of `view`, which has config and tokenizer of `stored`, the same model with `vocab` rows."""
+    """Turns `view`, a directory with config and tokenizer of `stored`, into the same model with `vocab` vocabulary rows."""
     (view / MARKER).write_text(json.dumps({"weights": str(stored.directory.resolve())}))
     added = vocab - settings.shape.vocab
     if added <= 0:
@@ -90,7 +92,7 @@ def write_resized(
 
 
 def _names(family: Family, settings: Settings, stored: TensorSource) -> list[str]:
-    """Tensors with a row for each word: embedding, output layer and its bias, and their copies in layers of multi-token prediction."""
+    """Tensors with one row per token of the vocabulary: embedding, output layer, its bias, and copies in multi-token prediction layers."""
     ours = [part for rule in family.rules if rule.pack.padded for part in rule.parts]
     copies = [
         name for name in carried_of(settings, stored.entries) if name.endswith(("embed_tokens.weight", "head.weight"))
@@ -106,7 +108,7 @@ def _names(family: Family, settings: Settings, stored: TensorSource) -> list[str
 
 
 def new_rows(old: Tensor, count: int, kind: Kind) -> Tensor:
-    """[count, …] of the dtype of `old` [vocabulary, …], as transformers computes them; float32 copies of `old` exist meanwhile."""
+    """New rows [count, …] in the dtype of `old` [vocabulary, …], as transformers computes them. It makes float32 copies of `old`."""
     if old.dim() == 1:
         mean = old.mean(dim=0, dtype=torch.float32)
         if kind == "mean":

@@ -1,8 +1,8 @@
-"""Bytes of a file to the numbers of a tensor: which bytes a slice is, and how they are read without a copy of the whole.
+"""Byte ranges of tensor slices: which bytes of a file a slice is, and how to read them without reading the whole tensor.
 
-A slice along the first dim is one run of bytes; along a later one it is many runs at a stride. Runs go straight into memory
-where it holds the same dtype, and through a small buffer where it does not. Where runs are short, what lies between them is read
-and dropped: one long read costs a shared file system less than thousands of short ones.
+A slice along dim 0 is one run of bytes; along a later dim it is many runs with a stride. A run is read straight into the target where
+the dtypes are equal, else through a small buffer. Short runs are read together with the bytes between them, which are dropped:
+one long read costs a shared file system less than thousands of short ones.
 """
 
 import math
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 BUFFER = 8 << 20
-"""Bytes that are in flight where numbers are converted."""
+"""Bytes of the buffer through which numbers of another dtype are converted."""
 SHORT = 256 << 10
-"""Bytes of a run under which its neighbours are read along with it."""
+"""Runs of fewer bytes than this are read together with their neighbours."""
 MOST = 1 << 30
-"""Bytes that one read asks for; Linux gives at most 2 GiB at a time."""
+"""Most bytes of one read or write call; Linux transfers at most 2 GiB per call."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: bytes [begin, end) of `file`."""
+    """One stored tensor: bytes [begin, end) of `file`."""
 
     name: str
     file: Path
@@ -40,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Span:
-    """`runs` runs of `length` bytes each, the first at byte `begin` of the file, one every `stride` bytes."""
+    """`runs` runs of `length` bytes each; run i begins at byte begin + i * stride of the file."""
 
     begin: int
     length: int
@@ -49,25 +49,25 @@ class Span:
 
     @property
     def bytes(self) -> int:
-        """That are asked for."""
+        """Bytes that are needed."""
         return self.length * self.runs
 
     @property
     def bytes_read(self) -> int:
-        """That are read for them, those between short runs included."""
+        """Bytes that are read, including those between short runs."""
         if self.runs == 1 or self.length >= SHORT:
             return self.bytes
         return (self.runs - 1) * self.stride + self.length
 
 
 def stacked(name: str) -> tuple[str, int | None]:
-    """A tensor's name as rules write it: `X[3]` is number 3 along the first dim of X; (X, 3), or (name, None)."""
+    """Parses a tensor name as rules write it. `X[3]`, index 3 along dim 0 of X, gives (X, 3); any other name gives (name, None)."""
     found = re.fullmatch(r"(.*)\[(\d+)\]", name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
 def spans(entry: Entry, name: str, axis: int | None, start: int, stop: int | None) -> Span:
-    """The bytes of `name` (the entry's, or one of a stack) from `start` to `stop` along `axis`."""
+    """The bytes of `name` (the entry's name, or `X[3]`) from `start` to `stop` along dim `axis`."""
     shape, begin = entry.shape, entry.begin
     _, index = stacked(name)
     if index is not None:
@@ -79,13 +79,13 @@ def spans(entry: Entry, name: str, axis: int | None, start: int, stop: int | Non
     stop = shape[axis] if stop is None else stop
     inner = entry.dtype.itemsize * math.prod(shape[axis + 1 :])
     runs, length, stride = math.prod(shape[:axis]), (stop - start) * inner, shape[axis] * inner
-    if length == stride:  # all of the dim: one piece
+    if length == stride:  # the whole dim: one run
         runs, length, stride = 1, runs * length, runs * length
     return Span(begin + start * inner, length, stride, runs)
 
 
 def read_spans(handle: int, span: Span, dtype: torch.dtype, target: Tensor) -> None:
-    """Fills `target`, of any dtype, strides and device, with the span's numbers in order. EOFError where the file ends early."""
+    """Fills `target`, of any dtype, strides and device, with the span's numbers in order. EOFError where the file is too short."""
     if not target.numel():
         return
     if not target.is_contiguous():
@@ -99,7 +99,7 @@ def read_spans(handle: int, span: Span, dtype: torch.dtype, target: Tensor) -> N
 
 
 def _read_rows(handle: int, span: Span, dtype: torch.dtype, target: Tensor) -> None:
-    """A target whose rows (as many last dims as are contiguous) lie apart, each filled for itself."""
+    """Fills a target that is not contiguous: each of its contiguous blocks (its last dims, as many as are contiguous) separately."""
     first = _contiguous_from(target)
     if span.runs > 1 or first == target.dim():
         whole = torch.empty(target.shape, dtype=dtype)
@@ -116,7 +116,7 @@ def _read_rows(handle: int, span: Span, dtype: torch.dtype, target: Tensor) -> N
 
 
 def _contiguous_from(target: Tensor) -> int:
-    """The first dim from which on the target's numbers lie one after another."""
+    """The first dim d such that dims d, d+1, … of the target are contiguous."""
     size, first = 1, target.dim()
     for dim in reversed(range(target.dim())):
         if target.shape[dim] != 1 and target.stride(dim) != size:
@@ -126,7 +126,7 @@ def _contiguous_from(target: Tensor) -> int:
 
 
 def _read_run(handle: int, begin: int, dtype: torch.dtype, target: Tensor) -> None:
-    """One run of bytes into contiguous memory."""
+    """Reads one run of bytes into a contiguous target."""
     if target.dtype == dtype and target.device.type == "cpu":
         _fill(handle, begin, target)
         return
@@ -139,20 +139,20 @@ def _read_run(handle: int, begin: int, dtype: torch.dtype, target: Tensor) -> No
 
 
 def _read_between(handle: int, span: Span, dtype: torch.dtype, target: Tensor) -> None:
-    """Many short runs: whole strides are read, and the runs picked out of them."""
+    """Reads many short runs: reads whole strides into a buffer, and copies the runs out of it."""
     together = max(1, BUFFER // span.stride)
     buffer = torch.empty(together * span.stride // dtype.itemsize, dtype=dtype)
     size, stride = span.length // dtype.itemsize, span.stride // dtype.itemsize
     for first in range(0, span.runs, together):
         runs = min(together, span.runs - first)
-        needed = (runs - 1) * stride + size  # the last stride may reach beyond the file
+        needed = (runs - 1) * stride + size  # not runs * stride: the last stride may end beyond the file
         _fill(handle, span.begin + first * span.stride, buffer[:needed])
         picked = buffer.as_strided((runs, size), (stride, 1))
         target[first * size : (first + runs) * size].view(runs, size).copy_(picked)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as [numbers] of stride 1, which `view` does not promise for a single number."""
+    """A contiguous tensor as a view [numbers] with stride 1. `view` does not guarantee the stride for a single number."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 

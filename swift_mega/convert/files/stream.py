@@ -1,4 +1,4 @@
-"""A Hugging Face directory to another one, of other dtype and file sizes, in constant memory: a few rows are in flight, never a model."""
+"""Copies a Hugging Face directory to another dtype and other file sizes in constant memory: a few rows are in memory at a time."""
 
 import json
 import math
@@ -31,9 +31,10 @@ def restream(
     overwrite: bool = False,
     derived: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Writes every tensor of `source`, the floating-point ones as `dtype` (None: as they are), and its other files.
+    """Writes every tensor of `source`, floating-point ones as `dtype` (None: unchanged), and copies its other files.
 
-    derived: whether a tensor follows from config.json, such as a mask, and may hold infinity. UserError where another one does.
+    derived: whether the tensor of a name follows from config.json, such as a mask, and may contain infinity. UserError where another
+    tensor contains NaN or infinity.
     """
     target = Path(output)
     if source.directory.resolve().is_relative_to(target.resolve()):
@@ -49,7 +50,7 @@ def restream(
             Writer(staging, planned, any_number=derived) as writer,
             bytes_bar(sum(place.bytes for place in planned.values()), "writing") as bar,
         ):
-            # One buffer for all: freed ones of many sizes stay in the allocator's heap, which then grows with the checkpoint.
+            # One buffer for all tensors: freed buffers of many sizes stay in the allocator's heap, which then grows with the checkpoint.
             buffer = torch.empty(IN_FLIGHT, dtype=torch.uint8)
             for name, place in planned.items():
                 for row, value in rows_of(source, name, buffer):
@@ -64,7 +65,10 @@ def restream(
 
 
 def rows_of(source: TensorSource, name: str, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A tensor as (first row, rows), as many at a time as `buffer` (uint8) holds, and one at least; in it, until the next are taken."""
+    """Yields a tensor as (first row, rows), at least one row at a time, and as many as fit `buffer` (uint8).
+
+    The rows are a view of `buffer` and are overwritten by the next ones; a row larger than `buffer` gets new memory.
+    """
     entry = source.entries[name]
     if not entry.shape or not math.prod(entry.shape):
         yield 0, source.read(name)
@@ -82,7 +86,7 @@ def rows_of(source: TensorSource, name: str, buffer: Tensor) -> Iterator[tuple[i
 
 
 def set_dtype(path: Path, dtype: torch.dtype | None) -> None:
-    """Says in a config.json what the weights are now; None leaves it."""
+    """Writes the dtype of the weights into a config.json; None leaves the file unchanged."""
     if dtype is None:
         return
     config = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""What holds tensors by name, and gives slices of them: files, or a view of files.
+"""TensorSource: the interface by which all code reads the tensors of a model, by name and by slice.
 
-Who loads, checks, converts or merges a model knows only this. Files are hf_files.Checkpoint; views read another source: dequantised
-(quantised.py), with more rows (resized.py), with an output layer of its own (views.py).
+`hf_files.Checkpoint` reads files. Views read another TensorSource: dequantised (quantised.py), with more vocabulary rows (resized.py),
+or with a separate output layer (views.py). Code that loads, checks, converts or merges a model uses only this interface.
 """
 
 from abc import ABC, abstractmethod
@@ -15,20 +15,20 @@ from swift_mega.convert.files.spans import Entry, stacked
 
 
 class TensorSource(ABC):
-    """Tensors of a model's directory, by the names, shapes and dtypes that `entries` says."""
+    """The tensors of a model directory; `entries` has their names, shapes and dtypes."""
 
     directory: Path
-    """Where config.json and the tokenizer are."""
+    """The directory of config.json and the tokenizer."""
     entries: Mapping[str, Entry]
 
     @abstractmethod
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target` with what `read` gives: as many numbers in the same order, whatever its shape, strides or dtype."""
+        """Fills `target` with the numbers that `read` returns, in order. Its shape, strides and dtype may differ; its size may not."""
 
     def read(self, name: str, axis: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor `name`, or its [start, stop) along `axis`, in memory of its own. `name[3]` is the fourth of a stacked tensor."""
+        """Tensor `name`, or its [start, stop) along dim `axis`, as a new tensor. `name[3]` is index 3 along dim 0 of tensor `name`."""
         shape = list(self.shape(name))
         if axis is not None:
             shape[axis] = (shape[axis] if stop is None else stop) - start
@@ -37,7 +37,7 @@ class TensorSource(ABC):
         return made
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, or of one of a stacked tensor's."""
+        """Shape of tensor `name`; of `X[3]`, the shape of X without dim 0."""
         whole, index = stacked(name)
         shape = self.entries[whole].shape
         return shape if index is None else shape[1:]

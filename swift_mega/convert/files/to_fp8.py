@@ -1,8 +1,9 @@
-"""Plain weights written as FP8 in blocks, as DeepSeek's and Qwen's FP8 checkpoints are: the linears of attention and MLP.
+"""Writes the linears of attention and MLP as block-wise FP8, in the format of DeepSeek's and Qwen's FP8 checkpoints.
 
-A block's largest number becomes 448, the largest of float8_e4m3fn. In float32, a scale s = x / 448 is the scale of 448 s
-again, whatever x was (x itself may move by a rounding), so the dequantised weights have the same scales and codes: files written,
-read in float32 (or in bfloat16, where the weights were that) and written again are the same bytes.
+The scale of a block is s = x / 448, where x is its largest absolute value and 448 the largest number of float8_e4m3fn.
+Requantising is exact: in float32, (448 * s) / 448 == s for every x (448 * s may differ from x by a rounding). So the dequantised
+weights give the same scales and codes: files that are read in float32 (or in bfloat16, where the weights were bfloat16) and written
+again have the same bytes.
 """
 
 import json
@@ -29,14 +30,14 @@ from swift_mega.models.settings import Settings
 from swift_mega.outputs import check_space
 
 BLOCK = (128, 128)
-"""Rows and columns of the published checkpoints' blocks."""
+"""(rows, columns) of a block in the published checkpoints."""
 CHUNK = 1 << 20
-"""Numbers that are quantised at a time, at least one row of blocks."""
+"""Numbers that are quantised at a time; at least one row of blocks."""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """A tensor to write, and how to get it."""
+    """A tensor to write; `value` makes it."""
 
     name: str
     dtype: torch.dtype
@@ -45,9 +46,9 @@ class Writing:
 
 
 def quantise_fp8(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Tensor]:
-    """[..., out, in] of any float dtype -> (FP8 of that shape, float32 scales [..., ceil(out / block), ceil(in / block)]).
+    """weight [..., out, in] of any float dtype -> (FP8 [..., out, in], float32 scales [..., ceil(out / block[0]), ceil(in / block[1])]).
 
-    weight ~ FP8 * scale. A block of zeros has the scale 1.
+    weight ≈ FP8 * scale. A block of zeros has scale 1.
     """
     *lead, rows, columns = weight.shape
     grid = (ceil(rows, block[0]), ceil(columns, block[1]))
@@ -64,7 +65,7 @@ def quantise_fp8(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor
 
 
 def _quantise_rows(rows: Tensor, into: Tensor, block: tuple[int, int]) -> Tensor:
-    """Fills `into` with codes of whole rows of blocks; returns their scales."""
+    """Quantises whole rows of blocks into `into`; returns their scales."""
     height, width = rows.shape
     grid = (ceil(height, block[0]), ceil(width, block[1]))
     padded = rows.new_zeros(grid[0] * block[0], grid[1] * block[1])
@@ -78,8 +79,9 @@ def _quantise_rows(rows: Tensor, into: Tensor, block: tuple[int, int]) -> Tensor
 
 
 def fp8_linears(family: Family, settings: Settings, checkpoint: TensorSource) -> set[str]:
-    """The modules that are quantised, by the checkpoint's names. A family's rules name the linears of every kind of attention it
-    knows; these are there.
+    """The modules to quantise, by the checkpoint's names.
+
+    A family's rules name the linears of every kind of attention that it knows; only those in the checkpoint are returned.
     """
     names = {family.on_disk(module) for module in modules_of(family, settings)}
     return {name for name in names if f"{name}.weight" in checkpoint.entries}
@@ -88,9 +90,10 @@ def fp8_linears(family: Family, settings: Settings, checkpoint: TensorSource) ->
 def fp8_tensors(
     checkpoint: TensorSource, linears: Collection[str], block: tuple[int, int] = BLOCK
 ) -> Iterator[Writing]:
-    """Every tensor of a checkpoint, in its order, with FP8 and `weight_scale_inv` in place of the weights of `linears` (modules).
+    """Every tensor of a checkpoint, in order; each weight of `linears` (modules) is replaced by its FP8 codes and `weight_scale_inv`.
 
-    Values are made when they are asked for, a weight's scales for free after the weight. UserError where a linear is missing.
+    A value is computed when it is requested. Codes and scales are computed together if the codes are requested first. UserError where a
+    linear is missing.
     """
     if missing := sorted(module for module in linears if f"{module}.weight" not in checkpoint.entries):
         raise UserError(f"{checkpoint.directory} has no weights of {some(missing)}, so they cannot be quantised")
@@ -107,7 +110,7 @@ def fp8_tensors(
 
 
 class _Pair:
-    """Codes and scales of one weight, quantised once where they are asked for in this order; the small ones are kept meanwhile."""
+    """Codes and scales of one weight. It is quantised once if codes are requested before scales; the scales are kept until then."""
 
     def __init__(self, checkpoint: TensorSource, name: str, block: tuple[int, int]) -> None:
         self.checkpoint, self.name, self.block = checkpoint, name, block
@@ -128,7 +131,7 @@ class _Pair:
 
 
 def fp8_config(checkpoint: TensorSource, linears: Collection[str], block: tuple[int, int] = BLOCK) -> dict[str, Any]:
-    """`quantization_config` of such files; every module with a matrix that stays as it is is named in it, and the output layer."""
+    """The `quantization_config` of such files. It lists the output layer and every module whose weight matrix is not quantised."""
     plain = {
         name.removesuffix(".weight")
         for name, entry in checkpoint.entries.items()
@@ -144,7 +147,7 @@ def fp8_config(checkpoint: TensorSource, linears: Collection[str], block: tuple[
 
 
 def set_quantization(directory: Path, config: Mapping[str, Any]) -> None:
-    """Makes the copied config.json of a directory say how its weights are quantised, and nothing of how they were before."""
+    """Sets `quantization_config` in the copied config.json of a directory, and removes the former quantisation fields and files."""
     drop_quantization(directory)
     path = directory / "config.json"
     fields = {**json.loads(path.read_text()), "quantization_config": dict(config)}
@@ -162,7 +165,7 @@ def write_fp8(
 ) -> None:
     """Writes a checkpoint with `linears` in FP8 to the empty directory `target`, one tensor in memory at a time.
 
-    derived: whether a tensor follows from config.json, such as a mask, and may hold infinity.
+    derived: whether the tensor of a name follows from config.json, such as a mask, and may contain infinity.
     """
     tensors = {tensor.name: tensor for tensor in fp8_tensors(checkpoint, linears, block)}
     planned = plan_files({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, max_shard_bytes)

@@ -1,4 +1,4 @@
-"""Models seen otherwise than they are stored."""
+"""Views of a TensorSource in which a model has other tensors than its files."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from swift_mega.convert.files.tensors import TensorSource
 
 
 class Untied(TensorSource):
-    """A tied model's checkpoint with an output layer of its own, which is the embedding again."""
+    """View of a tied model in which the output layer is a separate tensor, with the numbers of the embedding."""
 
     def __init__(self, stored: TensorSource, *, head: str, embedding: str) -> None:
         self.directory, self.stored, self.head, self.embedding = stored.directory, stored, head, embedding
@@ -17,5 +17,5 @@ class Untied(TensorSource):
     def read_into(
         self, target: Tensor, name: str, axis: int | None = None, start: int = 0, stop: int | None = None
     ) -> None:
-        """Fills `target`; for the output layer, from the embedding."""
+        """Fills `target`. The output layer is read from the embedding."""
         self.stored.read_into(target, self.embedding if name == self.head else name, axis, start, stop)

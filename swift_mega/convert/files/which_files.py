@@ -1,8 +1,8 @@
-"""Which files of a directory are its weights: those that transformers and PEFT would read, and no other.
+"""Which files of a directory are its weights: exactly those that transformers and PEFT read.
 
-transformers reads the file that config.json's `transformers_weights` names, else model.safetensors, else the files of
-model.safetensors.index.json, whatever else lies there (its modeling_utils, `_get_resolved_checkpoint_files`). PEFT reads
-adapter_model.safetensors. We also read a complete set of numbered files whose index is lost, and no pickles.
+transformers reads the file that config.json's `transformers_weights` names, else model.safetensors, else the files listed in
+model.safetensors.index.json; it ignores all others (its modeling_utils, `_get_resolved_checkpoint_files`). PEFT reads
+adapter_model.safetensors. In addition, a complete set of numbered files without an index is read. Pickles are never read.
 """
 
 import os
@@ -15,24 +15,24 @@ from swift_mega.convert.files.header import read_json, some
 from swift_mega.errors import UserError
 
 MODEL, ADAPTER, CARRIED = "model", "adapter_model", "carried"
-"""How the names of weight files begin: a model's, a PEFT adapter's, and of what stands beside a Megatron checkpoint."""
+"""How the names of weight files begin: of a model, of a PEFT adapter, and of carried tensors beside a Megatron checkpoint."""
 INDEX = ".safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 NAMED_BY_CONFIG = "transformers_weights"
-"""The field of config.json with the name of the weight file, or of its index."""
+"""The field of config.json that names the weight file, or its index."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files to read, and the index that named them, if one did."""
+    """The files to read, and the index that lists them, if there is one."""
 
     files: tuple[Path, ...]
     index: Path | None = None
 
 
 def has_weights(directory: str | Path, stem: str = MODEL) -> bool:
-    """Whether there are files that `weight_files` would read, whole or not."""
+    """Whether there are files that `weight_files` would read; the set may be incomplete."""
     folder = Path(directory)
     names = _named(folder) if stem == MODEL else None
     present = [folder / name for name in (names or f"{stem}.safetensors", f"{stem}{INDEX}")]
@@ -40,14 +40,14 @@ def has_weights(directory: str | Path, stem: str = MODEL) -> bool:
 
 
 def stem_of(directory: str | Path) -> str:
-    """ADAPTER for a directory that is PEFT's alone, with neither a model nor a config of one; else MODEL."""
+    """ADAPTER for a directory with a PEFT adapter and neither config.json nor weights of a model; else MODEL."""
     folder = Path(directory)
     alone = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists() and not has_weights(folder)
     return ADAPTER if alone and has_weights(folder, ADAPTER) else MODEL
 
 
 def weight_files(directory: Path, stem: str = MODEL) -> Found:
-    """The files that hold the weights; UserError with the reason where there is no usable set."""
+    """The files that contain the weights; UserError with the reason where there is no usable set."""
     if not directory.is_dir():
         raise UserError(
             f"model directory {directory} does not exist; give the path of a Hugging Face checkpoint directory"
@@ -73,7 +73,7 @@ def weight_files(directory: Path, stem: str = MODEL) -> Found:
 
 
 def unread(directory: str | Path) -> str | None:
-    """One line on what lies beside a model's weights and looks like weights too, but is neither read nor copied; None: nothing."""
+    """One line on further weight files and adapters in a model directory that are neither read nor copied; None: there are none."""
     folder = Path(directory)
     if not has_weights(folder):
         return None
@@ -101,7 +101,7 @@ def unread(directory: str | Path) -> str | None:
 
 
 def check_link(path: Path) -> None:
-    """UserError where a link leads to nothing."""
+    """UserError where `path` is a broken symbolic link."""
     if path.is_symlink() and not path.exists():
         raise UserError(
             f"{path} is a link to {os.readlink(path)}, which is not there; copy the file that it stood for, or delete the link"
@@ -109,7 +109,7 @@ def check_link(path: Path) -> None:
 
 
 def _named(directory: Path) -> str | None:
-    """The file of config.json's `transformers_weights`; UserError where it is none that may be read."""
+    """The file that config.json's `transformers_weights` names, or None. UserError unless it is a safetensors file or index in `directory`."""
     path = directory / "config.json"
     name = read_json(path).get(NAMED_BY_CONFIG) if path.is_file() else None
     if name is None:
@@ -143,7 +143,7 @@ def _listed(directory: Path, index: Path) -> tuple[Path, ...]:
 
 
 def _inside(file: object) -> bool:
-    """Whether this is the name of a file in a directory or below it."""
+    """Whether `file` is a relative path that stays inside its directory."""
     if not isinstance(file, str) or not file:
         return False
     parts = PurePosixPath(file)
@@ -151,7 +151,7 @@ def _inside(file: object) -> bool:
 
 
 def _numbered(directory: Path, stem: str) -> dict[Path, int]:
-    """Files of a set, and of how many each says that it is one."""
+    """Numbered files (stem-00001-of-00005.safetensors) -> the total that the name states."""
     found = {}
     for file in sorted(directory.glob(f"{stem}-*.safetensors")) if directory.is_dir() else ():
         if number := re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.safetensors", file.name):

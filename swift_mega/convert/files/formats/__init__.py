@@ -1,1 +1,1 @@
-"""One file per way of storing quantised weights; `FORMAT` in it is the entry that convert/files/quantised.py finds by `quant_method`."""
+"""One file per storage format of quantised weights. convert/files/quantised.py finds its `FORMAT` by `quant_method`."""

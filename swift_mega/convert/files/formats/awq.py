@@ -1,6 +1,7 @@
-"""AWQ's GEMM layout: words of eight outputs of one input, in the order 0 2 4 6 1 3 5 7, and groups of consecutive inputs.
+"""AWQ's GEMM layout: an int32 word has the 4-bit codes of eight outputs of one input, in the order 0 2 4 6 1 3 5 7.
 
-w[out, in] = (q[in, out] - zero[group, out]) * scale[group, out]. Sources: arXiv:2306.00978, and AutoAWQ's files.
+A group is `group_size` consecutive inputs. w[out, in] = (q[in, out] - zero[group, out]) * scale[group, out].
+Sources: arXiv:2306.00978, and AutoAWQ's files.
 """
 
 from collections.abc import Mapping
@@ -15,12 +16,12 @@ from swift_mega.convert.files.formats.words import SCALES, matrix, trim, unpack
 from swift_mega.convert.files.tensors import TensorSource
 
 INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which place in its word each of the eight outputs has."""
+"""The 4-bit field of the word in which each of the eight outputs is stored."""
 
 
 @dataclass(frozen=True)
 class Awq:
-    """[out, in], whose words hold eight outputs of one input."""
+    """A weight [out, in]; each stored word has eight outputs of one input."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]

@@ -1,7 +1,8 @@
-"""bitsandbytes: 4-bit codes (nf4 or fp4) under the largest value of each block, and int8 rows under theirs.
+"""bitsandbytes: 4-bit codes (nf4 or fp4), scaled by the largest absolute value of each block; and int8, scaled by that of each row.
 
-The 4-bit codes of a matrix lie in one flat row of bytes, the first in the high half; blocks run along it, over the ends of rows.
-Double quantisation stores the blocks' values as bytes too. Sources: arXiv:2305.14314 (nf4), arXiv:2208.07339 (int8).
+The 4-bit codes of a matrix are one flat array of bytes, the first code of a byte in its high half. Blocks are consecutive numbers of the
+flattened matrix, and may span rows. Double quantisation also stores the blocks' largest values (absmax) as bytes.
+Sources: arXiv:2305.14314 (nf4), arXiv:2208.07339 (int8).
 """
 
 import math
@@ -25,7 +26,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Nested:
-    """How the blocks' values are quantised: in blocks of their own, around an offset."""
+    """Double quantisation of the blocks' absmax: in blocks of `block` values, around `offset`."""
 
     block: int
     offset: float
@@ -33,9 +34,9 @@ class Nested:
 
 @dataclass(frozen=True)
 class FourBit:
-    """[out, in] in blocks of `block` numbers that run along the flat matrix.
+    """A weight [out, in]; a block is `block` consecutive numbers of the flattened matrix.
 
-    Columns have no locality: a cut by columns reads and decodes whole rows.
+    Columns are not contiguous: a slice of columns reads and decodes whole rows.
     """
 
     shape: tuple[int, ...]
@@ -71,7 +72,7 @@ class FourBit:
         return values
 
     def _absmax(self, parts: Mapping[str, Tensor], first: int) -> Tensor:
-        """float32 values of the blocks from `first` on."""
+        """absmax of the blocks in `parts`, float32; `first` is the number of the first one."""
         stored = parts["absmax"]
         if self.nested is None:
             return stored.float()
@@ -82,7 +83,7 @@ class FourBit:
 
 @dataclass(frozen=True)
 class Int8:
-    """[out, in] whole numbers; SCB holds what 127 stands for in each row."""
+    """A weight [out, in] of int8; SCB has for each row the value that code 127 stands for."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]
@@ -95,7 +96,7 @@ class Int8:
 
 
 def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
-    """Weights with a quant_state (4 bits) or an SCB (8 bits) beside them."""
+    """The weights with a quant_state (4 bits) or an SCB (8 bits) tensor."""
     weights: dict[str, FourBit | Int8] = {}
     unneeded = set()
     for name in checkpoint.entries:

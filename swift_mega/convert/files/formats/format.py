@@ -1,7 +1,8 @@
-"""What an on-disk format of quantised weights has to say: which tensors are one weight, what a part of it needs, what the numbers are.
+"""The interface of a storage format of quantised weights.
 
-A format is arithmetic on boxes, ranges along every dim: the box of a weight that is asked for becomes the box of each stored
-tensor that it is made of. It opens no file, so a cut, a chunk and the whole go the same way and give the same bits.
+A format says which stored tensors make up a weight, which part of each of them a box of the weight needs, and how to dequantise it.
+A box is a range along every dim. A format only does arithmetic on boxes and tensors and opens no file. So a slice, a chunk and the whole
+weight are dequantised by the same code, and give the same bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,50 +25,50 @@ class Quantised(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the plain weight."""
 
     @property
     def parts(self) -> Mapping[str, str]:
-        """The stored tensors it is made of, by their role."""
+        """role -> name of a stored tensor that the weight is made of."""
 
     def boxes(self, box: Box) -> Mapping[str, Box]:
-        """What a box of the weight needs of each part, by role."""
+        """role -> the box of that part which a box of the weight needs."""
 
     def dequantise(self, parts: Mapping[str, Tensor], box: Box) -> Tensor:
-        """The box of the weight in float32, from those boxes of its parts. UserError where a part holds what it may not."""
+        """The box of the weight in float32, from `boxes(box)` of its parts. UserError where a part has an invalid value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The quantised weights of a checkpoint by the name that the plain weight has, and stored tensors that nothing needs."""
+    """The quantised weights of a checkpoint, by the name of the plain weight, and stored tensors that nothing needs."""
 
     weights: Mapping[str, Quantised]
     unneeded: frozenset[str] = frozenset()
-    """Such as scales of activations, which plain weights have no use for."""
+    """For example scales of activations, which plain weights do not need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way of storing quantised weights."""
+    """A storage format of quantised weights."""
 
     methods: tuple[str, ...]
-    """The `quant_method` values that mean it."""
+    """The values of `quant_method` that select it."""
     find: Callable[[TensorSource, Mapping[str, Any]], Found]
-    """The weights of a checkpoint, given its quantisation config. UserError where a tensor is missing, left over, or of odd shape."""
+    """The weights of a checkpoint, given its quantisation config. UserError where a tensor is missing, left over, or of wrong shape."""
 
 
 def ceil(count: int, size: int) -> int:
-    """Blocks of `size` that `count` takes."""
+    """ceil(count / size): the number of blocks of `size` for `count` numbers."""
     return -(-count // size)
 
 
 def blocks(span: tuple[int, int], size: int) -> tuple[int, int]:
-    """The blocks of `size` that a range touches."""
+    """[first, last + 1) of the blocks of `size` that overlap the range `span`."""
     return span[0] // size, ceil(span[1], size)
 
 
 def modules(checkpoint: TensorSource, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[str]:
-    """Modules that have tensors with one of the suffixes `needed`; UserError where a module has only some of these."""
+    """Modules with tensors of the suffixes `needed`; UserError where a module has one of the suffixes but lacks one of `needed`."""
     suffixes = (*needed, *optional)
     names = checkpoint.entries
     found = {name.removesuffix(end) for name in names for end in suffixes if name.endswith(end)}

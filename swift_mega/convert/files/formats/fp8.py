@@ -1,7 +1,7 @@
-"""Eight-bit numbers with a scale for each tensor, row or block: DeepSeek's and Qwen's FP8, and what compressed-tensors writes.
+"""8-bit numbers with a scale per tensor, row or block: DeepSeek's and Qwen's FP8, and the 8-bit formats of compressed-tensors.
 
-A weight is number * scale. `weight_scale_inv` is that scale too: DeepSeek named it for being the inverse of what quantising
-multiplied by. Blocks need not divide the weight; those at its end are smaller (arXiv:2412.19437, section 3.3.2).
+weight = number * scale. `weight_scale_inv` is the same scale: DeepSeek named it so because it is the inverse of the factor used for
+quantising. The block size need not divide the weight; the last blocks are smaller then (arXiv:2412.19437, section 3.3.2).
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ UNNEEDED = tuple(
     f".{name}_scale"
     for name in ("input", "activation", "output", "k", "v", "q", "prob", "prob_output", "kv", "kv_cache")
 )
-"""How names end of scales of activations and of the cache, which plain weights have no use for."""
+"""Suffixes of the scales of activations and of the KV cache, which plain weights do not need."""
 _NUMBERS = torch.arange(256, dtype=torch.uint8).view(FP8).float()
-"""The 256 numbers of FP8; looking them up is ten times faster than torch's own conversion on the CPU."""
+"""The float32 value of each FP8 code. A table lookup is ten times faster than torch's own conversion on the CPU."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """[..., out, in] numbers, and a scale for each block of [out, in]."""
+    """A weight [..., out, in] with one scale per block of (out, in)."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]
@@ -42,7 +42,7 @@ class Scaled:
 
     def boxes(self, box: Box) -> Mapping[str, Box]:
         grid = (*box[:-2], blocks(box[-2], self.block[0]), blocks(box[-1], self.block[1]))
-        if len(self.scale_shape) < 2:  # one number, or one a row
+        if len(self.scale_shape) < 2:  # one scale for the tensor, or one per row
             grid = grid[: len(self.scale_shape)]
         return {"weight": box, "scale": grid}
 
@@ -66,7 +66,7 @@ def _numbers(stored: Tensor) -> Tensor:
 
 
 def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
-    """Weights whose numbers are FP8 (or int8, of compressed-tensors), with the scales beside them."""
+    """The weights stored as FP8 (or int8, for compressed-tensors), with their scales."""
     compressed, block = config["quant_method"] == "compressed-tensors", block_size(config)
     numbers = (FP8, torch.int8) if compressed else (FP8,)
     weights: dict[str, Scaled] = {}
@@ -93,7 +93,7 @@ def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
 
 
 def _scaled(checkpoint: TensorSource, name: str, scale: str, block: tuple[int, int] | None) -> Scaled:
-    """The weight, with the blocks that its scale's shape says: those that the config states, rows, or the whole."""
+    """The weight, with the block size that the shape of its scale implies: the one in the config, one row, or the whole tensor."""
     shape, there = checkpoint.entries[name].shape, checkpoint.entries[scale].shape
     if len(shape) < 2:
         raise UserError(

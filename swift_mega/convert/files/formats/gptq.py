@@ -1,7 +1,7 @@
-"""GPTQ: words of integers along the input, a zero point and a scale for each group of inputs.
+"""GPTQ: integer codes packed into int32 words along the input dim, with a zero point and a scale per group of inputs.
 
-w[out, in] = (q[in, out] - zero[group, out]) * scale[group, out]. Act-order (desc_act) gives each input any group, by g_idx. The first
-format of its files stores zero points minus one, gptq_v2 as they are. Sources: arXiv:2210.17323, and AutoGPTQ's files.
+w[out, in] = (q[in, out] - zero[group, out]) * scale[group, out]. With act-order (desc_act), g_idx gives the group of each input. The
+file format gptq stores zero - 1, and gptq_v2 stores zero. Sources: arXiv:2210.17323, and AutoGPTQ's files.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from swift_mega.models.quantization_fields import gptq_format
 
 @dataclass(frozen=True)
 class Gptq:
-    """[out, in]. symmetric: the zero point is the middle; one_less: it is stored minus one (all formats before gptq_v2)."""
+    """A weight [out, in]. symmetric: zero = 2 ** (bits - 1). one_less: the files store zero - 1 (all formats before gptq_v2)."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]
@@ -33,7 +33,7 @@ class Gptq:
     def boxes(self, box: Box) -> Mapping[str, Box]:
         rows, columns = box
         each = WORD // self.bits
-        groups = (0, self.groups)  # act-order lets an input be of any
+        groups = (0, self.groups)  # all: with act-order, an input may belong to any group
         found = {
             "qweight": (blocks(columns, each), rows),
             "qzeros": (groups, blocks(rows, each)),
@@ -56,10 +56,10 @@ class Gptq:
         return values.mul_(parts["scales"].float().index_select(0, group)).t()
 
     def _zeros(self, stored: Tensor) -> Tensor:
-        """Zero points as they are meant; UserError where that is not certain."""
+        """The true zero points from the stored ones; UserError where they are ambiguous."""
         most, middle = (1 << self.bits) - 1, 1 << (self.bits - 1)
         if self.symmetric:
-            # Some writers say gptq and store what gptq_v2 does. Symmetric weights have only one zero point, so both can be read.
+            # Some writers declare gptq but store zero points as gptq_v2 does. Symmetric weights have one zero point, so both can be read.
             if not any(bool((stored == value).all()) for value in (middle - 1, middle)):
                 raise UserError(
                     f"{self.parts['qzeros']} holds {int(stored.min())} to {int(stored.max())}, and quantization_config says "
@@ -77,7 +77,7 @@ class Gptq:
 
 
 def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
-    """Every module with qweight, qzeros and scales, and g_idx where there is one."""
+    """Every module with qweight, qzeros and scales, and optionally g_idx."""
     bits, size = config.get("bits", 4), config.get("group_size", -1)
     one_less = gptq_format(config) != "gptq_v2"
     weights = {}

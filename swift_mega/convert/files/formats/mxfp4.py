@@ -1,7 +1,7 @@
-"""MXFP4, as gpt-oss stores its experts: pairs of 4-bit floats in a byte, 32 of them along the input under one power of two.
+"""MXFP4, as gpt-oss stores its experts: two 4-bit floats per byte, and one power of two as scale for 32 numbers along the input dim.
 
-X_blocks is [experts, out, in / 32, 16] and X_scales [experts, out, in / 32], both bytes; the weight X is [experts, in, out], as
-the model multiplies by it. Source: OCP Microscaling Formats 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0).
+X_blocks is [experts, out, in / 32, 16] and X_scales is [experts, out, in / 32], both uint8. The weight X is [experts, in, out], the
+layout that the model multiplies with. Source: OCP Microscaling Formats 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0).
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _SCALES = torch.tensor([2.0 ** (exponent - 127) for exponent in range(255)] + [f
 
 @dataclass(frozen=True)
 class Experts:
-    """[experts, in, out], stored with the input last."""
+    """A weight [experts, in, out]; the files store [experts, out, in]."""
 
     shape: tuple[int, ...]
     parts: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Two 4-bit codes in a byte, looked up together: a table of 256 pairs of numbers, each pair read as one 8-byte word."""
+"""Decodes two 4-bit codes per byte in one lookup: a table of 256 pairs of float32, each pair stored as one 8-byte float64."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pairs(values: Sequence[float] | Tensor, *, low_first: bool) -> Tensor:
-    """[256] float64 whose bytes are the two float32 numbers of every byte; values: of the 16 codes."""
+    """The table: [256] float64, whose bytes are the two float32 numbers of each byte value. values: [16], the number of each code."""
     table = torch.as_tensor(values, dtype=torch.float32)
     codes = torch.arange(256)
     low, high = table[codes & 15], table[codes >> 4]
@@ -15,5 +15,5 @@ def pairs(values: Sequence[float] | Tensor, *, low_first: bool) -> Tensor:
 
 
 def look_up(table: Tensor, stored: Tensor) -> Tensor:
-    """The numbers of bytes [...] in the order of the table: [2 * bytes] float32."""
+    """Decodes bytes [...] by a table of `pairs`: [2 * bytes] float32."""
     return table.index_select(0, stored.reshape(-1).int()).view(torch.float32)

@@ -11,9 +11,9 @@ SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def unpack(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """int32 words [..., n, ...] -> their unsigned integers [..., n * 32 / bits, ...] along `dim`, int32.
+    """int32 words [..., n, ...] -> the unsigned integers in them, [..., n * 32 / bits, ...] along `dim`, int32.
 
-    order: which place in its word each integer has; default: from the lowest bits.
+    order: which field of its word each integer is stored in; default: from the lowest bits upwards.
     """
     shifts = torch.tensor(order or range(WORD // bits), dtype=torch.int32) * bits
     shape = [1] * (words.dim() + 1)
@@ -22,12 +22,12 @@ def unpack(words: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = N
 
 
 def trim(values: Tensor, dim: int, wanted: tuple[int, int], each: int) -> Tensor:
-    """What was asked for, of whole words that hold it."""
+    """The range `wanted` along `dim` of `values`, which were unpacked from whole words of `each` integers."""
     return values.narrow(dim, wanted[0] % each, wanted[1] - wanted[0])
 
 
 def matrix(checkpoint: TensorSource, name: str) -> tuple[int, int]:
-    """The sizes of a stored matrix; UserError where it is none."""
+    """The shape of a stored matrix; UserError where it does not have two dims."""
     shape = checkpoint.entries[name].shape
     if len(shape) != 2:
         raise UserError(
