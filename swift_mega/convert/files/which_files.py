@@ -109,7 +109,7 @@ def check_link(path: Path) -> None:
 
 
 def _named(directory: Path) -> str | None:
-    """The file that config.json's `transformers_weights` names, or None. UserError unless it is a safetensors file or index in `directory`."""
+    """The file that config.json's `transformers_weights` names, or None; UserError unless it is a safetensors file or index in there."""
     path = directory / "config.json"
     name = read_json(path).get(NAMED_BY_CONFIG) if path.is_file() else None
     if name is None:

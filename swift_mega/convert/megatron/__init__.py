@@ -1,1 +1,1 @@
-"""Megatron-core's own checkpoints (torch_dist): read, written, and where in them each parameter lies."""
+"""Megatron-core's own checkpoints (torch_dist): reading, writing, and where each parameter is stored in them."""

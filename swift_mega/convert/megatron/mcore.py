@@ -1,7 +1,7 @@
-"""Megatron-core's own checkpoints (torch_dist): this rank's part to and from one, in any layout.
+"""Saves and loads this rank's part of a model as a Megatron-core checkpoint (torch_dist), in any layout.
 
-The directory is laid out as Megatron-LM lays its own (`release/` and a tracker file), with the Hugging Face side beside it:
-config, tokenizer, and the dtype of every source tensor, so that the way back is bit-exact.
+The directory has the structure of Megatron-LM's own (`release/` and a tracker file), plus a folder `hf/`: config, tokenizer, and the
+dtype of every source tensor, so that converting back to Hugging Face is bit-exact.
 """
 
 import itertools
@@ -52,17 +52,17 @@ UNREADABLE = (
 )
 LONGEST_REASON = 300
 FP8_STATE = re.compile(r"_extra_state\d*$")
-"""What modules keep beside their tensors. Which of them have one differs between Transformer Engine and Megatron's own modules."""
+"""Objects that modules store beside their tensors. Transformer Engine's modules and Megatron's own differ in which of them have one."""
 TRAINING = ("optimizer", "rng_state", "rerun_state", "opt_param_scheduler", "chained_")
-"""How keys of a training run's state begin."""
+"""Prefixes of the keys of optimizer and training state."""
 SKIPPED = (*TRAINING, "common_state")
-"""How keys begin that hold no weight; the last is what older Megatrons have in common.pt."""
+"""Prefixes of all keys that are not weights. Older versions of Megatron have the contents of common_state in common.pt."""
 
 
 def widest(checkpoint: TensorSource, family: Family | None = None) -> torch.dtype:
-    """The dtype that holds every tensor of a checkpoint exactly; UserError where one is quantised.
+    """The narrowest dtype that represents every tensor of a checkpoint exactly; UserError where one is quantised.
 
-    family: of the checkpoint; what it derives from the config, such as masks, is not read, and may be of any dtype.
+    family: of the checkpoint. Tensors that it derives from the config, such as masks, are not read and may have any dtype.
     """
     names = [name for name in checkpoint.entries if family is None or not family.derived(name)]
     refuse_quantised(checkpoint, names)
@@ -76,9 +76,9 @@ def widest(checkpoint: TensorSource, family: Family | None = None) -> torch.dtyp
 def save_mcore(
     part: ModelPart, groups: Groups, directory: str | Path, source: TensorSource, *, overwrite: bool = False
 ) -> None:
-    """Writes the part's weights as a torch_dist checkpoint, which appears whole or not at all. Collective.
+    """Writes the weights of all ranks' parts as a torch_dist checkpoint, which appears complete or not at all. Collective.
 
-    UserError where something is there already and `overwrite` does not say to replace it.
+    UserError where `directory` exists already and `overwrite` is false.
     """
     target = Path(directory)
     with staged_together(target, overwrite=overwrite, needed=_bytes_in_all(part)) as staging:
@@ -88,19 +88,18 @@ def save_mcore(
 
 
 def save_state(state: Mapping[str, Any], staging: Path, target: Path) -> str | None:
-    """Megatron's own save, with what marks a checkpoint without a training run; returns what went wrong."""
+    """Calls Megatron's own save, with iteration 0, as for a checkpoint without a training run. Returns the error message, or None."""
     try:
         dist_checkpointing.save({**state, "iteration": 0, "checkpoint_version": 3.0}, str(staging / RELEASE))
     except (OSError, CheckpointingException, CheckpointException) as error:
-        free = (
-            f"{free_bytes(staging):,} bytes are free"  # torch says where its writer stopped, not that the disk is full
-        )
+        # torch's error says where its writer stopped, not that the disk is full.
+        free = f"{free_bytes(staging):,} bytes are free"
         return f"cannot write {target}: {reason_of(error)} ({free}); free the space or choose another --output"
     return None
 
 
 def begin(staging: Path, source: TensorSource, settings: Settings) -> None:
-    """All of a checkpoint but its weights and its tracker file."""
+    """Writes everything of a checkpoint except the weights and the tracker file."""
     kinds = {name: NAMES[entry.dtype] for name, entry in source.entries.items()}
     (staging / RELEASE).mkdir()
     beside = staging / COMPANIONS
@@ -112,7 +111,7 @@ def begin(staging: Path, source: TensorSource, settings: Settings) -> None:
 
 
 def _bytes_in_all(part: ModelPart) -> int:
-    """Of the parameters that a checkpoint of all ranks holds. Collective."""
+    """Bytes of all parameters in the checkpoint, over all ranks, each counted once. Collective."""
     where, mine = part.coordinate, 0
     for held in part.held():
         replica = where.expert_data if held.expert else where.data + where.context
@@ -123,7 +122,7 @@ def _bytes_in_all(part: ModelPart) -> int:
 
 
 def _keep(source: TensorSource, names: Iterable[str], folder: Path) -> None:
-    """Tensors that no parameter holds, as safetensors beside the checkpoint: they belong to the model on the way back."""
+    """Writes carried tensors as safetensors beside the checkpoint, so that converting back to Hugging Face restores them."""
     entries = {name: source.entries[name] for name in names}
     if entries:
         planned = plan_files({name: (entry.dtype, entry.shape) for name, entry in entries.items()}, 1 << 62, CARRIED)
@@ -134,12 +133,12 @@ def _keep(source: TensorSource, names: Iterable[str], folder: Path) -> None:
 
 
 def complete(staging: Path) -> None:
-    """The tracker file, which comes last."""
+    """Writes the tracker file. It is written last, since it marks the checkpoint as complete."""
     (staging / TRACKER).write_text(RELEASE)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line; torch wraps what a rank met, and says only that there was something."""
+    """An error as one line. torch wraps a rank's error in a CheckpointException without its text, so the inner error is used."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     text = " ".join(str(error).split()) or type(error).__name__
@@ -147,9 +146,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
-    """Fills the part from a torch_dist checkpoint that was saved in any layout, by Transformer Engine's modules or Megatron's own.
+    """Fills the part from a torch_dist checkpoint of any layout, saved with Transformer Engine's modules or Megatron's own. Collective.
 
-    Collective. Optimizer state and the scales of FP8 are left where they are; everything else must be asked for, and be there.
+    Optimizer state and FP8 scales are not read. All other keys of model and checkpoint must match, else UserError.
     """
     state = {
         key: {name: value for name, value in chunk.items() if not FP8_STATE.search(name)}
@@ -157,11 +156,14 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
     }
     folder = on_every_rank(lambda: iteration_directory(directory))
     try:
-        stored = read_metadata(folder).state_dict_metadata  # Megatron would run whatever is pickled there
+        # Read before Megatron does: read_metadata refuses pickles that could run code, and Megatron does not.
+        stored = read_metadata(folder).state_dict_metadata
         for value in itertools.chain.from_iterable(chunk.values() for chunk in state.values()):
             value.key = next((key for key in spellings(value.key) if key in stored), value.key)
-        with torch.serialization.safe_globals(SAFE_GLOBALS):  # a training run keeps its settings beside the weights
-            # Megatron calls missing what the model lacks, and unexpected what the checkpoint does (each rank its own).
+        # A training run stores its settings beside the weights, in types that torch must be told are safe.
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            # Megatron's "missing" keys are those that the model lacks, its "unexpected" ones those that the checkpoint lacks.
+            # Each rank gets its own lists.
             loaded, unread, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_ALL)
     except UNREADABLE as error:
         raise UserError(
@@ -177,7 +179,7 @@ def load_mcore(part: ModelPart, groups: Groups, directory: str | Path) -> None:
 
 
 def misfit(folder: Path, absent: Iterable[str], unread: Iterable[str], more: str = "") -> str:
-    """What to tell the user of a checkpoint that is not of its config.json's model."""
+    """The error message for a checkpoint whose keys or shapes do not fit its config.json."""
     absent, unread = sorted(set(absent)), sorted(set(unread))
     return (
         f"{folder} does not fit its config.json: {len(absent)} tensors missing ({some(absent)}), "
@@ -186,7 +188,7 @@ def misfit(folder: Path, absent: Iterable[str], unread: Iterable[str], more: str
 
 
 def iteration_directory(directory: str | Path) -> Path:
-    """The folder with the tensors: the one that the tracker names, or `directory` itself."""
+    """The folder with the tensors: the one that the tracker file names, or `directory` itself. UserError where it is not complete."""
     root = Path(directory)
     tracker = root / TRACKER
     if not tracker.is_file():
@@ -204,21 +206,21 @@ def iteration_directory(directory: str | Path) -> Path:
 
 
 def is_mcore(directory: str | Path) -> bool:
-    """Whether a directory is laid out as a Megatron checkpoint."""
+    """Whether a directory has the structure of a Megatron checkpoint."""
     return (Path(directory) / TRACKER).is_file() or (Path(directory) / "metadata.json").is_file()
 
 
 def companions_of(
     directory: str | Path, model: str | Path | None = None
 ) -> tuple[Path, Mapping[str, torch.dtype] | None]:
-    """The Hugging Face side of a checkpoint: the folder with its config, and the dtype of every tensor (None: unknown).
+    """The Hugging Face side of a checkpoint: (folder with its config, dtype of every tensor by name or None if unknown).
 
-    model: the folder, for a checkpoint that something else wrote, such as a Megatron-LM run.
+    model: the Hugging Face directory to use, for a checkpoint that another program wrote, such as Megatron-LM.
     """
     if model is not None:
         if not has_weights(model):
             return Path(model), None
-        # Megatron's weights are plain: of a quantised original they are what it dequantises to.
+        # Megatron's weights are plain. Those of a quantised original were dequantised.
         quantised = quantization_of(model) is not None
         return Path(model), written_dtypes(open_checkpoint(model, torch.float32 if quantised else None))
     folder = Path(directory) / COMPANIONS
@@ -249,6 +251,6 @@ def _sharded(part: ModelPart, groups: Groups) -> dict[str, Any]:
     found = {}
     for key, chunk in zip(_keys(part), part.chunks, strict=True):
         state = chunk.sharded_state_dict(metadata=metadata)
-        # A norm that is written under the name of one in a linear has no state of its own there.
+        # Norms are saved under the key of a norm fused into a linear (`layer_norm_`). Such a norm has no extra state in a checkpoint.
         found[key] = {name: value for name, value in state.items() if not value.key.endswith("layer_norm__extra_state")}
     return found

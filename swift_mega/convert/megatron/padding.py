@@ -1,8 +1,8 @@
-"""Rows of a Megatron checkpoint's vocabulary beyond config.json's: padding, which goes, or words, which must not be lost.
+"""Rows of a Megatron checkpoint's vocabulary beyond config.json's vocab_size: are they padding, or tokens that must not be lost?
 
-Megatron pads embedding and output layer to a multiple of its settings', and a checkpoint says nowhere how many rows are words. Ours keep
-the config.json that they were made with. Of others, padding is known by its rows, which are all alike (zeros, or one row again and
-again), or by the settings of the run (`args`), which say how far it padded.
+Megatron pads embedding and output layer to a multiple that its settings give, and a checkpoint does not store the number of real tokens.
+Our checkpoints contain the config.json that they were made with. In other checkpoints, rows are known to be padding if they are all equal
+(zeros, or copies of one row), or if the settings of the training run (`args`) give exactly this padded size.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ COMMON = "common.pt"
 
 
 def check_padding(directory: str | Path, model: str | Path, vocab: int) -> str | None:
-    """UserError where rows beyond `vocab`, config.json's of `model`, may be words. Returns what is to be said of those left out, if any."""
+    """UserError where rows from `vocab` on may be real tokens; vocab: vocab_size of `model`. Returns a notice on rows left out, or None."""
     recorded = Path(directory) / COMPANIONS
     if (recorded / "config.json").is_file() and recorded.resolve() != Path(model).resolve():
         known = read_config(recorded).get("vocab_size")
@@ -39,13 +39,14 @@ def check_padding(directory: str | Path, model: str | Path, vocab: int) -> str |
     try:
         stored = TorchDist(folder)
         words = _may_be_words(stored, vocab)
+    # The code that reads the weights later reports damaged files.
     except UNREADABLE_FILES:
-        return None  # whoever reads the weights says what is wrong with the files
+        return None
     return _judge(folder, model, vocab, words) if words else None
 
 
 def _may_be_words(stored: TorchDist, vocab: int) -> int:
-    """Rows in all, where those beyond `vocab` differ from each other; 0 where they are alike, or there are none."""
+    """The number of rows of the vocabulary if the rows from `vocab` on differ from each other; 0 if they are equal or there are none."""
     rows = {key: value.size[0] for key, value in stored.tensors.items() if key in PADDED}
     odd = [count for key, count in rows.items() if count > vocab and not _alike(_rows(stored, key, vocab))]
     return max(odd, default=0)
@@ -65,7 +66,7 @@ def _judge(folder: Path, model: str | Path, vocab: int, count: int) -> str:
 
 
 def _rows(stored: TorchDist, key: str, first: int) -> Tensor:
-    """Those from `first` on."""
+    """The rows of tensor `key` from `first` on."""
     found = stored.tensors[key]
     made = torch.empty((found.size[0] - first, *found.size[1:]), dtype=found.properties.dtype)
     stored.read_into(made, key, [first, *([0] * (made.dim() - 1))], 0)
@@ -77,9 +78,9 @@ def _alike(rows: Tensor) -> bool:
 
 
 def _unit(folder: Path) -> int | None:
-    """What a training run of Megatron-LM padded its vocabulary to a multiple of; None where its settings are not there, or do not say.
+    """The multiple to which a training run of Megatron-LM padded its vocabulary; None where its settings are missing or do not say.
 
-    Only records that Megatron itself calls safe are loaded: the file is a pickle.
+    The settings are a pickle. Only types that Megatron declares as safe are loaded from it.
     """
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):

@@ -1,8 +1,8 @@
-"""Where a Megatron checkpoint holds each parameter: a key, and a box in the tensor of that key, the same for every layout.
+"""Where a Megatron checkpoint stores each parameter: a key, and a box in the tensor of that key. It is the same for every layout.
 
-Megatron says so itself, for one layer of each kind; another layer lies at another number. Whether a layer's or an expert's number
-is part of the key or a dim of its own in front depends on the model and on Megatron's version, and what a norm is called on whether it
-is fused into a linear; a reader tries all.
+It is read from Megatron's sharded_state_dict for one layer of each kind; other layers differ only in the layer number. There are several
+forms. The number of a layer or an expert is either part of the key or an index in an extra leading dim, depending on the model and on
+Megatron's version. A norm has another key where it is fused into a linear. A reader tries all forms.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ NORMS = (
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
 )
-"""What Megatron's layer specs call the same norm, alone and fused into the linear after it."""
+"""(key of a separate norm, key of the same norm fused into the linear after it) in Megatron's layer specs."""
 
 
 def spellings(key: str) -> tuple[str, ...]:
-    """What else a checkpoint may call `key`, which comes first."""
+    """All keys under which a checkpoint may store `key`; `key` itself is the first."""
     others = [key.replace(mine, other, 1) for pair in NORMS for mine, other in (pair, pair[::-1]) if mine in key]
     return key, *others
 
 
 @dataclass(frozen=True)
 class Box:
-    """Numbers from `offset` on in the tensor `key`, whose whole shape is `size`; the first `lead` dims are layer or expert."""
+    """The part of tensor `key` from index `offset` on. size: shape of the whole tensor, whose first `lead` dims are layer and expert."""
 
     key: str
     offset: tuple[int, ...]
@@ -46,10 +46,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Place:
-    """Some rows of a parameter, and where they lie.
+    """Some rows of a parameter, and where they are stored.
 
-    key: without layer and expert number. numbers: (number, how many there are) of each. named: whether the Megatron that is
-    installed writes it into the key.
+    key: without layer and expert numbers. numbers: (number, how many there are) for the layer, and for the expert of an expert's weight.
+    named: for each of these, whether the installed Megatron writes the number into the key.
+    offset, shape, size: index of the first number, shape of these rows, and shape of the whole tensor, all without leading dims.
     """
 
     key: str
@@ -59,10 +60,13 @@ class Place:
     shape: tuple[int, ...]
     size: tuple[int, ...]
     half: int | None = None
-    """0 for a gate's rows, 1 for those of its up projection, where they lie apart."""
+    """0 for the rows of the gate, 1 for those of the up projection, where the two are stored separately; else None."""
 
     def box(self, named: tuple[bool, ...] | None = None, *, rows: int | None = None, apart: bool = False) -> Box:
-        """Where the rows lie; rows: of the whole tensor, which a padded vocabulary has more of; apart: halves have a key each."""
+        """The box of these rows in one of the forms.
+
+        rows: of the whole tensor, for a padded vocabulary. apart: gate and up projection have separate keys (`_w`, `_v`).
+        """
         named = self.named if named is None else named
         key, size, offset = self.key, list(self.size), list(self.offset)
         for stack, (number, _), inside in zip(STACKS, self.numbers, named, strict=False):
@@ -77,7 +81,7 @@ class Place:
         return Box(key, (*at, *offset), (*many, *size), len(front))
 
     def boxes(self) -> Iterator[Box]:
-        """Every form that a Megatron may have written it in, the installed one's first."""
+        """The boxes in all forms that some version of Megatron writes; the form of the installed version first."""
         forms = sorted(itertools.product((False, True), repeat=len(self.numbers)), key=lambda form: form != self.named)
         for place in (dataclasses.replace(self, key=key) for key in spellings(self.key)):
             for apart in (False, True) if self.half is not None else (False,):
@@ -85,12 +89,12 @@ class Place:
                     yield place.box(named, apart=apart)
 
     def of_layer(self, layer: int, layers: int) -> "Place":
-        """The same of another layer, in a model of so many."""
+        """The same place for another layer, in a model of `layers` layers."""
         return dataclasses.replace(self, numbers=((layer, layers), *self.numbers[1:]))
 
 
 def places_of(chunk: Decoder, groups: Groups) -> tuple[dict[str, tuple[Place, ...]], list[tuple[str, ShardedObject]]]:
-    """By parameter of a whole model in one chunk: where it lies, in the order of its rows; and objects that are no tensor."""
+    """For an unsharded model in one chunk: (parameter name -> its places in the order of its rows, [(name, object that is no tensor)])."""
     state: dict[str, Any] = chunk.sharded_state_dict(
         metadata={"dp_cp_group": groups.data_context, "singleton_local_shards": False}
     )
@@ -137,7 +141,7 @@ def _place(name: str, tensor: ShardedTensor, half: int | None) -> Place:
 
 
 def object_of_layer(thing: ShardedObject, layer: int, layers: int) -> ShardedObject:
-    """The same object of another layer, in a model of so many."""
+    """The same object for another layer, in a model of `layers` layers."""
     if LAYER.search(thing.key):
         return dataclasses.replace(thing, key=LAYER.sub(f"{layer}.", thing.key))
     return dataclasses.replace(
@@ -146,6 +150,6 @@ def object_of_layer(thing: ShardedObject, layer: int, layers: int) -> ShardedObj
 
 
 def layer_of(name: str) -> int | None:
-    """The layer in a parameter's name."""
+    """The layer number in a parameter's name; None where there is none."""
     found = re.match(r"decoder\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None

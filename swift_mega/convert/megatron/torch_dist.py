@@ -1,7 +1,7 @@
-"""The files of a torch_dist checkpoint, read by box and written by chunk, without a rank and without a pickle that could run anything.
+"""The files of a torch_dist checkpoint: read by box and written by chunk, without a process group, and without unsafe pickles.
 
-A tensor lies in chunks, each a torch.save of its own somewhere in a .distcp file; `.metadata` says where. A box is read by finding
-the chunks that it touches, and in each the bytes of its numbers: neither a chunk nor what lies beside it is loaded.
+A tensor is stored in chunks. Each chunk is one torch.save record in a .distcp file, and `.metadata` has its file and offset. To read a
+box, the chunks that overlap it are found, and of each chunk only the bytes of the box are read.
 """
 
 import io
@@ -33,13 +33,13 @@ from swift_mega.errors import UserError
 
 METADATA, SUFFIX = ".metadata", ".distcp"
 FILE_BYTES = 1 << 30
-"""A file gets no further chunk from this size on, so that many ranks read from many files."""
+"""A new file is begun when the current one has this size, so that many ranks read from different files."""
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, RuntimeError, AttributeError, TypeError, IndexError,
               pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
 
 
 class _Old:
-    """What Megatron up to 0.15 kept beside the plans of a checkpoint with optimizer state; nothing reads it."""
+    """Stand-in for classes that Megatron up to 0.15 pickled into .metadata of checkpoints with optimizer state. Nothing reads them."""
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -55,7 +55,7 @@ _ALLOWED = {
     "collections": "OrderedDict defaultdict",
     "builtins": "dict list set",
 }
-"""All that a checkpoint's .metadata is made of: records of names, sizes and places. Nothing here acts when it is made."""
+"""The types allowed in a checkpoint's .metadata: records of names, sizes and places. Constructing them runs no other code."""
 _OLD = {("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
 
 
@@ -72,7 +72,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """A checkpoint's .metadata, of which only plain records are accepted; UserError where there is anything else in it."""
+    """Reads a checkpoint's .metadata; UserError where it contains other types than plain records. ValueError where it is no Metadata."""
     with (folder / METADATA).open("rb") as file:
         metadata = _MetadataUnpickler(file).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -81,7 +81,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class Window(io.RawIOBase):
-    """Some bytes of an open file, as a file of their own."""
+    """A range of bytes of an open file, as a read-only file object."""
 
     def __init__(self, handle: int, begin: int, length: int) -> None:
         self.handle, self.begin, self.length, self.at = handle, begin, length, 0
@@ -108,7 +108,7 @@ class Window(io.RawIOBase):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a tensor that torch.save wrote lies in its storage."""
+    """Offset, shape and stride of a tensor of torch.save in its storage."""
 
     offset: int
     shape: tuple[int, ...]
@@ -116,7 +116,7 @@ class _Layout:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads the layout of a saved tensor and makes no tensor."""
+    """Reads offset, shape and stride of a saved tensor, without making a tensor."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
@@ -132,7 +132,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class TorchDist:
-    """A checkpoint's tensors by key; numbers are read on demand, by box."""
+    """The tensors of a checkpoint by key; numbers are read on demand, by box."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,10 +149,11 @@ class TorchDist:
         self._handles: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}  # a number that means another file, or none, to another process
+        # A file descriptor has no meaning in another process.
+        return {**self.__dict__, "_handles": {}}
 
     def bytes_of(self, prefixes: Sequence[str]) -> tuple[int, int]:
-        """How many tensors and objects there are whose keys begin so, and the bytes they take in the files."""
+        """(number, bytes in the files) of the tensors and objects whose keys begin with one of `prefixes`."""
         keys, size = set(), 0
         for index, info in self.metadata.storage_data.items():
             if index.fqn.startswith(tuple(prefixes)):
@@ -161,7 +162,7 @@ class TorchDist:
         return len(keys), size
 
     def check_files(self, skipped: Sequence[str]) -> None:
-        """ValueError or OSError unless every file is there and as long as it must be, but for those of skipped keys alone."""
+        """ValueError or OSError where a file is missing or too short. Files that only contain keys with prefixes `skipped` are ignored."""
         ends: dict[str, int] = defaultdict(int)
         for index, info in self.metadata.storage_data.items():
             if not index.fqn.startswith(tuple(skipped)):
@@ -172,7 +173,11 @@ class TorchDist:
                 raise ValueError(f"{name} is cut short: {size} bytes, of {end}")
 
     def read_into(self, target: Tensor, key: str, offset: Sequence[int], lead: int) -> None:
-        """Fills `target` with the numbers of its shape from `offset` on; `lead` dims in front, of size 1, are not target's."""
+        """Fills `target` with the box of its shape that begins at index `offset` of tensor `key`.
+
+        lead: how many leading dims the stored tensor has that `target` lacks; the box has size 1 in them. ValueError where numbers are
+        missing in the files.
+        """
         target = target.view((1,) * lead + tuple(target.shape)) if lead else target
         dtype, filled = self.tensors[key].properties.dtype, 0
         for chunk in self._touched(key, tuple(offset[:lead])):
@@ -190,7 +195,7 @@ class TorchDist:
             raise ValueError(f"{key}: {filled} of {target.numel()} numbers from {list(offset)} on are in the files")
 
     def _touched(self, key: str, front: tuple[int, ...]) -> Iterable[ChunkStorageMetadata]:
-        """The chunks that may hold numbers at these first indices."""
+        """The chunks that may contain numbers whose leading indices are `front`."""
         found = self._chunks.get((key, len(front)))
         if found is None:
             found = self._chunks[key, len(front)] = defaultdict(list)
@@ -209,7 +214,8 @@ class TorchDist:
         handle = self._handle(info.relative_path)
         window = Window(handle, info.offset, info.length)
         begin = _data_of(window, tuple(chunk.sizes), dtype)
-        if begin is None:  # a view, or strides of its own: torch makes the whole chunk of it
+        # None: a view or a tensor with other strides. torch loads the whole chunk then.
+        if begin is None:
             window.seek(0)
             whole = torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
             if tuple(whole.shape) != tuple(chunk.sizes):
@@ -218,8 +224,9 @@ class TorchDist:
                 )
             target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(start, target.shape, strict=True))])
             return
+        # For a slice of columns, one contiguous buffer avoids a read per row.
         lies_apart = not target.is_contiguous() and target.shape[-1] * dtype.itemsize < SHORT
-        box = torch.empty(target.shape, dtype=dtype) if lies_apart else target  # columns: not a read for each row
+        box = torch.empty(target.shape, dtype=dtype) if lies_apart else target
         _read_box(handle, begin, dtype, box, list(start), list(chunk.sizes))
         if lies_apart:
             target.copy_(box)
@@ -235,7 +242,7 @@ class TorchDist:
 
 
 def _data_of(window: Window, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """The byte of the file at which the numbers of a saved tensor begin, one after another; None where they do not lie so."""
+    """The byte of the file at which the numbers of a saved tensor begin; None where they are not stored contiguously in order."""
     with zipfile.ZipFile(window) as archive:  # type: ignore[type-var]
         by_end = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         try:
@@ -248,9 +255,8 @@ def _data_of(window: Window, shape: tuple[int, ...], dtype: torch.dtype) -> int 
         return None
     if data.compress_type != zipfile.ZIP_STORED or data.file_size != numbers or not _in_order(shape, layout.stride):
         return None
-    local = os.pread(
-        window.handle, 30, window.begin + data.header_offset
-    )  # the sizes of name and extra field differ there
+    # The local zip header, since its sizes of name and extra field differ from those in the central directory.
+    local = os.pread(window.handle, 30, window.begin + data.header_offset)
     return (
         window.begin
         + data.header_offset
@@ -270,7 +276,7 @@ def _in_order(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _read_box(handle: int, begin: int, dtype: torch.dtype, target: Tensor, start: list[int], sizes: list[int]) -> None:
-    """`target` from the numbers [sizes] that lie from byte `begin` on, starting at index `start`."""
+    """Fills `target` with the box at index `start` of a contiguous tensor of shape `sizes`, stored from byte `begin` of the file."""
     while target.dim() and target.shape[0] == 1:
         begin += start[0] * math.prod(sizes[1:]) * dtype.itemsize
         target, start, sizes = target[0], start[1:], sizes[1:]
@@ -288,7 +294,7 @@ def _read_box(handle: int, begin: int, dtype: torch.dtype, target: Tensor, start
 
 
 class ChunkWriter:
-    """Adds tensors, a chunk at a time, to a checkpoint in which Megatron has written all that is no tensor."""
+    """Adds tensors, chunk by chunk, to a checkpoint in which Megatron has already written everything except tensors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -306,7 +312,7 @@ class ChunkWriter:
             self._stream.close()
 
     def add(self, key: str, size: Sequence[int], offset: Sequence[int], value: Tensor) -> None:
-        """`value`, of as many dims as the tensor `key` [size], lies there from `offset` on."""
+        """Writes `value` as the chunk at index `offset` of tensor `key`, whose whole shape is `size`. Both have the same number of dims."""
         known = self.tensors.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=value.dtype), torch.Size(size), [])
         )
@@ -322,7 +328,8 @@ class ChunkWriter:
         begin = self._stream.tell()
         try:
             torch.save(_alone(value), self._stream)
-        except RuntimeError as error:  # torch closes its record while the disk's error passes, and tells of that
+        # On a disk error, torch raises a RuntimeError about closing its archive; the OSError is its context.
+        except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -332,7 +339,7 @@ class ChunkWriter:
         self.results.append(WriteResult(index, length, _StorageInfo(self._name, begin, length)))
 
     def finish(self) -> None:
-        """Writes .metadata, which names what was there and what was added."""
+        """Writes .metadata with the entries that were there and those that were added."""
         known: Mapping[MetadataIndex, _StorageInfo] = self.metadata.storage_data
         before = [WriteResult(index, info.length, info) for index, info in known.items()]
         both = {**self.metadata.state_dict_metadata, **self.tensors}
@@ -340,7 +347,7 @@ class ChunkWriter:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """The same numbers in a storage that holds no others: torch.save writes storages whole."""
+    """The same numbers in a storage that has no others, because torch.save always writes the whole storage."""
     value = value.detach().contiguous()
     if value.untyped_storage().nbytes() == value.nbytes:
         return value
