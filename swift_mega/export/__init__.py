@@ -1,2 +1,1 @@
-"""What a run hands back: Hugging Face directories and PEFT adapters. A training run's checkpoints are exports, so `train`
-comes after."""
+"""The outputs of a run: Hugging Face directories and PEFT adapters. Checkpoints of a training run are exports, so `train` imports this."""

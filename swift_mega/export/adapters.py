@@ -1,4 +1,4 @@
-"""A run's adapter started from a PEFT directory: every factor from its file, by its slice, or not at all."""
+"""Starts the adapter of a run from a PEFT directory: each rank reads its slices of every factor, or an error is raised."""
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -21,9 +21,9 @@ from swift_mega.parallel.agree import gather, on_every_rank
 def load_adapter(
     directory: str | Path, exported: Sequence[Held], part: ModelPart, config: Mapping[str, Any] | None
 ) -> None:
-    """Fills this rank's adapter factors from a PEFT directory, each by its slice. Collective; UserError where the two do not fit.
+    """Fills this rank's adapter factors from a PEFT directory. Collective; UserError where directory and run do not fit.
 
-    exported, config: what the tuner of the run holds and would write.
+    exported: the `held` of the run's tuner. config: its `adapter_config`.
     """
     adapter = on_every_rank(lambda: read_adapter(directory))
     if config is None:
@@ -66,9 +66,9 @@ def load_adapter(
 
 
 def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schema.Tuner:
-    """Settings of the tuner that a PEFT directory is of: its rank, scale and targets.
+    """The tuner settings that fit a PEFT directory: rank, scale and targets.
 
-    The targets are those that its tensors name. Fields may say it by a pattern, by layers or not at all.
+    The targets are taken from the tensor names, since adapter_config.json may give a pattern, a list of layers, or nothing.
     """
     adapter, linears = read_adapter(directory), modules_of(family, settings)
     config: dict[str, Any] = dict(adapter.config)
@@ -95,7 +95,7 @@ def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schem
 
 
 def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:
-    """Words that choose exactly these of a model's linears: their last ones where that is so, else their whole names."""
+    """target_modules that select exactly `modules` among `linears`: last parts of names where these suffice, else full names."""
     last = {module.rsplit(".", 1)[-1] for module in modules}
     if all(module in modules for module in linears if module.rsplit(".", 1)[-1] in last):
         return tuple(sorted(last))
@@ -103,6 +103,6 @@ def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:
 
 
 def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of every rank's factors: all ranks then find the same fault, and none goes on alone."""
+    """Unsharded shapes of the factors of all ranks, so that every rank checks the same shapes and raises the same error. Collective."""
     mine = {name: shape for held in exported for name, shape in zip(held.parts, part.part_shapes(held), strict=True)}
     return {name: shape for shapes in gather(mine) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""A run's checkpoint: PEFT's two files where adapters were trained, a whole Hugging Face directory where the model was."""
+"""The checkpoint of a run: PEFT's two files where an adapter was trained, else a complete Hugging Face directory."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,10 @@ def save_checkpoint(
     dtype: torch.dtype,
     trained: Trained = UNCHANGED,
 ) -> None:
-    """Writes what `tuner` trained to `directory`, which appears whole or not at all. Collective.
+    """Writes what `tuner` trained to `directory`, which appears complete or not at all. Collective.
 
-    source: the Hugging Face directory that training started from; an adapter names it as its base. trained: what goes with
-    the weights besides that directory's own files.
+    source: the Hugging Face directory that training started from; an adapter names it as its base. trained: changes to that directory's
+    chat template and stop tokens.
     """
     config = tuner.adapter_config(part, str(Path(source).resolve()))
     if config is None:
@@ -47,7 +47,7 @@ def save_checkpoint(
         (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         trained.write_beside_adapter(staging, source)
 
-    # PEFT reads one file; an adapter is small
+    # One file, since PEFT reads only one. An adapter is small.
     write_directory(
         part,
         groups,

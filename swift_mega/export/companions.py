@@ -1,9 +1,9 @@
-"""What training changes beside the weights: the chat template, and the tokens at which generation stops.
+"""What training changes besides the weights: the chat template, and the tokens at which generation stops.
 
-A model answers well only in the form that it was trained in, so that form goes with it: into full checkpoints, into adapters
-(transformers' own Trainer puts the tokenizer's files beside an adapter too), and from an adapter into what it is merged into.
-Files stand as transformers and vLLM read them: the template in chat_template.jinja, which wins over tokenizer_config.json; stop
-tokens in generation_config.json's eos_token_id.
+A model must be prompted with the template that it was trained with. So the template and the stop tokens are written into full checkpoints
+and into adapters (transformers' own Trainer also saves tokenizer files with an adapter), and merging copies them from the adapter to the
+merged model. The files are those that transformers and vLLM read: the template is chat_template.jinja, which has priority over
+tokenizer_config.json; the stop tokens are eos_token_id in generation_config.json.
 """
 
 import json
@@ -23,23 +23,23 @@ TOKENIZER = "tokenizer_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What an export says beside the weights, on top of the files of the model that training started from.
+    """Changes of an export to the companions of the model that training started from.
 
-    chat_template: the Jinja text that the rows were rendered with, where it is not the model's own; None: the model's stays.
-    end_tokens: ids of the tokens that end the trained replies; they are added to those at which generation stopped before.
+    chat_template: the Jinja text that rendered the training data, where it is not the model's own; None: the model's own is kept.
+    end_tokens: ids of the tokens that end the trained replies; they are added to the model's stop tokens.
     """
 
     chat_template: str | None = None
     end_tokens: tuple[int, ...] = ()
 
     def write(self, directory: Path) -> None:
-        """Edits the files of a whole model: call it after the source's files were copied."""
+        """Edits the files of a whole model. Call it after the source's files were copied."""
         if self.chat_template is not None:
             _write_template(directory, self.chat_template)
         _write_end_tokens(directory, directory, self.end_tokens)
 
     def write_beside_adapter(self, directory: Path, base: str | Path) -> None:
-        """The same two files in an adapter's directory, where `of_adapter` finds them. base: the model that was trained."""
+        """Writes the same two files into an adapter's directory, where `of_adapter` reads them. base: the model that was trained."""
         if self.chat_template is not None:
             (directory / TEMPLATE).write_bytes(self.chat_template.encode())
         _write_end_tokens(directory, Path(base), self.end_tokens)
@@ -49,13 +49,13 @@ UNCHANGED = Trained()
 
 
 def of_adapter(directory: str | Path) -> Trained:
-    """What an adapter's directory says about how it was trained: ours, or one with tokenizer files that another trainer left."""
+    """Template and stop tokens from an adapter's directory: one of ours, or one with tokenizer files that another trainer saved."""
     folder = Path(directory)
     return Trained(chat_template=_template_of(folder), end_tokens=_ids_in(folder / GENERATION) or ())
 
 
 def stop_tokens(model: str | Path) -> tuple[int, ...]:
-    """Ids at which generation with this model stops, as transformers and vLLM read them; UserError where a file is damaged."""
+    """Token ids at which generation with this model stops in transformers and vLLM; UserError where a file is invalid."""
     found = _ids_in(Path(model) / GENERATION)
     return (_ids_in(Path(model) / "config.json") or ()) if found is None else found
 
@@ -70,7 +70,7 @@ def _template_of(folder: Path) -> str | None:
 
 
 def _write_template(directory: Path, template: str) -> None:
-    """As `save_pretrained` of transformers leaves it: templates of other names keep theirs, in files of their own."""
+    """Writes the template as transformers' `save_pretrained` does. Templates with other names are moved to files of their own."""
     (directory / TEMPLATE).write_bytes(template.encode())
     (directory / PROCESSOR_TEMPLATE).unlink(missing_ok=True)
     path = directory / TOKENIZER
@@ -86,7 +86,7 @@ def _write_template(directory: Path, template: str) -> None:
 
 
 def _named(templates: list[Any]) -> dict[str, str]:
-    """{name: text} of tokenizer_config.json's list of templates."""
+    """{name: text} from the list of templates in tokenizer_config.json."""
     return {
         each["name"]: each["template"]
         for each in templates
@@ -95,7 +95,7 @@ def _named(templates: list[Any]) -> dict[str, str]:
 
 
 def _write_end_tokens(directory: Path, base: Path, tokens: tuple[int, ...]) -> None:
-    """generation_config.json of `directory`: that of `base`, and `tokens` among its eos_token_id."""
+    """Writes generation_config.json of `directory`: that of `base`, with `tokens` added to its eos_token_id."""
     before = stop_tokens(base)
     added = [token for token in dict.fromkeys(tokens) if token not in before]
     if not added:
@@ -107,7 +107,7 @@ def _write_end_tokens(directory: Path, base: Path, tokens: tuple[int, ...]) -> N
 
 
 def _from_model(base: Path) -> dict[str, Any]:
-    """What transformers would make of config.json where there is no generation_config.json."""
+    """The generation config that transformers derives from config.json where there is no generation_config.json."""
     from transformers import GenerationConfig
 
     config = read_object(base / "config.json") if (base / "config.json").is_file() else {}
@@ -116,7 +116,7 @@ def _from_model(base: Path) -> dict[str, Any]:
 
 
 def _ids_in(path: Path) -> tuple[int, ...] | None:
-    """eos_token_id of a JSON file, () where it names none, None where there is no file."""
+    """The eos_token_id of a JSON file as a tuple; () where it has none, None where there is no file."""
     if not path.is_file():
         return None
     config = read_object(path)

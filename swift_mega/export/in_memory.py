@@ -1,8 +1,8 @@
-"""A transformers model with an adapter merged in as it is loaded: no copy of the base on disk, none in memory.
+"""A transformers model into which an adapter is merged while loading, without a copy of the base on disk or in memory.
 
-transformers takes a checkpoint as named tensors that `[...]` reads, stacks those of experts and renames others. So the adapter is added
-before that, under the names of the files, where every factor belongs to one tensor. PEFT adds it afterwards, and drops the factors of
-linears that are no modules any more.
+transformers accepts a checkpoint as named tensors that it reads by `[...]`; it then stacks experts and renames other tensors. The adapter
+is added before that, under the names in the files, where each pair of factors belongs to one tensor. PEFT adds it after loading, and so
+drops the factors of linears that are no longer modules.
 """
 
 from pathlib import Path
@@ -22,11 +22,11 @@ from swift_mega.models.quantization import KEYS, quantization_of
 def load_merged(
     model: str | Path, adapters: str | Path, config: Any, *, dtype: torch.dtype | None = None, **options: Any
 ) -> Any:
-    """A transformers model of `config`, with the weights of `model` and the adapter in `adapters`.
+    """A transformers model of `config`, with the weights of `model` and the adapter in `adapters` merged in.
 
-    dtype: the sum is kept in it. None: it is rounded to the dtype in the files first, which gives what `merge` writes, bit for bit; a
-    quantised base is read as plain weights, as `merge` reads it where it is told to. options: of transformers' from_pretrained.
-    Raises UserError where a factor is for no linear of the model, or for one that transformers does not load.
+    dtype: the dtype of the merged weights. None: the dtype in the files, which gives bit for bit what `merge` writes.
+    A quantised base is read as plain weights, as `merge` does with dequantize=True. options: passed to transformers' from_pretrained.
+    Raises UserError where a factor belongs to no linear of the model, or to one that transformers does not load.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
@@ -61,7 +61,7 @@ def load_merged(
 
 
 class _Stored:
-    """A tensor in files, merged when it is read: what transformers takes for a safetensors slice."""
+    """A tensor in files that is merged when it is read. transformers uses it like a safetensors slice."""
 
     def __init__(
         self, base: TensorSource, name: str, kind: torch.dtype, merge: Merge, dtype: torch.dtype | None
@@ -77,9 +77,9 @@ class _Stored:
         return self._merge.added(self._name, value, self._dtype or self._kind)[where]
 
     def get_dtype(self) -> torch.dtype:
-        """Of what is read."""
+        """Dtype of the tensor."""
         return self._kind
 
     def get_shape(self) -> tuple[int, ...]:
-        """Of what is read."""
+        """Shape of the tensor."""
         return self._base.entries[self._name].shape

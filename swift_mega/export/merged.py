@@ -1,6 +1,6 @@
-"""Base weights with an adapter merged in: read, added to in float32, written; one tensor at a time, from files to files.
+"""Merges an adapter into base weights, from files to files: each tensor is read, added to in float32, and written.
 
-The base directory is never changed, and nothing but one tensor is in memory, so a 400B model merges on a laptop.
+The base directory is never changed. Only one tensor is in memory at a time, so a 400B model can be merged on a laptop.
 """
 
 import json
@@ -33,9 +33,9 @@ from swift_mega.text_files import read_object
 
 PREFIX = "base_model.model."
 OUTPUT_LAYERS = frozenset(("lm_head", "embed_out", "output_layer", "output", "transformer.output_layer"))
-"""What models call their output layer."""
+"""Names of the output layer in various models."""
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    # Initialisations that are not here (pissa, olora, corda, loftq, lora_ga) change the base weights when PEFT loads the adapter.
+    # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the base weights when PEFT loads the adapter.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "bias": ("none",),
     **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False,)),
@@ -46,19 +46,19 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
         (),
     ),
 }
-"""Fields of adapter_config.json that mean more than W + scale * B A, unless they have one of these values or none."""
+"""Fields of adapter_config.json -> the values, besides null, for which the adapter is just W + scale * B @ A. Others are refused."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA adapter directory: its factors by Hugging Face module name, and its scale."""
+    """A PEFT LoRA directory. modules: Hugging Face names of the linears that have factors."""
 
     checkpoint: TensorSource
     scale: float
     modules: frozenset[str]
     config: dict[str, object]
     copies: Mapping[str, str]
-    """Module -> the whole weight of it that PEFT saved beside the factors (save_embedding_layers)."""
+    """Module -> name of its whole weight, which PEFT saved beside the factors (save_embedding_layers)."""
 
     def delta(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * B @ A, computed in `dtype`, [out, in]; UserError where a factor is not finite."""
@@ -72,7 +72,7 @@ class PeftAdapter:
 
 
 def read_adapter(directory: str | Path) -> PeftAdapter:
-    """A PEFT LoRA directory, every tensor accounted for; UserError with what is wrong."""
+    """Opens a PEFT LoRA directory and checks config, names and shapes of all tensors; UserError where something is wrong."""
     path = Path(directory) / "adapter_config.json"
     if not path.is_file():
         raise UserError(
@@ -136,8 +136,8 @@ def merge(
 ) -> None:
     """Writes `model` with `adapters` merged in as a Hugging Face directory, in the dtypes of `model`.
 
-    dequantize: a quantised `model` is merged in float32 and written plain, in the dtype that its config.json names.
-    Raises UserError, with `output` untouched, where the adapter names a module that the model does not have.
+    dequantize: a quantised `model` is merged in float32 and written as plain weights, in the dtype that its config.json names.
+    Raises UserError where the adapter names a module that the model does not have; `output` is unchanged then.
     """
     base = open_checkpoint(model, torch.float32 if dequantize else None)
     adapter, target = read_adapter(adapters), Path(output)
@@ -155,7 +155,7 @@ def merge(
         with Writer(staging, planned, any_number=derived) as writer:
             for name, place in planned.items():
                 value = base.read(name)
-                # summed in float32 or wider; the writer rounds, and says what is beyond the range of its dtype
+                # The sum is in float32 or wider; the writer rounds it, and raises an error where it exceeds the range of the dtype.
                 wide = torch.promote_types(place.dtype, torch.float32)
                 writer.write(name, sums.added(name, value, wide) if name in sums.linears else value)
             found = writer.finish()
@@ -169,9 +169,9 @@ def merge(
 
 
 def untied_for(base: TensorSource, adapter: PeftAdapter) -> Untied | None:
-    """`base` with an output layer of its own, where it is a tied model and `adapter` changes that layer; None where not.
+    """`base` with a separate output layer, if it is a tied model and `adapter` has factors for the output layer; else None.
 
-    The adapter changes logits alone: PEFT adds its product to them, and embeddings are looked up as they were.
+    Such an adapter only changes the logits: PEFT adds its product to them, and the embedding lookup is unchanged.
     """
     if not (base.directory / "config.json").is_file():
         return None
@@ -201,24 +201,24 @@ def _refuse_head(base: TensorSource, adapter: PeftAdapter, config: Mapping[str, 
 
 
 def set_untied(directory: Path) -> None:
-    """Says in config.json that the output layer is a tensor of its own."""
+    """Sets tie_word_embeddings=false in config.json: the output layer is a separate tensor."""
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A weight of the base that the adapter changes: PEFT's name for its module, and whether it is stored [in, out]."""
+    """A weight of the base that the adapter changes: PEFT's name of its module, and whether it is stored transposed, [in, out]."""
 
     module: str
     turned: bool
 
 
 class Merge:
-    """The weights of `base` that `adapter` changes; UserError where it does not fit them.
+    """A base, an adapter, and the sums of both; UserError where the adapter does not fit the base.
 
-    base: what is read, and written with the sums in it. dtypes: of its tensors where they are written. untied: the model was tied, and
-    `base` has an output layer of its own now.
+    Attributes. base: the tensors to read and to write. dtypes: name -> dtype in which it is written. linears: the weights that the adapter
+    changes. untied: the model was tied, and this `base` has a separate output layer.
     """
 
     def __init__(self, base: TensorSource, adapter: PeftAdapter) -> None:
@@ -229,7 +229,7 @@ class Merge:
         self.adapter, self.linears = adapter, _linears(self.base, adapter)
 
     def added(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """`value` of the tensor `name` with the adapter, summed in float32 or wider and rounded to `dtype`; all finite."""
+        """value + scale * B @ A for tensor `name`, computed in float32 or wider, rounded to `dtype`; UserError where it is not finite."""
         linear, wide = self.linears[name], torch.promote_types(dtype, torch.float32)
         delta = self.adapter.delta(linear.module, wide)
         total = value.to(wide) + (delta.t() if linear.turned else delta)
@@ -238,7 +238,7 @@ class Merge:
 
 
 def _linears(base: TensorSource, adapter: PeftAdapter) -> dict[str, _Linear]:
-    """What the adapter changes, by tensor of the base; UserError where it does not fit the base."""
+    """Tensor name of the base -> the linear that the adapter changes; UserError where the adapter does not fit the base."""
     family = _family(base, adapter)
     names = {
         name.removesuffix(".weight") if family is None else family.module(name): name
@@ -260,8 +260,11 @@ def _linears(base: TensorSource, adapter: PeftAdapter) -> dict[str, _Linear]:
 
 
 def _check_copies(base: TensorSource, adapter: PeftAdapter, names: Mapping[str, str]) -> None:
-    """PEFT saves whole weights of embedding and output layer beside factors for them, or where it thinks that they were resized. PEFT
-    loads these in place of the base's, so they must be the same."""
+    """UserError where a whole weight in the adapter differs from the base's.
+
+    PEFT saves the weights of embedding and output layer if they have factors, or if it finds them resized. It loads them in place of the
+    base's, so they must be equal.
+    """
     for module, copy in sorted(adapter.copies.items()):
         entry = base.entries[names[module]] if module in names else None
         theirs = adapter.checkpoint.entries[copy]
@@ -274,9 +277,9 @@ def _check_copies(base: TensorSource, adapter: PeftAdapter, names: Mapping[str, 
 
 
 def _family(base: TensorSource, adapter: PeftAdapter) -> Family | None:
-    """The family of the base. Other models are merged too, name by name, where nothing has to be known of them."""
+    """The family of the base, or None: models without a family are merged by name, where all weights are stored [out, in]."""
+    # fan_in_fan_out is not needed for a known family. PEFT also sets it from the type of the module.
     if known := _known_family(base):
-        # Here fan_in_fan_out says nothing new: PEFT, too, sets it by the kind of module that it meets.
         return known
     if adapter.config.get("fan_in_fan_out"):
         raise UserError(

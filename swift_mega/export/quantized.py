@@ -1,4 +1,4 @@
-"""A model's files with its linears in FP8, from files to files: one weight in memory at a time, so a 400B model fits a laptop."""
+"""Quantises a model's linears to FP8, from files to files: one weight is in memory at a time, so a laptop can do it for a 400B model."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def quantize(
     overwrite: bool = False,
     dequantize: bool = False,
 ) -> None:
-    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block of (rows, columns).
+    """Writes `model` with the linears of attention and MLP in FP8, with one scale per block of (rows, columns).
 
-    dequantize: `model` is quantised itself, in this way or another; it is read in float32, so that FP8 of the same blocks stays as
-    it is. Raises UserError, with `output` untouched, where a weight is missing or not finite.
+    dequantize: `model` is itself quantised, in any supported format. It is read in float32, so that FP8 with the same blocks is reproduced
+    exactly. Raises UserError where a weight is missing or not finite; `output` is unchanged then.
     """
     target = Path(output)
     if Path(model).resolve().is_relative_to(target.resolve()):
