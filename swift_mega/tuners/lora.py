@@ -1,13 +1,13 @@
-"""LoRA at Megatron's linears (Hu et al. 2021, arXiv:2106.09685), equal to PEFT's on the unfused ones.
+"""LoRA on Megatron's linears (Hu et al. 2021, arXiv:2106.09685), equal to PEFT's LoRA on the unfused Hugging Face linears.
 
-Every Hugging Face linear inside a fused Megatron linear has factors of its own, `down` [rank, in] and `up` [out, rank]. The
-family's Pack, which lays out the weight, lays out the `up` factors too: parts that lie one above the other write to their own
-outputs, and interleaved ones, shifted to their own columns, are one [out, parts * rank] matrix. So a fused linear costs a
-few small products and no shuffling of activations. Only tensors of width `rank` cross ranks.
+Every Hugging Face linear inside a fused Megatron linear has its own factors, `down` [rank, in] and `up` [out, rank]. The Pack that
+arranges the weight in the fused linear also arranges the `up` factors. Parts with contiguous outputs (gate, up) are one product each.
+Interleaved parts (query, key, value of several groups) become one matrix [out, parts * rank], in which each part has its own columns.
+So a fused linear costs a few small products, and activations are never permuted. Only tensors of width `rank` are sent between ranks.
 
-Where there are more tensor ranks than key heads, a rank's rows of linear_qkv are no even share of query, key and value, and may have
-none of one. The `up` factors stay cut evenly, so that every rank owns as much of them as any other; they are gathered where they
-are used, and each rank takes the rows that it has.
+With more tensor ranks than key heads, a rank's rows of linear_qkv are not an equal fraction of query, key and value, and may contain no
+rows of one of them. The `up` factors are still sharded evenly, so that every rank stores the same amount. They are gathered for use, and
+each rank takes the rows that its outputs need.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ from swift_mega.tuners.targets import ALL, Target, check_targets, find_targets, 
 def _thin(x: Tensor, narrow: Tensor) -> Tensor:
     """x @ narrow.T for x [tokens, in] and a narrow [rank, in]: the transpose of narrow @ x.T.
 
-    CPU products with few columns run at a fifth of the speed of those with few rows (MKL; 1.4 to 4 times faster at rank 8).
+    On the CPU (MKL), products with few columns can run at a fifth of the speed of products with few rows. This form is 1.4 to 4 times
+    faster at rank 8.
     """
     return (narrow @ x.t()).t()
 
@@ -45,7 +46,7 @@ class _Down(torch.autograd.Function):
         down = factors[0] if len(factors) == 1 else torch.cat(factors)
         ctx.save_for_backward(x, down)
         ctx.parts = len(factors)
-        # Contiguous, since the next to take it may be a collective; it is narrow.
+        # Contiguous, since the next operation may be a collective. The copy is cheap: the tensor has few columns.
         return _thin(x.flatten(0, -2), down).contiguous().view(*x.shape[:-1], len(down))
 
     @staticmethod
@@ -57,9 +58,9 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """out + scale * a @ up.T, written into `out`: the linear that made it has no use for it any more.
+    """out + scale * a @ up.T, computed in place in `out`, which the linear that made it does not need any more.
 
-    `factors` become matrices here, and the gradients of those theirs again, without a node for each in autograd's graph.
+    The factors are joined into matrices here, and their gradients are split again, without an autograd node for each factor.
     """
 
     @staticmethod
@@ -67,9 +68,8 @@ class _Up(torch.autograd.Function):
         ups = adapter.matrices(factors)
         ctx.save_for_backward(a, *ups)
         ctx.adapter = adapter
-        if (
-            out._is_view()
-        ):  # one expert's rows, or what a reduction over one rank handed on: autograd refuses a write there
+        # autograd refuses an in-place write to a view: the rows of one expert, or the result of a reduction over one rank.
+        if out._is_view():
             out = out.clone()
         else:
             ctx.mark_dirty(out)
@@ -92,9 +92,9 @@ class _Up(torch.autograd.Function):
 
 
 class _ExpertDown(torch.autograd.Function):
-    """x @ down.T where expert-tensor ranks see the same tokens and each has part of the gradient.
+    """x @ down.T for an expert that is sharded over expert-tensor ranks, each of which has the same tokens and a part of the gradient.
 
-    The dispatcher sums the gradient of x over those ranks, so x gets this rank's part, and `down` the sum.
+    The dispatcher sums the gradient of x over these ranks, so x gets this rank's part. The gradient of `down` is all-reduced here.
     """
 
     @staticmethod
@@ -112,7 +112,10 @@ class _ExpertDown(torch.autograd.Function):
 
 
 class _ExpertUp(torch.autograd.Function):
-    """a @ up.T where each expert-tensor rank has a part of `a` and the dispatcher sums the results."""
+    """a @ up.T where each expert-tensor rank has a partial sum of `a`, and the dispatcher sums the results over these ranks.
+
+    For the gradient of `up`, the partial sums of `a` are all-reduced.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, up: Tensor, group: Any) -> Tensor:
@@ -129,15 +132,15 @@ class _ExpertUp(torch.autograd.Function):
 
 
 class Adapter(nn.Module):
-    """The adapter of one Megatron linear (of one expert, where it is one); its output is added to the linear's."""
+    """The adapter of one Megatron linear, or of one expert of a grouped linear. Its output is added to the linear's."""
 
     def __init__(
         self, target: Target, *, settings: schema.Tuner, heads: Heads, size: int, rank: int, sequence: bool
     ) -> None:
-        """size, rank: of the axis that cuts the linear; sequence: its activations are cut by tokens."""
+        """size, rank: of the mesh axis that shards the linear. sequence: activations are sharded by tokens (sequence parallelism)."""
         super().__init__()
         weight, self.heads = target.held.parameter, heads
-        # One Hugging Face linear with several parts in it has one pair of factors, whose `up` lies as the weight does.
+        # A Hugging Face linear that is itself fused has one pair of factors; its `up` has the row order of the Hugging Face weight.
         laid_out = target.held.rule.pack.linear
         self.pack = COLUMN if isinstance(laid_out, Fused) else laid_out
         self.row, self.expert = self.pack.axis == 1, target.held.expert
@@ -147,9 +150,9 @@ class Adapter(nn.Module):
         self.dropout = settings.dropout
         self.outs = [part.shape[0] for part in self.pack.split(torch.empty(weight.shape, device="meta"), heads)]
         self.kept = self.outs
-        """Rows of each `up` that this rank keeps; `outs` are those that it uses."""
+        """How many rows of each `up` this rank stores; `outs`: how many it uses."""
         self.used = self.pack.rows(heads)
-        """Which rows of the whole `up` factors those are, where ranks keep others than they use."""
+        """[start, stop) of the used rows in each unsharded `up`, where a rank uses other rows than it stores; else None."""
         if self.used is not None:
             shares = self.pack.shares(heads)
             self.kept = [share * weight.shape[0] // sum(shares) for share in shares]
@@ -159,8 +162,8 @@ class Adapter(nn.Module):
         make: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         for name, out, chosen in zip(self.names, self.kept, self.chosen, strict=True):
             if chosen:
-                # Of this module itself, not of a ParameterDict: with overlap_param_gather Megatron waits for a parameter in the
-                # forward hook of the module that owns it, and a dict is never called.
+                # Registered on this module, not in a ParameterDict: with overlap_param_gather, Megatron waits for a parameter in the
+                # forward hook of the module that owns it, and a ParameterDict is never called.
                 down = nn.Parameter(torch.empty(settings.rank, weight.shape[1], **make))
                 up = nn.Parameter(torch.zeros(out, settings.rank, **make))
                 self.register_parameter(f"down_{name}", down)
@@ -170,12 +173,12 @@ class Adapter(nn.Module):
 
     @property
     def down(self) -> dict[str, nn.Parameter]:
-        """[rank, in] by the last word of the Hugging Face name."""
+        """Last part of the Hugging Face module name -> `down` [rank, in], local to this rank."""
         return self._factors("down_")
 
     @property
     def up(self) -> dict[str, nn.Parameter]:
-        """[out, rank] likewise."""
+        """Last part of the Hugging Face module name -> `up` [out, rank], local to this rank."""
         return self._factors("up_")
 
     def _factors(self, prefix: str) -> dict[str, nn.Parameter]:
@@ -184,17 +187,17 @@ class Adapter(nn.Module):
         }
 
     def _mark(self, parameter: nn.Parameter, weight: nn.Parameter, *, cut: bool) -> None:
-        """What Megatron reads off parameters: who reduces the gradient, and who counts it in the norm."""
+        """Sets the attributes from which Megatron decides which ranks reduce a gradient, and which rank counts it in the norm."""
         first = parallel_state.get_expert_tensor_parallel_rank() == 0 if self.expert else False
         parameter.tensor_model_parallel = cut or first  # type: ignore[attr-defined]
         parameter.partition_dim, parameter.partition_stride = int(self.row), 1  # type: ignore[attr-defined]
         parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
-        # Cut by tokens, a factor that every rank holds whole gets a part of its gradient from each.
+        # With sequence parallelism, each rank has a partial gradient of a replicated factor, so Megatron must sum it.
         parameter.sequence_parallel = self.sequence and not cut  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def initialise(self, modules: dict[str, str], seed: int) -> None:
-        """Kaiming-uniform `down` and zero `up`, as PEFT has them; values follow from seed and Hugging Face module name only."""
+        """Kaiming-uniform `down` and zero `up`, as in PEFT. The values depend only on the seed and the Hugging Face module name."""
         for name, parameter in self.down.items():
             columns = parameter.shape[1] * (self.size if self.row else 1)
             key = hashlib.sha256(f"{seed} {modules[name]}".encode()).digest()
@@ -205,7 +208,10 @@ class Adapter(nn.Module):
             parameter.copy_(whole.chunk(self.size, 1)[self.rank] if self.row else whole)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """x: the linear's input, [tokens, 1, in] or [tokens, in]; out: its output. Returns out + the adapter's part."""
+        """x: the linear's input, [tokens, 1, in] or [tokens, in]. out: its output. Returns out + scale * up(down(x)).
+
+        `out` is changed in place, except for views and for experts that are sharded over expert-tensor ranks.
+        """
         if self.dropout and self.training:
             x = self._drop(x)
         down, up = tuple(self.down.values()), self._used(tuple(self.up.values()))
@@ -214,18 +220,18 @@ class Adapter(nn.Module):
         return _Up.apply(out, self._across(_Down.apply(x, *down)), self, *up)
 
     def _expert_tensor(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """The adapter's part of an expert's linear that is cut over expert-tensor ranks."""
+        """up(down(x)) for an expert's linear that is sharded over expert-tensor ranks; `up` includes the scale."""
         group = parallel_state.get_expert_tensor_parallel_group()
         if self.row:
             return _ExpertUp.apply(F.linear(x, down), up, group)
         return F.linear(_ExpertDown.apply(x, down, group), up)
 
     def _used(self, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The rows of the `up` factors that this rank's outputs need, from all ranks; gradients are summed over those that use them."""
+        """The rows of the `up` factors that this rank's outputs need, gathered from all tensor ranks; backward sums their gradients."""
         if self.used is None:
             return factors
         chosen = [number for number, is_chosen in enumerate(self.chosen) if is_chosen]
-        # Its name is of another use of it: it gathers along the first dim, and sums the gradients.
+        # Despite its name, it all-gathers dim 0 and reduce-scatters the gradient.
         everyone = tensor_parallel.gather_from_sequence_parallel_region(torch.cat(factors)).unflatten(
             0, (self.size, -1)
         )
@@ -234,7 +240,7 @@ class Adapter(nn.Module):
         return tuple(part.flatten(0, 1)[start:stop] for part, (start, stop) in zip(parts, ends, strict=True))
 
     def _across(self, a: Tensor) -> Tensor:
-        """The narrow activation [tokens, 1, parts * rank] where the next product needs it."""
+        """The communication between the two products, on a [tokens, 1, parts * rank]: gather, reduce, or copy with a summed gradient."""
         if self.size == 1 or self.expert:
             return a
         if self.row:
@@ -246,10 +252,10 @@ class Adapter(nn.Module):
         return tensor_parallel.copy_to_tensor_model_parallel_region(a)
 
     def _blocks(self) -> tuple[list[tuple[slice, slice]], bool]:
-        """(outputs, columns of the narrow activation) of each product of `_Up`, and whether these are the parts themselves.
+        """([(slice of outputs, slice of columns of a)] for each product of `_Up`, whether each product is one part).
 
-        Parts that lie one above the other, as gate and up, are a product each. Query, key and value of several groups
-        interleave, and are one product of a matrix that is zero where one part's outputs meet another's columns.
+        Parts with contiguous outputs, such as gate and up, are one product each. Query, key and value of several groups are interleaved;
+        they are one product with a matrix that is zero at the outputs of one part and the columns of another.
         """
         rank = self.lora_rank
         if self.used is not None:
@@ -281,7 +287,7 @@ class Adapter(nn.Module):
         return [part[:, n * self.lora_rank : (n + 1) * self.lora_rank] for n, part in enumerate(chosen)]
 
     def join_up(self, factors: Sequence[Tensor]) -> Tensor:
-        """[out, parts * rank]: the factor of each chosen part in its own columns, in the rows that the Pack gives it."""
+        """[out, parts * rank]: the factor of each chosen part in its own columns, and in the rows where the Pack puts that part."""
         if len(self.names) == 1:
             return factors[0]
         width, before, blocks, left = len(factors) * self.lora_rank, 0, [], iter(factors)
@@ -294,10 +300,10 @@ class Adapter(nn.Module):
         return self.pack.join(blocks, self.heads)
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout that is the same on ranks that see the same input, and different on ranks that see different ones.
+        """Dropout with the same mask on ranks that have the same input, and different masks on ranks that have different inputs.
 
-        Experts have states of their own: how much they draw depends on the tokens that come, and tensor ranks may be different experts,
-        whose default generators must stay in step.
+        Experts use their own RNG states. How many numbers an expert draws depends on how many tokens it gets, and tensor ranks may hold
+        different experts; but the default generators of tensor ranks must stay in the same state.
         """
         if self.expert:
             state = tensor_parallel.random.get_expert_parallel_rng_tracker_name() if self.row else EXPERT_INPUT
@@ -310,16 +316,16 @@ class Adapter(nn.Module):
 
 
 class GroupedAdapter(nn.ModuleList):
-    """The adapters of a grouped linear: Transformer Engine's one module for all experts of a rank."""
+    """The adapters of a grouped linear, Transformer Engine's single module for all experts of a rank."""
 
     def forward(self, x: Tensor, out: Tensor, splits: list[int]) -> Tensor:
-        """x [tokens, in] and out [tokens, out], sorted by expert; splits: tokens of each."""
+        """x [tokens, in] and out [tokens, out], sorted by expert. splits: how many tokens each expert has. Returns [tokens, out]."""
         pieces = zip(self, x.split(splits), out.split(splits), strict=True)
         return torch.cat([adapter(piece, result) for adapter, piece, result in pieces])
 
 
 def _add(linear: Any, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """Forward hook of a Megatron linear, which returns (output, bias)."""
+    """Forward hook of a Megatron linear, which returns (output, bias): adds the adapter's output."""
     return (
         linear.adapter(given[0], result[0], *given[1:2] if isinstance(linear.adapter, GroupedAdapter) else ()),
         result[1],
@@ -327,12 +333,15 @@ def _add(linear: Any, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tup
 
 
 def _let_gradients_in(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-    """Forward hook of a frozen embedding. Recomputation and pipeline stages pass gradients only into inputs that ask for them."""
+    """Forward hook of a frozen embedding: its output requires a gradient.
+
+    Recomputation and pipeline stages propagate gradients only to inputs that require one.
+    """
     return result.requires_grad_() if torch.is_grad_enabled() else result
 
 
 class Lora:
-    """Freezes the model and adds adapters to the chosen linears."""
+    """Freezes the model and adds adapters to the selected linears."""
 
     adapters = True
 
@@ -404,7 +413,7 @@ class Lora:
 
 
 def _factor(base: Held, parameter: nn.Parameter, module: str, letter: str, pack: Pack) -> Held:
-    """An adapter factor as an exported tensor: PEFT's name, cut the way its linear is."""
+    """An adapter factor as an exported tensor: under PEFT's name, sharded like its linear."""
     hf = f"base_model.model.{module}.lora_{letter}.weight"
     leaf = module.split(".")[-1]
     name = base.name.removesuffix("weight") + f"adapter.{'down' if letter == 'A' else 'up'}.{leaf}"

@@ -1,6 +1,6 @@
-"""Which linears an adapter goes to: names as Hugging Face and PEFT know them, matched to Megatron's fused linears.
+"""Which linears get an adapter: names of Hugging Face and PEFT are matched to Megatron's fused linears.
 
-A fused linear (query, key and value; gate and up) holds several Hugging Face linears, and a name may ask for only some of them.
+A fused linear (query, key and value; gate and up) contains several Hugging Face linears, and a name may select only some of them.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -18,29 +18,29 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class Target:
-    """A Megatron linear of this rank, its weight, and which of its parts get an adapter."""
+    """A Megatron linear of this rank, its weight, and which of its Hugging Face linears get an adapter."""
 
     linear: Any
-    """An nn.Module; what is added to it later has no type that it knows."""
+    """An nn.Module. Typed as Any, because attributes are added to it that its class does not declare."""
     held: Held
     parts: tuple[bool, ...]
     index: int | None
-    """Which expert of a grouped linear, counted on this rank; None for a linear of its own."""
+    """Number of the expert on this rank, in a grouped linear; None for a linear that is not grouped."""
 
 
 def linear_names(family: Family, settings: Settings) -> list[str]:
-    """Their last words, as PEFT's target_modules lists them."""
+    """The last parts of the names of a model's linears, as in PEFT's target_modules."""
     return sorted({module.rsplit(".", 1)[1] for module in modules_of(family, settings)})
 
 
 def wanted(module: str, targets: Collection[str]) -> bool:
-    """Whether a Hugging Face module name is asked for: PEFT's rule, the name itself or its last words."""
+    """Whether `targets` selects a Hugging Face module by PEFT's rule: by its full name or by the last parts of it."""
     words = module.split(".")
     return ALL in targets or any(".".join(words[first:]) in targets for first in range(len(words)))
 
 
 def check_targets(family: Family, settings: Settings, targets: Sequence[str]) -> None:
-    """UserError where a target names no linear of this model."""
+    """UserError where a target selects no linear of this model."""
     modules, names = modules_of(family, settings), linear_names(family, settings)
     if not targets:
         raise UserError(f"tuner.target_modules is empty; choose all-linear, or from {', '.join(names)}")
@@ -58,7 +58,7 @@ _PARTS = {
 
 
 def adapted_linears(family: Family, settings: Settings, targets: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-    """Per layer the linears that `targets` asks for, by the names of memory/weights.py; None for a model with other linears than those."""
+    """For each layer, the linears that `targets` selects, in the names of memory/weights.py; None where the model has other linears."""
     found: list[list[str]] = [[] for _ in settings.layer_kinds]
     present = modules_of(family, settings)
     for rule in family.rules:
@@ -81,7 +81,8 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
         for module in chunk.modules()
         for parameter in module.parameters(recurse=False)
     }
-    asked = frozenset(targets)  # an adapter may name thousands of experts
+    # A set, since an adapter may name thousands of experts.
+    asked = frozenset(targets)
     for held in part.held():
         if not LINEAR.fullmatch(held.name) or STACKED.fullmatch(held.rule.parts[0]):
             continue

@@ -1,7 +1,7 @@
-"""What a tuner is, and how the one that the settings name is found.
+"""The interface of a tuner, and how the tuner that the settings name is found.
 
-A tuner decides which parameters are trained and what a checkpoint of the run is. It sees a rank's part of the model after the
-base weights are in it; it never changes them.
+A tuner decides which parameters are trained and what a checkpoint of the run contains. It gets a rank's part of the model after the base
+weights were loaded, and never changes them.
 """
 
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ class Tuner(Protocol):
     """One per run; `attach` is called once, on every rank, before Megatron's DDP wraps the chunks."""
 
     adapters: bool
-    """Whether linears are extended, and so must show their real input (models/specs.py)."""
+    """Whether adapters are added to linears. Linears must then be modules whose hooks get their real input (models/specs.py)."""
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
-        """Freezes, adds and initialises; initial values depend on the seed and the names, never on the layout."""
+        """Freezes, adds and initialises parameters. Initial values depend only on seed and names, never on the layout."""
         ...
 
     def held(self, part: ModelPart) -> Iterator[Held]:
-        """This rank's exported parameters: the whole model, or what was added."""
+        """This rank's parameters that a checkpoint contains: the whole model, or the added parameters."""
         ...
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:
-        """PEFT's adapter_config.json, or None where a checkpoint is the whole model."""
+        """Contents of PEFT's adapter_config.json; None where a checkpoint is the whole model."""
         ...
 
 
 def find_tuner(settings: schema.Tuner) -> Tuner:
-    """The tuner of `settings.type`; UserError with the known ones."""
+    """The tuner of type `settings.type`; UserError with the known types where it is unknown."""
     return choose(folder, "TUNER", settings.type, setting="tuner.type")(settings)
