@@ -1,1 +1,1 @@
-"""What a layout costs, by arithmetic alone: no weights, no ranks, no GPU."""
+"""Memory estimates: the bytes that a run needs in a layout, by formula. No weights, ranks or GPU are needed."""

@@ -1,4 +1,4 @@
-"""What a run chooses that decides its memory, apart from model and layout."""
+"""The settings of a run that its memory depends on, apart from model and layout."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,38 +9,38 @@ from swift_mega.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """The settings of a run that memory depends on; defaults are those of the run's own settings."""
+    """The settings of a run that its memory depends on; the defaults are those of config/schema.py."""
 
     device: Literal["cpu", "cuda"] = "cuda"
     itemsize: int = 2
-    """Bytes of a number of weights and activations: 2 for bfloat16, 4 for float32."""
+    """Bytes per number of weights and activations: 2 for bfloat16, 4 for float32."""
     rank: int | None = None
-    """Of LoRA; None: every parameter is trained."""
+    """The rank of LoRA; None: every parameter is trained."""
     adapted: tuple[tuple[str, ...], ...] | None = None
-    """Per layer the linears that LoRA goes to, as PARTS of memory/weights.py calls them; None: all of all layers."""
+    """For each layer, the linears with LoRA, in the names of PARTS in memory/weights.py; None: all linears of all layers."""
     vocab_divisible_by: int = 128
     distributed_optimizer: bool = True
     gradients_in_float32: bool = True
-    """Where they are summed; false: in the dtype of the weights."""
+    """Whether gradients are summed in float32; false: in the dtype of the weights."""
     recompute: Literal["none", "full"] = "none"
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_layers: int = 1
     tile: int | None = None
-    """Tokens of a tile of MLPs and norms; None: they take all at once."""
+    """Tokens per tile of MLPs and norms; None: no tiles, all tokens at once."""
     loss_chunk: int | None = None
-    """Tokens whose logits exist at once; None: as many as fit 128 MiB."""
+    """Tokens whose logits are in memory at once; None: as many as fit 128 MiB."""
     whole_loss: bool = False
-    """All logits exist at once, whatever loss_chunk: what frameworks do that hand logits to a loss."""
+    """All logits are in memory at once, regardless of loss_chunk, as in frameworks that pass logits to a loss function."""
     offload_activations: bool = False
     offload_fraction: float = 0.0
-    """Share of the optimizer's state in host memory."""
+    """Fraction of the optimizer state in host memory, 0 to 1."""
     fused_activation: bool | None = None
-    """model.megatron.bias_activation_fusion: gate and up are multiplied in one kernel, which keeps neither. None: as training chooses
-    where nobody says, on a machine that can compile."""
+    """model.megatron.bias_activation_fusion: act(gate) * up is one kernel, which does not save act(gate). None: the default of
+    training on a machine with a compiler."""
     microbatches: int = 1
-    """Rows of one data-parallel rank in a step; pipeline stages hold several at once."""
+    """Microbatches of one data-parallel rank in a step; a pipeline stage holds activations of several at once."""
     longest: int | None = None
-    """Tokens of the longest example of a row; None: the row is one. It matters on the CPU only."""
+    """Tokens of the longest example in a packed row; None: the row is one example. It matters on the CPU only."""
 
 
 def choices_of(
@@ -52,9 +52,10 @@ def choices_of(
     longest: int | None = None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
 ) -> Choices:
-    """The choices of a run of a model of `hidden` features. adapted: as Choices has it.
+    """The choices of a run. hidden: hidden size of the model. adapted: the field of Choices.
 
-    UserError for train.recompute=selective, which has no formula."""
+    UserError for train.recompute=selective and for Transformer Engine's context parallelism, which have no formula.
+    """
     train, optim, tuner = run.train, run.optim, run.tuner
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")

@@ -1,6 +1,7 @@
-"""How many bytes of tensors are alive, counted at every operator of torch: what the formula of memory.py is compared with.
+"""Counts the bytes of live tensors at every torch operator. The formula of memory.py is compared with this count.
 
-Exact where resident memory is not: no allocator, no pages, no other library. What a kernel takes and gives back inside is not seen.
+Unlike resident memory, the count is exact: it does not include the allocator's caches, page rounding or other libraries. Memory that a
+kernel allocates and frees internally is not counted.
 """
 
 import weakref
@@ -12,7 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, counts the storages that operators return in this thread; `peak` is the most there was since it was last set."""
+    """Context manager that counts the storages returned by operators in this thread.
+
+    now: bytes that are alive. peak: the maximum of `now` since `peak` was last set.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sizes of published models, for plans that need no directory."""
+"""The config.json of published models, for memory estimates without a model directory."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""What `swift-mega plan` prints: the parts of the fullest rank's memory, and the longest row that fits."""
+"""The memory estimate that `swift-mega plan` prints: the memory of the fullest rank by parts, and the longest row that fits."""
 
 from dataclasses import dataclass
 
@@ -9,19 +9,19 @@ from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 
 RESERVE = 4 << 30
-"""Bytes of a GPU for CUDA's context, NCCL's buffers, workspaces of libraries and fragments: a guess, not measured."""
+"""Bytes of a GPU for CUDA's context, NCCL's buffers, library workspaces and fragmentation: a guess, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The memory of a run's fullest rank."""
+    """The memory estimate of a run's fullest rank."""
 
     layout: Layout
     tokens: int
     memory: Memory
     gpu_bytes: int
     longest: int
-    """Most tokens of a row that fit; 0: not even the weights and their optimizer do."""
+    """Most tokens of a row that fit; 0: not even weights and optimizer state fit."""
 
     @property
     def fits(self) -> bool:
@@ -57,9 +57,9 @@ def plan_run(
     host_bytes: int | None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
 ) -> Plan:
-    """Of rows of train.micro_batch_size times data.max_length tokens on CUDA. host_bytes: of one rank; None: without end.
+    """The estimate for rows of train.micro_batch_size * data.max_length tokens on CUDA.
 
-    adapted: as Choices has it.
+    gpu_bytes, host_bytes: memory of one rank; host_bytes None: unlimited. adapted: the field of Choices.
     """
     train = run.train
     tokens = -(-train.micro_batch_size * run.data.max_length // layout.row_multiple) * layout.row_multiple

@@ -1,4 +1,4 @@
-"""Numbers in the weights of one rank, by the shapes that models/decoder.py's rules name and the axes that cut them."""
+"""How many parameters one rank holds, by formula, from the shapes in the rules of models/decoder.py and the sizes of the mesh axes."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from swift_mega.parallel.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Features of one token on one tensor rank."""
+    """Widths of activations and weights, as features per token on one tensor rank."""
 
     hidden: int
     query: int
     key: int
-    """Of the keys, and as many of the values."""
+    """Features of the keys; the values have as many."""
     heads: int
     ffn: int
     gated: bool
     vocab: int
     rope: int
-    """Of the cosines, and as many of the sines, of all rotations of the model."""
+    """Columns of the cosine tables of all ropes of the model; the sine tables have as many."""
     query_norm: bool
-    """Queries and keys are normalised."""
+    """Whether queries and keys are normalised."""
 
     @property
     def first(self) -> int:
@@ -32,7 +32,7 @@ class Widths:
 
 
 def widths(settings: Settings, layout: Layout, vocab_divisible_by: int = 128) -> Widths:
-    """UserError for a model whose layers have no formula yet."""
+    """The widths of a model; UserError for a model whose layers have no formula yet."""
     shape, megatron = settings.shape, settings.megatron
     _check(settings)
     head_dim, tensor = megatron["kv_channels"], layout.tensor
@@ -70,11 +70,10 @@ def _check(settings: Settings) -> None:
 
 
 def layer_numbers(settings: Settings, layout: Layout) -> int:
-    """Of one decoder layer on one tensor rank."""
+    """Parameters of one decoder layer on one tensor rank."""
     w, tensor = widths(settings, layout), layout.tensor
-    kept_keys = (
-        settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor
-    )  # shared heads are cut too, and gathered
+    # With more tensor ranks than key heads, the weights of the key heads are sharded too, and the keys are gathered.
+    kept_keys = settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor
     inputs = round(w.query + 2 * kept_keys)
     norms = 2 * w.hidden * bool(settings.norm.weight) * (2 if settings.norm.bias else 1)
     norms += 2 * settings.megatron["kv_channels"] if w.query_norm else 0
@@ -84,13 +83,13 @@ def layer_numbers(settings: Settings, layout: Layout) -> int:
 
 
 PARTS = ("query", "key", "value", "joined_qkv", "output", "gate", "up", "joined_gate_up", "down")
-"""Linears of a layer as a checkpoint has them: some families join query, key and value, or gate and up, in one."""
+"""Linears of a layer in a checkpoint. Some families store query, key and value, or gate and up, as one linear."""
 
 
 def adapter_numbers(settings: Settings, layout: Layout, rank: int, parts: Collection[str] | None = None) -> int:
-    """Of LoRA on `parts` of a layer, on one tensor rank (tuners/lora.py); None: on each of q, k, v, o, gate, up and down.
+    """Parameters of LoRA on `parts` of a layer, on one tensor rank (tuners/lora.py). parts None: q, k, v, o, gate, up and down.
 
-    `down` of a linear whose outputs are cut, and `up` of one whose inputs are, is whole on every rank.
+    `down` of a linear whose outputs are sharded, and `up` of a linear whose inputs are sharded, are replicated on every tensor rank.
     """
     w = widths(settings, layout)
     sizes = {
@@ -112,7 +111,7 @@ def adapter_numbers(settings: Settings, layout: Layout, rank: int, parts: Collec
 def stage_numbers(
     settings: Settings, layout: Layout, stage: int, vocab_divisible_by: int = 128
 ) -> tuple[int, list[int]]:
-    """(numbers in the base weights, layers) of a stage's ranks, over all its model chunks."""
+    """(parameters in the base weights of one rank, layers) of a pipeline stage, over all its chunks."""
     w = widths(settings, layout, vocab_divisible_by)
     layers = [layer for virtual in range(layout.virtual) for layer in layout.layers_of(stage, virtual)]
     total = len(layers) * layer_numbers(settings, layout)
