@@ -17,7 +17,7 @@ class Tuner(Protocol):
     """One per run; `attach` is called once, on every rank, before Megatron's DDP wraps the chunks."""
 
     adapters: bool
-    """Whether adapters are added to linears. Linears must then be modules whose hooks get their real input (models/specs.py)."""
+    """Whether adapters are added to linears. Norms are then not fused into linears (models/specs.py), so that hooks see their input."""
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
         """Freezes, adds and initialises parameters. Initial values depend only on seed and names, never on the layout."""
