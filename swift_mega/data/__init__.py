@@ -1,5 +1,5 @@
-"""Files of rows in, microbatches of tokens out.
+"""From data files to microbatches of tokens.
 
-sources reads files, formats gives every row one shape, template finds the characters that a model would have written,
-chat makes them tokens and a mask, pack joins examples into rows, loader does the walk and batches serves the steps.
+sources reads files; formats brings every data row into one form; template finds the characters that the model is trained to write;
+chat makes tokens and a loss mask; pack joins examples into packed rows; loader runs these in order; batches serves the steps.
 """

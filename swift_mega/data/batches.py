@@ -1,13 +1,14 @@
-"""Which examples make up step s, on which data rank: a function of (seed, s) alone, so a run can resume anywhere.
+"""Which examples make up step s, on which data rank: a function of (seed, s) alone, so a run can resume at any step.
 
-The training data is a stream, epoch after epoch, each in its own order; step s takes the s-th run of `global_batch_size` units
-of it, across the seam between two epochs where it has to. A run over a number of epochs ends with the last unit of them: its last
-step holds what is left, so every example is trained exactly that many times. A run over a number of steps has no end of the
-stream: fewer examples than it takes come around again.
+The training data is a stream of units, epoch after epoch, and each epoch has its own order. Step s takes units
+s · global_batch_size to (s + 1) · global_batch_size - 1 of the stream; a step may span two epochs. A run that is set in epochs ends with
+the last unit of the last epoch. Its last step takes the remaining units, so every example is trained exactly `epochs` times.
+A run that is set in steps repeats the data as often as it needs.
 
-The units of a step are grouped into microbatches before these are dealt to the data ranks in turn: any number of ranks sees the
-same microbatches. Ranks have the same number of microbatches in every step; where there are too few units, some are padding
-alone. The loss is a sum over tokens, divided by their number, so neither a short step nor padding changes an example's weight in it.
+The units of a step are grouped into microbatches first, and the microbatches are then dealt to the data ranks round-robin. So the
+microbatches are the same for any number of ranks. All ranks have the same number of microbatches in every step; where units are too
+few, some microbatches are only padding. The loss is a sum over trained tokens, divided by their number, so neither a short step nor
+padding changes the weight of an example.
 """
 
 import math
@@ -22,19 +23,19 @@ from swift_mega.data.shuffle import shuffled
 from swift_mega.errors import UserError
 
 _EPOCH = 3
-"""Stream of the hash, apart from those that sample and split files."""
+"""Stream of the hash; other streams sample and split files (`sources`)."""
 
 
 class Batches:
     """The microbatches of each step for one data rank.
 
-    A unit is an example or, with data.packing, a packed row of at most data.max_length tokens. epochs: after how many passes
-    over the units the stream ends, rounded up to whole units; None: never. `once`: for validation; one pass, in order.
+    A unit is an example or, with data.packing, a packed row of at most data.max_length tokens. epochs: passes over the units until the
+    stream ends, rounded up to whole units; None: it does not end. once: one pass in order, for validation.
 
-    micro_batch_size, global_batch_size: units. group: a rank's microbatches of a step are a multiple of it. pad_to, pad_each: tokens,
-    what each microbatch, and each example in it, is padded to a multiple of; a packed row then has up to data.max_length tokens
-    rounded up so.
-    Raises UserError where the global batch cannot be dealt out evenly.
+    micro_batch_size, global_batch_size: units. group: the number of a rank's microbatches in a step is a multiple of it.
+    pad_to, pad_each: tokens; each microbatch is padded to a multiple of pad_to, and each example in it to a multiple of pad_each. A packed
+    row then has at most data.max_length tokens, rounded up to a multiple of pad_each.
+    Raises UserError where the global batch cannot be split evenly over the data ranks.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Batches:
         self._pad_to, self._pad_each, self._pad_token = pad_to, pad_each, pad_token
         self._shuffle, self._group = settings.shuffle and not once, group
         passes = 1.0 if once else epochs
-        # A hair is taken off so that 0.1 epochs of 30 units are 3, not 4, in floating point.
+        # 1e-9 is subtracted so that 0.1 epochs of 30 units are 3, not 4, in floating point.
         self._end = None if passes is None else max(1, math.ceil(passes * self.units - 1e-9))
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     @property
     def units(self) -> int:
-        """Examples, or packed rows, of one epoch."""
+        """Units (examples or packed rows) of one epoch."""
         return len(self._units)
 
     @property
@@ -81,12 +82,12 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Steps until the stream ends; the last of them may hold fewer units."""
+        """Steps until the stream ends; the last one may have fewer units."""
         assert self._end is not None, "a stream of a number of steps has no end"
         return -(-self._end // self._global)
 
     def passes(self, steps: int) -> float:
-        """How often `steps` steps go over the units."""
+        """Passes over the units (epochs) that `steps` steps make."""
         return min(steps * self._global, self._end or math.inf) / self.units
 
     def batch(self, step: int) -> list[Microbatch]:
@@ -103,7 +104,7 @@ class Batches:
         return collate(examples, self._pad_to, pad_each=self._pad_each, pad_token=self._pad_token)
 
     def _chosen(self, step: int) -> list[int]:
-        """Units of the global batch, of which the last one of the stream may have fewer."""
+        """Units of the global batch of `step`; the last batch of the stream may have fewer."""
         first, last = step * self._global, (step + 1) * self._global
         places = range(first, last if self._end is None else min(last, self._end))
         assert places, f"step {step} is after the end"
@@ -112,7 +113,7 @@ class Batches:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
             order = shuffled(self.units, self._seed, epoch, _EPOCH) if self._shuffle else np.arange(self.units)
-            # A batch spans few epochs, and steps move forward: older orders are not needed again, and cheap to make.
+            # A batch spans few epochs and steps go forward, so older orders are rarely needed again; they are cheap to compute.
             self._orders = {near: kept for near, kept in self._orders.items() if near >= epoch - 1}
             self._orders[epoch] = order
         return self._orders[epoch]

@@ -1,8 +1,8 @@
-"""Rows to tokens and a loss mask.
+"""Data rows to tokens and a loss mask.
 
-A conversation is rendered whole, by the tokenizer's own chat template, and tokenised once: pieces tokenised apart would
-join differently. A token is trained when one of its characters lies in a span that `template` found, by the offsets of
-the fast tokenizer. The pad token plays no part, since it often is the end-of-turn token.
+A conversation is rendered as a whole by the tokenizer's chat template and tokenised once, because pieces that are tokenised separately
+can give other tokens. A token is trained when one of its characters lies in a span that `template` found; the fast tokenizer gives
+the offsets. The pad token is not used to find what is trained, because it often is the end-of-turn token.
 """
 
 from collections import Counter
@@ -27,9 +27,9 @@ LossOn = Literal["assistant", "last", "all"]
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:
-    """The fast tokenizer of a Hugging Face directory; code that ships with a model is never run.
+    """The fast tokenizer of a Hugging Face directory; code in a model's directory is never run.
 
-    Raises UserError where there is none, it does not load, or it is a slow one.
+    Raises UserError where there is no tokenizer, it does not load, or it is a slow one.
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +42,8 @@ def load_tokenizer(model_dir: str | Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+    # tokenizers raises a bare Exception for a file that it cannot parse.
+    except Exception as error:
         raise UserError(
             f"the tokenizer in {path} does not load: {error}; copy the model's tokenizer files again"
         ) from error
@@ -67,11 +68,11 @@ def check_fast(tokenizer: Any, *, name: str) -> None:
 
 
 class Encoder:
-    """Rows to examples, with one tokenizer, one template and one choice of what is trained.
+    """Data rows to examples, with one tokenizer, one template and one choice of what is trained.
 
-    chat_template: path of a .jinja file in place of the tokenizer's own template. template: Jinja text that takes the place of the
-    tokenizer's own where chat_template is not given (that of an adapter). A `loss` on a turn wins over loss_on.
-    vocab: rows of the model's embedding; a token beyond them is an error. None: not checked.
+    chat_template: path of a .jinja file that replaces the tokenizer's template. template: Jinja text that replaces it where chat_template
+    is not given, such as an adapter's template. `loss` of a turn has priority over loss_on.
+    vocab: number of embeddings in the model; a token id of `vocab` or more is an error. None: not checked.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Encoder:
         self.ends = Ends(special={index: bool(token.special) for index, token in added.items()})
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """One example per row, in order and untruncated. Raises UserError that begins with the row's file:line."""
+        """One example per data row, in order, not truncated. Raises a UserError that begins with the row's file:line."""
         rendered = [self._render(row) for row in rows if row.text is None]
         encoded = iter(self._tokenize([text for text, _ in rendered]) if rendered else [])
         conversations = iter(rendered)
@@ -110,8 +111,8 @@ class Encoder:
             begins, ends = _extents(tokens, offsets, text, self._special, where=row.where)
             trained = np.full(len(tokens), self._loss_on == "all")
             for span, inside in spans:
-                # A token that begins in the prompt is the reply's first one; one that goes on into the next turn's header
-                # ("</s>", then " [" for " [INST]") is nothing that the model writes.
+                # A token that begins in the prompt and ends in the reply is the first token of the reply. A token that begins in the
+                # reply and ends in the next turn's header is not written by the model: "</s>", then " [" of " [INST]".
                 trained[(begins < span.end) & (ends > span.start) & (ends <= span.end)] = inside
             examples.append(Example(tokens=tokens, trained=trained))
             replies = [span for span, inside in spans if inside]
@@ -122,22 +123,23 @@ class Encoder:
         return examples
 
     def end_of_turn(self) -> tuple[int, ...]:
-        """Tokens that end a short reply in this template, whether or not any row was encoded; () where none does."""
+        """Ids of the tokens that end a short reply in this template, even if no row was encoded; () where no token ends it."""
         turns = (Turn(role="user", content="probe"), Turn(role="assistant", content="reply"))
         try:
             probe = Encoder(self._tokenizer, template=self.template.source)
             probe.encode([Row(turns=turns, where="")])
-        except UserError:  # whatever is wrong with the template is said of the rows, where it concerns them
+        except UserError:
+            # If the template fails for the data rows too, encoding them raises the error.
             return ()
         return probe.ends.tokens
 
     def _render(self, row: Row) -> tuple[str, list[tuple[Span, bool]]]:
-        """The text, and the spans of it that are (True) or are not (False) trained, against the default of loss_on."""
+        """The text, and its spans that differ from the default of loss_on: True where the span is trained, False where it is not."""
         row = self._renderable(row)
         replies = [index for index, turn in enumerate(row.turns) if turn.role == "assistant"]
         base = {"assistant": set(replies), "last": set(replies[-1:]), "all": set(replies)}[self._loss_on]
         wanted = {i for i in replies if row.turns[i].loss is True or (row.turns[i].loss is None and i in base)}
-        # Where all is trained, only the exceptions have to be located.
+        # With loss_on=all, only the replies that are not trained have to be located.
         located = base - wanted if self._loss_on == "all" else wanted
         messages: list[Message] = [{"role": turn.role, "content": turn.content} for turn in row.turns]
         try:
@@ -147,7 +149,7 @@ class Encoder:
         return text, [(span, self._loss_on != "all") for span in spans]
 
     def _renderable(self, row: Row) -> Row:
-        """An empty system turn says what a template without a system role does anyway: nothing."""
+        """The row without its empty system turn where the template has no system role: such a turn adds no text."""
         first = row.turns[0]
         if first.role == "system" and not first.content.strip() and self.template.refuses_system:
             return replace(row, turns=row.turns[1:])
@@ -155,12 +157,12 @@ class Encoder:
 
     @property
     def modes(self) -> Counter[str]:
-        """Replies behind another generation prompt than the default one, by the setting of the template that gives it."""
+        """Number of replies that follow a generation prompt other than the default, by the template's setting that gives this prompt."""
         return self._template.modes if self._template is not None else Counter()
 
     @property
     def new_template(self) -> str | None:
-        """The Jinja text in use, where it is not the text that the tokenizer's files hold; None where no template was used."""
+        """The Jinja text in use, where the tokenizer's files have another; None where no template was used."""
         held = self._tokenizer.chat_template
         held = held.get("default") if isinstance(held, dict) else held
         return None if self._template is None or self._template.source == held else self._template.source
@@ -173,7 +175,7 @@ class Encoder:
         return self._template
 
     def _tokenize(self, texts: list[str]) -> list[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        # The template has written every special token, the first one included: adding them here would double it.
+        # The template has written all special tokens, also the first one. Adding special tokens here would write it twice.
         out = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -188,7 +190,7 @@ class Encoder:
         ]
 
     def _document(self, row: Row, text: str) -> Example:
-        """Plain text as the tokenizer frames it, ended by the end-of-text token; every token is trained."""
+        """Plain text with the special tokens that the tokenizer adds, then the end-of-text token; every token is trained."""
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise UserError(
@@ -224,11 +226,11 @@ def _read_template(tokenizer: Any, path: str) -> Template:
 def _extents(
     tokens: NDArray[np.int32], offsets: NDArray[np.int64], text: str, special: dict[int, str], *, where: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and past-the-last character of each token, [tokens] each, so that together they cover all of `text`.
+    """First and past-the-last character of each token, [tokens] each; together the tokens cover all of `text`.
 
-    Byte-level tokenizers leave the space before a word out of its offsets, and give a character that is several tokens to
-    each of them: a token therefore begins no later than where the one before it ended. Tokenizers with wrong offsets
-    exist (huggingface/tokenizers#1553), so the result is checked.
+    Offsets of byte-level tokenizers leave out the space before a word. A character that is split into several tokens has the same
+    offsets in each of them. So a token is made to begin no later than the end of the token before it. Some tokenizers give
+    wrong offsets (huggingface/tokenizers#1553), so the result is checked.
     """
     ends = np.maximum.accumulate(offsets[:, 1]) if len(offsets) else offsets[:, 1]
     before = np.concatenate(([0], ends[:-1])) if len(ends) else ends

@@ -1,7 +1,7 @@
-"""What a name in data.dataset stands for: a path, `path#N`, or an entry of dataset_info.json.
+"""What a name in data.dataset means: a path, `path#N`, or an entry of dataset_info.json.
 
-Two dialects are read. LLaMA-Factory writes an object, name -> {file_name, formatting, columns (our name -> theirs),
-tags}; SWIFT writes a list of {dataset_path, dataset_name, columns (theirs -> ours)}. Paths are relative to the file.
+Two forms of dataset_info.json are read. LLaMA-Factory writes an object, name -> {file_name, formatting, columns (our name -> theirs),
+tags}; SWIFT writes a list of {dataset_path, dataset_name, columns (theirs -> ours)}. Paths are relative to dataset_info.json.
 """
 
 import re
@@ -32,7 +32,7 @@ _FACTORY_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A file and how to read it. rows: how many are asked for. columns: theirs -> ours."""
+    """A file and how to read it. rows: number of data rows to take. columns: name in the file -> our name."""
 
     path: Path
     rows: int | None = None
@@ -41,7 +41,7 @@ class File:
 
 
 def find(name: str, settings: Data) -> File:
-    """The file that `name` stands for; UserError where there is none, or its entry cannot be honoured."""
+    """The file that `name` means; UserError where there is none, or where its entry needs something that is not supported."""
     plain, rows = _split_count(name)
     if settings.dataset_info is not None:
         info = Path(settings.dataset_info)
@@ -68,7 +68,7 @@ def _split_count(name: str) -> tuple[str, int | None]:
 
 
 def _read_info(path: Path) -> dict[str, Callable[[], File]]:
-    """Name -> what reads its entry, when it is asked for: a damaged entry is in nobody else's way."""
+    """Name -> function that reads its entry. Entries are read on use, so a damaged entry does not affect the others."""
     what = f"data.dataset_info={str(path)!r}"
     if not path.exists():
         raise UserError(f"{what} does not exist; give the path of a dataset_info.json")
@@ -85,7 +85,8 @@ def _read_info(path: Path) -> dict[str, Callable[[], File]]:
     if isinstance(content, list):
         numbered = [(index, entry) for index, entry in enumerate(content) if not _is_remote(entry)]
         if not any(_swift_name(entry) for _, entry in numbered) and numbered:
-            _swift_file(path, *numbered[0])  # says what is wrong with it
+            # Raises the error of the first entry.
+            _swift_file(path, *numbered[0])
         return {
             name: partial(_swift_file, path, index, entry) for index, entry in numbered if (name := _swift_name(entry))
         }
@@ -93,7 +94,7 @@ def _read_info(path: Path) -> dict[str, Callable[[], File]]:
 
 
 def _swift_name(entry: Any) -> str | None:
-    """What an entry of SWIFT's list is called; None for one that has no name and no path to make one of."""
+    """The name of an entry in SWIFT's list, made from its path where it has none; None where it has neither."""
     name, path = (
         (entry.get(key) for key in ("dataset_name", "dataset_path")) if isinstance(entry, dict) else (None, None)
     )
@@ -103,7 +104,7 @@ def _swift_name(entry: Any) -> str | None:
 
 
 def _is_remote(entry: Any) -> bool:
-    # A name that only a hub can resolve is unknown here, and is said to be when it is asked for.
+    # A name that only a hub can resolve is unknown here; using it raises the error for unknown names.
     return (
         isinstance(entry, dict)
         and any(key in entry for key in _HUB_KEYS)
@@ -131,7 +132,8 @@ def _factory_file(info: Path, name: str, entry: Any) -> File:
     tags = _names(entry, "tags", where)
     roles = {tags.pop(tag): role for tag, role in _FACTORY_ROLE_TAGS.items() if tag in tags}
     read = Tags(role=tags.pop("role_tag", "from"), content=tags.pop("content_tag", "value"), roles=roles)
-    tags.pop("observation_tag", None)  # The role itself is refused where a row uses it.
+    # A data row that uses one of these roles is refused later.
+    tags.pop("observation_tag", None)
     tags.pop("function_tag", None)
     if tags:
         raise UserError(
@@ -150,7 +152,7 @@ def _swift_file(info: Path, index: int, entry: Any) -> File:
 
 
 def _names(entry: dict[str, Any], key: str, where: str) -> dict[str, str]:
-    """The object of names at `key`, without those that are null; empty where there is none."""
+    """The object (name -> name) at `key`, without null values; empty where there is none."""
     found = entry.get(key)
     if found is not None and not isinstance(found, dict):
         raise UserError(f"{where}: {key} is {kind(found)}; write an object of names")

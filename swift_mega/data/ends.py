@@ -1,9 +1,9 @@
-"""Which token ends a reply, counted over the rows: what generation has to stop at.
+"""Which token ends a reply, counted over the data rows: generation has to stop at this token.
 
-Behind a reply's own words, a template writes the end of the turn: special tokens and white space, up to the next header. The first
-special token of that end is what the model learns to write when it is done (phi 3's last reply ends with <|end|> and the end of
-text; a stop at the first of them is a stop at both). A template that ends its turns with ordinary text has no such token: any token
-of such an end may occur inside a reply, so none is taken.
+After the words of a reply, a template writes the end of the turn: special tokens and white space, up to the next header. The model
+learns to write the first special token of this end when its reply is complete. Phi 3's last reply ends with <|end|> and the end-of-text
+token; stopping at the first is enough. A template that ends its turns with ordinary text has no such token. Each token of such an
+end may also occur inside a reply, so no token is chosen.
 """
 
 from collections import Counter
@@ -28,9 +28,11 @@ class Tokens:
 
 @dataclass(kw_only=True)
 class Ends:
-    """special: ids of the tokenizer's added tokens, and whether each is a special one.
+    """Counts of the tokens that end replies.
 
-    trained, untrained: token id -> replies that end with it, and it has loss, or not. without: replies that end with ordinary text.
+    special: id of each added token of the tokenizer -> whether it is a special token.
+    trained: token id -> number of replies that end with it, where this token has a loss. untrained: the same, where it has none.
+    without: number of replies that end with ordinary text.
     """
 
     special: Mapping[int, bool]
@@ -40,14 +42,15 @@ class Ends:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The most frequent first."""
+        """Ids of the tokens that end replies, the most frequent first."""
         return tuple(token for token, _ in (self.trained + self.untrained).most_common())
 
     def note(self, row: Tokens, spans: Sequence[Span]) -> None:
-        """Counts the replies of `spans`, the trained ones of a row."""
+        """Counts the replies in `spans`, the trained spans of one conversation."""
         last = {span.turn: span for span in spans}
         for turn, span in last.items():
-            if span.content_end is None:  # the template took the reply apart, so that its end is not known
+            # The template split the reply, so its end is not known.
+            if span.content_end is None:
                 continue
             if (found := self._first(row, span.content_end, span.end)) is not None:
                 self.trained[found] += 1
@@ -57,7 +60,7 @@ class Ends:
                 self.without += 1
 
     def _first(self, row: Tokens, start: int, end: int) -> int | None:
-        """The first special token of the run of special tokens and white space that ends characters [start, end)."""
+        """The first special token at the end of characters [start, end), where only special tokens and white space follow it."""
         run: list[int] = []
         first = int(np.searchsorted(row.ends, start, side="right"))
         for at in range(int(np.searchsorted(row.ends, end, side="right")) - 1, first - 1, -1):

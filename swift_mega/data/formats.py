@@ -1,8 +1,8 @@
-"""One row of a file, in any of SWIFT's shapes, as a `Row`: the turns of a conversation, or plain text.
+"""One row of a file, in any of SWIFT's formats, as a `Row`: the turns of a conversation, or plain text.
 
-The shapes are told apart by their columns, in the order messages, conversations, instruction, query, text; what a row
-holds beyond its shape is counted as ignored, and a column that changes training (images, tools, rejected_response, …)
-but is not supported stops the run.
+The columns decide the format; they are tried in the order messages, conversations, instruction, query, text. Columns that the format
+does not use are counted as ignored. A column that would change training but is not supported (images, tools, rejected_response, …)
+stops the run.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ _TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One message. loss: true or false wins over data.loss_on, None leaves it to that."""
+    """One message. loss: True or False has priority over data.loss_on; None: data.loss_on decides."""
 
     role: str
     content: str
@@ -80,15 +80,15 @@ class Tags:
 
 
 Reply = Literal["required", "optional", "dropped"]
-"""Of the last reply in a row: training needs it, a prompt to compare on may have it, and a question to answer is asked without it."""
+"""The last reply of a row: "required" for training, "optional" for prompts of a comparison, "dropped" for questions to answer."""
 
 
 def to_row(
     record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None, reply: Reply = "required"
 ) -> Row:
-    """The row that `record` describes; names of columns without a use are counted in `ignored`.
+    """The row that `record` describes; names of unused columns are counted in `ignored`.
 
-    Raises UserError that begins with `where` for anything that does not add up.
+    Raises a UserError that begins with `where` for a record that is not valid.
     """
     for name, what in _UNSUPPORTED.items():
         if not _is_empty(record.get(name)):
@@ -228,7 +228,7 @@ def _row(turns: list[Turn], system: str | None, where: str, reply: Reply) -> Row
     while reply == "dropped" and turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     if len(turns) == 1 and turns[0].role == "assistant" and not system:
-        # SWIFT writes a document to pretrain on as one lone assistant turn.
+        # SWIFT writes a document for pretraining as a single assistant turn.
         return Row(text=turns[0].content, where=where)
     if system is not None:
         has_turn = bool(turns) and turns[0].role == "system"
@@ -285,7 +285,7 @@ def _first(names: tuple[str, ...], present: set[str]) -> str | None:
 
 
 def _refuse_empty(record: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """UserError where a column that is asked for is there, and empty: the value is at fault, and not the name of the column."""
+    """UserError where a required column exists but is empty. The error names the value, since the column's name is right."""
     if there := [name for name in names if name in record]:
         raise UserError(f"column {there[0]!r} is empty ({kind(record[there[0]])}); fill it in, or remove the row")
 
@@ -295,6 +295,6 @@ def _is_empty(value: Any) -> bool:
 
 
 def kind(value: Any) -> str:
-    """What `value` is, in JSON's words, and the beginning of it."""
+    """The JSON type of `value` and the beginning of its text."""
     text = repr(value)
     return f"{_KINDS.get(type(value), 'unknown')} ({text if len(text) <= 40 else text[:37] + '...'})"

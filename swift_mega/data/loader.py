@@ -1,6 +1,6 @@
-"""The walk of the data, from settings to examples: read, tokenise, cut or drop, count.
+"""From data settings to examples: read, tokenise, truncate or drop, count.
 
-Nothing is lost without a count: an example that is too long, or has no trained token left, appears in the report.
+Every loss is counted: an example that is too long, or has no trained token left, appears in the report.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from swift_mega.errors import UserError
 from swift_mega.export.companions import UNCHANGED, Trained
 
 Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all) while rows are tokenised."""
+"""Called with (rows done, all rows) while rows are tokenised."""
 
 _CHUNK = 512
 """Rows tokenised at once: enough to keep the tokenizer's threads busy, few enough for a smooth progress bar."""
@@ -27,17 +27,17 @@ _NO_LOSS = "no trained token (left)"
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Examples of both splits, and what became of the rows."""
+    """Examples of both splits, and the report on the rows that were read."""
 
     train: list[Example]
     validation: list[Example]
     report: Report
     trained: Trained = UNCHANGED
-    """What checkpoints say beside the weights, because of how these examples were made."""
+    """What checkpoints store beside the weights because of this data: chat template and end tokens."""
     ends: Ends | None = None
     """How the replies of both splits end."""
     modes: Mapping[str, int] = field(default_factory=dict)
-    """Replies that follow another generation prompt than the default one, by the setting that gives it."""
+    """Number of replies that follow a generation prompt other than the default, by the template's setting that gives this prompt."""
 
 
 def prepare(
@@ -49,12 +49,12 @@ def prepare(
     vocab: int | None = None,
     before: Trained = UNCHANGED,
 ) -> Prepared:
-    """All examples of a run, the same ones on every rank; the order is that of the files.
+    """All examples of a run, the same on every rank, in the order of the files.
 
-    tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: what examples are padded to in packed rows.
-    vocab: rows of the model's embedding, which every token has to have one of; None: not checked.
-    before: how the adapter was trained that training goes on from; its template stays in use unless the settings name another.
-    Raises UserError where rows, template and settings do not fit together, or nothing is left to train on.
+    tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: tokens; examples in packed rows are padded to a multiple.
+    vocab: number of embeddings in the model; every token id has to be below it. None: not checked.
+    before: how the adapter was trained that this run continues; its template stays in use unless the settings name another.
+    Raises UserError where rows, template and settings do not fit together, or no example is left to train on.
     """
     if settings.max_length < 2:
         raise UserError(
@@ -123,7 +123,7 @@ def _encode(
 
 
 def _fit(example: Example, row: Row, settings: Data, report: SplitReport) -> Example | None:
-    """The example within max_length, or None where the policy drops it; both are counted."""
+    """The example, truncated to max_length if needed; None where it is dropped. Truncated and dropped rows are counted."""
     limit = settings.max_length
     if len(example) > limit:
         if settings.truncation == "raise":

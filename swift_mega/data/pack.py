@@ -1,10 +1,10 @@
-"""Examples, and how they lie in one row of tokens.
+"""Examples, and how they are stored in one packed row of tokens.
 
-A microbatch is a single row: examples stand one after another, positions restart and `cu_seqlens` says where each begins,
-so attention never crosses from one to the next and no padding stands between them, but where Transformer Engine's context
-parallelism wants examples of some multiple. That padding counts as the end of its example: attention is causal, so no real token
-sees it. Packing is then only the choice of
-which examples share a row: best-fit decreasing, which fills typical mixes to more than 99 per cent.
+A microbatch is one packed row: examples one after another. Positions restart at 0 in each example, and `cu_seqlens` says where each
+example begins, so attention never crosses from one example to the next. There is no padding between examples, except where Transformer
+Engine's context parallelism needs examples of a multiple of some length. This padding counts as the end of its example: attention is
+causal, so no real token sees it. Packing is then only the choice of the examples that share a row. It is best-fit decreasing, which
+fills typical data to more than 99 per cent.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from torch import Tensor
 from swift_mega.errors import UserError
 
 IGNORED = -100
-"""The label of a position without loss."""
+"""The label of a token without loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One tokenised row. tokens: [n] int32; trained: [n] bool, whether the model learns to produce that token."""
+    """One tokenised data row. tokens: [n] int32. trained: [n] bool, whether the model learns to predict this token."""
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
@@ -34,20 +34,20 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Number of tokens with a loss; the first token has none, since nothing stands before it."""
+        """Number of tokens with a loss; the first token has none, because no token precedes it."""
         return int(self.trained[1:].sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Microbatch:
-    """One row of t tokens: n examples after each other, the padding at the end (if any) being one more of them, without a token.
+    """One packed row of t tokens: n examples one after another. Padding at the end of the row counts as one more example of length 0.
 
-    tokens: [t] int64. labels: [t] int64, the token that follows, -100 where it has no loss; the last token of an example
-    has none. positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, where examples begin, and t.
-    lengths: [n] int32, tokens of each example without the padding behind it.
+    tokens: [t] int64. labels: [t] int64, the next token, -100 where it has no loss; the last token of an example has no label.
+    positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, the begin of each example, then t.
+    lengths: [n] int32, tokens of each example without the padding after it.
 
-    All are on the host. Of the row that a model is given only tokens and positions are on the device: how many labels there are and where
-    examples begin decide the sizes of tensors, and the host would wait for a device that it asks.
+    All tensors are on the host. For the forward pass, only tokens and positions are copied to the device. The number of labels and the
+    begins of examples decide sizes of tensors, and the host would have to wait for the device to read them.
     """
 
     tokens: Tensor
@@ -63,7 +63,7 @@ class Microbatch:
 
     @property
     def padding(self) -> Tensor | None:
-        """[t] bool, which tokens are padding; None: none is."""
+        """[t] bool, True for padding; None where no token is padding."""
         total = len(self.tokens)
         if int(self.lengths.sum()) == total:
             return None
@@ -79,10 +79,10 @@ class Microbatch:
 
 
 def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int, pad_each: int = 1) -> list[list[int]]:
-    """Rows of example indices, each of at most `max_length` tokens, by best-fit decreasing; equal input, equal rows.
+    """Packed rows as lists of example indices, each of at most `max_length` tokens, by best-fit decreasing. Deterministic.
 
-    lengths: tokens of each example. Each example goes, longest first, into the fullest row that still has room for it. With pad_each,
-    all numbers of tokens count as rounded up to a multiple of it.
+    lengths: tokens of each example. Examples are placed longest first; each goes into the fullest row that still has room for it.
+    With pad_each, all lengths are rounded up to a multiple of it.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and int(sizes.max()) > max_length:
@@ -94,8 +94,8 @@ def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int, p
     sizes, max_length = rounded_up(sizes, pad_each), int(rounded_up(max_length, pad_each))
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(max_length + 1)]
-    # Bit r of `open_rooms` says that some row has room for exactly r tokens: the fullest row that fits is then the
-    # lowest bit at or above the length, a few operations on one integer in place of a search tree.
+    # Bit r of `open_rooms` is set where some row has room for exactly r tokens. The fullest row that fits is then the lowest set bit
+    # at or above the length: a few operations on one integer, instead of a search tree.
     open_rooms = 0
     for index, size in zip(np.argsort(-sizes, kind="stable").tolist(), np.sort(-sizes).tolist(), strict=True):
         size = -size
@@ -118,14 +118,15 @@ def pack_examples(lengths: Sequence[int] | NDArray[np.int64], max_length: int, p
 
 
 def rounded_up(tokens: Any, multiple: int) -> Any:
-    """The next multiple, of a number or of each in an array."""
+    """A number, or each number of an array, rounded up to a multiple."""
     return -(-tokens // multiple) * multiple
 
 
 def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, pad_token: int = 0) -> Microbatch:
-    """One row of all `examples` in order, each padded to a multiple of `pad_each` tokens and the row at its end to one of `pad_to`.
+    """One packed row of all `examples` in order. Each example is padded to a multiple of `pad_each` tokens, the row to one of `pad_to`.
 
-    The padding is `pad_token` and without loss; at the row's end it is a segment of its own. So it changes no other token's result.
+    Padding is `pad_token` without loss. Padding at the end of the row is a segment of its own in cu_seqlens. So padding changes no
+    other token's result.
     """
     assert examples, "a microbatch holds at least one example"
     assert pad_to % pad_each == 0, (pad_to, pad_each)
@@ -139,7 +140,7 @@ def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, 
     for example, start in zip(examples, bounds.tolist(), strict=False):
         end = start + len(example)
         tokens[start:end] = example.tokens
-        # The first token of an example follows no token of it, and after the last one nothing is known.
+        # The first token of an example is no label, because no token precedes it. The last token has no label.
         labels[start : end - 1] = np.where(example.trained[1:], example.tokens[1:], IGNORED)
         positions[start:end] = np.arange(len(example))
     return Microbatch(
@@ -152,7 +153,7 @@ def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, 
 
 
 def padding_row(pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
-    """A row of padding alone, as short as can be: for a rank that takes part in a step and has no example left for it."""
+    """The shortest row of padding only, for a rank that takes part in a step but has no example left."""
     length = int(rounded_up(2, pad_to))
     return Microbatch(
         tokens=torch.full((length,), pad_token, dtype=torch.int64),

@@ -1,8 +1,8 @@
-"""Nothing of a row may get lost on its way through a template: every system, user and assistant text is found in what it renders.
+"""Checks that a chat template loses no text: every system, user and assistant text must be found in the rendered conversation.
 
-Marks around each text show where it went. A template may set other white space inside and around a text, write it as a JSON string,
-and leave the reasoning of earlier replies away, as it does when the model is asked; those replies keep the answer behind it. User
-and assistant texts stay in order; a system text may stand anywhere. What else is missing or changed refuses the row.
+Marks around each text show where the template put it. A template may change white space inside and around a text and write it as a
+JSON string. It may leave out the reasoning of earlier replies, as it does at inference; the answer after the reasoning must stay.
+User and assistant texts must stay in order; a system text may be anywhere. Any other missing or changed text is an error for the row.
 """
 
 import json
@@ -24,10 +24,10 @@ _TAKEN = "\0"
 def check_parts(
     name: str, messages: Sequence[Message], text: str, marked: Marked | None, trained: Collection[int]
 ) -> None:
-    """UserError where a text of `messages` is not in the rendered `text`.
+    """UserError where a text of `messages` is missing in the rendered `text`.
 
-    marked: the render with all texts marked; None where marks change it, and the texts are searched for. trained: turns whose place
-    is found, and checked, anyway.
+    marked: the conversation rendered with marks around all texts; None where marks change the rendered text, so the texts are searched.
+    trained: turns that need no check here, because their spans are located and checked later.
     """
     missing = _not_marked(name, messages, marked, trained) if marked else _not_found(messages, text, trained)
     for turn in missing:
@@ -39,7 +39,7 @@ def check_parts(
 
 
 def _not_marked(name: str, messages: Sequence[Message], marked: Marked, trained: Collection[int]) -> Iterator[int]:
-    """Turns whose text does not stand between its marks."""
+    """Turns whose text is not between its marks."""
     cursor = 0
     for turn, message in enumerate(messages):
         core = message["content"].strip()
@@ -57,7 +57,7 @@ def _not_marked(name: str, messages: Sequence[Message], marked: Marked, trained:
 
 
 def _places(core: str, turn: int, role: str, marked: Marked) -> Iterator[int]:
-    """Where the content of a turn begins in the render."""
+    """Where the content of a turn begins in the rendered text."""
     forms = _forms(core)
     firsts, lasts = marked.positions(mark_of(turn)), marked.positions(mark_of(turn, last=True))
     for first in firsts:
@@ -70,7 +70,7 @@ def _places(core: str, turn: int, role: str, marked: Marked) -> Iterator[int]:
 
 
 def _not_found(messages: Sequence[Message], text: str, trained: Collection[int]) -> Iterator[int]:
-    """Turns whose text has no place of its own: the longest are looked for first, and what is found is taken."""
+    """Turns whose text is not found. The longest texts are searched first, and no two texts may be found at the same place."""
     rest = text
     for turn in sorted(range(len(messages)), key=lambda turn: (-len(messages[turn]["content"]), turn)):
         core = messages[turn]["content"].strip()
@@ -88,11 +88,11 @@ def _forms(core: str) -> list[str]:
 
 
 def _is_reasoning(core: str) -> bool:
-    """Whether nothing is said behind the reasoning."""
+    """Whether the reply ends with its reasoning: there is no answer after it."""
     return any(end.end() == len(core) for end in _END_OF_REASONING.finditer(core))
 
 
 def _answers(core: str, role: str) -> list[str]:
-    """What may stay of an earlier reply: the words behind its reasoning."""
+    """Possible answers of an earlier reply: the text after each end of reasoning. A template may render this text only."""
     behind = [core[end.end() :].strip() for end in _END_OF_REASONING.finditer(core)] if role == "assistant" else []
     return [answer for answer in behind if answer]

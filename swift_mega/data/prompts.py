@@ -1,4 +1,4 @@
-"""Texts to compare models on, as rows of tokens: a text file with one prompt a line, or a data set, read as training reads it."""
+"""Prompts for comparing models, as lists of tokens: from a text file (one prompt a line), or from a data set read as for training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ DATA_SETS = (".jsonl", ".json")
 
 
 def prompt_rows(path: str, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """(what a message calls it, its tokens) of each prompt in a file.
+    """(name for messages, tokens) of each prompt in a file.
 
-    A conversation is rendered by the tokenizer's chat template: whole where it ends with a reply, else up to where the reply begins.
-    Raises UserError where the file cannot be read so.
+    A conversation is rendered by the tokenizer's chat template. Where it does not end with a reply, the generation prompt is added.
+    Raises UserError where the file cannot be read in this way.
     """
     if Path(path).suffix not in DATA_SETS:
         found = [line for line in lines(read_text(path, what=f"--prompts={path}")) if line.strip()]
@@ -34,7 +34,7 @@ def prompt_rows(path: str, tokenizer: Any) -> list[tuple[str, list[int]]]:
 
 
 def line_rows(texts: Sequence[str], tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """The same of texts that are at hand, each tokenised as plain text."""
+    """(name for messages, tokens) of each text; texts are tokenised as plain text."""
     return [(f"the prompt {text[:40]!r}", list(tokenizer(text)["input_ids"])) for text in texts]
 
 

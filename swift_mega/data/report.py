@@ -1,4 +1,4 @@
-"""What became of the rows: every row is an example or a counted loss, and the table says so."""
+"""The report on data rows: every row becomes an example or is counted as dropped. Printed as a table."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class SplitReport:
-    """Counts of one split. dropped, truncated: rows. packed_rows: rows of max_length after packing, 0 without packing.
+    """Counts of one split. dropped, truncated: data rows. packed_rows: packed rows of at most max_length tokens, 0 without packing.
 
-    also_trained: validation rows whose text is that of a row that is trained.
+    also_trained: validation rows that have the same text as a training row.
     """
 
     conversations: int = 0
@@ -25,18 +25,18 @@ class SplitReport:
 
     @property
     def rows(self) -> int:
-        """Rows read, before any was dropped."""
+        """Data rows that were read, including dropped ones."""
         return self.conversations + self.documents
 
     @property
     def packing_efficiency(self) -> float:
-        """Share of the packed rows that holds tokens; 1.0 without packing, where nothing is padded."""
+        """Tokens / (packed_rows · max_length); 1.0 without packing, where nothing is padded."""
         return self.tokens / (self.packed_rows * self.max_length) if self.packed_rows else 1.0
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Counts of a run's data. ignored: column -> rows that had it and in which it had no use."""
+    """Counts of a run's data. ignored: column -> number of rows in which it was not used."""
 
     train: SplitReport
     validation: SplitReport

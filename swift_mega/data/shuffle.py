@@ -1,6 +1,6 @@
-"""Permutations that depend on their key alone: on every machine, in every version of every library.
+"""Permutations that depend on their key alone, not on the machine or on library versions.
 
-Indices are sorted by a hash of (key, index), so that a resumed run sees the order that the first run saw.
+Indices are sorted by a hash of (key, index), so a resumed run has the same order as the first run.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 def shuffled(length: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of range(length), [length] int64, chosen by the integers of `key`.
+    """A permutation of range(length), [length] int64; the integers of `key` are the seed.
 
     The hash is splitmix64's finaliser (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195).
     """

@@ -1,9 +1,8 @@
-"""From the names in data.dataset to rows: which files, which of their rows, and which of those are validation.
+"""From the names in data.dataset to data rows: which files, which of their rows, and which rows are for validation.
 
-Everything that chooses (samples, splits) goes by a hash of (seed, index), so a choice depends on nothing but the file
-and the seed. `path#N` takes N rows as SWIFT does: a sample in file order, or, beyond the length of the file, whole
-repetitions and a sample of the rest. Validation rows are chosen once for a file, by its identity on disk, however often and
-under whatever names it is given: so no row lands on both sides.
+Samples and splits are chosen by a hash of (seed, index), so a choice depends only on the file and the seed. `path#N` takes N rows as
+SWIFT does: a sample in file order; where N is larger than the file, all rows several times and a sample of the rest. Validation rows
+are chosen once for each file on disk (device and inode), even if data.dataset names it several times. So no row is in both splits.
 """
 
 import json
@@ -26,7 +25,7 @@ from swift_mega.text_files import parse_json, read_text
 
 _PLACEHOLDER = re.compile(r"\{\{(NAME|AUTHOR)\}\}")
 _SPLIT, _SAMPLE = 1, 2
-"""Streams of the hash, so that a sample and a split of one file are independent."""
+"""Streams of the hash: a sample and a split of one file are independent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,9 @@ class Rows:
 
 
 def load(settings: Data) -> Rows:
-    """Reads, samples and splits every data set of `settings`; placeholders and the default system are filled in.
+    """Reads, samples and splits every data set of `settings`; fills in placeholders and the default system message.
 
-    Raises UserError (file:line, what was found, what would work) for anything unusable.
+    Raises UserError (file:line, what was found, what would work) for data that cannot be used.
     """
     if not settings.dataset:
         raise UserError("data.dataset is empty: nothing to train on; name at least one JSONL file")
@@ -74,9 +73,9 @@ def load(settings: Data) -> Rows:
 
 
 def load_questions(name: str, settings: Data, *, reply: Reply) -> list[tuple[dict[str, Any], Row]]:
-    """(the record as it stands in the file, its row) of one data set, read as training reads it, in the order of the file.
+    """(record of the file, its row) for each row of one data set, read as for training, in file order.
 
-    reply: what becomes of the last reply of a row. Raises UserError as `load` does.
+    reply: whether the last reply of a row is required, optional or dropped. Raises UserError as `load` does.
     """
     one = _open_set(name, settings)
     key, nothing = (settings.seed, 0), np.zeros(0, dtype=np.int64)
@@ -87,7 +86,7 @@ def load_questions(name: str, settings: Data, *, reply: Reply) -> list[tuple[dic
 
 @dataclass(frozen=True, kw_only=True)
 class _Set:
-    """One entry of data.dataset, read. identity: device and inode, the same for every name of one file."""
+    """One entry of data.dataset with its records. identity: (device, inode), the same for all names of one file."""
 
     name: str
     file: File
@@ -95,12 +94,12 @@ class _Set:
     identity: tuple[int, int]
 
     def reads_as(self, other: "_Set") -> bool:
-        """Whether `other` makes the same rows of the same file."""
+        """Whether `other` reads the same file into the same rows."""
         mine, theirs = ((dict(one.file.columns), one.file.tags or Tags()) for one in (self, other))
         return self.identity == other.identity and mine == theirs
 
     def rows(self, indices: list[int], ignored: Counter[str], *, reply: Reply = "required") -> list[Row]:
-        """The rows at `indices`; each that occurs several times is read, and counted, once."""
+        """The rows at `indices`. An index that occurs several times is read and counted once."""
         made = {index: self._row(index, ignored, reply) for index in sorted(set(indices))}
         return [made[index] for index in indices]
 
@@ -109,7 +108,7 @@ class _Set:
         unused: Counter[str] = Counter()
         row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags, reply=reply)
         for source, target in self.file.columns.items():
-            # One of our own names is mapped away to make room for another, and may have no use where it goes.
+            # A column with one of our own names may be mapped to an unused name, to make room for another column.
             if target in unused and source in record and source not in COLUMNS:
                 raise UserError(
                     f"{where}: data.columns maps {source!r} to {target!r}, which has no use beside the row's other columns "
@@ -134,7 +133,7 @@ def _open_set(name: str, settings: Data) -> _Set:
 
 
 def _check_columns(file: File) -> None:
-    """UserError where a mapping leads nowhere, or two columns onto one: only one of them could be kept."""
+    """UserError where data.columns maps to a name that is not read, or maps two columns to one name: only one of them could be kept."""
     first: dict[str, str] = {}
     for source, target in file.columns.items():
         if target not in COLUMNS:
@@ -150,7 +149,7 @@ def _check_columns(file: File) -> None:
 
 
 def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str]) -> list[Row]:
-    """All rows of data.val_dataset; UserError for a file that is trained on too."""
+    """All rows of data.val_dataset; UserError for a file that is also in data.dataset."""
     names = {one.identity: one.name for one in trained}
     rows: list[Row] = []
     for number, name in enumerate(settings.val_dataset):
@@ -167,7 +166,7 @@ def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str])
 
 
 def _held(sets: list[_Set], ratio: float, seed: int) -> dict[tuple[int, int], NDArray[np.int64]]:
-    """Indices to validate on, for each file: a share of the most rows that any of its names asks for."""
+    """Indices of the validation rows of each file (key: identity): the share `ratio` of the largest number of rows that a name takes."""
     held: dict[tuple[int, int], NDArray[np.int64]] = {}
     for number, one in enumerate(sets):
         if one.identity not in held:
@@ -185,7 +184,7 @@ def _share(rows: int, ratio: float) -> int:
 def _train(
     length: int, wanted: int | None, held: NDArray[np.int64], *, ratio: float, key: tuple[int, int]
 ) -> list[int]:
-    """Indices to train on, out of `length` rows of which `wanted` are asked for and `held` are validated on."""
+    """Indices of the training rows. length: rows of the file. wanted: rows to take. held: indices of its validation rows."""
     wanted = wanted or length
     distinct = min(wanted, length)
     share = _share(distinct, ratio)
@@ -197,7 +196,7 @@ def _train(
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line or file[index], object) of each row of a .jsonl file, or of a .json file that holds a list."""
+    """(file:line or file[index], object) of each row of a .jsonl file, or of a .json file with a list."""
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.glob("*.json*"))[:5]) or "no .jsonl file"
         raise UserError(f"data set {path} is a directory (with {inside}); name the files in it")
@@ -219,7 +218,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_lines(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Only \n ends a row: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    # Only \n ends a row: str.splitlines would also split at U+2028, which may occur in JSON strings.
     for number, line in enumerate(content.rstrip().split("\n"), 1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -266,7 +265,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _rename(record: dict[str, Any], file: File, where: str) -> dict[str, Any]:
-    """The record with every column under our name, all of them renamed at once: the order of the mapping changes nothing."""
+    """The record with our column names. All columns are renamed at once, so the order of data.columns has no effect."""
     for source, target in file.columns.items():
         if source in record and source != target and target in record and target not in file.columns:
             raise UserError(
@@ -277,7 +276,7 @@ def _rename(record: dict[str, Any], file: File, where: str) -> dict[str, Any]:
 
 
 def _fill(rows: Rows, settings: Data) -> Rows:
-    """Placeholders and the default system message. Text rows are documents, and stay as they are."""
+    """Fills in placeholders and the default system message. Text rows are documents and are not changed."""
     values = {"NAME": settings.model_name, "AUTHOR": settings.model_author}
     option = {"NAME": "data.model_name", "AUTHOR": "data.model_author"}
     used: set[str] = set()

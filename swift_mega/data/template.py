@@ -1,12 +1,10 @@
 """Which characters of a rendered conversation the model writes: the trained spans of a chat template.
 
-The idea is to ask the template what it would do at inference, and to believe it only where the answers agree. The reply
-of turn i is what stands between `render(turns before i, add_generation_prompt)`, the prompt that inference gives, and
-`render(turns up to i)`, the text that inference leaves behind. Both must be found again, unchanged, in the render of the
-whole conversation; a template that rewrites earlier turns fails there, and is refused. Private-use characters around
-each reply (inside its outer white space, so that `| trim` acts as before) show where its content went and that all of
-it arrived. A template with `{% generation %}` marks says itself what is trained; the marks are rendered as
-private-use characters too, which stays right inside macros and `{% set %}` blocks, where counting characters does not.
+The idea: render what inference would render, and use it only where the renders agree. The reply of turn i is the text between
+`render(turns before i, add_generation_prompt)`, which is the prompt at inference, and `render(turns up to i)`, which is the text after
+inference. Both must be prefixes of the rendered whole conversation. A template that changes earlier turns fails this check and is
+refused. Marks (private-use characters, see `marks`) around each reply show where its content is in the rendered text and that all of it
+was rendered. A template with `{% generation %}` tags says itself what is trained; these tags are rendered as marks too.
 """
 
 from collections import Counter
@@ -41,23 +39,24 @@ from swift_mega.errors import UserError
 
 _TEMPLATE_ACCIDENTS = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, SyntaxError),
-    *(RuntimeError, MemoryError),  # a macro that calls itself is a RecursionError
+    # A macro that calls itself raises RecursionError.
+    *(RuntimeError, MemoryError),
 )
-"""A template is code of the model's author: it raises TemplateError on purpose, and these by accident."""
+"""A template is code of the model's author. It raises TemplateError on purpose, and these errors because of mistakes."""
 _PROMPT_MODES: tuple[dict[str, bool], ...] = (
     {}, {"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True},
 )  # fmt: skip
-"""Settings of the generation prompt that published templates know, the default first. A reply without reasoning follows
-the prompt of one mode, a reply with reasoning that of another."""
+"""Modes: settings of the generation prompt in published templates, the default first. A reply without reasoning follows
+the prompt of one mode, a reply with reasoning follows that of another."""
 _ROLES = ("system", "user", "assistant")
 _OWN_TEMPLATE = "give a template with {% generation %} marks as data.chat_template"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Characters [start, end) of the render that the reply of turn `turn` (0-based) trains.
+    """Characters [start, end) of the rendered text that are trained for the reply of turn `turn` (0-based).
 
-    content_end: where the reply's own words end, and the end of the turn begins; None where the template took the reply apart.
+    content_end: where the words of the reply end and the end-of-turn text begins; None where the template splits the reply.
     """
 
     turn: int
@@ -70,7 +69,7 @@ class Template:
     """One chat template with the special tokens of one tokenizer.
 
     tokenizer: a transformers tokenizer; only its `apply_chat_template` and `eos_token` are used.
-    source: the Jinja text, without a byte order mark. name: what errors call it.
+    source: the Jinja text, without a byte order mark. name: its name in error messages.
     """
 
     def __init__(self, tokenizer: Any, source: str, *, name: str) -> None:
@@ -80,14 +79,14 @@ class Template:
         self._marked_source = with_generation_marks(source)
         self.has_generation_marks = has_generation_marks(source)
         self.modes: Counter[str] = Counter()
-        """Replies that follow another generation prompt than the default one, by the setting that gives it."""
+        """Number of replies that follow a generation prompt other than the default, by the setting that gives this prompt."""
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **mode: bool) -> str:
-        """The text of a conversation; UserError with the template's own words where it refuses it."""
+        """The text of a conversation; UserError with the template's own message where it raises an error."""
         return self._render(self.source, messages, add_generation_prompt=generation_prompt, **mode)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next reply; UserError where the template refuses the conversation, or loses a part of it."""
+        """The conversation with a generation prompt; UserError where the template raises an error or loses a part of the conversation."""
         if messages[0]["role"] == "system" and not messages[0]["content"].strip() and self.refuses_system:
             messages = messages[1:]
         text = self.render(messages, generation_prompt=True)
@@ -97,7 +96,7 @@ class Template:
     def spans(self, messages: Sequence[Message], turns: Iterable[int]) -> tuple[str, list[Span]]:
         """The rendered conversation and the trained spans of `turns` (indices of assistant messages), in order.
 
-        Raises UserError where the template loses a part of the conversation, or leaves any doubt about a span.
+        Raises UserError where the template loses a part of the conversation, or where a span cannot be located with certainty.
         """
         text = self.render(messages)
         wanted = sorted(turns)
@@ -112,7 +111,7 @@ class Template:
 
     @cached_property
     def refuses_system(self) -> bool:
-        """Whether the template raises an error at any system turn, an empty one too."""
+        """Whether the template raises an error for every system turn, also an empty one."""
         user = {"role": "user", "content": "probe"}
         try:
             self.render([user])
@@ -126,7 +125,7 @@ class Template:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Templates of multimodal models loop over the parts of a content and lose a plain string."""
+        """Whether contents have to be lists of parts: templates of multimodal models loop over parts and lose a plain string."""
         probe = {"role": "user", "content": "probe"}
         for message in (probe, {**probe, "content": as_parts("probe")}):
             try:
@@ -155,12 +154,13 @@ class Template:
             ) from error
 
     def _all_marked(self, messages: Sequence[Message], text: str, **options: bool) -> Marked | None:
-        """The render with every content marked; None where marks change it, as in templates that look into a content."""
+        """The conversation rendered with marks around every content; None where marks change the text: some templates parse contents."""
         if len(messages) > MAX_TURNS or any(MARKS.search(message["content"]) for message in messages):
             return None
         try:
             marked = take_marks(self._render(self._marked_source, mark_contents(messages, _ROLES), **options))
-        except UserError:  # without marks it was rendered
+        except UserError:
+            # The conversation renders without marks, so the marks caused the error.
             return None
         return marked if marked.text == text else None
 
@@ -197,7 +197,7 @@ class Template:
                         f"{self._name} has a {{% generation %}} block that holds {len(inside)} replies; put it around "
                         "exactly one reply"
                     )
-                # A block without content (an end-of-text token on its own) belongs to the reply before it.
+                # A block without content, such as an end-of-text token alone, belongs to the reply before it.
                 turn = inside.pop() if inside else turn
                 if turn is not None and at > start:
                     spans.append(Span(turn=turn, start=start, end=at))
@@ -234,7 +234,7 @@ class Template:
         return Span(turn=turn, start=start, end=end, content_end=content_end)
 
     def _start(self, messages: Sequence[Message], turn: int, marked: Marked, end: int) -> int:
-        """Where the prompt that inference would give ends, and the reply begins."""
+        """Where the prompt at inference ends and the reply begins."""
         text, content = marked.text, marked.position(mark_of(turn))
         if (prompt := self._prompt_of(messages, turn, text)) is not None:
             self._check_prompt(messages[:turn], prompt, text[len(prompt) : content])
@@ -248,7 +248,7 @@ class Template:
         raise UserError(self._other_prompt(turn, prompt, text))
 
     def _prompt_of(self, messages: Sequence[Message], turn: int, text: str) -> str | None:
-        """The generation prompt, in one of its modes, that the render goes on from; None where it begins the reply otherwise."""
+        """The generation prompt (in one of its modes) that is a prefix of `text`; None where no mode gives one."""
         for mode in _PROMPT_MODES:
             if all(name in self.source for name in mode):
                 prompt = self.render(messages[:turn], generation_prompt=True, **mode)
@@ -266,7 +266,7 @@ class Template:
         )
 
     def _check_prompt(self, before: Sequence[Message], prompt: str, between: str) -> None:
-        """A header that add_generation_prompt does not give is no part of the reply, and is not known to be a header."""
+        """UserError where text stands before the reply and add_generation_prompt has no effect: this text may be a header or the reply."""
         if between.strip() and prompt == self.render(before):
             raise UserError(
                 f"{self._name} has no generation prompt: it ignores add_generation_prompt, but writes {short(between)} "
@@ -274,7 +274,7 @@ class Template:
             )
 
     def _end(self, messages: Sequence[Message], turn: int, marked: Marked) -> int:
-        """Where the reply and its end-of-turn text end."""
+        """Where the end-of-turn text of the reply ends."""
         text = marked.text
         if (end := self._before_header(messages, turn, marked)) is not None:
             return end
@@ -283,7 +283,7 @@ class Template:
         so_far = self.render(messages[: turn + 1])
         if text.startswith(so_far):
             return len(so_far)
-        # phi 3 writes the end-of-text token after the last turn only, beyond the end-of-turn token of that turn.
+        # Phi 3 writes the end-of-text token only after the last turn, after the end-of-turn token of that turn.
         eos = self._tokenizer.eos_token
         content_end = marked.position(mark_of(turn, last=True))
         if eos and so_far.endswith(eos) and text.startswith(so_far[: -len(eos)]) and content_end is not None:
@@ -302,10 +302,10 @@ class Template:
             return False
 
     def _before_header(self, messages: Sequence[Message], turn: int, marked: Marked) -> int | None:
-        """The end of a turn behind which the template opens a header for the next reply, whoever comes next; None where it does not.
+        """The end of a turn, for a template that always writes the header of the next reply after it; None for other templates.
 
-        What one more user turn leaves as it was ends before that header's words, and the header begins at the special token, or the
-        line, that they stand in.
+        With one more user turn, the rendered text stays the same up to the words of this header. The header begins at the special token
+        before these words, or else at the begin of their line.
         """
         content_end = marked.position(mark_of(turn, last=True))
         if not self._ignores_the_flag or content_end is None:
@@ -323,14 +323,14 @@ class Template:
         return end if marked.text.startswith(so_far[:end]) else None
 
     def _check_content(self, content: str, turn: int, marked: Marked, start: int, end: int) -> None:
-        """All of the reply, and nothing of another turn, lies in [start, end)."""
+        """UserError unless [start, end) contains the whole reply and no text of another turn."""
         for mark, at in marked.marks:
             if mark > CLOSE and turn_of(mark) != turn and start < at < end:
                 raise UserError(f"{self._name} renders the reply of turn {turn + 1} in pieces; {_OWN_TEMPLATE}")
         first, last = marked.position(mark_of(turn)), marked.position(mark_of(turn, last=True))
         if first is not None and last is not None and last <= end and marked.text[first:last] == content.strip():
             return
-        # A template may take a reply apart (reasoning and answer) and set new white space in it, but not drop words.
+        # A template may split a reply (reasoning and answer) and change white space in it, but may not drop words.
         around = marked.text[max(0, start - len(content)) : end]
         if squeeze(content) not in squeeze(around):
             raise UserError(
@@ -347,7 +347,7 @@ class Template:
 
 
 def _end_of_turn(tail: str, special: Sequence[str]) -> int:
-    """How much of `tail`, from a reply's content into the next header, ends the turn."""
+    """How many characters of `tail` end the turn. tail: from the end of a reply's content into the next header."""
     marker = next((token for token in special if tail.endswith(token) and tail.removesuffix(token).strip()), None)
     if marker is not None:
         return len(tail) - len(marker)

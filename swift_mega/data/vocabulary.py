@@ -1,4 +1,4 @@
-"""Tokens against the embedding: every id needs a row, and the padding token's row is not trained like others."""
+"""Token ids and the embedding: every id needs a row of the embedding, and the row of the padding token is trained differently."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ CONVERT_RESIZED = RESIZE + "swift-mega convert --to hf --model DIR --resize_voca
 def check_tokens(
     tokens: Sequence[int] | NDArray[np.int32], vocab: int, tokenizer: Any, *, where: str, remedy: str = CONVERT_RESIZED
 ) -> None:
-    """UserError where a token has no row in an embedding of `vocab` rows. where: what has the tokens, as a message begins."""
+    """UserError where a token id is `vocab` or more: the embedding has no row for it. where: begin of the message, names the text."""
     if not len(tokens) or (largest := int(max(tokens) if isinstance(tokens, list) else np.max(tokens))) < vocab:
         return
     text = tokenizer.convert_ids_to_tokens(largest)
@@ -28,7 +28,10 @@ def check_tokens(
 
 
 def pad_row_note(examples: Sequence[Example], row: int | None, tokenizer: Any, *, tied: bool) -> str | None:
-    """What a run says of examples that hold the padding token, whose row (None: none) is trained otherwise; None where none does."""
+    """A line about examples that contain the padding token; None where no example does.
+
+    row: id of the padding token, whose embedding gets another gradient than the others; None where there is no such token.
+    """
     if row is None:
         return None
     count = sum(bool((example.tokens == row).any()) for example in examples)
