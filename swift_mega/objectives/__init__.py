@@ -1,1 +1,1 @@
-"""One training objective per file. Scanned for `OBJECTIVE`."""
+"""Training objectives, one file each; files are scanned for `OBJECTIVE`."""

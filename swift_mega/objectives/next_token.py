@@ -8,7 +8,7 @@ from swift_mega.objectives.objective import Head, Loss
 
 
 class NextToken:
-    """Minus the mean log-probability of the labels."""
+    """Minus the mean log-probability of the labels, over the trained tokens."""
 
     def loss(self, head: Head, chunk: Decoder, hidden: Tensor, batch: Microbatch) -> Loss:
         labels = batch.labels

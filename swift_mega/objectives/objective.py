@@ -1,4 +1,4 @@
-"""What an objective is: from the last stage's hidden states to a sum and a count that the framework divides globally."""
+"""The interface of objectives: from the last stage's hidden states to a sum and a count; the framework divides them globally."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +17,10 @@ from swift_mega.parallel.vocab import soft_cap, token_log_probabilities
 
 @dataclass(frozen=True)
 class Loss:
-    """`sum` over this microbatch, differentiable; `count` of what it is a sum over, on the host; `metrics`, sums over the same."""
+    """The loss of one microbatch.
+
+    sum: the sum of the loss terms, a differentiable scalar. count: the number of terms, on the host. metrics: sums over the same terms.
+    """
 
     sum: Tensor
     count: Tensor
@@ -26,22 +29,25 @@ class Loss:
 
 @dataclass(frozen=True)
 class Head:
-    """The last stage's way from hidden states to log-probabilities, the vocabulary cut by tensor parallelism or not."""
+    """From hidden states to log-probabilities on the last stage; with tensor parallelism the vocabulary is sharded."""
 
     part: ModelPart
     groups: Groups
     chunk: int | None = None
-    """Tokens whose logits exist at once, as `token_log_probabilities` takes it."""
+    """Number of tokens whose logits are in memory at once: `chunk` of `token_log_probabilities`."""
 
     def local_logits(self, chunk: Decoder, hidden: Tensor) -> Tensor:
-        """hidden: what the last chunk returned -> [tokens, vocabulary / tensor] of this rank's rows, padding included."""
+        """Logits of this tensor rank's shard of the vocabulary, [tokens, padded vocabulary / tensor]. hidden: output of the last chunk."""
         weight = self.part.head_weight
         assert weight is not None, "the head is on the last stage"
         logits = F.linear(chunk.head_input(hidden), weight, self.part.head_bias)
         return soft_cap(logits, self.part.settings.scales.logit_softcap)
 
     def log_probabilities(self, chunk: Decoder, hidden: Tensor, targets: Tensor) -> Tensor:
-        """hidden: what the last chunk returned; targets [tokens], negative where there is none, on the host -> [tokens], 0 there."""
+        """Log-probabilities of the targets over the whole vocabulary, [tokens]; 0 where there is no target.
+
+        hidden: output of the last chunk. targets: [tokens], on the host, negative where there is no target.
+        """
         weight = self.part.head_weight
         assert weight is not None, "the head is on the last stage"
         tensor = self.groups.tensor if self.groups.layout.tensor > 1 else None
@@ -59,7 +65,7 @@ class Head:
 
 
 class Objective(Protocol):
-    """Stateless: what is minimised."""
+    """What is minimised. Has no state."""
 
     def loss(self, head: Head, chunk: Decoder, hidden: Tensor, batch: Microbatch) -> Loss:
         """The loss of one microbatch, on the last stage."""
@@ -67,5 +73,5 @@ class Objective(Protocol):
 
 
 def find_objective(settings: schema.Objective) -> Objective:
-    """The objective of `settings.name`; UserError with the known ones."""
+    """The objective that `settings.name` names; UserError with the known names where there is none."""
     return choose(folder, "OBJECTIVE", settings.name, setting="objective.name")

@@ -1,1 +1,1 @@
-"""Training: a model in its layout, driven by Megatron's schedule, with what a run writes down about itself."""
+"""Training: a model in its layout, Megatron's schedule and optimizer, and the logs and checkpoints of a run."""

@@ -1,4 +1,4 @@
-"""From a run's settings to what steps need: the model's part with its weights, Megatron's DDP, optimizer and schedule."""
+"""From a run's settings to what training steps need: this rank's part of the model with weights, Megatron's DDP, optimizer, schedule."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from swift_mega.tuners.tuner import Tuner, find_tuner
 
 @dataclass
 class Training:
-    """One rank's side of a run."""
+    """The objects of a run on one rank."""
 
     run: schema.Run
     device: Device
@@ -43,26 +43,27 @@ class Training:
 
 
 def layout_of(run: schema.Run, world: int) -> Layout:
-    """The checked layout of a run; UserError before any rank starts where it cannot work."""
+    """The layout of a run, checked before ranks start; UserError where the model cannot have it. world: number of ranks."""
     assert run.model.path is not None
     return plan_layout(run.parallel, source_of(run.model).settings.shape, world)
 
 
 def parameter_dtype(model: schema.Model, device: Device | Literal["cuda"]) -> torch.dtype:
-    """dtype of the weights while training; "cuda": on a GPU that is elsewhere."""
+    """dtype of the weights while training. device: "cuda" stands for a GPU that this process does not have."""
     if model.dtype == "auto":
         return torch.bfloat16 if device == "cuda" or device.kind == "cuda" else torch.float32
     return getattr(torch, model.dtype)
 
 
 def dequantised_dtype(model: schema.Model, dtype: torch.dtype) -> torch.dtype | None:
-    """In which dtype quantised weights are read for a model of `dtype`; None: they are refused."""
-    wide = torch.float32 if dtype == torch.float64 else dtype  # no format holds more
+    """The dtype to which quantised weights are dequantised, for a model of `dtype`; None: quantised weights are an error."""
+    # No quantised format has more than float32 precision.
+    wide = torch.float32 if dtype == torch.float64 else dtype
     return wide if model.dequantize else None
 
 
 def source_of(model: schema.Model, dtype: torch.dtype = torch.float32) -> Source:
-    """The model that a run names. dtype: of the model's weights; quantised ones are read in it, where the run says that they may be."""
+    """The model that a run names. dtype: of the model's weights; quantised weights are dequantised to it if model.dequantize is set."""
     assert model.path is not None
     return Source(model.path, dequantize=dequantised_dtype(model, dtype) or False)
 
@@ -70,7 +71,7 @@ def source_of(model: schema.Model, dtype: torch.dtype = torch.float32) -> Source
 def build_part(
     run: schema.Run, device: Device, groups: Groups, *, dtype: torch.dtype, adapters: bool, source: Source
 ) -> ModelPart:
-    """This rank's part of `source`, filled with its weights. Collective."""
+    """This rank's part of the model in `source`, with its weights. Collective."""
     on_every_rank(source.open)
     settings = source.settings
     config = transformer_config(
@@ -110,15 +111,15 @@ def build_training(run: schema.Run, device: Device, groups: Groups, *, steps: in
     chunks = _wrap(run, part)
     if run.train.offload_activations:
         offload_layer_inputs(part.chunks, device.device)
-    with (
-        torch.no_grad()
-    ):  # float32 shards are views of weights, and offloading makes a torch optimizer of them, which wants leaves
+    # Float32 shards are views of weights. With offloading, a torch optimizer gets them, and it accepts only leaf tensors.
+    with torch.no_grad():
         optimizer = get_megatron_optimizer(_optimizer_config(run, part), chunks, use_gloo_process_groups=False)
     _fuse(optimizer)
     _connect(run, part, chunks, optimizer)
     scheduler = _scheduler(run.optim, optimizer, steps)
     head = Head(part, groups, run.train.loss_chunk_size)
-    parallel_groups.seed_dropout(groups.layout, groups.coordinate, run.train.seed)  # building may have drawn numbers
+    # Building the model may have drawn random numbers, so dropout is seeded after it.
+    parallel_groups.seed_dropout(groups.layout, groups.coordinate, run.train.seed)
     return Training(run, device, groups, part, tuner, objective, head, chunks, optimizer, scheduler)
 
 
@@ -131,7 +132,7 @@ def _wrap(run: schema.Run, part: ModelPart) -> list[DistributedDataParallel]:
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.ddp_bucket_size,
     )
-    # Chunks after the first gather their parameters while the one before computes; buckets are for overlap only.
+    # Parameters of a chunk after the first are gathered while the chunk before it computes. Buckets are only for overlap inside a chunk.
     wrapped = [
         DistributedDataParallel(part.config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(part.chunks)
@@ -159,31 +160,33 @@ def _optimizer_config(run: schema.Run, part: ModelPart) -> OptimizerConfig:
 
 
 def _offload(run: schema.Run, part: ModelPart) -> dict[str, Any]:
-    """Fields that move the optimizer's state to the host. One optimizer for all parameters there, not one for each that steps while
-    others' gradients arrive (overlap_cpu_optimizer_d2h_h2d): that was no faster and took more memory (NVIDIA-NeMo/RL #3628).
+    """Fields that move the optimizer's state to the host.
+
+    One optimizer on the host steps all parameters. overlap_cpu_optimizer_d2h_h2d has one optimizer per parameter, which steps while
+    other gradients are copied; it is not set, because it was no faster and took more memory (NVIDIA-NeMo/RL #3628).
     """
     optim = run.optim
     if not optim.cpu_offload:
         return {}
     trained = {p.dtype for chunk in part.chunks for p in chunk.parameters() if p.requires_grad}
-    # A float32 parameter among others that stays on the device would never be trained: its gradient is put where nobody looks for it
-    # (hybrid_optimizer.py:85).
+    # Trap: among parameters of another dtype, a float32 parameter that stays on the device would never be trained. Megatron stores its
+    # gradient where the optimizer does not read it (hybrid_optimizer.py:85).
     assert trained <= {part.config.params_dtype}, trained
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": optim.offload_fraction,
         "main_grads_dtype": torch.float32 if run.parallel.gradients_in_float32 else part.config.params_dtype,
-        # Float32 copies of bfloat16 weights go along with the rest of the state; otherwise they stay on the device.
+        # With this field, float32 copies of bfloat16 weights are on the host too; without it they stay on the device.
         "use_precision_aware_optimizer": part.config.bf16,
     }
 
 
 def _fuse(optimizer: Any) -> None:
-    """One call per group in place of ten per parameter. torch's own AdamW takes it from its groups; Megatron has no setting for it.
+    """Sets torch's fused AdamW: one call per parameter group instead of about ten per parameter. Megatron has no setting for it.
 
-    An adapter has hundreds of small parameters, and their calls were most of the step on the CPU. On CUDA torch would take several
-    tensors of the parameters' size for each intermediate result, which `plan` does not count. The optimizers of Transformer Engine and
-    Apex, which Megatron takes where they are installed, are always fused and have no such field.
+    An adapter has hundreds of small parameters, and on the CPU their calls took most of a step. On CUDA, torch's unfused AdamW
+    allocates several temporary tensors of the size of all parameters, and the memory estimate does not count them. The optimizers of
+    Transformer Engine and Apex, which Megatron uses where they are installed, are always fused and have no field `fused`.
     """
     for group in optimizer.param_groups:
         if "fused" in group:
@@ -191,7 +194,7 @@ def _fuse(optimizer: Any) -> None:
 
 
 def _connect(run: schema.Run, part: ModelPart, chunks: list[DistributedDataParallel], optimizer: Any) -> None:
-    """What Megatron's schedules call on the way, as Megatron-LM's own training loop sets it."""
+    """Sets the functions that Megatron's schedules call, as Megatron-LM's training loop does."""
     config = part.config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -201,7 +204,7 @@ def _connect(run: schema.Run, part: ModelPart, chunks: list[DistributedDataParal
 
 
 def warmup_steps(optim: schema.Optim, steps: int) -> int:
-    """Steps that warm up, of `steps`; UserError where nothing is left."""
+    """Number of warmup steps of `steps`; UserError where no step would be left after them."""
     warmup = optim.warmup_steps or round(optim.warmup_fraction * steps)
     if warmup >= steps and warmup > 0:
         raise UserError(

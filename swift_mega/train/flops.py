@@ -1,22 +1,24 @@
-"""Floating-point operations of a token: two per weight that it passes, forward, and as many again for each gradient.
+"""Floating-point operations per token: 2 per weight in the forward pass, 2 more for each gradient.
 
-A token passes the weights of its own experts, not of all; an embedding is looked up and multiplies nothing, unless it is the head too.
+A token uses the weights of its own experts only. The embedding is a lookup and counts nothing; the output layer counts, also when it is
+tied to the embedding.
 """
 
 from swift_mega.models.settings import Settings
 
 
 def flops_per_token(settings: Settings, *, trained: bool) -> float:
-    """Of the whole model. Multiply-adds count two: 2 per weight forward, 2 for the input's gradient, 2 more where weights are trained.
+    """Operations per token in the whole model; a multiply-add counts 2.
 
-    Attention's own products are left out: they depend on the lengths, and are small beside the weights at these. So are those of a
-    delta net with its state, which do not.
+    Per weight: 2 in the forward pass, 2 for the gradient of the input, and 2 for the gradient of the weight where weights are trained.
+    Not counted: the products of attention (QKᵀ and PV), which depend on the lengths and are small compared with the weights at the
+    usual lengths; the products of a delta net with its state, which do not depend on the lengths.
     """
     return (6.0 if trained else 4.0) * weights_per_token(settings)
 
 
 def weights_per_token(settings: Settings) -> int:
-    """Numbers in the matrices that one token is multiplied with, norms and biases left out."""
+    """Number of elements in the matrices that one token is multiplied with; norms and biases do not count."""
     shape = settings.shape
     mlps = sum(_experts(settings) if moe else _mlp(settings, shape.ffn or 0) for moe in settings.moe_layers)
     attention = sum(_delta(settings) if delta else _attention(settings) for _, delta in settings.layer_kinds)
@@ -24,7 +26,7 @@ def weights_per_token(settings: Settings) -> int:
 
 
 def _delta(settings: Settings) -> int:
-    """A gated delta net: queries, keys, values, gates and two rates of each value head, the convolution, the output."""
+    """Weights of a gated delta net: queries, keys, values, gates, two rates per value head, convolution, output."""
     delta, hidden = settings.delta, settings.shape.hidden
     assert delta is not None
     channels, values = delta.key_heads * sum(delta.channels), delta.value_heads * delta.value_dim

@@ -1,4 +1,4 @@
-"""What computes in a run, said once at its start: a kernel that is missing shows here, not first in a profile."""
+"""The lines at the start of a run that name its backends and kernels, so that a missing kernel is visible without a profile."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex
 
 
 def header(training: Training) -> list[str]:
-    """Lines for the first rank: what layers, attention and optimizer are made of, and GPUs that nobody uses."""
+    """Lines that rank 0 prints: backends of layers, attention and optimizer, and the number of unused GPUs."""
     device, config = training.device, training.part.config
     te = training.part.layout.mesh.engine
     attention = "Transformer Engine's" if te else _attention(training)
@@ -27,14 +27,14 @@ def header(training: Training) -> list[str]:
 
 
 def _attention(training: Training) -> str:
-    """The kernels of this stage's layers (ops/attention_kernels.py); most models have one."""
+    """The attention kernels of this stage's layers (ops/attention_kernels.py); most models use one."""
     layers = (layer for chunk in training.part.chunks for layer in chunk.modules() if isinstance(layer, CoreAttention))
     names = dict.fromkeys(layer.kernel(training.device.device) for layer in layers)
     return " and ".join(names) or "none in this stage"
 
 
 def layer_modules(device: Device, dtype: torch.dtype) -> str:
-    """Whose modules the layers of a model of this dtype are; where not Transformer Engine's on CUDA, why."""
+    """The backend of the layers (Transformer Engine or Megatron) for this dtype; on CUDA also the reason, where it is not TE."""
     te = transformer_engine()
     if device.uses_transformer_engine(dtype):
         return str(te)
@@ -44,13 +44,13 @@ def layer_modules(device: Device, dtype: torch.dtype) -> str:
 
 
 def optimizer_kernel(optimizer: Any) -> str:
-    """Which class steps, of Megatron's optimizer of this rank."""
+    """Names of the optimizer classes inside this rank's Megatron optimizer."""
     found = dict.fromkeys(_named(one) for one in _leaves(optimizer))
     return " and ".join(found) or "none (nothing is trained on this rank)"
 
 
 def _leaves(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers in Megatron's: it chains some, and splits one between device and host."""
+    """The torch optimizers inside Megatron's: it chains several, and it splits one between device and host."""
     inside = getattr(optimizer, "chained_optimizers", None) or getattr(optimizer, "sub_optimizers", None)
     if inside is not None:
         return [leaf for one in inside for leaf in _leaves(one)]

@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, checkpoints, and what the watcher sees of them."""
+"""The training loop: steps, evaluations, checkpoints, and what is logged about them."""
 
 import dataclasses
 import math
@@ -33,23 +33,23 @@ from swift_mega.train.step import StepResult, evaluate, train_step
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves."""
+    """The results of a run."""
 
     directory: Path
     checkpoint: Path
     merged: Path | None
     losses: list[float]
-    """Mean loss per trained token, of every step."""
+    """Mean loss per trained token, one value per step."""
     evaluations: list[tuple[int, float]]
     """(step, validation loss)."""
     tokens: int
-    """Trained on, padding left out."""
+    """Tokens of all steps, without padding."""
 
 
 def make_batches(
     run: schema.Run, layout: Layout, data_rank: int, prepared: Prepared, pad_token: int
 ) -> tuple[Batches, Batches | None]:
-    """Batches of both splits for one data rank; UserError where sizes do not fit the layout."""
+    """Batches of both splits for one data rank; UserError where batch sizes do not fit the layout."""
 
     epochs = None if run.train.steps is not None else run.train.epochs or 1.0
 
@@ -80,7 +80,7 @@ def total_steps(train: schema.Train, batches: Batches) -> int:
 
 
 def train_rank(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, pad_token: int) -> TrainResult:
-    """One rank of a run, from groups to the last checkpoint."""
+    """The whole run on one rank, from process groups to the last checkpoint. Collective."""
     with deterministic(run.train.deterministic):
         return _train(run, device, layout, prepared, pad_token)
 
@@ -104,7 +104,7 @@ def _train(run: schema.Run, device: Device, layout: Layout, prepared: Prepared, 
 
 
 def _directory(run: schema.Run, steps: int) -> RunDirectory:
-    """Rank 0 makes it, every rank learns its name; a refusal is everybody's."""
+    """The run's directory: rank 0 creates it and sends its path to all ranks. An error on rank 0 is raised on all ranks."""
     made: list[RunDirectory] = []
 
     def make() -> None:
@@ -117,7 +117,7 @@ def _directory(run: schema.Run, steps: int) -> RunDirectory:
 
 
 def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:
-    """Makes room for this run's files in a folder that another run wrote to (train.add_version=false), and says so."""
+    """Moves files of an earlier run out of the way (train.add_version=false), and prints where they are."""
     written = [
         directory.checkpoint(step).name for step in range(1, steps + 1) if is_due(step, steps, run.train.save_steps)
     ]
@@ -132,17 +132,17 @@ def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:
 
 
 def is_due(step: int, steps: int, every: int | None) -> bool:
-    """Whether something that is done every so many steps, and at the end, is done after `step` of `steps`."""
+    """Whether something that is done every `every` steps, and after the last step, is done after `step` of `steps`."""
     return step == steps or (every is not None and step % every == 0)
 
 
 def merged_beside(checkpoint: Path) -> Path:
-    """Where the weights of a checkpoint's model with its adapter merged go."""
+    """The directory for the merged weights of a checkpoint that is an adapter."""
     return checkpoint.with_name(f"{checkpoint.name}-merged")
 
 
 def _monitor(training: Training, directory: RunDirectory, steps: int) -> Monitor | None:
-    """Rank 0's; a file that it cannot open is everybody's error."""
+    """The monitor, on rank 0 only. A file that it cannot open raises an error on all ranks."""
     opened: list[Monitor] = []
     agree(on_first_rank(lambda: opened.append(_open_monitor(training, directory, steps)), directory.path))
     return opened[0] if opened else None
@@ -173,7 +173,7 @@ def _open_monitor(training: Training, directory: RunDirectory, steps: int) -> Mo
 
 @dataclass
 class Loop:
-    """The steps of one rank; every method is collective."""
+    """The training loop of one rank; every method is collective."""
 
     training: Training
     directory: RunDirectory
@@ -183,9 +183,9 @@ class Loop:
     validation: Batches | None
     trained: Trained
     saved: list[Path] = dataclasses.field(default_factory=list)
-    """Checkpoints that this run wrote and has not removed, oldest first."""
+    """Checkpoints that this run wrote and did not remove, oldest first."""
     unwritten: str | None = None
-    """What went wrong on rank 0 while it wrote about the run, until the other ranks are told."""
+    """The error of rank 0's monitor, kept until the ranks agree on it."""
 
     def run(self) -> TrainResult:
         losses, evaluations, tokens = [], [], 0
@@ -214,7 +214,8 @@ class Loop:
                 extra=result.router_losses,
             )
         )
-        if step == 1 or is_due(step, self.steps, self.training.run.train.logging_steps):  # when the monitor writes
+        # The same steps as those in which the monitor writes.
+        if step == 1 or is_due(step, self.steps, self.training.run.train.logging_steps):
             agree(self.unwritten)
         if not math.isfinite(result.loss) or not result.applied:
             raise AgreedError(
@@ -232,7 +233,7 @@ class Loop:
         return loss
 
     def _record(self, write: Callable[[Monitor], object]) -> None:
-        """Rank 0 writes; what goes wrong is kept until all ranks ask for it."""
+        """Rank 0 writes; an error is kept until the ranks agree on it."""
         monitor = self.monitor
         if monitor is not None:
             problem = attempt(lambda: write(monitor), self.directory.path)[1]
@@ -243,8 +244,9 @@ class Loop:
         assert run.model.path is not None
         with self._paused():
             for chunk in self.training.chunks:
+                # With overlap, parameters are otherwise gathered by the next forward pass.
                 if run.parallel.overlap_param_gather:
-                    chunk.start_param_sync(force_sync=True)  # gathered lazily otherwise: by the next forward pass
+                    chunk.start_param_sync(force_sync=True)
             save_checkpoint(
                 self.training.tuner,
                 self.training.part,
@@ -260,13 +262,14 @@ class Loop:
                 self._forget_old()
 
     def _forget_old(self) -> None:
-        """Keeps the last save_total_limit of this run's own checkpoints: known by what it wrote, since names tell of no owner."""
+        """Keeps the last save_total_limit checkpoints of this run. Only those in `saved` count: a name does not say which run wrote it."""
         limit = self.training.run.train.save_total_limit
         while limit and len(self.saved) > limit:
             path = self.saved.pop(0)
             try:
                 shutil.rmtree(path)
-            except FileNotFoundError:  # somebody else was faster
+            # Another process removed it.
+            except FileNotFoundError:
                 continue
             except OSError as error:
                 self._say(f"{path} is beyond train.save_total_limit={limit} and cannot be removed: {error.strerror}")

@@ -1,8 +1,8 @@
-"""What a run writes about itself, in SWIFT's layout: the run's directory, and the monitor that fills it.
+"""Logs of a run, in SWIFT's directory structure: the run's directory, and the monitor that writes to it.
 
-Every number takes one road: `Monitor.step` turns a step into a flat record, and each sink is given that same record, so
-the file, the plots and the bar can't disagree. One rank constructs it; the others write nothing. The file comes first
-and is flushed line by line, for it is what remains of a run that dies.
+`Monitor.step` makes one flat record of a step, and every sink gets this same record. So the file, the plots and the progress bar show the
+same numbers. One rank constructs the monitor; the others write nothing. logging.jsonl is written first, one unbuffered write per line,
+because it is what remains of a run that crashes.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from swift_mega.errors import UserError
 from swift_mega.train.sinks import JsonLines, Plots, Progress, Record, Sink, TensorBoard, Wandb, check
 
 ABOUT_A_RUN = ("args.json", "logging.jsonl", "runs", "images")
-"""What a run writes about itself: two runs' lines in one file, or curves in one folder, would be read as one run's."""
+"""Logs of a run. Lines of two runs in one file, or curves of two runs in one folder, would look like one run."""
 SINKS = {"JsonLines": "logging.jsonl", "TensorBoard": "runs/ (TensorBoard)", "Plots": "images/ (plots)"}
 EARLIER = re.compile(r"earlier-(\d+)")
 
 
 def new_version(output_dir: Path, now: datetime) -> str:
-    """The name vN-YYYYMMDD-HHMMSS of the next run in `output_dir`: N is one more than the largest there, at first 0."""
+    """The name vN-YYYYMMDD-HHMMSS of the next run in `output_dir`: N is the largest existing number + 1, or 0."""
     names = [entry.name for entry in output_dir.iterdir()] if output_dir.is_dir() else []
     numbers = [int(found[1]) for name in names if (found := re.match(r"v(\d+)-\d{8}-\d{6}$", name))]
     return f"v{max(numbers, default=-1) + 1}-{now:%Y%m%d-%H%M%S}"
 
 
 class RunDirectory:
-    """Where one run writes. The rank that decides makes it with a version; others open `RunDirectory(path, False)`."""
+    """The directory of one run. Rank 0 creates it with a version; other ranks open it by `RunDirectory(path, False)`."""
 
     def __init__(self, output_dir: str | Path, add_version: bool = True, *, now: datetime | None = None) -> None:
-        """Creates the directory. Raises UserError where that is not possible."""
+        """Creates the directory; UserError where that is not possible."""
         root = Path(output_dir).expanduser().absolute()
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class RunDirectory:
     def _claim(root: Path, now: datetime) -> Path:
         while True:
             path = root / new_version(root, now)
-            # Two runs may start in the same second: making the directory is what decides, and the loser counts on.
+            # Two runs may start in the same second. mkdir succeeds for one of them; the other tries the next number.
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 return path
@@ -76,14 +76,14 @@ class RunDirectory:
         return self.path / "images"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint after `step` optimizer steps goes; not created here."""
+        """The directory of the checkpoint after `step` optimizer steps; not created here."""
         return self.path / f"checkpoint-{step}"
 
     def put_aside(self, written: Iterable[str], inputs: Iterable[Path]) -> Path | None:
-        """Moves what an earlier run left here, and this one would write over, to earlier-N; None: there is nothing such.
+        """Moves files of an earlier run that this run would overwrite to earlier-N, and returns that path; None where there are none.
 
-        written: names of checkpoints that this run will write. inputs: what it reads. A run's own records (ABOUT_A_RUN) are moved where
-        there is a logging.jsonl; checkpoints of other names stay where they are. Raises UserError where an input would be moved.
+        written: names of the checkpoints that this run will write. inputs: paths that it reads. Logs (ABOUT_A_RUN) are moved where
+        there is a logging.jsonl. Other checkpoints stay where they are. Raises UserError where an input would be moved.
         """
         names = [*(ABOUT_A_RUN if self.logging.exists() else ()), *written]
         there = [path for name in names if os.path.lexists(path := self.path / name)]
@@ -110,7 +110,7 @@ class RunDirectory:
         return earlier
 
     def write_args(self, settings: Mapping[str, Any]) -> Path:
-        """args.json: the resolved settings (`dataclasses.asdict` of a Run, and what else the caller wants to keep)."""
+        """Writes args.json: the resolved settings (`dataclasses.asdict` of a Run, and what the caller adds)."""
         path = self.path / "args.json"
         scratch = path.with_suffix(".json.part")
         try:
@@ -125,7 +125,7 @@ class RunDirectory:
 
 
 def format_time(seconds: float) -> str:
-    """SWIFT's form: 3s, 1m 3s, 2h 0m 5s, 1d 0h 0m 0s; fractions are cut off."""
+    """SWIFT's form: 3s, 1m 3s, 2h 0m 5s, 1d 0h 0m 0s; seconds are rounded down."""
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -135,10 +135,10 @@ def format_time(seconds: float) -> str:
 
 
 class Monitor:
-    """Collects steps into records and gives them to the sinks. Constructed by one rank only.
+    """Makes records of steps and gives them to the sinks. Constructed by one rank only.
 
-    A line is written for the first step, the last one and every `logging_steps`; its loss is the mean over the steps since
-    the line before. Speeds count training alone: time inside `paused()` (evaluation, saving) is left out.
+    A line is written after the first step, the last step and every `logging_steps` steps. Its loss is the mean over the steps since the
+    line before. Speeds are of training only: time inside `paused()` (evaluation, saving) does not count.
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class Monitor:
         recorded: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """steps: of the whole run, of which `first_step` were done before a resume.
+        """steps: of the whole run; `first_step` of them were done before a resume.
 
         flops_per_token: floating-point operations of one token's forward and backward pass in the whole model.
-        world: ranks, for tflops and mfu, which are per device. recorded: settings that wandb shows beside the run.
-        Raises UserError where report_to names something that is not installed or the files can't be opened.
+        world: number of ranks, because tflops and mfu are per device. recorded: settings that wandb shows beside the run.
+        Raises UserError where report_to names a package that is not installed, or a file cannot be opened.
         """
         self.directory = directory
         self._steps, self._first, self._logging_steps = steps, first_step, logging_steps
@@ -200,10 +200,10 @@ class Monitor:
         trained_tokens: int,
         extra: Mapping[str, float] | None = None,
     ) -> Record | None:
-        """Takes in optimizer step `iteration` (the first is 1); returns the record where a line was written.
+        """Records optimizer step `iteration` (the first is 1); returns the record where a line was written, else None.
 
-        loss: mean per trained token of the step's global batch. tokens: of the global batch, without padding;
-        trained_tokens: those of them with a loss. extra: further numbers of the objective, taken from this step.
+        loss: mean per trained token of the global batch. tokens: of the global batch, without padding.
+        trained_tokens: tokens with a loss. extra: more numbers of this step.
         """
         self._losses.append(loss)
         self._window_tokens += tokens
@@ -241,7 +241,7 @@ class Monitor:
         return record
 
     def _standing(self, iteration: int, now: float) -> Record:
-        """Where the run stands, and how long the rest will take at the speed so far."""
+        """Progress, peak memory and speed of the run, and the remaining time at the speed so far."""
         elapsed, allocated = now - self._begin, self._device.peak_allocated_bytes()
         done = iteration - self._first
         speed = (elapsed - self._paused) / done if done > 0 else None
@@ -255,7 +255,7 @@ class Monitor:
         }
 
     def evaluation(self, iteration: int, loss: float, extra: Mapping[str, float] | None = None) -> Record:
-        """The validation loss after optimizer step `iteration`; keys of `extra` get the prefix eval_."""
+        """Records the validation loss after optimizer step `iteration`; keys of `extra` get the prefix eval_."""
         others = {f"eval_{key.removeprefix('eval_')}": value for key, value in (extra or {}).items()}
         where = self._standing(iteration, self._clock())
         record = {"eval_loss": loss, **others, **{key: where[key] for key in ("iteration", "elapsed_time")}}
@@ -264,7 +264,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not training: it counts for elapsed_time only."""
+        """Time inside this context is not training: it counts for elapsed_time, not for speeds."""
         begin = self._clock()
         try:
             yield
@@ -274,7 +274,7 @@ class Monitor:
             self._window_paused += spent
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """Prints a line above the progress bar."""
         if self._progress:
             self._progress.say(text)
         else:
@@ -285,7 +285,7 @@ class Monitor:
             self._try(sink, lambda sink=sink: sink.write(group, step, record))  # type: ignore[misc]
 
     def _try(self, sink: Sink, action: Callable[[], None]) -> None:
-        """What a run says of itself never ends it: a sink that cannot be written is told of, once until it can be again."""
+        """Runs `action`. A sink that fails never ends the run: one message is printed, and the next one only after the sink has worked."""
         name = type(sink).__name__
         try:
             action()

@@ -1,13 +1,13 @@
-"""The inputs of decoder layers wait for the backward pass in host memory, so that the device holds two of them however many layers it has.
+"""Inputs of decoder layers are kept in host memory until the backward pass. The device holds two of them, for any number of layers.
 
-With full recomputation a layer saves its input alone, [tokens / s, 1, hidden]. It is copied to the host while the next layer computes,
-and fetched back while the layer behind it is recomputed. Autograd hands over what is saved and asks for it again
-(torch.autograd.graph.saved_tensors_hooks).
+With full recomputation a layer saves only its input, [tokens / s, 1, hidden]. The input is copied to the host while the next layer
+computes, and copied back while the layer after it is recomputed. The hooks of torch.autograd.graph.saved_tensors_hooks get each tensor
+that autograd saves, and return it when autograd needs it.
 
-Megatron's own `cpu_offloading` needs Transformer Engine, excludes recomputation, and moves everything that a layer saves.
+Megatron's `cpu_offloading` needs Transformer Engine, cannot be combined with recomputation, and moves all tensors that a layer saves.
 
-Without CUDA the same calls run, and the streams of device/cpu_facade.py do each copy at once. Not run yet: real streams, pinned memory.
-The order in which streams wait is tested against stand-ins that copy as late as CUDA may.
+Without CUDA the same calls run, and the streams of device/cpu_facade.py copy immediately. Not run yet: real streams, pinned memory.
+The order of stream waits is tested with fake streams that copy as late as CUDA may.
 """
 
 from collections.abc import Sequence
@@ -22,52 +22,52 @@ HOST = torch.device("cpu")
 
 
 class Bus:
-    """Copies between the device and the host, in both directions on one stream beside the computing one.
+    """Copies between device and host, both directions on one copy stream beside the compute stream.
 
-    One stream keeps the order of copies that touch the same memory. Device memory is taken and given back in the order of the computing
-    stream, which waits for a copy before what it read is given back. (Tensor.record_stream would do without that wait, but then
-    memory comes back only when the host happens to look, and a host that runs ahead finds none.) Pinned memory is
-    torch's: it keeps what was freed, and gives it out again once the copies of it are over.
+    One stream keeps copies of the same memory in order. Device memory is allocated and freed in the order of the compute stream: it
+    waits for a copy to the host before the source is freed. (Tensor.record_stream would not need this wait, but then the allocator
+    reuses memory only after the host has checked an event, and a host that runs ahead finds no free memory.) Pinned memory comes from
+    torch's allocator, which reuses freed memory after its copies have finished.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.leaving: Parked | None = None
-        """The latest that left. Its memory on the device is given back when another follows."""
+        """The input that was copied to the host last. Its device memory is freed when the next one is copied."""
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """(the copy, an event after it)."""
+        """(the copy in pinned memory, an event after the copy)."""
         return self._copy(tensor, torch.empty_like(tensor, device=HOST, pin_memory=True))
 
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        """(the copy, an event after it)."""
+        """(the copy on the device, an event after the copy)."""
         target = torch.empty_like(host, device=self.device)
         _, copied = self._copy(host, target)
         return target, copied
 
     def _copy(self, source: Tensor, target: Tensor) -> tuple[Tensor, Any]:
-        # The source may be in the making, and the memory of the target in use, by what the computing stream was given so far.
+        # Kernels that are queued on the compute stream may still write the source, or use the memory of the target.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             copy(source, target)
         return target, self.stream.record_event()
 
     def wait(self, copied: Any) -> None:
-        """What is computed from now on comes after that copy."""
+        """The compute stream waits for the event `copied` before its next kernel."""
         torch.cuda.current_stream(self.device).wait_event(copied)
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """On the current stream."""
+    """Copies asynchronously on the current stream."""
     target.copy_(source, non_blocking=True)
 
 
 class Parked:
-    """A layer's input: leaving the device, on the host, or coming back."""
+    """A layer's input that is on the host, or is being copied there or back."""
 
     def __init__(self, bus: Bus, tensor: Tensor, before: "Parked | None") -> None:
-        """before: what the backward pass needs next."""
+        """before: the input that was saved before this one; the backward pass needs it next."""
         self.bus, self.before = bus, before
         self.wanted = 1
         self.on_device: Tensor | None = tensor
@@ -77,18 +77,19 @@ class Parked:
         bus.leaving = self
 
     def give_back(self) -> None:
-        """Its memory on the device, once it is on the host."""
+        """Frees its device memory, after the copy to the host."""
         self.bus.wait(self.copied)
         self.on_device = None
 
     def fetch(self) -> None:
-        """Starts to bring it back, where somebody still wants it and it is not there."""
+        """Starts the copy to the device, where it is still needed and not on the device."""
         if self.on_device is None and self.wanted > 0:
             self.on_device, self.copied = self.bus.to_device(self.on_host)
 
     def take(self) -> Tensor:
-        """The tensor on the device, for what is computed from now on; the one before it sets out."""
-        self.wanted = max(self.wanted, 1)  # again, where a graph is kept
+        """The tensor on the device, ready for kernels that are queued after this call. Also starts the copy of `before`."""
+        # A graph that is kept (retain_graph) takes the tensor again.
+        self.wanted = max(self.wanted, 1)
         self.fetch()
         self.bus.wait(self.copied)
         tensor, self.on_device = self.on_device, None
@@ -102,7 +103,7 @@ class Parked:
 
 
 class _Pass:
-    """What the layers of one chunk save of one microbatch."""
+    """The tensors that the layers of one chunk save for one microbatch."""
 
     def __init__(self, bus: Bus, received: Tensor | None) -> None:
         self.bus, self.received = bus, received
@@ -110,10 +111,10 @@ class _Pass:
         self.seen: dict[Any, Parked] = {}
 
     def pack(self, tensor: Tensor) -> Any:
-        """Called when autograd saves a tensor; what it returns is saved."""
+        """Called when autograd saves a tensor; autograd saves the return value instead."""
         if not tensor.is_floating_point() or self._held_elsewhere(tensor):
             return tensor
-        # A storage's address is given to another only when nobody refers to it, weakly either.
+        # A weak reference is enough: while one exists, no other storage gets the same address.
         place = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride())
         parked = self.seen.get(place)
         if parked is None:
@@ -123,7 +124,9 @@ class _Pass:
         return parked
 
     def _held_elsewhere(self, tensor: Tensor) -> bool:
-        """Parameters, their views, and what a stage received, which the pipeline's schedule keeps for its gradient."""
+        """Whether something else keeps the tensor on the device: parameters, their views, and the input that a pipeline stage received,
+        which the schedule keeps for its gradient.
+        """
         parameter = isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
         received = (
             self.received is not None and tensor.untyped_storage()._cdata == self.received.untyped_storage()._cdata
@@ -136,18 +139,20 @@ def _unpack(saved: Any) -> Tensor:
 
 
 class _Layers:
-    """The part of a block's forward pass between its beginning and the final norm."""
+    """Sets the hooks in the forward pass of a transformer block, from its begin up to the final norm."""
 
     def __init__(self, block: Any, bus: Bus) -> None:
         self.bus = bus
         self.hooks: saved_tensors_hooks | None = None
         block.register_forward_pre_hook(self._begin)
         block.register_forward_hook(self._end, always_call=True)
-        if block.final_layernorm is not None:  # its input is the first that the backward pass asks for
+        # The input of the final norm stays on the device: the backward pass needs it first.
+        if block.final_layernorm is not None:
             block.final_layernorm.register_forward_pre_hook(self._end)
 
     def _begin(self, block: Any, given: Any) -> None:
-        if block.training and torch.is_grad_enabled():  # otherwise nothing is recomputed, and there is no backward pass
+        # Otherwise there is no backward pass and no recomputation.
+        if block.training and torch.is_grad_enabled():
             one = _Pass(self.bus, block.input_tensor)
             self.hooks = saved_tensors_hooks(one.pack, _unpack)
             self.hooks.__enter__()
@@ -159,7 +164,7 @@ class _Layers:
 
 
 def offload_layer_inputs(chunks: Sequence[Any], device: torch.device) -> Bus:
-    """From now on, for every chunk of a rank's part of the model. Its decoder recomputes every layer."""
+    """Offloads layer inputs in all chunks of this rank, from now on. Every decoder layer has to be recomputed (full recomputation)."""
     bus = Bus(device)
     for chunk in chunks:
         _Layers(chunk.decoder, bus)

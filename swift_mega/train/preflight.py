@@ -1,4 +1,4 @@
-"""What can be known of a run before its ranks start, so that a mistake costs seconds and no place in a queue."""
+"""Checks of a run before its ranks start, so that a wrong setting fails within seconds and not after a wait in a job queue."""
 
 import torch
 
@@ -18,9 +18,9 @@ from swift_mega.tuners.tuner import find_tuner
 def check_run(
     run: schema.Run, family: Family, settings: Settings, dtype: torch.dtype, device: Device | None = None
 ) -> None:
-    """UserError where model, tuner, data and optimizer settings do not fit together, or not weights of `dtype`.
+    """UserError where settings of model, tuner, data and optimizer do not fit together, or do not fit weights of `dtype`.
 
-    device: that ranks will run on; None, for an estimate of memory: what depends on it is not looked at.
+    device: the device that ranks will use; None for a memory estimate: what depends on the device is not checked.
     """
     _check_dtype(run, dtype)
     _check_training(run, family, settings, device, dtype)
@@ -54,7 +54,7 @@ def _check_training(
 
 
 def _check_dtype(run: schema.Run, dtype: torch.dtype) -> None:
-    """UserError where Megatron cannot train weights of `dtype` as the run says."""
+    """UserError where Megatron cannot train weights of `dtype` with the settings of the run."""
     name = str(dtype).removeprefix("torch.")
     if not run.parallel.gradients_in_float32 and dtype != torch.bfloat16:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Where a record of numbers goes: logging.jsonl, TensorBoard, wandb, plots and the progress bar.
+"""Outputs for records of numbers: logging.jsonl, TensorBoard, wandb, plots and the progress bar.
 
-A sink is given each record and takes from it what it can show. Heavy packages are imported by the sink that needs them,
-when it is opened or first drawn.
+A sink gets every record and uses the numbers that it can show. A heavy package is imported only by the sink that needs it, when the sink
+is opened or first draws.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from swift_mega.errors import UserError
 
 Record = dict[str, Any]
 
-# Keys of a record that are text: they say where the run stands and are not curves.
+# Keys of a record whose values are text about progress, so they are not drawn as curves.
 NOT_CURVES = frozenset({"iteration", "elapsed_time", "remaining_time"})
 PLOTS = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "eval_loss")
 SMOOTHING = 0.9
 SECONDS_BETWEEN_DRAWINGS = 60.0
-# Drawing may take at most one part in this many of the run's time.
+# Drawing may take at most 1 / DRAWING_SHARE of the run's time.
 DRAWING_SHARE = 50
 
 
 def check(settings: schema.Monitor) -> None:
-    """Raises UserError where `report_to` names a package that is not installed; costs nothing, so ask before a run."""
+    """Raises UserError where `report_to` names a package that is not installed. Cheap, so it is called before a run."""
     if "wandb" in settings.report_to and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "monitor.report_to names wandb, which is not installed; run `pip install wandb`, "
@@ -42,13 +42,13 @@ def check(settings: schema.Monitor) -> None:
 
 
 def strict_json(record: Record) -> str:
-    """One line of JSON that every parser reads: NaN and infinities, which JSON has not, become null."""
+    """One line of strict JSON: NaN and infinities, which JSON does not have, become null."""
     clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
     return json.dumps(clean, ensure_ascii=False, allow_nan=False)
 
 
 def smooth(values: list[float], weight: float = SMOOTHING) -> list[float]:
-    """Exponential moving average without the pull towards zero at the start (Adam's bias correction, as TensorBoard)."""
+    """Exponential moving average with Adam's bias correction, so that the first values are not pulled towards 0; as in TensorBoard."""
     total, seen, out = 0.0, 0.0, []
     for value in values:
         total = weight * total + (1 - weight) * value
@@ -58,7 +58,7 @@ def smooth(values: list[float], weight: float = SMOOTHING) -> list[float]:
 
 
 class Sink(Protocol):
-    """Something that is given each record: `group` is "train" or "eval", `step` the optimizer step."""
+    """An output that gets every record. group: "train" or "eval". step: the optimizer step."""
 
     def write(self, group: str, step: int, record: Record) -> None: ...
 
@@ -66,7 +66,7 @@ class Sink(Protocol):
 
 
 def curves(group: str, record: Record) -> Iterator[tuple[str, float]]:
-    """(tag, value) of what can be drawn: train/loss, eval/loss … without the null ones."""
+    """(tag, value) of the numbers in a record, such as train/loss and eval/loss; null values are left out."""
     for key, value in record.items():
         if key in NOT_CURVES or isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -74,8 +74,8 @@ def curves(group: str, record: Record) -> Iterator[tuple[str, float]]:
 
 
 class Appended:
-    """A file that is given whole records, and ends with a whole one however a write fails: what is left of a record on a full disk is
-    cut off, and the record is tried again before the next one.
+    """A file of whole records. If a write fails, for example on a full disk, the file is truncated to the last whole record. The record
+    is written again before the next one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +84,7 @@ class Appended:
         self._waiting = b""
 
     def add(self, record: bytes) -> None:
-        """OSError where it cannot be written now."""
+        """Appends a record; OSError where it cannot be written now."""
         self._waiting += record
         if not self._waiting:
             return
@@ -93,7 +93,8 @@ class Appended:
             while written < len(self._waiting):
                 written += self._file.write(self._waiting[written:]) or 0
         except OSError:
-            with contextlib.suppress(OSError):  # a device has no end that could be cut
+            # A device file such as /dev/full cannot be truncated.
+            with contextlib.suppress(OSError):
                 self._file.truncate(self._whole)
             raise
         self._whole += written
@@ -107,7 +108,7 @@ class Appended:
 
 
 class JsonLines:
-    """logging.jsonl: appended to, a whole line at a time."""
+    """logging.jsonl: one JSON line per record, appended."""
 
     def __init__(self, path: Path) -> None:
         self._file = Appended(path)
@@ -120,7 +121,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in runs/. Written here, at once: SummaryWriter writes in a thread, whose errors are a traceback on the terminal."""
+    """Event files in runs/. Written directly: SummaryWriter writes in a thread, and its errors only print a traceback."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -147,7 +148,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run, online or offline as wandb's own configuration says; its files are in wandb/ of the run directory."""
+    """A wandb run, online or offline as configured in wandb; its files are in wandb/ of the run directory."""
 
     def __init__(self, directory: Path, settings: schema.Monitor, recorded: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
@@ -168,9 +169,9 @@ class Wandb:
 
 
 class Plots:
-    """PNG files in images/, drawn now and then and at the end.
+    """PNG files in images/, drawn from time to time and at the end.
 
-    Drawing waits for at least a minute, and longer where a drawing is slow, so it costs a run at most 2% of its time.
+    There is at least a minute between drawings, and more where drawing is slow, so drawing takes at most 2% of the run's time.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -202,8 +203,8 @@ class Plots:
 
 
 def draw_curve(path: Path, key: str, steps: list[int], values: list[float]) -> None:
-    """One PNG: the raw line, and for a loss the smoothed one over it."""
-    # matplotlib.figure without pyplot: no display, no global list of figures, nothing to forget to close.
+    """Draws one PNG: the raw curve, and for a loss also the smoothed curve."""
+    # matplotlib.figure without pyplot needs no display, and keeps no global list of figures that have to be closed.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -223,7 +224,8 @@ def draw_curve(path: Path, key: str, steps: list[int], values: list[float]) -> N
     scratch = path.with_suffix(".part")
     try:
         scratch.write_bytes(drawn.getvalue())
-        scratch.replace(path)  # whoever looks while the run goes on never sees half a picture
+        # Atomic: a reader never sees a partly written picture.
+        scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
@@ -235,7 +237,7 @@ class Progress:
     def __init__(self, steps: int, first_step: int) -> None:
         from tqdm import tqdm
 
-        # A log file gets a line now and then instead of one per step.
+        # In a log file the bar is printed every 15 seconds.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self._bar = tqdm(
             total=steps, initial=first_step, desc="train", unit="step", mininterval=interval, dynamic_ncols=True

@@ -1,7 +1,8 @@
 """One optimizer step, and one evaluation: microbatches through Megatron's schedule.
 
-The loss is a sum over tokens; Megatron divides the gradients, once, by the number of trained tokens of the whole global batch, so
-how examples fall into microbatches and ranks changes nothing. Losses of routers are means over microbatches (models/modules/balancing.py).
+The loss is a sum over tokens. Megatron divides the gradients once, by the number of trained tokens of the global batch. So the result
+does not depend on how examples are split into microbatches and over ranks. Losses of routers are means over microbatches
+(models/modules/balancing.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,22 +27,22 @@ from swift_mega.train.build import Training
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, the same on every rank."""
+    """The result of one step, the same on every rank."""
 
     loss: float
-    """Mean over the trained tokens of the global batch; without the losses of routers."""
+    """Mean over the trained tokens of the global batch, without the losses of routers."""
     trained_tokens: int
     tokens: int
     grad_norm: float | None
     learning_rate: float
     applied: bool
-    """Whether the optimizer took the step: it skips one whose gradients are not finite."""
+    """Whether the optimizer updated the parameters: it skips a step whose gradients are not finite."""
     router_losses: dict[str, float] = field(default_factory=dict)
-    """What was added to it by name, without its coefficient: mean over MoE layers and microbatches."""
+    """Loss of routers by name, without its coefficient: mean over MoE layers and microbatches."""
 
 
 def train_step(training: Training, batch: Sequence[Microbatch]) -> StepResult:
-    """Forward, backward, reduce, clip, step. Collective; `batch` is this data rank's share of the global batch."""
+    """Forward, backward, gradient reduction, clipping, optimizer step. Collective. batch: this data rank's part of the global batch."""
     for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -71,7 +72,7 @@ def evaluate(training: Training, batches: Sequence[Sequence[Microbatch]]) -> flo
 
 
 def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_only: bool) -> tuple[float, int, int]:
-    """All microbatches of one global batch. Returns (mean loss, trained tokens, tokens without padding), on every rank."""
+    """Runs all microbatches of one global batch. Returns (mean loss, trained tokens, tokens without padding), the same on every rank."""
     chunks = training.chunks
     iterators = [iter(batch) for _ in chunks]
     if not forward_only:
@@ -104,15 +105,18 @@ def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tu
 
 
 def _await_head(training: Training, model: DistributedDataParallel) -> None:
-    """Waits for the head's weights. Megatron waits for parameters in the forward hook of their module, and the head's module is not
-    called: log-probabilities read its weight and bias. Without this the last step's values would be used, silently."""
+    """Waits until the head's parameters are gathered.
+
+    Megatron waits for parameters in the forward hook of their module. The head's module is not called, because log-probabilities read its
+    weight and bias directly. Without this wait the values of the last step would be used, without an error.
+    """
     for parameter in (training.part.head_weight, training.part.head_bias):
         if parameter in model.param_to_bucket_group:
             model.param_to_bucket_group[parameter].finish_param_sync()
 
 
 def held_part(row: Microbatch, context: Context | None) -> Microbatch:
-    """What this context rank holds of a row; cu_seqlens and lengths stay those of the whole."""
+    """This context rank's tokens of a packed row; cu_seqlens and lengths stay those of the whole row."""
     if context is None:
         return row
     held = held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
@@ -120,7 +124,7 @@ def held_part(row: Microbatch, context: Context | None) -> Microbatch:
 
 
 def _padding(training: Training, row: Microbatch) -> Tensor | None:
-    """Which of this context rank's tokens are padding, for the losses of routers; None: none is, or there are no such losses."""
+    """Mask of padding among this context rank's tokens, for the losses of routers; None: no padding, or no such losses."""
     padding = row.padding if has_router_losses(training.part.config) else None
     if padding is None:
         return None
@@ -130,7 +134,9 @@ def _padding(training: Training, row: Microbatch) -> Tensor | None:
 
 
 def start_router_losses(training: Training, batch: Sequence[Microbatch]) -> None:
-    """Tells every router how Megatron will divide gradients: by the trained tokens of the global batch. Collective."""
+    """Gives every router the factor trained tokens / microbatches: Megatron divides all gradients by the trained tokens of the
+    global batch, but losses of routers are means over microbatches. Collective.
+    """
     if has_router_losses(training.part.config):
         trained, rows = _over_data(training, [sum(row.targets for row in batch), _filled(batch)])
         for losses in _router_losses(training):
@@ -139,16 +145,15 @@ def start_router_losses(training: Training, batch: Sequence[Microbatch]) -> None
 
 
 def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[str, float]:
-    """The losses of routers in the step that has run, the same on every rank. Collective."""
+    """The losses of routers in the step that was run, the same on every rank. Collective."""
     if not has_router_losses(training.part.config):
         return {}
     mine, wanted = list(_router_losses(training)), training.part.config
     names = [BALANCE] * (wanted.moe_router_load_balancing_type == "aux_loss") + [Z] * bool(wanted.moe_z_loss_coeff)
     zero = torch.zeros((), dtype=torch.float64, device=training.device.device)
     sums = torch.stack([sum((zero + m.sums[name] for m in mine if name in m.sums), zero) for name in names])
-    dist.all_reduce(
-        sums, group=training.groups.world
-    )  # of each row, every tensor and context rank has its tokens' part
+    # Every tensor and context rank has the part of the sum that belongs to its own tokens.
+    dist.all_reduce(sums, group=training.groups.world)
     (rows,) = _over_data(training, [_filled(batch)])
     layers = sum(training.part.settings.moe_layers)
     return dict(zip(names, (sums / (max(rows, 1) * layers)).tolist(), strict=True))
@@ -160,12 +165,12 @@ def _router_losses(training: Training) -> Iterator[RouterLosses]:
 
 
 def _filled(batch: Sequence[Microbatch]) -> int:
-    """Microbatches that have tokens."""
+    """Number of microbatches that are not only padding."""
     return sum(bool(row.lengths.sum()) for row in batch)
 
 
 def _over_data(training: Training, numbers: Sequence[int]) -> list[int]:
-    """Sums over data ranks, told to every rank."""
+    """Sums over data ranks, the same on every rank."""
     where, device = training.groups.coordinate, training.device.device
     counts = where.tensor == 0 and where.context == 0 and where.pipeline == 0
     sums = torch.tensor([number * counts for number in numbers], dtype=torch.int64, device=device)
@@ -174,12 +179,15 @@ def _over_data(training: Training, numbers: Sequence[int]) -> list[int]:
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:
-    """The row with tokens and positions on the device; the rest stays on the host, where model and loss read it."""
+    """The packed row with tokens and positions on the device; the rest stays on the host, where model and loss read it."""
     return replace(row, tokens=send(row.tokens, device), positions=send(row.positions, device))
 
 
 def _reduce(training: Training, stores: list[dict[str, Tensor]], tokens: int) -> tuple[float, int, int]:
-    """Sums over data ranks from the last stage, told to every rank. Float64: counts stay exact and 1,000 ranks lose no digit."""
+    """(mean loss, trained tokens, tokens without padding): sums over data ranks from the last stage, the same on every rank.
+
+    Sums are float64, so counts stay exact and a sum over 1,000 ranks loses no digit of a float32.
+    """
     groups = training.groups
     mine = torch.zeros(3, dtype=torch.float64, device=training.device.device)
     if groups.is_last_stage and groups.coordinate.tensor == 0:
