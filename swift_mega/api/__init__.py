@@ -1,12 +1,13 @@
-"""What swift_mega does, as functions: the same ones that the command line calls.
+"""swift_mega as Python functions; the command line calls the same functions.
 
-They start their ranks themselves, or join those that torchrun started; a notebook needs to know nothing of torch.distributed.
-Everything that can be checked before a rank starts is checked before.
+A function starts its ranks itself, or joins the ranks that torchrun started, so a notebook needs no code for torch.distributed.
+Everything that can be checked before ranks start is checked before.
 """
 
 from swift_mega.device import device as devices
 
-devices.setup(starts_ranks=True)  # before Megatron is imported by anything below
+# Has to run before an import below imports Megatron.
+devices.setup(starts_ranks=True)
 
 from swift_mega.api.answers import Answerer, infer  # noqa: E402
 from swift_mega.api.comparison import Candidate, compare  # noqa: E402

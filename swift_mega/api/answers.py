@@ -1,4 +1,4 @@
-"""Asking a model."""
+"""Text generation with a model: the function `infer`."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ DEVICE = devices.setup(starts_ranks=True)
 
 
 class Answerer:
-    """A Hugging Face model, with an adapter or without, that answers greedily.
+    """A Hugging Face model, optionally with an adapter, that generates replies by greedy decoding.
 
-    It asks in the chat template that is given, else the adapter's, else the model's own, and stops where that template ends a
-    reply, and where generation_config.json says. The weights are read when the first answer is due: prompts can be made before.
+    The chat template is the given one, else the adapter's, else the model's. Generation stops at the tokens that end a reply in this
+    template, and at those of generation_config.json. Weights are read for the first answer, so prompts can be made without them.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Answerer:
         return network.to(DEVICE.device).eval()
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that a conversation of {"role", "content"} messages asks with; UserError where the template refuses it."""
+        """The prompt text for a conversation of {"role", "content"} messages; UserError where the template raises an error."""
         return self.template.prompt([dict(message) for message in messages])
 
     def tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """What the model is asked; UserError where the template refuses it, or a token has no row in the embedding."""
-        # The template has written every special token, the first one included.
+        """Token ids of the prompt; UserError where the template raises an error, or a token has no embedding."""
+        # The template has already written all special tokens, also the first one.
         asked: list[int] = self.tokenizer(self.prompt(messages), add_special_tokens=False)["input_ids"]
         vocab = hf_config(self._model).get_text_config().vocab_size
         check_tokens(asked, vocab, self.tokenizer, where="the conversation")
@@ -113,9 +113,9 @@ class Answerer:
 def infer(
     *, model: str, adapters: str | None = None, chat_template: str | None = None, dequantize: bool = False
 ) -> Answerer:
-    """Opens a model; `.answer(messages)` asks it.
+    """Opens a model; `.answer(messages)` generates a reply.
 
-    chat_template: a .jinja file in place of the one that the model carries. dequantize: read a quantised model as plain weights,
-    of the dtype that its config.json names.
+    chat_template: a .jinja file that replaces the model's template. dequantize: read a quantised model as plain weights, in the dtype
+    of its config.json.
     """
     return Answerer(model, adapters, chat_template, dequantize)

@@ -1,4 +1,4 @@
-"""Two checkpoints beside each other: where their hidden states part first, and what their logits say."""
+"""Comparison of two checkpoints: the first point where their hidden states differ, and how well their logits agree."""
 
 import dataclasses
 import math
@@ -39,11 +39,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One of the two checkpoints, as it is given.
+    """One of the two checkpoints, as given by the user.
 
-    checkpoint: a Hugging Face directory or a Megatron one (torch_dist). model: config and tokenizer of a Megatron checkpoint that
-    something else wrote. adapter: a PEFT LoRA directory on top. engine: who runs it; default: Megatron-core, or transformers where the
-    model_type is not known here. layout: of Megatron-core, as `verify` names them.
+    checkpoint: a Hugging Face directory or a Megatron checkpoint (torch_dist). model: directory with config and tokenizer of a Megatron
+    checkpoint that another program wrote. adapter: a PEFT LoRA directory. engine: the backend, "mcore" or "transformers"; the default is
+    Megatron-core, or transformers where the model_type is not known. layout: of Megatron-core, written as for `verify`.
     """
 
     checkpoint: str
@@ -67,13 +67,13 @@ def compare(
     json: str | None = None,
     plot: str | None = None,
 ) -> Comparison:
-    """Runs `b` beside `a` on fixed sentences or on `prompts`, and measures every layer's output, the final norm's and the logits.
+    """Runs `a`, then `b`, on fixed sentences or on `prompts`; compares the outputs of each layer and of the final norm, and the logits.
 
-    prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
-    dtype: of both, float32, float64 or bfloat16. tolerance: of the relative difference; default: by dtype (verify/distance.py). top_k: how
-    many of the likeliest tokens are compared. dequantize: a quantised side is read as plain weights. scratch: an existing folder for the
-    states of `a` meanwhile; on several machines one that all of them see. json, plot: files to write.
-    Joins the ranks of torchrun where there are some; a layout that needs fewer is run by copies of it.
+    prompts: a text file with one prompt a line, or a .jsonl data set, read as for training.
+    dtype: of both models: float32, float64 or bfloat16. tolerance: largest relative difference; default: by dtype (verify/distance.py).
+    top_k: number of the most likely tokens that are compared. dequantize: read quantised checkpoints as plain weights. scratch: an
+    existing folder that keeps the states of `a` during the run; on several machines, all must see it. json, plot: files to write.
+    Joins the ranks of torchrun if there are any. A layout with fewer ranks is then run several times in parallel, as data ranks.
     """
     say_of_unused_gpus()
     one, other = (Candidate(checkpoint=c) if isinstance(c, str) else c for c in (a, b))
@@ -119,7 +119,7 @@ def compare(
 def _both(
     sides: Sequence[Side], worlds: Sequence[int], rows: Rows, dtype: torch.dtype, top_k: int, scratch: str | None
 ) -> Any:
-    """One side after the other, each in ranks of its own, or both in those that torchrun started."""
+    """Runs one side after the other: each with its own ranks, or both with the ranks that torchrun started."""
     with _folder(scratch) as folder:
         run_ranks(worlds[0], on_device, comparing.record, sides[0], rows, dtype, folder)
         return run_ranks(worlds[1], on_device, comparing.measure, sides[1], rows, dtype, folder, top_k)
@@ -127,7 +127,7 @@ def _both(
 
 @contextmanager
 def _folder(parent: str | None) -> Iterator[Path]:
-    """A temporary folder, the same one on all ranks where this is one of several; the first rank removes it."""
+    """A temporary folder, the same one on all ranks; rank 0 removes it."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -136,7 +136,8 @@ def _folder(parent: str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="swift-mega-compare-", dir=parent) as made:
         yield Path(gather(made)[0])
-        agree(None)  # the folder stays until all are done with it
+        # All ranks wait here, so rank 0 does not remove the folder too early.
+        agree(None)
 
 
 # ------------------------------------------------------------------------------------------------ what is compared
@@ -170,7 +171,8 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
             notes.append(f"model_type {source.config['model_type']} of {path} is not known here: transformers runs it")
     if given.adapter is not None:
         read_adapter(given.adapter)
-    dequantize = dequantize or files  # Megatron's weights are plain, whatever their original was
+    # The weights of a Megatron checkpoint are plain, also where the original model is quantised.
+    dequantize = dequantize or files
     if quantised and not dequantize:
         raise UserError(f"{config} is quantised; pass {FLAG} to read its weights dequantised")
     layout = None
@@ -220,7 +222,7 @@ def _check_transformers(given: Candidate, letter: str, files: bool) -> None:
 
 
 def _sizes(config: Path) -> tuple[int, int, int]:
-    """Layers, hidden size and vocabulary, by transformers' names for them."""
+    """(layers, hidden size, vocabulary size) of a model; from transformers' config where the model_type is not known here."""
     from transformers import AutoConfig
 
     source = Source(config, dequantize=True)
@@ -258,7 +260,7 @@ def _world(side: Side) -> int:
 
 
 def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) -> Any:
-    """The tokenizer of both sides; None where neither has one and random tokens will do."""
+    """The tokenizer for both sides; None where neither side has one and random tokens can be used."""
     if given is not None:
         return load_tokenizer(given)
     homes = [side.config for side in sides if any((side.config / name).is_file() for name in TOKENIZER_FILES)]
@@ -278,7 +280,7 @@ def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) ->
 
 
 def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
-    """Tokens of every prompt; random ones without a tokenizer."""
+    """Token ids of every prompt; random token ids without a tokenizer."""
     if tokenizer is None:
         return parity.example_rows(vocab)
     rows = []
@@ -292,7 +294,7 @@ def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
 
 
 def _check_file(path: str | None, ending: str | None) -> None:
-    """A result that cannot be written is found before the models run."""
+    """UserError, before the models run, where a result file could not be written."""
     if path is None:
         return
     if ending is not None and not path.lower().endswith(ending):

@@ -1,4 +1,4 @@
-"""Files of one kind to files of another: conversion, its plan, merging, quantising."""
+"""Conversion of checkpoints, the report on a conversion, merging of adapters, and quantisation to FP8."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -55,23 +55,23 @@ def convert(
     dequantize: bool = False,
     rows: schema.Model | None = None,
 ) -> None:
-    """Hugging Face directory -> Megatron checkpoint (`to="mcore"`) in a layout; either of them -> Hugging Face (`to="hf"`).
+    """Converts to="mcore": a Hugging Face directory to a Megatron checkpoint in a layout; to="hf": either kind to a Hugging Face directory.
 
-    model: config and tokenizer for a Megatron checkpoint that something else wrote. dtype: of the result; default: that of every
-    source tensor, so that there and back is bit-exact. Raises UserError, and leaves no output, where a tensor is missing, unread,
-    or of the wrong shape. An output that is there already is an error, unless `overwrite` says otherwise.
-    dequantize: read a quantised source as plain weights, of `dtype` or of the dtype that its config.json names.
-    rows: settings of a vocabulary to make larger on the way (resize_vocab, new_special_tokens, new_rows); of a Hugging Face source.
-    One process does it for all ranks of the layout; where ranks were started already, by torchrun or the caller, each does its part.
+    model: directory with config and tokenizer, for a Megatron checkpoint that another program wrote. dtype: of the result; the default is
+    the dtype of each source tensor, so a round trip is bit-exact. dequantize: read a quantised source as plain weights, in `dtype` or the
+    dtype of its config.json. rows: settings that enlarge the vocabulary (resize_vocab, new_special_tokens, new_rows); only for a Hugging
+    Face source. One process converts for all ranks of the layout; where torchrun or the caller started ranks, each does its part.
+
+    Raises UserError, and leaves no output, where a tensor is missing, not used, or has a wrong shape; also where the output exists and
+    `overwrite` is not set.
     """
     if rows is not None and asks(rows):
         if is_mcore(source):
             raise UserError(
                 f"{source} is a Megatron checkpoint, to which no rows are added; convert it to Hugging Face files first"
             )
-        plan(
-            source=source, dtype=dtype, dequantize=dequantize
-        )  # of the original, so that every tensor is accounted for
+        # Checks that every tensor of the original model is read once.
+        plan(source=source, dtype=dtype, dequantize=dequantize)
         with resized(schema.Run(model=dataclasses.replace(rows, path=source))) as larger:
             assert larger.model.path is not None
             convert(
@@ -144,14 +144,14 @@ def _from_megatron(
     shard_bytes: int,
     overwrite: bool,
 ) -> None:
-    """A Megatron checkpoint as a Hugging Face directory. model, kind: as `convert`'s model and dtype."""
+    """Converts a Megatron checkpoint to a Hugging Face directory. model: as in `convert`. kind: `dtype` of `convert`."""
     iteration_directory(source)
     if run.model.dequantize:
         raise UserError(f"dequantize=True, but the weights of {source} are Megatron's, which are plain; leave it out")
     folder, kinds = companions_of(source, model)
     if kinds is None and kind is None:
         raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")
-    # Where the original was quantised, Megatron's weights are what it dequantises to, and so is what is written.
+    # Where the original model is quantised, Megatron's weights are the dequantised ones, and the output is plain too.
     run = dataclasses.replace(run, model=schema.Model(dequantize=quantization_of(folder) is not None))
     original = Source(folder, dequantize=run.model.dequantize, names=kinds or ())
     layout, minutes = _layout_for(run, original), run.parallel.distributed_timeout_minutes
@@ -168,7 +168,7 @@ def _from_megatron(
 
 
 def say_of_source(source: Source, *, kept: bool = False, trained: bool = False) -> None:
-    """One line on what of a directory is not read, and one, with `kept`, on tensors that are kept but not computed."""
+    """Prints one line about tensors of a directory that are not read and, with `kept`, one about tensors that are carried only."""
     if not is_first_rank():
         return
     if said := unread(weights_of(source.directory)):
@@ -188,9 +188,9 @@ def _source(run: schema.Run, directory: str, kind: torch.dtype | None) -> Source
 def plan(
     *, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None, dequantize: bool = False
 ) -> Plan:
-    """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone: nothing is read or written.
+    """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone. No weight is read or written.
 
-    Raises UserError where it could not be done, as `convert` would.
+    Raises the UserError that `convert` would raise.
     """
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
@@ -206,7 +206,7 @@ def plan(
 
 
 def _other_weights(source: str) -> bool:
-    """Files that `convert` would refuse to take for the model's weights; to read them says why."""
+    """Whether a directory has weight files of a form that `convert` does not read; opening them raises the error with the reason."""
     return any(file.suffix in (".safetensors", *PICKLES) for file in Path(source).glob("*"))
 
 
@@ -298,9 +298,9 @@ def export(
     overwrite: bool = False,
     dequantize: bool = False,
 ) -> None:
-    """Writes `model` with the PEFT adapter merged in, in float32 arithmetic and the model's own dtypes.
+    """Writes `model` with the PEFT adapter merged into its weights: computed in float32, stored in the model's dtypes.
 
-    dequantize: `model` is quantised, and what is written is plain.
+    dequantize: `model` is quantised; the output is plain.
     """
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
@@ -317,9 +317,9 @@ def quantize(
     overwrite: bool = False,
     dequantize: bool = False,
 ) -> None:
-    """Writes `model` with the linears of attention and MLP in FP8, a scale for each block, as DeepSeek's and Qwen's FP8 files are.
+    """Writes `model` with the linear layers of attention and MLP in FP8, one scale per block: the format of DeepSeek's and Qwen's files.
 
-    dequantize: `model` is quantised itself; FP8 of the same blocks stays as it is.
+    block: rows and columns of a block. dequantize: `model` is quantised itself; FP8 weights with the same blocks are copied unchanged.
     """
     say_of_source(Source(model))
     quantized.quantize(

@@ -1,4 +1,4 @@
-"""What a run would need of its GPUs, without one."""
+"""The memory estimate of a run; needs no GPU."""
 
 from swift_mega.config import schema
 from swift_mega.convert.source import Source
@@ -11,9 +11,9 @@ from swift_mega.tuners.tuner import find_tuner
 
 
 def plan_memory(run: schema.Run, *, ranks: int, gpu_bytes: int, host_bytes: int | None = None) -> Plan:
-    """The memory of the fullest of `ranks` ranks, by part, and the longest row that fits; only config.json of the model is read.
+    """Memory by part of the rank that needs the most, and the longest packed row that fits. Reads only config.json of the model.
 
-    Raises UserError for what training would refuse too. gpu_bytes: of one GPU; host_bytes: of host memory for one rank, None: without end.
+    gpu_bytes: memory of one GPU. host_bytes: host memory of one rank; None: no limit. Raises the UserErrors that training would raise.
     """
     assert run.model.path is not None
     source = Source(run.model.path, dequantize=run.model.dequantize, names=())

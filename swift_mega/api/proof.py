@@ -1,4 +1,4 @@
-"""Proof on a real checkpoint that layouts compute what Hugging Face does."""
+"""Checks on a real checkpoint that layouts compute the same as Hugging Face transformers."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ LAYOUTS = (
     *("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2"),
     "tp2-ep2-etp1-sp",
 )
-"""Tried by `verify` where no layouts are given, as far as the model can be cut so; with tp2 possible, tp3 is left out."""
+"""Layouts that `verify` tests by default, if the model can be sharded so. tp3 is left out where tp2 is possible."""
 
 
 SENTENCES = (
@@ -48,22 +48,22 @@ SENTENCES = (
     "SELECT name, age FROM users WHERE age > 30 ORDER BY name;",
     "Twice two is four, twice three is six, twice four is eight.",
 )
-"""What `verify` compares on where nothing is given: ordinary text, since random tokens drive models where they never go."""
+"""Default prompts of `verify`: ordinary text, because random tokens give hidden states that do not occur in use."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` measured."""
+    """The results of `verify`."""
 
     differences: list[parity.Difference]
     tolerance: float
     dtype: str
     modules: str = "Megatron's local modules"
-    """Whose layers were compared; on CUDA that depends on the dtype."""
+    """Backend of the layers; on CUDA it depends on the dtype."""
 
     @property
     def passed(self) -> bool:
-        """Whether logits (absolute) and gradients (relative) of every layout are within the tolerance."""
+        """Whether logits and loss (absolute) and gradients (relative) of every layout are within the tolerance."""
         return all(
             d.logits <= self.tolerance and d.gradient <= self.tolerance and d.loss <= self.tolerance
             for d in self.differences
@@ -98,13 +98,13 @@ def verify(
     dtype: str = "float64",
     dequantize: bool = False,
 ) -> Report:
-    """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or those of `prompts`.
+    """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or on `prompts`.
 
-    prompts: a text file, one prompt a line, or a .jsonl data set, read as training reads it.
-    tuner: "full" compares every parameter, "lora" the factors of an adapter with PEFT's:
-    the one in `adapters`, or a random one on `target_modules`. dtype: of both sides. In float32 both round, and
-    deep models with large activations differ by more than the tolerance without either being wrong; float64 shows the programs.
-    dequantize: `model` is quantised; the layouts dequantise their slices, Hugging Face is given the whole as plain float32 files.
+    prompts: a text file with one prompt a line, or a .jsonl data set, read as for training.
+    tuner: "full" compares the gradients of all parameters. "lora" compares those of an adapter with PEFT's: the adapter in `adapters`,
+    or a random one on `target_modules`. dtype: of both sides. In float32 both sides round, and deep models with large activations can
+    differ by more than the tolerance although both are right; float64 shows differences between the programs.
+    dequantize: `model` is quantised; each layout dequantises its slices, and Hugging Face gets the whole model as plain float32 files.
     """
     say_of_unused_gpus()
     source = Source(model, dequantize=dequantize)
@@ -139,20 +139,20 @@ def verify(
 
 
 def say_of_unused_gpus() -> None:
-    """One line of the first rank, where ranks run on the CPU beside GPUs."""
+    """Prints one line on rank 0 where ranks run on the CPU although the machine has GPUs."""
     if is_first_rank() and (unused := devices.unused_gpus()):
         print(unused, file=sys.stderr)
 
 
 def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | None, source: Source) -> schema.Tuner:
-    """The tuner to verify; a given adapter's own rank, scale and targets."""
+    """The tuner to verify; for a given adapter it has the adapter's rank, scale and targets."""
     if adapters is None:
         return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
     return tuner_of(adapters, source.family, source.settings)
 
 
 def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] = ()) -> schema.Run:
-    """`run` in a layout; gradients are whole only where the optimizer is not cut over data ranks."""
+    """`run` in a layout, without the distributed optimizer: it would shard gradients over data ranks, and they are compared whole."""
     return dataclasses.replace(
         run,
         parallel=dataclasses.replace(parallel, distributed_optimizer=False),
@@ -182,7 +182,7 @@ def _fitting(shape: Any, dtype: str) -> list[tuple[schema.Parallel, Layout]]:
 
 
 def _rows(model: str, prompts: str | None, vocab: int, count: int) -> list[list[int]]:
-    """`count` rows of tokens, or a multiple of it: sentences where the model has a tokenizer, random tokens where not."""
+    """`count` lists of token ids, or a multiple of `count`: sentences where the model has a tokenizer, else random tokens."""
     held = any((Path(model) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     if prompts is None and not held:
         return parity.example_rows(vocab, examples=count)

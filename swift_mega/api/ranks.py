@@ -1,4 +1,4 @@
-"""What a started rank runs. The process that starts ranks has a device of its own, which is none of theirs, so it hands none over."""
+"""The function that a started rank runs. Each rank sets up its own device; it does not get one from the process that starts it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,5 +9,5 @@ Result = TypeVar("Result")
 
 
 def on_device(body: Callable[..., Result], first: Any, *rest: Any) -> Result:
-    """`body(first, device, *rest)` with the device of the rank that calls this."""
+    """Returns `body(first, device, *rest)`, with the device of the calling rank."""
     return body(first, devices.setup(), *rest)

@@ -1,4 +1,4 @@
-"""--resize_vocab and --new_special_tokens: a model with a row for every token of its tokenizer, which may have got new ones."""
+"""--resize_vocab and --new_special_tokens: adds tokens to the tokenizer, and embedding rows to the model for all tokens."""
 
 import dataclasses
 import tempfile
@@ -21,15 +21,15 @@ CONVERT = "make the model first with swift-mega convert --to hf --resize_vocab t
 
 
 def asks(model: schema.Model) -> bool:
-    """Whether the settings ask for other tokens or rows than the model has."""
+    """Whether the settings ask for new tokens or for a resized embedding."""
     return model.resize_vocab or bool(model.new_special_tokens)
 
 
 @contextmanager
 def resized(run: schema.Run, *, training: bool = False) -> Iterator[schema.Run]:
-    """`run` of the model that its settings ask for, which exists as long as the context does; UserError where they change nothing.
+    """`run` with the resized model, which is deleted at the end of the context; UserError where the settings would change nothing.
 
-    training: the run trains the model, whose new rows an adapter would neither train nor hold.
+    training: the run trains the model. Then an adapter is an error, because it would neither train nor store the new rows.
     """
     if not asks(run.model):
         yield run
@@ -73,7 +73,7 @@ def _make(model: schema.Model, view: Path, *, training: bool) -> None:
 
 
 def tokens_of(words: Sequence[str]) -> list[str]:
-    """Tokens as they are given, and those in the .txt files that are named, which spaces and line ends part."""
+    """The given tokens, and those in .txt files that are named, separated by white space."""
     found: list[str] = []
     for word in words:
         if not word.endswith(".txt"):
@@ -91,7 +91,7 @@ def tokens_of(words: Sequence[str]) -> list[str]:
 
 
 def _add(tokenizer: Any, tokens: list[str], view: Path) -> None:
-    """Adds special tokens, and writes the tokenizer to `view`; UserError where none is new, or files do not give it back."""
+    """Adds special tokens and writes the tokenizer to `view`; UserError where no token is new, or a reload gives another tokenizer."""
     known = tokenizer.get_vocab()
     if all(token in known for token in tokens):
         raise UserError(f"model.new_special_tokens: the tokenizer has {some(tokens)} already; leave them out")

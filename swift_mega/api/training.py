@@ -1,4 +1,4 @@
-"""Training, from settings or a recipe."""
+"""Training from settings or a recipe."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,12 +37,12 @@ DEVICE = devices.setup(starts_ranks=True)
 
 
 def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
-    """Settings from a YAML recipe, `key=value` overrides and SWIFT-style flags; `.run` is what `train` takes."""
+    """Settings from a YAML recipe, `key=value` overrides and SWIFT-style flags; `.run` of the result is the argument of `train`."""
     return load(path, overrides, flags)
 
 
 def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run:
-    """The run with what the adapter that it goes on from says of the tuner, where nobody set it."""
+    """The run with tuner settings of the adapter that it continues, where the user did not set them."""
     if sources is None or len(run.model.adapters) != 1 or run.tuner.type != "lora" or run.model.path is None:
         return run
     source = source_of(run.model)
@@ -58,11 +58,12 @@ def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run
 
 
 def train(run: schema.Run, *, nproc: int | None = None, sources: Mapping[str, str] | None = None) -> TrainResult:
-    """Trains as `run` says, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1), or on torchrun's.
+    """Trains with the settings of `run`, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1) or on the ranks of torchrun.
 
-    Raises UserError before any rank starts where settings, model, data and layout do not fit together. Ranks of torchrun meet first, so
-    that what one of them finds (a file that its machine has not) ends all.
-    sources: where each setting comes from (`Resolved.sources`); the tuner's that nobody set are those of the adapter that is trained on.
+    Raises UserError before ranks start where settings, model, data and layout do not fit together. Ranks of torchrun connect first, so
+    an error on one of them (a file that its machine does not have) ends all.
+    sources: where each setting comes from (`Resolved.sources`). When a run continues an adapter, tuner settings that the user did not set
+    are taken from the adapter.
     """
     world = world_size(nproc)
     if joined() and world > 1:
@@ -92,7 +93,7 @@ def _train_joined(run: schema.Run, nproc: int | None, sources: Mapping[str, str]
 
 
 def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[schema.Run, Layout, Prepared, int]:
-    """What ranks are given: the run of a model that exists as long as `stack`, the layout, the examples, the token that pads rows."""
+    """What ranks need: the run, the layout, the examples, and the padding token id. A resized model is deleted when `stack` closes."""
     check_inputs(run, command="train")
     run = stack.enter_context(resized(run, training=True))
     assert run.model.path is not None
@@ -112,7 +113,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
         print(f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); {padded}")
     if (note := check_tiles(settings, run.train, run.model.megatron)) and is_first_rank():
         print(note)
-    # What is wrong with the files is found before ranks start.
+    # Finds errors in the files before ranks start.
     source.open()
     companions(Path(run.model.path))
     whole = run.tuner.type == "full"
@@ -134,7 +135,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
 
 
 def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings) -> Prepared:
-    """Tokenised examples; the first rank shows progress and what became of the rows."""
+    """Tokenised examples; rank 0 shows progress and prints the report."""
     with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -147,14 +148,15 @@ def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings)
         )
     if is_first_rank():
         print(prepared.report, flush=True)
-        pad = None if find_tuner(run.tuner).adapters else settings.pad_row  # an adapter leaves the embedding alone
+        # An adapter does not train the embedding.
+        pad = None if find_tuner(run.tuner).adapters else settings.pad_row
         if note := pad_row_note(prepared.train, pad, tokenizer, tied=settings.tied):
             print(note, flush=True)
     return prepared
 
 
 def about_ends(prepared: Prepared, tokenizer: Any, before: tuple[int, ...]) -> list[str]:
-    """What is to be said of the tokens that end replies; nothing where generation stops at them already."""
+    """Lines about the tokens that end replies; none where generation already stops at them."""
 
     def named(tokens: Iterable[int]) -> str:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in tokens) or "no token"

@@ -1,1 +1,1 @@
-"""Equality with transformers: logits, loss, gradients and hidden states of any layout beside those of one device."""
+"""Equality with transformers: logits, loss, gradients and hidden states of any layout, compared with one device."""

@@ -1,7 +1,7 @@
-"""How far two models are apart, point by point, and where they part first.
+"""The difference of two models at each point (see `states`), and the first point where it is too large.
 
-The first model leaves its hidden states in a folder, a file for each point of each prompt; the second is measured against them while
-it runs, so the two are never in memory together, nor more than one state of each.
+The first model writes its hidden states to a folder, one file per point and prompt. The second model is compared with them while it
+runs. So the two models are never in memory together, and only one state of each is.
 """
 
 import json
@@ -21,33 +21,38 @@ from swift_mega.parallel.agree import agree, gather, on_first_rank
 from swift_mega.verify.states import Rows, Side, Take, point_names, run_side
 
 BLOCK = 1 << 22
-"""Numbers of a state that are compared at a time, in float64."""
+"""Number of elements of a state that are compared at once, in float64."""
 TINY = 1e-30
 VALUE = "value"
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 0.2}
-"""Largest relative difference where nothing is given, by dtype. Measured between Megatron-core and transformers, on tiny models of every
-family and on SmolLM2-135M: up to 1.6e-5 in float32, 1.9e-6 in float64 (transformers' norms and rotary angles are float32 even then),
-0.14 in bfloat16; and up to 0.9 in bfloat16 with experts, since a rounded score chooses other experts: compare those in float32."""
+"""Default tolerance of the relative difference, by dtype.
+
+Measured between Megatron-core and transformers, on tiny models of every family and on SmolLM2-135M: up to 1.6e-5 in float32; up to 1.9e-6
+in float64 (transformers computes norms and rotary angles in float32 even then); up to 0.14 in bfloat16. With experts it is up to 0.9 in
+bfloat16, because rounded router scores choose other experts; compare such models in float32.
+"""
 
 
 @dataclass
 class Distance:
-    """How far the second model is from the first (the reference) at one point, over all tokens of all prompts."""
+    """The difference of the second model from the first (the reference) at one point, over all tokens of all prompts."""
 
     point: str
     max_abs: float = 0.0
-    """Largest absolute difference of two numbers."""
+    """Largest absolute difference of two elements."""
     relative: float = 0.0
-    """Root mean square of the difference over that of the reference, in the worst token. (Not the largest difference: where a model
-    keeps a few huge numbers in a state, as most do, their rounding alone is larger than all the rest of it.)"""
+    """‖difference‖ / ‖reference‖ (Euclidean norms) of the worst token.
+
+    The largest difference is no good measure: states of most models have a few very large elements, and their rounding error alone is
+    larger than all other elements."""
     cosine: float = 1.0
-    """Of the angle between a token's two states: the worst token's."""
+    """Cosine similarity of the two states of a token; of the worst token."""
     prompt: int = 0
-    """Where `relative` is."""
+    """Prompt of the token with the largest relative difference."""
     token: int = 0
 
     def add(self, prompt: int, first: int, want: Tensor, have: Tensor) -> None:
-        """want, have: [tokens, width] float64 of `prompt`, from its token `first` on."""
+        """Adds tokens. want, have: [tokens, width] float64 of `prompt`, from its token `first` on."""
         off = (have - want).abs().amax(dim=-1)
         relative = (have - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(TINY)
         off, relative = (torch.nan_to_num(value, nan=math.inf, posinf=math.inf) for value in (off, relative))
@@ -63,7 +68,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """The first position whose likeliest next token is another one."""
+    """The first position where the most likely next tokens of the two models differ."""
 
     prompt: int
     position: int
@@ -82,22 +87,22 @@ class Disagreement:
 
 @dataclass
 class Agreement:
-    """What the two models say comes next, over all positions of all prompts."""
+    """How often the two models predict the same next token, over all positions of all prompts."""
 
     k: int
     positions: int = 0
     top_1: int = 0
-    """Positions with the same likeliest token."""
+    """Number of positions with the same most likely token."""
     top_k: int = 0
-    """Tokens among the k likeliest of both."""
+    """Number of tokens that are among the k most likely ones of both models, summed over positions."""
     divergence: float = 0.0
     """Sum over positions of KL(A, B), in nats."""
     first: Disagreement | None = None
 
     def add(self, prompt: int, first: int, want: Tensor, have: Tensor) -> None:
-        """want, have: [tokens, vocabulary] float64 of `prompt`, from its token `first` on. Prompts come in order."""
+        """Adds logits. want, have: [tokens, vocabulary] float64 of `prompt`, from its token `first` on. Call it with prompts in order."""
         a, b = want.topk(self.k).indices, have.topk(self.k).indices
-        # In bfloat16 likeliest tokens are often tied: the first model's is right if none is likelier in the second.
+        # In bfloat16 the most likely tokens often have equal logits. A's token agrees if no token has a larger logit in B.
         same = have.gather(1, a[:, :1])[:, 0] >= have.gather(1, b[:, :1])[:, 0]
         self.positions += len(want)
         self.top_1 += int(same.sum())
@@ -111,7 +116,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured of model B against model A."""
+    """The comparison of model B with model A, the reference."""
 
     a: str
     b: str
@@ -124,16 +129,16 @@ class Comparison:
 
     @property
     def departs(self) -> Distance | None:
-        """The first point whose relative difference is beyond the tolerance."""
+        """The first point whose relative difference is larger than the tolerance, or is NaN."""
         return next((found for found in self.distances if not found.relative <= self.tolerance), None)
 
     @property
     def passed(self) -> bool:
-        """Whether no point departs."""
+        """Whether the relative difference is within the tolerance at every point."""
         return self.departs is None
 
     def table(self) -> str:
-        """A line for each point, what the two say comes next, and the verdict."""
+        """A line for each point, the agreement of next tokens, and the result."""
         agreed, departs = self.agreement, self.departs
         lines = [*self.notes, f"A  {self.a}", f"B  {self.b}", ""]
         lines.append(f"{'point':12} {'max abs':>9} {'relative':>9} {'cosine':>10}  {'':4} worst at")
@@ -161,7 +166,7 @@ class Comparison:
         )
 
     def record(self) -> dict[str, Any]:
-        """What `write_json` writes. A number that is not finite is null, since JSON has none."""
+        """The object that `write_json` writes. NaN and infinities become None (null), because JSON does not have them."""
         agreed = self.agreement
         return {
             "a": self.a,
@@ -182,12 +187,12 @@ class Comparison:
         }
 
     def write_json(self, path: Path) -> None:
-        """`record` as a JSON file, which appears whole or not at all."""
+        """Writes `record` as a JSON file, atomically."""
         text = json.dumps(self.record(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def plot(self, path: Path) -> None:
-        """A PNG: relative difference by point, on a logarithmic axis, with the tolerance."""
+        """Writes a PNG: relative difference at each point on a logarithmic axis, with the tolerance."""
         from matplotlib.figure import Figure
 
         names = [found.point.removeprefix("layer ") for found in self.distances]
@@ -225,7 +230,7 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 class _Kept:
-    """`take`, until it fails: a rank that cannot write or read goes on with the pipeline, and says so afterwards."""
+    """Calls `take` until it fails, and keeps the error. A rank that cannot read or write still takes part in the pipeline."""
 
     def __init__(self, take: Take, folder: Path) -> None:
         self.take, self.folder = take, folder
@@ -240,7 +245,7 @@ class _Kept:
 
 
 def record(side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: Path) -> None:
-    """Runs the reference and leaves its states in `folder`. Collective; the folder exists, and all ranks see it."""
+    """Runs the reference and writes its states to `folder`, which exists and is visible to all ranks. Collective."""
 
     def take(prompt: int, point: int, value: Tensor) -> None:
         path = _place(folder, prompt, point)
@@ -255,7 +260,7 @@ def record(side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: P
 def measure(
     side: Side, device: Device, rows: Rows, dtype: torch.dtype, folder: Path, k: int
 ) -> tuple[tuple[Distance, ...], Agreement]:
-    """Runs the other side beside what `record` left. Collective; returns the same on every rank."""
+    """Runs the other side and compares it with the states that `record` wrote. k: of top-k. Collective; returns the same on every rank."""
     names = point_names(side.layers)
     distances: dict[int, Distance] = {}
     agreement = Agreement(k)
@@ -290,6 +295,6 @@ def _place(folder: Path, prompt: int, point: int) -> Path:
 
 
 def texts(found: Agreement, decode: Callable[[Sequence[int]], str]) -> Disagreement | None:
-    """The first disagreement with its tokens as text."""
+    """The first disagreement, with the text of its tokens."""
     first = found.first
     return first and Disagreement(first.prompt, first.position, first.a, first.b, decode([first.a]), decode([first.b]))

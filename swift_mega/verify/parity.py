@@ -1,7 +1,7 @@
-"""Proof on a real checkpoint: logits, loss and every gradient of a layout beside Hugging Face's, in float32.
+"""Compares logits, loss and all gradients of a layout with Hugging Face's, on a real checkpoint.
 
-The reference is transformers (and PEFT) alone, one example at a time. A layout goes the way of training: the same loader, Megatron's
-schedule, the same loss and gradient reduction; its gradients are glued to Hugging Face tensors by the writer of checkpoints.
+The reference is transformers (and PEFT) alone, one example at a time. A layout runs the code of training: the same loader, Megatron's
+schedule, the same loss and gradient reduction. The checkpoint writer writes its gradients as Hugging Face tensors.
 """
 
 import random
@@ -37,7 +37,7 @@ Rows = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a layout is from Hugging Face."""
+    """The difference of a layout from Hugging Face."""
 
     layout: str
     logits: float
@@ -45,23 +45,23 @@ class Difference:
     loss: float
     """Absolute difference of the mean loss per token."""
     gradient: float
-    """Largest difference within a tensor, relative to the largest number in it, over all tensors."""
+    """The largest value over all tensors of max |difference| / max |reference|."""
     worst: str
-    """The tensor of `gradient`."""
+    """Name of the tensor with this value."""
     tensors: int
-    """Gradients compared."""
+    """Number of gradients that were compared."""
 
 
 def example_rows(
     vocab: int, *, examples: int = 8, shortest: int = 5, longest: int = 24, seed: int = 0
 ) -> list[list[int]]:
-    """Rows of random tokens of mixed lengths, the same ones for the same arguments."""
+    """Lists of random token ids with random lengths; deterministic."""
     draw = random.Random(seed)
     return [[draw.randrange(vocab) for _ in range(draw.randint(shortest, longest))] for _ in range(examples)]
 
 
 def microbatches(rows: Rows, layout: Layout, data_rank: int) -> list[Microbatch]:
-    """This data rank's rows, two to a microbatch, so that packing is part of what is proven; every token is trained."""
+    """This data rank's examples, two in each microbatch, so that packing is tested too; every token is trained."""
     import numpy as np
 
     examples = [Example(tokens=np.asarray(row, dtype=np.int32), trained=np.ones(len(row), dtype=bool)) for row in rows]
@@ -97,7 +97,7 @@ def reference(model: Path, adapter: Path | None, rows: Rows, output: Path, dtype
 
 
 def _backward(network: Any, rows: Rows) -> dict[str, Tensor]:
-    """Runs forward and backward over all rows; returns their logits, and the mean loss per token."""
+    """Runs forward and backward for all rows; returns the logits of each row and the mean loss per token."""
     count = sum(len(row) - 1 for row in rows)
     found, total = {}, 0.0
     for number, row in enumerate(rows):
@@ -122,7 +122,7 @@ def _chain_rule(adapter: PeftAdapter, gradients: dict[str, Tensor]) -> dict[str,
 
 
 def _model_gradients(network: Any) -> dict[str, Tensor]:
-    """Gradients under the names that checkpoints use, which differ from those in memory for experts."""
+    """Gradients by their names in checkpoints; for experts these differ from the names of the module's parameters."""
     from transformers.core_model_loading import revert_weight_conversion
 
     gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
@@ -141,7 +141,7 @@ def _adapter_gradients(network: Any) -> dict[str, Tensor]:
 
 
 def random_adapter(run: schema.Run, device: Device, layout: Layout, output: Path) -> None:
-    """Writes an adapter of the run's settings whose `up` factors are not zero, so that every gradient is. Collective."""
+    """Writes an adapter with the run's settings and nonzero `up` factors, so that no gradient is zero. Collective."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     try:
         training = build_training(run, device, groups, steps=1)
@@ -165,7 +165,7 @@ def random_adapter(run: schema.Run, device: Device, layout: Layout, output: Path
 
 
 def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output: Path) -> None:
-    """One rank of a layout: writes gradients and logits for `rows` to `output`, like `reference`."""
+    """Writes gradients and logits of a layout for `rows` to `output`, as `reference` does. Runs on each rank of the layout."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     try:
         write_measured(build_training(run, device, groups, steps=1), rows, output)
@@ -174,7 +174,7 @@ def measure(run: schema.Run, device: Device, layout: Layout, rows: Rows, output:
 
 
 def write_measured(training: Training, rows: Rows, output: Path) -> None:
-    """What `measure` writes, of a training that exists; its weights stay as they are. Collective."""
+    """Writes what `measure` writes, for an existing training; its weights do not change. Collective."""
     groups = training.groups
     mine = microbatches(rows, groups.layout, groups.coordinate.data)
     logits = collect_logits(training, mine)
@@ -203,7 +203,7 @@ def _gradient(held: Held) -> Tensor:
 
 
 def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[Tensor]]:
-    """Logits [tokens, vocab] of every example of this data rank, by microbatch; empty lists but on the last stage. Collective."""
+    """Logits [tokens, vocab] of every example of this data rank, a list per microbatch; empty except on the last stage. Collective."""
     collected: list[list[Tensor]] = []
     plain = training.objective
     training.objective = _Collect(collected, training.part.settings.shape.vocab, plain)
@@ -221,7 +221,7 @@ def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[
 
 @dataclass
 class _Collect:
-    """An objective that also keeps whole logits, cut by example and without the padding behind each."""
+    """An objective that also keeps the logits over the whole vocabulary, split by example and without padding."""
 
     into: list[list[Tensor]]
     vocab: int
@@ -238,7 +238,7 @@ class _Collect:
 
 
 def _write_logits(training: Training, collected: list[list[Tensor]], loss: float, output: Path) -> None:
-    """Each data rank's last stage writes its own file; `compare` numbers the examples as `microbatches` dealt them."""
+    """Each data rank's last stage writes its own file. Names have the example's number in `rows` (see `microbatches`)."""
     where, layout = training.groups.coordinate, training.groups.layout
     if not (training.groups.is_last_stage and where.tensor == 0 and where.context == 0):
         return
@@ -255,7 +255,7 @@ def _write_logits(training: Training, collected: list[list[Tensor]], loss: float
 
 
 def compare(name: str, expected: Path, found: Path) -> Difference:
-    """The differences between two directories that `reference` or `measure` wrote."""
+    """The differences between two directories written by `reference` or `measure`. expected: the reference."""
     want = (
         load_file(expected / "logits.safetensors") if (expected / "logits.safetensors").is_file() else _joined(expected)
     )

@@ -1,8 +1,8 @@
-"""Hidden states of a model while it runs: the same points in Megatron-core, in any layout, and in transformers.
+"""Hidden states of a running model at the same points in Megatron-core, in any layout, and in transformers.
 
-The points are what enters the first decoder layer, what each decoder layer returns, the output of the final norm, and the logits.
-Hooks on the decoder layers catch them, so that it does not matter what an engine calls its hidden states (the last entry of transformers'
-`output_hidden_states` is after the norm), and each is handed on at once: a prompt's states are never in memory together.
+The points are: the input of the first decoder layer, the output of each decoder layer, the output of the final norm, and the logits.
+Hooks on the decoder layers read them, so the points do not depend on how a backend defines its hidden states (the last entry of
+transformers' `output_hidden_states` is after the norm). Each state is passed on at once, so only one state is in memory.
 """
 
 import gc
@@ -40,28 +40,28 @@ from swift_mega.verify.transformers_side import decoder_layers, head_of, is_peft
 
 Rows = Sequence[Sequence[int]]
 Take = Callable[[int, int, Tensor], None]
-"""Is given (prompt, point, [tokens, width]) on the one rank that speaks for the point."""
+"""Called with (prompt, point, state [tokens, width]) on one rank for each point."""
 
 
 def point_names(layers: int) -> tuple[str, ...]:
-    """The points of a model, in the order in which data walks through them."""
+    """Names of a model's points, in the order of computation."""
     return ("embedding", *(f"layer {number}" for number in range(layers)), "final norm", "logits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the models that are compared, and how it is run."""
+    """One of the two models that are compared, and how it is run."""
 
     checkpoint: Path
     """A Hugging Face directory, or a Megatron checkpoint."""
     config: Path
-    """Where its config.json is."""
+    """The directory of its config.json."""
     model: str | None
-    """What was given as config of a Megatron checkpoint that something else wrote."""
+    """Directory that was given for config and tokenizer of a Megatron checkpoint written by another program."""
     engine: Literal["mcore", "hf"]
     mcore_files: bool
     layout: Layout | None
-    """Of Megatron-core; transformers runs on one rank."""
+    """Layout of Megatron-core; None: transformers, which runs on one rank."""
     layers: int
     hidden: int
     vocab: int
@@ -70,21 +70,22 @@ class Side:
 
     @property
     def name(self) -> str:
-        """The checkpoint, with its adapter, its engine and layout."""
+        """The checkpoint with its adapter, backend and layout, for messages."""
         adapter = f" + {self.adapter}" if self.adapter else ""
         return f"{self.checkpoint}{adapter} ({'transformers' if self.layout is None else f'mcore, {self.layout.name}'})"
 
 
 def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: Take, scratch: Path) -> None:
-    """Runs every prompt; `take` gets each point of each. Collective; transformers runs on the first rank alone.
+    """Runs every prompt and calls `take` with the state at every point. Collective; transformers runs on rank 0 only.
 
-    scratch: an existing folder for what transformers cannot read from where it is.
+    scratch: an existing folder for a copy of the checkpoint that transformers can read, where one is needed.
     """
     if side.engine == "mcore":
         _run_mcore(side, device, rows, dtype, take)
     else:
         agree(on_first_rank(lambda: _run_transformers(side, device, rows, dtype, take, scratch)))
-    gc.collect()  # hooks and modules hold each other, and under torchrun the next model comes into the same process
+    # Hooks and modules refer to each other. Under torchrun the next model is built in the same process, so memory is freed here.
+    gc.collect()
 
 
 # ------------------------------------------------------------------------------------------------ Megatron-core
@@ -98,7 +99,7 @@ def _run_mcore(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take:
         catch = _Catch(part, groups, Head(part, groups), [len(row) for row in rows], take)
         catch.attach()
         batches = [(number, _microbatch(row, side.layout)) for number, row in enumerate(rows)]
-        # The interleaved schedule takes microbatches in groups of `pipeline`; the ones that fill the last group are not looked at.
+        # The interleaved schedule needs a multiple of `pipeline` microbatches; the results of the added ones are ignored.
         batches += [(len(rows), batches[-1][1])] * (-len(rows) % side.layout.pipeline)
         _forward_all(part, batches, partial(_step, catch, device.device))
     finally:
@@ -113,7 +114,7 @@ def _microbatch(row: Sequence[int], layout: Layout) -> Microbatch:
 
 
 def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -> ModelPart:
-    """This rank's part of a side, the way training loads it, without an optimizer."""
+    """This rank's part of a side's model, loaded as for training, without an optimizer."""
     run = schema.Run(model=schema.Model(dequantize=side.dequantize))
     if side.mcore_files:
         _, kinds = companions_of(side.checkpoint, side.model)
@@ -138,7 +139,7 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
 
 
 def _forward_all(part: ModelPart, batches: Sequence[tuple[int, Microbatch]], step: Callable[..., Any]) -> None:
-    """Every microbatch once forward through Megatron's schedule. Every data rank runs them all; the first one is heard."""
+    """One forward pass of every microbatch by Megatron's schedule. Every data rank runs all of them; the states of data rank 0 are used."""
     chunks, iterators = part.chunks, [iter(batches) for _ in part.chunks]
     with torch.no_grad():
         get_forward_backward_func()(
@@ -165,7 +166,7 @@ def _step(
 
 @dataclass
 class _Catch:
-    """What the hooks of one rank do: glue a state over tensor and context ranks and hand it on."""
+    """The hooks of one rank: they gather a state over tensor and context ranks and pass it to `take`."""
 
     part: ModelPart
     groups: Groups
@@ -174,7 +175,7 @@ class _Catch:
     take: Take
     prompt: int = 0
     bounds: Sequence[int] = ()
-    """Where the examples of the row begin, and its end."""
+    """Begin of each example in the packed row, then the end of the row (cu_seqlens)."""
 
     def attach(self) -> None:
         for virtual, chunk in enumerate(self.part.chunks):
@@ -191,7 +192,7 @@ class _Catch:
         self._states(point, _first(result))
 
     def last(self, chunk: Any, hidden: Tensor, non_loss_data: bool) -> None:
-        """The schedule's call on the last stage, in the place of a loss."""
+        """The schedule calls this on the last stage instead of a loss."""
         norm = self.part.settings.shape.layers + 1
         self._states(norm, hidden)
         logits = self.head.local_logits(chunk, hidden)
@@ -200,7 +201,7 @@ class _Catch:
             self._hand(norm + 1, whole[:, : self.part.settings.shape.vocab])
 
     def _states(self, point: int, local: Tensor) -> None:
-        """local: [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it."""
+        """local: [tokens / s, 1, hidden]; s is the tensor size with sequence parallelism, else 1. tokens: of this context rank."""
         if self.groups.coordinate.data == 0:
             whole = _gather(local, self.groups, dim=0) if self.groups.layout.sequence else local
             self._hand(point, whole[:, 0])
@@ -213,7 +214,7 @@ class _Catch:
 
 
 def _gather(local: Tensor, groups: Groups, *, dim: int) -> Tensor:
-    """The pieces of all tensor ranks, glued along `dim`."""
+    """The shards of all tensor ranks, concatenated along `dim`."""
     if groups.layout.tensor == 1:
         return local
     pieces = [torch.empty_like(local) for _ in range(groups.layout.tensor)]
@@ -222,7 +223,7 @@ def _gather(local: Tensor, groups: Groups, *, dim: int) -> Tensor:
 
 
 def _first(result: Any) -> Tensor:
-    """Layers return their hidden states alone, or before other things."""
+    """The hidden states in a layer's output: a tensor, or the first item of a tuple."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -258,7 +259,7 @@ def _run_transformers(side: Side, device: Device, rows: Rows, dtype: torch.dtype
 
 
 def _readable(side: Side, scratch: Path) -> Path:
-    """The side's checkpoint as transformers reads it: plain."""
+    """A directory of the side's checkpoint that transformers can read, with plain weights."""
     if not side.dequantize:
         return side.checkpoint
     stream.restream(open_checkpoint(side.checkpoint, torch.float32), scratch / "plain", max_shard_bytes=1 << 62)

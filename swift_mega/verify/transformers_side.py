@@ -1,4 +1,4 @@
-"""transformers' side of a comparison: its model, with an adapter or without, and where in it hidden states and logits are."""
+"""transformers' side of a comparison: the model, optionally with an adapter, and its modules for hidden states and logits."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from swift_mega.models.translate import hf_config
 
 
 def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
-    """A transformers model, with an adapter or without, ready to be asked; of any type that transformers knows.
+    """A transformers model of any type that transformers knows, optionally with an adapter, ready for a forward pass.
 
-    The adapter is PEFT's where that takes all of it. For types that have experts it is merged as the weights are loaded: transformers
-    stacks experts, and PEFT folds their factors into one or drops them. So it is for types that are not known here.
+    The adapter is loaded by PEFT where PEFT loads all of it. For model types with experts it is merged into the weights while they are
+    loaded: transformers stacks experts, and PEFT joins their factors into one or drops them. It is also merged for model types that are
+    not known here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -26,7 +27,7 @@ def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
     source = Source(model)
     known = source.is_known
     config = hf_config(model) if known else AutoConfig.from_pretrained(model, trust_remote_code=False)
-    # Its grouped products of experts know no float64; the loop over experts does.
+    # transformers' grouped GEMM of experts does not support float64; its loop over experts does.
     loop = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     if adapter is not None and (not known or any("{e}" in rule.megatron for rule in source.family.rules)):
         return load_merged(model, adapter, config, dtype=dtype, **loop).eval()
@@ -39,7 +40,7 @@ def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:
 
 
 def peft_config(adapter: Path) -> Any:
-    """What PEFT reads, with targets by the tensors' names where the file has none: it would guess them by the model's type."""
+    """PEFT's config of an adapter. Where the file has no targets, tensor names give them; PEFT would guess them by the model's type."""
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(adapter))
@@ -49,7 +50,7 @@ def peft_config(adapter: Path) -> Any:
 
 
 def _with_peft(network: Any, adapter: Path) -> Any:
-    """PEFT's model; UserError where it does not take every factor. It says so in a warning, or not at all."""
+    """PEFT's model; UserError where PEFT does not load all factors. PEFT itself only warns, or ignores them silently."""
     from peft import PeftModel
 
     network = PeftModel.from_pretrained(network, str(adapter), is_trainable=True, config=peft_config(adapter))
@@ -63,12 +64,12 @@ def _with_peft(network: Any, adapter: Path) -> Any:
 
 
 def is_peft(network: Any) -> bool:
-    """Whether the adapter of `network_of` is PEFT's modules, and not merged."""
+    """Whether a model of `network_of` has its adapter as PEFT modules, not merged."""
     return hasattr(network, "peft_config")
 
 
 def decoder_layers(network: Any, count: int, *, where: Path) -> torch.nn.ModuleList:
-    """The list of a transformers model's decoder layers: its outermost list of that many modules."""
+    """The decoder layers of a transformers model: its outermost ModuleList with `count` modules."""
     for _, module in network.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
@@ -79,7 +80,7 @@ def decoder_layers(network: Any, count: int, *, where: Path) -> torch.nn.ModuleL
 
 
 def head_of(network: Any, *, where: Path) -> torch.nn.Module:
-    """The module that makes logits of the final norm's output. Whatever scales them does so behind it."""
+    """The module that computes logits from the final norm's output. Scaling of logits comes after it."""
     head = network.get_output_embeddings()
     if head is None:
         raise UserError(
