@@ -42,8 +42,8 @@ class Candidate:
     """One of the two checkpoints, as given by the user.
 
     checkpoint: a Hugging Face directory or a Megatron checkpoint (torch_dist). model: directory with config and tokenizer of a Megatron
-    checkpoint that another program wrote. adapter: a PEFT LoRA directory. engine: the backend, "mcore" or "transformers"; the default is
-    Megatron-core, or transformers where the model_type is not known. layout: of Megatron-core, written as for `verify`.
+    checkpoint that another program wrote. adapter: a PEFT LoRA directory. engine: the backend, "mcore" or "hf"; the default is "mcore",
+    or "hf" (transformers) where the model_type is not known. layout: of Megatron-core, written as for `verify`.
     """
 
     checkpoint: str

@@ -1,7 +1,7 @@
-"""The command line: `swift-mega VERB …`, each verb a table entry and one function over `swift_mega.api`.
+"""The command line: `swift-mega VERB …`. Each verb is a table entry and one function that calls `swift_mega.api`.
 
-Nothing heavy is imported until a verb has its arguments checked, so help and mistakes answer at once. A `UserError` is one
-line on stderr and status 2; anything else is a defect and keeps its traceback.
+Heavy packages are imported only after the arguments of a verb are checked, so help and wrong arguments are answered at once. A UserError
+prints one line on stderr and gives exit status 2; any other exception is a defect and prints its traceback.
 """
 
 import contextlib
@@ -26,8 +26,10 @@ NO_WRITING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 1 (a check failed, a rank broke), 2 (misuse), 130 (Ctrl-C), 129 or 143
-    (SIGHUP, SIGTERM: 128 + the signal)."""
+    """Runs one verb and returns the exit status.
+
+    0: success. 1: a check failed, or a rank failed. 2: UserError. 130: Ctrl-C. 129 or 143: SIGHUP or SIGTERM (128 + the signal).
+    """
     try:
         with signals_raise():
             status = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -38,16 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), MISUSED)
     except Ended as ended:
-        with contextlib.suppress(OSError):  # the terminal may be what went away
+        # The terminal may be closed.
+        with contextlib.suppress(OSError):
             if speaks():
                 print(f"swift-mega: ended by signal {ended.signal} ({ended.signal.name})", file=sys.stderr)
         return 128 + ended.signal
     except RankError as error:
-        print(f"swift-mega: {error}", file=sys.stderr)  # with the rank's own traceback; the launcher's says nothing
+        # The message has the rank's traceback; the traceback of this process does not help.
+        print(f"swift-mega: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # `swift-mega … | head` has seen enough
+    # The reader of a pipe ended, as in `swift-mega … | head`.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A verb's arguments: its own options apart from settings, and only the settings that do something in it."""
+"""The arguments of a verb: its own options, and the settings that have an effect in it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ RECIPE_ENDINGS = (".yaml", ".yml")
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """An option that is no setting. kind: how many words it takes; value: how help writes them."""
+    """An option of a verb that is not a setting. kind: how many words it takes. value: its placeholder in the help text."""
 
     name: str
     value: str = ""
@@ -25,7 +25,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """One command. takes: whether a dotted setting does something here; defaults: what it sets unlike the schema."""
+    """One command. takes: whether a setting (dotted name) has an effect here. defaults: its defaults that differ from the schema's."""
 
     name: str
     summary: str
@@ -40,7 +40,7 @@ class Verb:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What was given to a verb, split and checked by name; `resolved` types the settings."""
+    """The words given to a verb, split, with checked names; `resolved` converts settings to their types."""
 
     verb: Verb
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -69,14 +69,14 @@ class Arguments:
         return word is not None and word.lower() == "true"
 
     def whole(self, name: str) -> int | None:
-        """A whole number of at least 1, or None when the option was not given."""
+        """A whole number of at least 1, or None where the option was not given."""
         word = self.text(name)
         if word is not None and (not word.isdecimal() or len(word) > 18 or int(word) < 1):
             raise UserError(f"--{name}={word}: expected a whole number of at least 1")
         return None if word is None else int(word)
 
     def positive(self, name: str) -> float | None:
-        """A number above 0, or None when the option was not given."""
+        """A number above 0, or None where the option was not given."""
         word = self.text(name)
         if word is None:
             return None
@@ -96,7 +96,7 @@ class Arguments:
 
 
 def read_arguments(verb: Verb, tokens: Sequence[str]) -> Arguments:
-    """Split a verb's tokens and refuse names that the verb doesn't have. Values of settings are typed later."""
+    """Splits the words given to a verb; UserError for names that the verb does not have. Values of settings are converted later."""
     own = {option.name: option for option in verb.options}
 
     def kind(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Files at the edge of a verb: outputs that must not be clobbered, base models that adapters name, rows to answer."""
+"""Files of the verbs: checks of outputs that must not be overwritten, base models of adapters, and questions to answer."""
 
 import os
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from swift_mega.text_files import read_object
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A row to answer. record: as it stands in the file; where: file:line."""
+    """A data row to answer. record: the object in the file. where: file:line."""
 
     record: dict[str, Any]
     messages: list[dict[str, str]]
     where: str
 
 
-# One of these is in every directory that swift-mega writes; without one, --overwrite must not delete a directory.
+# Every directory that swift-mega writes has one of these files; --overwrite must not delete a directory that has none of them.
 OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt")
 
 
 def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:
-    """Raises UserError if `path` holds something and may not be replaced, or holds one of the inputs."""
+    """Raises UserError where `path` exists and may not be replaced, or contains one of the inputs."""
     output = Path(path).resolve()
     for source in inputs:
         if Path(source).resolve().is_relative_to(output):
@@ -47,7 +47,7 @@ def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:
 
 
 def model_of(adapters: str, model: str | None) -> str:
-    """The base model: the one given, else the one that adapter_config.json names. Raises UserError unless it is there."""
+    """The base model: the given one, else the one named in adapter_config.json. Raises UserError where it does not exist."""
     check_model_directory(adapters, what="--adapters", file="adapter_config.json")
     if model is None:
         config = Path(adapters) / "adapter_config.json"
@@ -60,11 +60,12 @@ def model_of(adapters: str, model: str | None) -> str:
 
 
 def read_questions(path: str, data: Data) -> list[Question]:
-    """The questions of a data set, read as training reads it: `messages` without the replies at their end, or `query` and `history`.
+    """The questions of a data set, read as for training: `messages` without the replies at the end, or `query` and `history`.
 
-    data: the system text for rows without one, columns, and what fills placeholders. Raises UserError with file:line.
+    data: the default system message, columns, and values of placeholders. Raises UserError with file:line.
     """
-    from swift_mega.data.sources import load_questions  # numpy, which mistakes in a command must not wait for
+    # This imports numpy, so it is imported only here: errors in a command are reported without it.
+    from swift_mega.data.sources import load_questions
 
     return [
         Question(
@@ -84,7 +85,7 @@ def _is_asked(row: Any) -> bool:
 
 
 def check_answers(path: str, *, overwrite: bool, source: str) -> None:
-    """Raises UserError, before a model is loaded, where answers cannot be written to `path`."""
+    """Raises UserError where answers cannot be written to `path`; called before a model is loaded."""
     output = Path(path)
     if output.is_dir():
         raise UserError(f"--output={path} is a directory; give a file name in it")

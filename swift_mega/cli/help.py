@@ -1,4 +1,4 @@
-"""What `--help` prints, made from the verbs' options and the settings tree, so that it cannot differ from what is parsed."""
+"""The text of `--help`. It is made from the options of the verbs and the tree of settings, so it agrees with what is parsed."""
 
 import json
 import textwrap
@@ -26,7 +26,7 @@ def overview(verbs: Iterable[Verb]) -> str:
 
 
 def verb_help(verb: Verb) -> str:
-    """Usage, the verb's own options, then every setting it takes by section: flags, type, default, help."""
+    """Usage, the verb's own options, then its settings by section, each with flags, type, default and help."""
     lines = [line for usage in verb.usage for line in _wrapped(f"usage: swift-mega {usage}", indent=8)]
     lines += ["", *_wrapped(verb.description)]
     if verb.options:

@@ -1,4 +1,4 @@
-"""Every verb with its options and help, and the function that runs it."""
+"""The table of verbs: options, help, and the function that runs each verb."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,8 @@ from swift_mega.cli.verbs import compare, config, convert, export, plan, train, 
 TRAINING_ONLY = (
     *("parallel.distributed_optimizer", "parallel.overlap_grad_reduce", "parallel.overlap_param_gather"),
     *("parallel.ddp_bucket_size", "parallel.gradients_in_float32"),
-    *("parallel.context", "parallel.cp", "parallel.ulysses"),  # context ranks hold the same weights
+    # Context ranks have the same weights.
+    *("parallel.context", "parallel.cp", "parallel.ulysses"),
 )
 
 
@@ -41,7 +42,7 @@ OVERWRITE = Option(
 
 
 def _side(letter: str, role: str) -> tuple[Option, ...]:
-    """One side of a comparison."""
+    """The options of one side of a comparison. letter: a or b."""
     return (
         Option(name=letter, value="DIR", help=f"{role}: a Hugging Face or a Megatron directory"),
         Option(

@@ -1,4 +1,4 @@
-"""The verb `infer`: one question, a file of them, or a conversation on the terminal."""
+"""The verb `infer`: answers one question, a file of questions, or a conversation on the terminal."""
 
 import json
 import sys
@@ -50,7 +50,8 @@ def infer(arguments: Arguments) -> int:
 
     for question in questions:
         try:
-            answerer.tokens(question.messages)  # before the weights are read
+            # Checks every question before the weights are read.
+            answerer.tokens(question.messages)
         except UserError as error:
             raise UserError(f"{question.where}: {error}") from error
     opening = [{"role": "system", "content": run.data.system}] if run.data.system is not None else []
@@ -64,14 +65,14 @@ def infer(arguments: Arguments) -> int:
 
 
 def _refuse_of_rows(data: Data, *, asked: bool) -> None:
-    """Settings that say how rows are read do nothing without rows."""
+    """UserError where settings for reading data rows are set but no file of questions is given: they would have no effect."""
     for name in OF_ROWS:
         if not asked and getattr(data, name) != getattr(Data(), name):
             raise UserError(f"infer: --{name} says how rows are read; give --input FILE.jsonl, or leave it out")
 
 
 def _answer_rows(questions: list[Question], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """One row at a time, so that a look at the unfinished file shows how far it is."""
+    """Answers the rows one at a time, so the unfinished output file shows the progress."""
     if output is None:
         for question in questions:
             print(json.dumps(question.record | {"response": answer(question.messages)}, ensure_ascii=False), flush=True)
@@ -85,7 +86,7 @@ def _answer_rows(questions: list[Question], output: str | None, answer: Callable
 
 
 def _chat(opening: list[dict[str, str]], answer: Callable[[list[dict[str, str]]], str]) -> None:
-    """A conversation on the terminal; `clear` starts anew, `exit` or end of file ends it."""
+    """A conversation on the terminal; `clear` starts a new one, `exit` or end of file ends it."""
     prompt = "> " if sys.stdin.isatty() else ""
     messages = list(opening)
     while True:

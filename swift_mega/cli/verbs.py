@@ -1,4 +1,4 @@
-"""The verbs. Each checks what can be checked cheaply, then imports `swift_mega.api` and calls one function of it."""
+"""The verbs. Each makes cheap checks, then imports `swift_mega.api` and calls one of its functions."""
 
 import re
 from pathlib import Path
@@ -23,8 +23,10 @@ def train(arguments: Arguments) -> int:
     nproc = arguments.whole("nproc")
     resolved = arguments.resolved()
     run = resolved.run
-    world_size(nproc)  # a wrong environment is found before the imports
-    if not joined():  # ranks of torchrun compare what they find (api.train)
+    # Finds a wrong environment before the imports.
+    world_size(nproc)
+    # Ranks of torchrun check their inputs later, together, in api.train.
+    if not joined():
         check_inputs(run, command=arguments.verb.name)
     from swift_mega import api
 

@@ -1,1 +1,1 @@
-"""Starting ranks on this machine, or joining those that torchrun or Slurm started."""
+"""Starts ranks on this machine, or joins ranks that torchrun or Slurm started."""

@@ -1,5 +1,7 @@
-"""SIGTERM and SIGHUP as an exception: what has to be undone (ranks, their folder, an output half written) is undone by the same
-`finally` that an error would run, and the process leaves with the status that a shell gives such an end, 128 + the signal's number.
+"""SIGTERM and SIGHUP as an exception.
+
+So the same `finally` blocks clean up (ranks, their folder, a partly written output) as after an error. The exit status is
+128 + the signal's number, as in a shell.
 """
 
 import signal
@@ -13,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(SystemExit):
-    """This process was asked to end. A SystemExit, so that a script that knows nothing of it ends quietly and with that status."""
+    """A signal asked this process to end. It is a SystemExit, so a script that does not catch it ends without a traceback."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -22,9 +24,9 @@ class Ended(SystemExit):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Inside, the first SIGTERM or SIGHUP raises Ended in the main thread; later ones are ignored, so that they do not disturb the end.
+    """In this context, the first SIGTERM or SIGHUP raises Ended in the main thread; later ones are ignored, so cleanup is not interrupted.
 
-    A signal that is ignored (nohup) or that the caller handles stays so, and in another thread nothing is changed.
+    A signal that is ignored (nohup), or that the caller handles, is not changed. Outside the main thread nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -46,8 +48,9 @@ def signals_raise() -> Iterator[None]:
 
 
 def leave_by(ended: Ended) -> NoReturn:
-    """End this process by the signal itself: whoever waits for it sees what it was."""
+    """Ends this process by the signal itself, so its parent sees the signal."""
     signal.signal(ended.signal, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {ended.signal})
     signal.raise_signal(ended.signal)
-    raise ended  # not reached where the signal's default is to end the process
+    # Only reached where the default action of the signal does not end the process.
+    raise ended

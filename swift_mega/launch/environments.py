@@ -1,7 +1,7 @@
-"""Who started this process, by the environment: torchrun or a caller (RANK, WORLD_SIZE), several machines (NNODES), or a launcher of
-processes that says nothing of ranks.
+"""Finds out from environment variables what started this process.
 
-The last one is refused: N processes that each take themselves for the whole run would write the same files.
+It is torchrun or a caller (RANK, WORLD_SIZE), one process per machine (NNODES), or a launcher that sets no ranks. The last one is an
+error: each of its N processes would be a whole run, and all would write the same files.
 """
 
 import os
@@ -20,12 +20,12 @@ PROCESSES = {
     "FLUX_JOB_SIZE": "flux run",
     "JSM_NAMESPACE_SIZE": "jsrun",
 }
-"""Variables with the number of processes that a launcher started, and its name. Slurm's are read by `_tasks_of_slurm`."""
+"""Variable with the number of started processes -> name of the launcher that sets it. `_tasks_of_slurm` reads Slurm's variables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """The machines of a run, from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; one machine when they are absent."""
+    """The machines of a run, from NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; one machine where these are not set."""
 
     count: int = 1
     rank: int = 0
@@ -48,7 +48,7 @@ class Nodes:
 
 
 def port_of(environ: Mapping[str, str], default: int) -> int:
-    """MASTER_PORT."""
+    """MASTER_PORT, or `default`; UserError where it is not a port."""
     port = whole(environ, "MASTER_PORT", default, least=1)
     if port > 65535:
         raise UserError(f"MASTER_PORT={port} in the environment: ports are numbered from 1 to 65535")
@@ -56,14 +56,14 @@ def port_of(environ: Mapping[str, str], default: int) -> int:
 
 
 def joined() -> bool:
-    """Whether torchrun, srun or this launcher started this process as a rank: RANK and WORLD_SIZE say so."""
+    """Whether torchrun, srun or this launcher started this process as a rank: RANK and WORLD_SIZE are set."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def refuse_copies(environ: Mapping[str, str]) -> None:
-    """UserError where a launcher started several processes and none of them was told its rank.
+    """UserError where a launcher started several processes without setting their ranks.
 
-    Processes that are one machine each, as NNODES says, are ranks' starters and no copies.
+    NNODES processes, one per machine, are not an error: each of them starts the ranks of its machine.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return
@@ -83,10 +83,10 @@ def refuse_copies(environ: Mapping[str, str]) -> None:
 
 
 def _tasks_of_slurm(environ: Mapping[str, str]) -> tuple[str, int]:
-    """The variable that says how many tasks run what this process runs, and their number.
+    """(variable, value): the number of Slurm tasks that run the command of this process, and the variable that says so.
 
-    srun gives each task SLURM_STEP_NUM_TASKS. A batch script and the shell of salloc are one process, whatever SLURM_NTASKS says: they
-    have a job, but no step.
+    srun sets SLURM_STEP_NUM_TASKS in each task. A batch script and the shell of salloc are one process, for any SLURM_NTASKS: they
+    belong to a job, but to no step.
     """
     if environ.get("SLURM_STEP_NUM_TASKS"):
         return "SLURM_STEP_NUM_TASKS", whole(environ, "SLURM_STEP_NUM_TASKS", 1, least=1)

@@ -1,7 +1,6 @@
-"""Where ranks of several processes meet: the store behind MASTER_ADDR and MASTER_PORT, and what to say where they cannot.
+"""The rendezvous of ranks in several processes: the store at MASTER_ADDR and MASTER_PORT, and the errors where it fails.
 
-torch's client of a store waits for ever for a program that listens on the port and is no store. So every step has its own limit here,
-and its own error.
+If another program listens on the port, torch's client of the store waits forever. So each step here has its own time limit and error.
 """
 
 import errno
@@ -14,21 +13,22 @@ from typing import Any
 from swift_mega.errors import UserError
 
 MEETING_SECONDS = 600.0
-"""How long ranks wait for one another: a cluster starts its machines minutes apart."""
+"""Seconds that ranks wait for one another: machines of a cluster may start minutes apart."""
 ANSWER_SECONDS = 20.0
-"""How long a store that listens may take to answer."""
+"""Seconds that a store may take to answer after it accepts a connection."""
 AGAIN_SECONDS, SPEAKS_FIRST_SECONDS = 0.2, 0.1
 
 
 def open_store(host: str, port: int, world: int, *, serve: bool, waiting: float = MEETING_SECONDS) -> Any:
-    """The store of `world` ranks, which rank 0 serves. UserError where the port is taken, nobody answers, or ranks are missing."""
+    """The store of `world` ranks; rank 0 serves it. UserError where the port is in use, nothing answers, or ranks are missing."""
     return _serve(host, port, world, waiting) if serve else _join(host, port, world, waiting)
 
 
 def _serve(host: str, port: int, world: int, waiting: float) -> Any:
     import torch.distributed as dist
 
-    if _is_taken(port):  # torch finds it too, with a page of C++ frames
+    # torch finds this too, but its error is a page of C++ frames.
+    if _is_taken(port):
         raise UserError(_taken(host, port))
     begin = time.monotonic()
     try:
@@ -60,7 +60,7 @@ def _join(host: str, port: int, world: int, waiting: float) -> Any:
         except dist.DistError as error:
             found.append(error)
 
-    # A thread that waits for ever in C++ ends with its process, and holds nothing.
+    # The thread may wait in C++ forever. It is a daemon, so it ends with the process, and it holds no resource.
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
@@ -72,9 +72,8 @@ def _join(host: str, port: int, world: int, waiting: float) -> Any:
 
 def _is_taken(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as torch does: an earlier run's closed connections do not count
+        # As torch does: closed connections of an earlier run do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError as error:
@@ -83,7 +82,7 @@ def _is_taken(port: int) -> bool:
 
 
 def _await_listener(host: str, port: int, waiting: float) -> None:
-    """Returns once something listens; UserError after `waiting` seconds."""
+    """Waits until a store listens; UserError after `waiting` seconds, or where another program uses the port."""
     until = time.monotonic() + waiting
     while True:
         try:
@@ -93,7 +92,8 @@ def _await_listener(host: str, port: int, waiting: float) -> None:
                     probe.recv(1)
                 except TimeoutError:
                     return
-            raise UserError(_taken(host, port))  # it closed the connection, or spoke first: a store does neither
+            # The program closed the connection or sent data first; a store does neither.
+            raise UserError(_taken(host, port))
         except OSError as error:
             if time.monotonic() > until:
                 raise UserError(

@@ -1,7 +1,7 @@
-"""One rank's process: its environment, its process group, its body, and the report it leaves.
+"""The process of one rank: its environment, its process group, its body, and the report that it writes.
 
-A rank says how it ended in a file, written whole before its sockets close. So when one rank fails and its peers then
-fail because it went away, the cause is on disk before any consequence can be, and `watch` shows the cause.
+A rank writes how it ended to a file, completely, before its sockets close. When a rank fails, its peers fail later because its
+connections close. So the report of the first failure is on disk before any other, and `watch` shows this one.
 """
 
 import ctypes
@@ -24,13 +24,17 @@ from swift_mega.errors import UserError
 from swift_mega.launch.ended import Ended, leave_by, signals_raise
 from swift_mega.launch.meeting import open_store
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
 DeviceKind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """Where one rank sits. `rendezvous` is a file (one machine) or tcp://host:port (several)."""
+    """Rank numbers, device kind and rendezvous of one rank.
+
+    rendezvous: a file (one machine), tcp://host:port (several machines), or env:// (torchrun's store).
+    """
 
     rank: int
     world: int
@@ -40,10 +44,10 @@ class Seat:
     threads: int
     rendezvous: str
     timeout_minutes: int
-    """How long a collective may take, before it ends the run."""
+    """Minutes that a collective may take before the run ends with an error."""
 
     def environment(self) -> dict[str, str]:
-        """What torchrun would have set, and threads for libraries that read them when they are loaded."""
+        """The variables that torchrun would set, and OMP_NUM_THREADS for libraries that read it when they are loaded."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
@@ -55,7 +59,7 @@ class Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """How a rank ended: its body's result, a user's error, or a traceback. when: the monotonic clock, in seconds."""
+    """How a rank ended: the result of its body, a UserError, or a traceback. when: monotonic clock, seconds."""
 
     kind: Literal["done", "user", "defect"]
     when: float
@@ -72,20 +76,21 @@ def log_path(folder: Path, rank: int) -> Path:
 
 
 def loopback() -> str | None:
-    """The loopback interface: with it, ranks of one machine need neither a network nor a host name that resolves."""
+    """Name of the loopback interface. With it, ranks of one machine need no network and no host name that resolves."""
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), None)
 
 
 @contextmanager
 def process_group(seat: Seat) -> Iterator[None]:
-    """torch.distributed's default group for this rank; destroyed if the body succeeds (a failed NCCL group may hang)."""
+    """The default group of torch.distributed on this rank. It is destroyed only after success: destroying a failed NCCL group may hang."""
     import torch.distributed as dist
 
     if seat.kind == "cuda":
         from swift_mega.device import device as devices
 
-        devices.setup()  # makes this rank's device the current one, before NCCL asks for it
+        # Makes this rank's device the current one before NCCL reads it.
+        devices.setup()
     backend = "nccl" if seat.kind == "cuda" else "gloo"
     timeout = timedelta(minutes=seat.timeout_minutes)
     dist.init_process_group(
@@ -94,7 +99,7 @@ def process_group(seat: Seat) -> Iterator[None]:
     if seat.kind == "cuda" and seat.world > 1:
         _check_own_device()
     if backend == "gloo" and seat.world > 1:
-        # A rank whose body ends at once would close connections that its peers are still making ("connectFullMesh failed").
+        # Without this, a rank whose body ends at once closes connections while its peers still open them ("connectFullMesh failed").
         dist.barrier()
     yield
     if dist.is_initialized():
@@ -102,7 +107,7 @@ def process_group(seat: Seat) -> Iterator[None]:
 
 
 def _store(seat: Seat, timeout: timedelta) -> Any:
-    """Where ranks find each other. None: torchrun's environment says, since it may serve the store itself."""
+    """The store in which ranks find each other. None: torch reads torchrun's environment, because torchrun may serve the store itself."""
     import torch.distributed as dist
 
     if seat.rendezvous == "env://":
@@ -114,7 +119,7 @@ def _store(seat: Seat, timeout: timedelta) -> Any:
         store = open_store(host, int(port), seat.world, serve=seat.rank == 0)
     else:
         store = dist.FileStore(seat.rendezvous, seat.world)
-    # NCCL makes its communicators at their first use, through the store: whoever comes first there waits for the others.
+    # NCCL creates a communicator through the store at its first use; the first rank there waits for the others.
     store.set_timeout(timeout)
     return store
 
@@ -129,7 +134,7 @@ def _check_own_device() -> None:
 
 
 def refuse_shared_devices(devices: list[str]) -> None:
-    """UserError where two ranks have one GPU, which NCCL refuses only at the first collective. devices: of each rank, unique names."""
+    """UserError where two ranks have the same GPU; NCCL would fail only at the first collective. devices: unique GPU name of each rank."""
     for number, device in enumerate(devices):
         if (first := devices.index(device)) != number:
             raise UserError(
@@ -139,12 +144,14 @@ def refuse_shared_devices(devices: list[str]) -> None:
 
 
 def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
-    """Be this rank until the body ends, write the report, leave the process. Never returns, so a fork never runs on
-    in its parent's code (a test runner, a notebook)."""
+    """Runs the body as this rank, writes the report and ends the process.
+
+    It never returns, so a forked process never continues in the code of its parent (a test runner, a notebook).
+    """
     import torch
 
     status = 1
-    # BaseException: this is the edge of a process. Whatever ended the body has to reach the parent, which raises it.
+    # BaseException, because the process ends here: every error of the body has to reach the parent, which raises it.
     try:
         torch.set_num_threads(seat.threads)
         with signals_raise(), process_group(seat):
@@ -166,30 +173,32 @@ def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any
 
 
 def settle(parent: int) -> None:
-    """Tie this process to its parent: a group of its own, and SIGKILL from the kernel when the parent dies.
+    """Makes this process a process group of its own, and lets the kernel send it SIGKILL when its parent dies (on Linux).
 
-    The group keeps Ctrl-C with the parent, which ends every rank itself, and lets it end a rank's own children too.
+    Because of the group, Ctrl-C goes to the parent only, which ends all ranks; it can also end the children of a rank.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above took effect
+    # The parent died before prctl took effect.
+    if os.getppid() != parent:
         os._exit(1)
 
 
 def redirect_output(path: Path) -> None:
-    """Both output streams of this process into `path`, and no standard input: what ranks other than the first have."""
+    """Redirects stdout and stderr of this process to `path`, and stdin to /dev/null; for all ranks of a machine except its first."""
     sys.stdout.flush()
     sys.stderr.flush()
     with path.open("ab") as log, open(os.devnull, "rb") as nothing:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         os.dup2(nothing.fileno(), 0)
-    # not only the descriptors: a test runner or a notebook puts its own objects in sys
+    # The descriptors alone are not enough: a test runner or a notebook replaces sys.stdout and sys.stderr.
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    faulthandler.enable()  # a crash in C++ leaves its Python stack in the log, which the parent shows
+    # After a crash in C++, the log has the Python stack, and the parent shows it.
+    faulthandler.enable()
 
 
 def read_report(folder: Path, local_rank: int) -> Report | None:

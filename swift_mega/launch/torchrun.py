@@ -1,8 +1,8 @@
-"""Ranks: started on this machine, or joined where torchrun or Slurm already started them.
+"""Starts ranks on this machine, or joins them where torchrun or Slurm already started them.
 
-On CPU ranks are forks of this process. Importing torch and Megatron takes many seconds and a fork takes none, so the
-imports are paid once. CUDA can't be forked; there each rank is a fresh interpreter (`worker`). Everything after the
-start (the group, the report, who is to blame, how all are ended) is one code for both, and is tested on CPU for both.
+On the CPU, ranks are forks of this process: importing torch and Megatron takes many seconds, and forks share the imports. A process
+that uses CUDA cannot be forked, so there each rank is a new interpreter (`worker`). After the start, both kinds run the same code (process
+group, report, choice of the error to show, end of all ranks), and it is tested on the CPU for both.
 """
 
 import ctypes
@@ -33,30 +33,30 @@ HELD = {signal.SIGINT, *SIGNALS}
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for the run: rank 0, or no rank at all."""
+    """Whether this process prints for the whole run: it is rank 0, or not a rank."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def speaks() -> bool:
-    """Whether this process says on its machine what all ranks have to say: of those that were started the first one there."""
+    """Whether this process prints an error that all ranks have: it is the first rank on its machine, or not a rank."""
     names = ("LOCAL_RANK", "SLURM_LOCALID", "RANK")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def rank_prefix() -> str:
-    """ "rank 3: " in a rank other than the first of those that torchrun started, else "" """
+    """The prefix "rank 3: " for messages of a rank that torchrun started, except rank 0; else an empty string."""
     return "" if is_first_rank() else f"rank {os.environ['RANK']}: "
 
 
 def refuse_joined(command: str) -> None:
-    """For a command that runs once: raises UserError where several ranks, or copies of it, were started to run it."""
+    """UserError where several ranks or processes were started to run a command that one process has to run."""
     refuse_copies(os.environ)
     if joined() and world_size() > 1:
         raise UserError(f"{command} starts its ranks itself, but WORLD_SIZE={world_size()} were started; run it alone")
 
 
 def is_alone() -> bool:
-    """Whether no other process works on the same run: none that torchrun, Slurm or a caller started, and no other machine."""
+    """Whether this process is the only one of the run: torchrun, Slurm or a caller started no other, and there is no other machine."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_world_size()) == 1
@@ -64,7 +64,7 @@ def is_alone() -> bool:
 
 
 def world_size(nproc: int | None = None) -> int:
-    """How many ranks a run has: those that were started (joined), else nproc or NPROC_PER_NODE or 1, times NNODES."""
+    """The number of ranks of a run: WORLD_SIZE where ranks were started (`joined`), else (nproc or NPROC_PER_NODE or 1) · NNODES."""
     if joined():
         world = whole(os.environ, "WORLD_SIZE", 1, least=1)
         if nproc is not None and nproc != world and nproc != whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1):
@@ -88,19 +88,19 @@ def run_ranks(
     logs: Path | None = None,
     timeout_minutes: int = TIMEOUT_MINUTES,
 ) -> Result:
-    """Run `body(*args)` in `world` ranks, each with torch.distributed initialised, and return the first rank's result.
+    """Runs `body(*args)` in `world` ranks with torch.distributed initialised, and returns the result of the first rank.
 
-    body: on CPU anything (a fork has it already); on CUDA an importable module-level function with picklable arguments.
-    Its result must be picklable. With NNODES > 1 this machine starts world / NNODES of the ranks and returns its first
-    one's result. A rank that was started already (`joined`) only enters the group, runs, and returns its own result.
-    start: "here" runs one rank inside this process, for a debugger. Group and environment are taken away afterwards, but
-    what gloo leaves behind makes later forks of this process crash or hang, so that one rank is a process too otherwise.
-    logs: a folder that keeps rank<N>.log, the output of every rank but the machine's first; None keeps nothing.
-    timeout_minutes: how long a collective of the default group may take.
+    body: on the CPU any callable, because a fork has it already; on CUDA an importable module-level function with picklable arguments.
+    Its result must be picklable. With NNODES > 1, this machine starts world / NNODES ranks and returns the result of its first one.
+    A rank that is already started (`joined`) only enters the group, runs the body, and returns its own result.
+    start: "here" runs a single rank inside this process, for a debugger. Group and environment are removed afterwards, but later forks
+    of this process may crash or hang because of what gloo leaves behind. So a single rank is a process of its own by default.
+    logs: a folder for rank<N>.log, the output of every rank except the first of this machine; None: the logs are deleted.
+    timeout_minutes: largest duration of a collective of the default group.
 
-    Raises UserError as the rank raised it; RankError with the rank and its traceback, or the signal that killed it.
-    Whatever happens, Ctrl-C and SIGKILL of this process included, no rank outlives the call. SIGTERM and SIGHUP are passed on to
-    the ranks, which undo what they have begun, and raise `ended.Ended` here unless the caller handles them.
+    Raises the UserError that a rank raised, or RankError with the rank's number and its traceback or the signal that killed it.
+    No rank outlives the call, also after Ctrl-C or SIGKILL of this process. SIGTERM and SIGHUP are passed on to the ranks, which clean up;
+    then `ended.Ended` is raised here unless the caller handles these signals.
     """
     kind = _device_kind() if device_kind == "auto" else device_kind
     if _group_exists(world):
@@ -129,7 +129,8 @@ def _run_here(seat: Seat, body: Callable[..., Result], args: tuple[Any, ...]) ->
         with _environment(environment), rank.process_group(seat):
             return body(*args)
     finally:
-        if dist.is_initialized():  # the body raised
+        # Still initialised where the body raised.
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -148,7 +149,8 @@ def _run_there(
             with _signals_held():
                 for seat in seats:
                     running[begin(seat, folder, logs or folder, body, args)] = seat
-        except BaseException as error:  # a rank that cannot start, or Ctrl-C, must not leave the ones before it
+        # Where a rank cannot start, or after Ctrl-C, the ranks that already run must end.
+        except BaseException as error:
             watch.end_all(running, by=error)
             raise
         watch.wait(running, folder, logs or folder)
@@ -160,7 +162,8 @@ def _run_there(
 
 
 def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    import torch  # noqa: F401  before the fork, so that it is imported once
+    # Imported before the fork, so it is imported once.
+    import torch  # noqa: F401
 
     if seat.threads > 1:
         _end_openmp_threads()
@@ -168,7 +171,7 @@ def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
     sys.stderr.flush()
     parent = os.getpid()
     with warnings.catch_warnings():
-        # Python >= 3.12 warns of a fork beside threads. Those here are idle pools that the child makes anew.
+        # Python >= 3.12 warns of a fork in a process with threads. Here the threads are idle pools, which the child creates again.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid:
@@ -177,9 +180,8 @@ def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
         rank.settle(parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         os.environ.update(_started_environment(seat))
-        os.environ.setdefault(
-            "TOKENIZERS_PARALLELISM", "false"
-        )  # its threads do not survive a fork; it warns at length
+        # Threads of tokenizers do not survive a fork; without this it prints a long warning.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if seat.local_rank:
             rank.redirect_output(rank.log_path(logs, seat.rank))
         rank.run_seat(seat, folder, body, args)
@@ -206,12 +208,12 @@ def _exec(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
             (os.POSIX_SPAWN_OPEN, 1, str(rank.log_path(logs, seat.rank)), flags, 0o644),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ]
-    # not subprocess, which reaps forgotten children on its own; `watch` must be the one to see them end
+    # Not subprocess: it reaps children whose Popen object was deleted, but `watch` has to see them end.
     return os.posix_spawn(sys.executable, command, environment, file_actions=actions, setpgroup=0, setsigmask=())
 
 
 def _seats(world: int, nodes: Nodes, kind: DeviceKind, timeout_minutes: int) -> list[Seat]:
-    """This machine's ranks; the rendezvous of a single machine is a file that `_run_there` names."""
+    """The ranks of this machine. For a single machine, `_run_there` sets the rendezvous to a file."""
     local = world // nodes.count
     if kind == "cuda":
         _check_devices(local)
@@ -252,9 +254,8 @@ def _joined_seat(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator
             "with torchrun, or set both, or unset RANK and WORLD_SIZE to let swift-mega start them"
         )
     rendezvous = "env://" if world > 1 else ""
-    if (
-        world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    ):  # torchrun's agent serves the store itself
+    # With TORCHELASTIC_USE_AGENT_STORE, torchrun's agent serves the store itself.
+    if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{port_of(os.environ, Nodes.port)}"
     local_world = whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1)
     yield Seat(
@@ -270,7 +271,7 @@ def _joined_seat(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator
 
 
 def _group_exists(world: int) -> bool:
-    """Whether torch.distributed is initialised by whoever called, with the right size."""
+    """Whether the caller has initialised torch.distributed; UserError where it has another number of ranks than `world`."""
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return False
@@ -298,7 +299,7 @@ def _check_devices(local: int) -> None:
 
 
 def _threads(local_world: int) -> int:
-    """Threads of one rank. Two ranks with two threads each on two cores are five times slower than with one each."""
+    """Number of threads of one rank. On two cores, two ranks with two threads each are five times slower than with one each."""
     if os.environ.get("OMP_NUM_THREADS"):
         return whole(os.environ, "OMP_NUM_THREADS", 1, least=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -306,18 +307,22 @@ def _threads(local_world: int) -> int:
 
 
 def _end_openmp_threads() -> None:
-    """Let go of this thread's OpenMP pool. A fork inherits the pool's book-keeping and not its threads, and waits for
-    them for ever at its first parallel region (libgomp; LLVM's library handles forks itself)."""
+    """Ends the OpenMP thread pool of this thread.
+
+    A fork inherits the data of the pool but not its threads, and waits for them forever in its first parallel region. This concerns
+    libgomp; LLVM's library handles forks itself.
+    """
     if sys.platform != "linux":
         return
     mapped = Path("/proc/self/maps").read_text()
     for path in {line.split(maxsplit=5)[-1] for line in mapped.splitlines() if "libgomp" in line}:
-        ctypes.CDLL(path).omp_pause_resource_all(2)  # omp_pause_hard
+        # 2 is omp_pause_hard.
+        ctypes.CDLL(path).omp_pause_resource_all(2)
 
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Ctrl-C and its like wait until every rank that was started is also known, or one could be forgotten."""
+    """Blocks Ctrl-C and similar signals until all started ranks are recorded; otherwise a rank could be left running."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Waiting for ranks: all of them succeed, or the first failure ends all of them and is the one that is raised.
+"""Waits for ranks: all succeed, or the first failure ends all of them and is raised.
 
-Peers of a failed rank fail as well, some milliseconds later, with errors about a closed connection. `cause` picks the
-error that says why: a user's error, a death by signal, a rank that left without a word, or the earliest exception.
+The peers of a failed rank fail too, some milliseconds later, with errors about a closed connection. `_cause` chooses the error that
+explains the failure: a UserError, a death by a signal, a rank that ended without a report, or the earliest exception.
 """
 
 import os
@@ -15,28 +15,30 @@ from swift_mega.launch.ended import Ended
 from swift_mega.launch.rank import Report, Seat, log_path, read_report
 
 POLL_SECONDS = 0.01
-GRACE_SECONDS = 0.05  # a killed process closes its sockets a moment before it can be waited for
-ASKED_SECONDS = 5.0  # that ranks have to end by themselves; a scheduler kills all after 30 or so
+# A killed process closes its sockets a moment before waitid sees its end.
+GRACE_SECONDS = 0.05
+# Time for ranks to end by themselves after a signal; a scheduler sends SIGKILL after about 30 seconds.
+ASKED_SECONDS = 5.0
 SHOWN_LINES = 60
 
 
 class RankError(RuntimeError):
-    """A rank failed for a reason that is not the user's: its traceback, or the signal that killed it."""
+    """A rank failed, and not by a UserError. The message has its traceback, or the signal that killed it."""
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How the kernel saw a rank end: an exit status, or the signal that killed it."""
+    """How a rank's process ended: an exit status, or the signal that killed it."""
 
     status: int
     signal: int | None = None
 
 
 def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
-    """seats: process id -> seat, for ranks started by this process, each the leader of its process group.
+    """Waits for ranks. seats: process id -> seat, for ranks that this process started; each is the leader of its process group.
 
-    Returns when each has ended well. Otherwise ends the others and raises UserError (the rank's own) or RankError. When
-    it returns or raises (KeyboardInterrupt too), no rank and no child of a rank is left.
+    Returns when all ranks have succeeded. Otherwise ends the other ranks and raises the rank's UserError, or RankError. After it returns
+    or raises (also KeyboardInterrupt), no rank and no child of a rank is running.
     """
     ended: dict[int, Exit] = {}
     try:
@@ -54,27 +56,31 @@ def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
 
 
 def end_all(pids: dict[int, Seat], *, by: BaseException | None = None) -> None:
-    """Kill each rank's group and reap the rank. Ranks that have ended are still zombies, so that no id was reused.
+    """Kills the process group of each rank and reaps the rank. Ranks that have ended are still zombies, so no process id was reused.
 
-    by: what ends them. A signal to this process is passed on first, so that a rank can take back an output that it has begun.
+    by: the exception that ends them. If it is a signal (Ended), the signal is passed on first, so that a rank can remove a partly written
+    output.
     """
     try:
         if isinstance(by, Ended):
             _ask(pids, by.signal)
-    finally:  # Ctrl-C must not stop the end
+    # `finally`, so that Ctrl-C does not stop this.
+    finally:
         for pid in pids:
             try:
                 os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:  # started, but not yet the leader of its group
+            # The process has started, but is not yet the leader of its group.
+            except ProcessLookupError:
                 os.kill(pid, signal.SIGKILL)
-            except PermissionError:  # macOS says so for a group of zombies
+            # macOS raises this for a group of zombies.
+            except PermissionError:
                 pass
         for pid in pids:
             os.waitpid(pid, 0)
 
 
 def _ask(pids: dict[int, Seat], number: signal.Signals) -> None:
-    """Passes a signal on and gives the ranks some time. One in a collective hears of it when its peer's connection closes."""
+    """Passes a signal to the ranks and gives them ASKED_SECONDS. A rank inside a collective reacts when the connection of a peer closes."""
     for pid in pids:
         os.kill(pid, number)
     ended: dict[int, Exit] = {}
@@ -99,14 +105,14 @@ def _failed(seat: Seat, end: Exit, folder: Path) -> bool:
 
 
 def _cause(ended: dict[Seat, Exit], folder: Path, logs: Path) -> Exception:
-    """The error to raise; ended: ranks that have ended so far, at least one of them badly."""
+    """The error to raise. ended: the ranks that have ended so far; at least one of them failed."""
     reports = {seat: report for seat in ended if (report := read_report(folder, seat.local_rank))}
     failures = sorted(((r.when, s.rank, s, r) for s, r in reports.items() if r.kind != "done"), key=lambda f: f[:2])
     for _, _, _, report in failures:
         if report.kind == "user":
             return UserError(report.text)
     killed = [(seat, end.signal) for seat, end in ended.items() if end.signal is not None]
-    # SIGABRT is how a C++ library ends when its peer went away: a consequence, where another rank has an exception
+    # A C++ library may end by SIGABRT when a connection to a peer closes. Where another rank has an exception, SIGABRT is not the cause.
     for seat, number in sorted(killed, key=lambda k: (k[1] == signal.SIGABRT, k[0].rank)):
         if number != signal.SIGABRT or not failures:
             return RankError(_killed(seat, number, logs))

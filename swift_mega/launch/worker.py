@@ -1,7 +1,7 @@
-"""`python -m swift_mega.launch.worker JOB PARENT`: one rank as a fresh interpreter, since CUDA can't be forked.
+"""`python -m swift_mega.launch.worker JOB PARENT`: one rank as a new interpreter, because a process that uses CUDA cannot be forked.
 
-JOB holds the pickled seat and folder, and pickled in it body and arguments, that `torchrun` wrote: these import Megatron, which on CUDA
-must find this rank's device set up.
+The file JOB, written by `torchrun`, has the pickled seat and folder; body and arguments are pickled inside it a second time. Unpickling
+them imports Megatron, and on CUDA this rank's device has to be set up before that.
 """
 
 import pickle
