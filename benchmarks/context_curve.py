@@ -1,7 +1,8 @@
-"""Loss curves of SmolLM2-135M over context ranks beside one rank's: `python benchmarks/context_curve.py [--help]`.
+"""Loss curves of SmolLM2-135M on several context ranks, compared with one rank: `python benchmarks/context_curve.py [--help]`.
 
-Full fine-tuning in float32 on packed rows, the same data and seed, `--ranks` one after another by the `swift-mega` command. SmolLM2 has 9
-query and 3 key heads, which neither 2 nor 4 ranks divide. Prints the largest difference of any step; exit status 1 above `--tolerance`.
+Full fine-tuning in float32 on packed rows, with the same data and seed; the numbers of ranks in `--ranks` run one after another by the
+`swift-mega` command. SmolLM2 has 9 query heads and 3 key heads, which cannot be divided by 2 or 4. Prints the largest difference of the
+loss in any step; exit status 1 where it is above `--tolerance`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def train(model: Path, ranks: int, steps: int, length: int, output: Path) -> list[float]:
-    """The loss of each step."""
+    """Trains on `ranks` context ranks; returns the loss of each step."""
     settings = {
         "model": model,
         "dataset": ROOT / "examples" / "data" / "self_cognition.jsonl",
@@ -43,7 +44,7 @@ def train(model: Path, ranks: int, steps: int, length: int, output: Path) -> lis
 
 
 def plot(curves: dict[int, list[float]], file: Path) -> None:
-    """The curves, and how far each is from one rank's."""
+    """Plots the curves, and the difference of each from the curve of one rank."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,7 +68,7 @@ def plot(curves: dict[int, list[float]], file: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct, made from its package")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="context ranks (default 1 2 4)")

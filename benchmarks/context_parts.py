@@ -1,10 +1,10 @@
-"""Context-parallel attention without a network, one process playing every rank: parts of `python benchmarks/long_context.py`.
+"""Context-parallel attention without a network; one process runs the work of all ranks. Parts of `python benchmarks/long_context.py`.
 
-  b  balance   pairs of query and key, and seconds of processor time, that each rank's blocks take: the zigzag cut against a contiguous one
-  c  overhead  blocks and merging of all ranks together against attention on the whole row at once: the same work
-  d  padding   tokens of padding in packed rows, padded as rows against example by example
+  b  balance   (query, key) pairs and CPU seconds of each rank's blocks: our split, zigzag of the whole row, and contiguous chunks
+  c  overhead  blocks and merging of all ranks together, compared with attention on the whole row: the same work
+  d  padding   tokens of padding in packed rows: padding of whole rows compared with padding of each example
 
-One thread, and processor time rather than the clock, so that other processes change little; jobs that are compared take turns.
+Runs on one thread and measures CPU time, not wall time, so other processes have little effect. Jobs that are compared alternate.
 """
 
 import math
@@ -28,19 +28,19 @@ from swift_mega.parallel.sequence import Step, blocks, ring_steps, runs
 
 HEAD_DIM = 64
 AIM = 1.15
-"""Merging and the ring may make attention this much slower, not more."""
+"""Largest accepted ratio of the time of ring attention with merging to the time of plain attention."""
 CUTS = ("ours", "zigzag", "contiguous")
 Steps = Sequence[Step]
 
 
 def lengths(mean: float, spread: float, count: int, most: int) -> list[int]:
-    """Lognormal lengths of examples, in tokens. spread: the standard deviation of their logarithm."""
+    """Log-normal lengths of examples, in tokens. spread: the standard deviation of their logarithm."""
     drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, count)
     return np.clip(drawn, 2, most).astype(int).tolist()
 
 
 def packed_rows(mean: float, tokens: int, count: int) -> list[tuple[int, ...]]:
-    """cu_seqlens of rows that examples fill in the order in which they are drawn; what is left of a row is one more example."""
+    """cu_seqlens of packed rows, filled with examples in the order in which they are drawn; the rest of a row is one more example."""
     rows, ends = [], [0]
     for size in lengths(mean, 1.0, 4 * count * tokens // int(mean), tokens):
         if ends[-1] + size <= tokens:
@@ -56,7 +56,7 @@ def packed_rows(mean: float, tokens: int, count: int) -> list[tuple[int, ...]]:
 
 
 def cut_by(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[tuple[Range, ...]]:
-    """Ranges of a row that each position holds: as ours (parallel/cut.py), or the whole row cut without regard to its examples."""
+    """Token ranges of each ring rank. cut: "ours" (parallel/cut.py), or "zigzag" or contiguous chunks of the whole row, across examples."""
     tokens, share = cu_seqlens[-1], cu_seqlens[-1] // ring
     if cut == "ours":
         return list(cut_row(cu_seqlens, ring).held)
@@ -66,7 +66,7 @@ def cut_by(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[tuple[Range
 
 
 def plan(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
-    """The steps of each position."""
+    """The steps of each ring rank."""
     if cut == "ours":
         return [ring_steps(cu_seqlens, ring, position) for position in range(ring)]
     held = [runs(pieces, cu_seqlens) for pieces in cut_by(cut, cu_seqlens, ring)]
@@ -81,7 +81,7 @@ def plan(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
 
 @dataclass(frozen=True)
 class Ring:
-    """All ranks of a ring over one row: who holds which tokens, and what each sees in every step."""
+    """All ring ranks for one packed row: the token indices of each rank, and its blocks in every step."""
 
     held: list[Tensor]
     steps: list[Steps]
@@ -93,13 +93,14 @@ class Ring:
         return cls(held, plan(cut, cu_seqlens, size))
 
     def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
-        """Processor seconds of each rank, and [tokens, ...] out (and dQ, dK, dV) of the row, as parallel/ring.py has it
-        but for the network.
+        """Computes as parallel/ring.py does, without the network. Returns the CPU seconds of each rank, and out, then dQ, dK, dV with
+        `gradients`, all [tokens, ...] for the whole row.
 
         row: query, key, value and the gradient of out.
         """
         cut = [tuple(x[mine] for x in row) for mine in self.held]
-        of_keys: list[tuple[Tensor, ...]] = [()] * len(cut)  # dK and dV of each rank's tokens
+        # dK and dV of each rank's tokens
+        of_keys: list[tuple[Tensor, ...]] = [()] * len(cut)
         seconds, outs, of_queries = [], [], []
         for rank, steps in enumerate(self.steps):
             query, _, _, grad = cut[rank]
@@ -118,7 +119,8 @@ class Ring:
                 backward(towards, grad, query, key, value, out, lse, step.blocks, scale=HEAD_DIM**-0.5)
                 sums = (towards.key, towards.value)
                 for mine, others in zip(sums, of_keys[owner], strict=False):
-                    mine.add_(others)  # as those that come from the rank before
+                    # As in the ring, where the sums so far come from the rank before.
+                    mine.add_(others)
                 of_keys[owner] = sums
             seconds.append(time.process_time() - begin)
             outs.append(out)
@@ -144,24 +146,24 @@ def make_row(tokens: int, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Balance:
-    """How evenly one way to cut a row shares out attention. Ratios are of the slowest rank to the mean of all."""
+    """How evenly one way to split a row distributes the work of attention. Ratios: slowest rank / mean of all ranks."""
 
     row: str
     context: int
     cut: str
     pairs_ratio: float
-    """Of pairs of a query and a key that it sees; the mean over rows."""
+    """Ratio of the numbers of (query, key) pairs; the mean over rows."""
     seconds_ratio: float
     seconds: list[float]
-    """Of processor time of each rank, forward and backward, medians of rounds, over the first row."""
+    """CPU seconds of each rank for the first row, forward and backward; medians over rounds."""
     calls: int
-    """Of a varlen kernel on CUDA, forward, by the rank that makes most, over the first row."""
+    """Calls of a varlen kernel on CUDA in the forward pass of the first row, by the rank with the most calls."""
     blocks: int
-    """Of that rank."""
+    """Number of blocks of that rank."""
 
 
 def pairs(steps: Steps) -> int:
-    """How many keys all queries of a rank see together."""
+    """Number of (query, key) pairs of a rank."""
     return sum(_pairs(one) for step in steps for one in step.blocks)
 
 
@@ -170,7 +172,7 @@ def _pairs(one: Block) -> int:
 
 
 def balance(tokens: int, contexts: Sequence[int], rounds: int) -> list[Balance]:
-    """Part b."""
+    """Runs part b."""
     row, found = make_row(tokens, 9, 3), []
     packed = {f"packed, mean {mean}": packed_rows(mean, tokens, 100) for mean in (100, 1000)}
     for name, rows in ({"one example": [(0, tokens)]} | packed).items():
@@ -197,7 +199,7 @@ def _ratio(values: Sequence[float]) -> float:
 
 
 def balance_table(found: Sequence[Balance]) -> str:
-    """What is printed of part b."""
+    """The printed table of part b."""
     lines = [
         f"{'row (examples)':26} {'CP':>3} {'cut':11} {'pairs, slowest/mean':>20} {'seconds, slowest/mean':>22} {'calls':>6} {'blocks':>7}"
     ]
@@ -213,25 +215,25 @@ def balance_table(found: Sequence[Balance]) -> str:
 
 @dataclass
 class Overhead:
-    """One way to attend to one row, on one thread."""
+    """Time and error of one way to compute attention for one row, on one thread."""
 
     row: str
     heads: str
     way: str
     passes: str
     seconds: list[float] = field(default_factory=list)
-    """Of processor time, one a round; all ranks together."""
+    """CPU seconds of all ranks together, one value per round."""
     difference: float = 0.0
-    """Largest difference of the result or a gradient from torch's kernel, in parts of its largest number."""
+    """Largest difference of the result or a gradient from torch's kernel, divided by the largest element of torch's."""
     ratios: dict[str, float] = field(default_factory=dict)
-    """Median over rounds of this one's seconds to the peer's, and to plain attention's, of the same round."""
+    """Median over rounds of seconds / PEER's seconds and seconds / PLAIN's seconds, both of the same round."""
 
 
 PEER, PLAIN = "torch's kernel", "plain"
 
 
 def torch_kernel(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients: bool) -> list[Tensor]:
-    """torch's flash kernel for CPU, and its own gradient: out (dQ, dK, dV)."""
+    """torch's flash kernel for the CPU and its backward kernel: out, then dQ, dK, dV with `gradients`."""
     found = []
     for begin, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
         query, key, value, grad = (x[begin:end].transpose(0, 1)[None] for x in row)
@@ -248,7 +250,7 @@ def torch_kernel(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients: bo
 
 
 def plain_attention(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients: bool) -> list[Tensor]:
-    """ops/attention.py: out (dQ, dK, dV)."""
+    """ops/attention.py: out, then dQ, dK, dV with `gradients`."""
     given = [x.detach().requires_grad_(gradients) for x in row[:3]]
     out = attention(
         *given,
@@ -261,7 +263,7 @@ def plain_attention(row: Sequence[Tensor], cu_seqlens: Sequence[int], gradients:
 
 
 def overhead(tokens: int, contexts: Sequence[int], rounds: int) -> list[Overhead]:
-    """Part c. The row of short examples has grouped key heads only."""
+    """Runs part c. Rows of short examples are measured with grouped key heads only."""
     found, packed = [], {mean: packed_rows(mean, tokens, 1)[0] for mean in (1000, 100)}
     for heads, kv_heads, name, cu_seqlens in (
         (9, 3, "one example", (0, tokens)),
@@ -299,7 +301,8 @@ def _overhead(
         ways[f"CP {size}"] = partial(ring, Ring.of(cu_seqlens, size))
     passes = "forward + backward" if gradients else "forward"
     found = {way: Overhead(*said, way, passes) for way in ways}
-    expected, *_ = [job()[1] for job in ways.values()]  # a process's first call of each takes longer
+    # Also a warm-up: the first call of each in a process takes longer.
+    expected, *_ = [job()[1] for job in ways.values()]
     for _ in range(rounds):
         for way, job in ways.items():
             seconds, results = job()
@@ -317,7 +320,7 @@ def _overhead(
 
 
 def overhead_table(found: Sequence[Overhead]) -> str:
-    """What is printed of part c."""
+    """The printed table of part c."""
     lines = [
         f"{'row':18} {'heads':>5} {'passes':18} {'way':14} {'seconds':>8} {'x torch':>8} {'x plain':>8} {'difference':>11}"
     ]
@@ -335,19 +338,19 @@ def overhead_table(found: Sequence[Overhead]) -> str:
 
 @dataclass(frozen=True)
 class Padding:
-    """Tokens of padding in per cent of the tokens of rows, for one layout and one set of examples."""
+    """Padding tokens / all tokens of the padded rows, in per cent, for one layout and one set of examples."""
 
     layout: str
     mean: int
-    """Tokens of an example."""
+    """Mean number of tokens of an example."""
     by_row: float
-    """Ours."""
+    """Ours: only the row is padded."""
     by_example: float
-    """Every example padded to a multiple of 2 CP, and the row as ours, as kernels need that cut example by example."""
+    """Each example is padded to a multiple of 2 · CP, and the row as ours. Kernels that split each example need this."""
 
 
 def layouts() -> Iterator[Layout]:
-    """A ring of 2 to 64, alone and with sequence parallelism over 2 to 8 tensor ranks."""
+    """Rings of 2 to 64 ranks, alone and with sequence parallelism over 2 to 8 tensor ranks."""
     for size in (2, 4, 8, 16, 32, 64):
         for tensor in (1, 2, 4, 8):
             yield Layout(
@@ -362,7 +365,7 @@ def layouts() -> Iterator[Layout]:
 
 
 def padding(max_length: int, means: Sequence[int], count: int) -> list[Padding]:
-    """Part d: the packer's rows of `count` lognormal lengths."""
+    """Runs part d: packs `count` examples of log-normal lengths."""
     found = []
     for mean in means:
         sizes = lengths(mean, 1.0, count, max_length)
@@ -381,7 +384,7 @@ def padding(max_length: int, means: Sequence[int], count: int) -> list[Padding]:
 
 
 def padding_table(found: Sequence[Padding]) -> str:
-    """What is printed of part d."""
+    """The printed table of part d."""
     means = list(dict.fromkeys(one.mean for one in found))
     lines = [f"{'layout':18}" + "".join(f" {f'mean {mean}: by row':>20} {'by example':>11}" for mean in means)]
     for name in dict.fromkeys(one.layout for one in found):
@@ -396,7 +399,7 @@ def padding_table(found: Sequence[Padding]) -> str:
 def part(
     name: str, tokens: int, rounds: int, examples: int = 20000
 ) -> tuple[list[Balance] | list[Overhead] | list[Padding], str]:
-    """One part's results, and its table. examples: of part d."""
+    """The results of one part, and its table. examples: number of examples in part d."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,16 +1,16 @@
-"""Seconds and memory of conversion beside a plain copy of the same files: `python benchmarks/convert.py [--help]`.
+"""Time and memory of conversion, compared with a plain copy of the same files: `python benchmarks/convert.py [--help]`.
 
-On random Llama checkpoints in bfloat16, each job in a fresh process, the jobs of a size taking turns, `--rounds` times:
-  copy            the files, by the kernel (sendfile); and the same with fsync, which is what every save here does
-  write           as many bytes as the checkpoint has from the memory of a new process to files and the disk: the least of a save
-  load            Hugging Face -> the parameters of 1 or 2 ranks (TP): the model is built, its slices are read and checked
-  save            the parameters of 1 or 2 ranks -> Hugging Face, with a sha256 of every tensor, on the disk when it ends
+On random Llama checkpoints in bfloat16. Each job runs in a new process. The jobs of one size run one after another, `--rounds` times:
+  copy            copies the files in the kernel (sendfile); also with fsync, which every save here does
+  write           writes as many bytes as the checkpoint has from the memory of a new process to the disk: a lower bound for a save
+  load            Hugging Face -> the parameters of 1 or 2 ranks (TP): builds the model, reads and checks its slices
+  save            the parameters of 1 or 2 ranks -> Hugging Face, with a sha256 of every tensor; ends when all is on the disk
   resave          Hugging Face -> Hugging Face in float32, by `swift-mega convert --to hf`
   to mcore        Hugging Face -> torch_dist, by tools/convert/hf_to_mcore.py
   from mcore      torch_dist -> Hugging Face, by tools/convert/mcore_to_hf.py
-The last three are whole commands, imports included. Memory that jobs need is touched before each, since a virtual machine's first
-touch of it would be timed otherwise. Peak memory is VmHWM beyond the interpreter with its imports, as a sum over
-ranks; the aim for load and save is the parameters themselves + 300 MB. Every result is compared with the source, bit for bit.
+The last three are whole commands with their imports. The memory that a job needs is touched before it, because the first use of memory in a
+virtual machine is slow and would be timed. Peak memory is VmHWM minus the memory of the interpreter with its imports, summed over ranks.
+The aim for load and save is the size of the parameters + 300 MB. Every result is compared with the source bit for bit.
 """
 
 import argparse
@@ -39,16 +39,16 @@ SMOKE_SIZE = 0.0
 
 @dataclass
 class Measured:
-    """One job on one checkpoint: what each round took."""
+    """Time and memory of one job on one checkpoint, for each round."""
 
     job: str
     gigabytes: float
-    """Of the checkpoint, 10^9 bytes."""
+    """Size of the checkpoint, 10^9 bytes."""
     seconds: list[float] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)
-    """Bytes beyond the imports, all ranks together; empty where it is not asked."""
+    """Peak memory in bytes minus that of the imports, summed over ranks; empty where it is not measured."""
     startup: list[float] = field(default_factory=list)
-    """Seconds of imports, where they are not part of `seconds`."""
+    """Seconds of the imports, where `seconds` does not include them."""
 
     @property
     def median(self) -> float:
@@ -59,7 +59,7 @@ class Measured:
 
 
 def llama(layers: int) -> dict[str, Any]:
-    """The config of a Llama of about 0.083 GB a layer beside its 0.26 GB of vocabulary."""
+    """The config of a Llama with about 0.083 GB per layer and 0.26 GB for the vocabulary."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,7 +80,7 @@ def llama(layers: int) -> dict[str, Any]:
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of that model."""
+    """(name, shape) of every tensor of that model."""
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     keys = HIDDEN // HEADS * KV_HEADS
     for number in range(layers):
@@ -98,7 +98,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_checkpoint(directory: Path, gigabytes: float) -> None:
-    """Random numbers, none of them NaN, in files of 500 MB."""
+    """Writes a checkpoint of random numbers without NaN, in files of 500 MB."""
     import torch
 
     from swift_mega.convert.files.hf_write import Writer, plan_files, write_headers
@@ -137,7 +137,7 @@ def size_of(directory: Path) -> int:
 
 
 def copy(source: Path, target: Path, *, sync: bool) -> float:
-    """Seconds of a plain copy of the weights."""
+    """Copies the weights; returns the seconds."""
     begin = time.perf_counter()
     target.mkdir()
     for file in weights(source):
@@ -151,12 +151,12 @@ def copy(source: Path, target: Path, *, sync: bool) -> float:
 
 
 def write(source: Path, target: Path) -> float:
-    """Seconds that the weights take from memory to the disk, in a process of its own like `ranks`."""
+    """Seconds to write the weights from memory to the disk; runs in a separate process, as `ranks` does."""
     return float(_run([sys.executable, __file__, WRITE, str(source), str(target)], dict(os.environ)))
 
 
 def write_from_memory(source: str, target: str) -> None:
-    """The body of `write`; nothing but the standard library."""
+    """The body of `write`; uses only the standard library."""
     contents = {file.name: file.read_bytes() for file in weights(Path(source))}
     begin = time.perf_counter()
     Path(target).mkdir()
@@ -172,7 +172,7 @@ def write_from_memory(source: str, target: str) -> None:
 
 
 def ranks(source: Path, target: Path, count: int, folder: Path) -> dict[str, Any]:
-    """`load and save` in a process of its own: what its ranks said, slowest time, memory summed up."""
+    """Runs `load_and_save` in a separate process. Returns the time of the slowest rank and the memory summed over ranks."""
     said = folder / "said"
     said.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SWIFT_MEGA_BENCHMARK_BEGIN": str(time.time())}
@@ -185,8 +185,9 @@ def ranks(source: Path, target: Path, count: int, folder: Path) -> dict[str, Any
 
 
 def load_and_save(source: str, target: str, count: int, said: str) -> None:
-    """The body of `ranks`: it starts them as `swift-mega` does."""
-    from swift_mega import api  # noqa: F401 - its imports are what the start costs
+    """The body of `ranks`: starts the ranks as `swift-mega` does."""
+    # Imported because its imports take most of the start.
+    from swift_mega import api  # noqa: F401
     from swift_mega.config import schema
     from swift_mega.launch.torchrun import run_ranks
     from swift_mega.models.translate import load_settings
@@ -229,7 +230,7 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
 
 
 def _forget_peak() -> int:
-    """Begins the peak of resident memory anew; returns what is resident."""
+    """Resets the peak of resident memory (VmHWM); returns the resident memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
@@ -244,9 +245,9 @@ def _status(field_: str) -> int:
 
 
 def command(arguments: Sequence[str | Path]) -> tuple[float, int]:
-    """Seconds of a whole command, and the resident peak of its largest process.
+    """(seconds of a whole command, peak resident memory of its largest process in bytes).
 
-    A small process starts it: Linux counts what the starting process holds to the started one's peak.
+    A small process starts the command, because Linux counts the memory of the starting process in the peak of the started one.
     """
     script = "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode; "
     script += "print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
@@ -259,12 +260,14 @@ def command(arguments: Sequence[str | Path]) -> tuple[float, int]:
 
 
 def imports_peak() -> int:
-    """Resident memory of the interpreter with everything imported, which every command has."""
+    """Peak resident memory in bytes of the interpreter with all imports, which every command needs."""
     return command([sys.executable, "-c", "from swift_mega import api"])[1]
 
 
 def touch(size: int) -> None:
-    """Has the host of a virtual machine give it this much memory now, and not while a job is timed: that takes longer than a copy."""
+    """Writes to `size` bytes of memory, so that the host of a virtual machine provides them now. During a job this would take longer than
+    a copy.
+    """
     with mmap.mmap(-1, size) as memory:
         for page in range(0, size, mmap.PAGESIZE):
             memory[page] = 1
@@ -283,7 +286,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str]) -> str:
 def measure(
     source: Path, folder: Path, rounds: int, jobs: Sequence[str], say: Callable[[str], None], *, warm: bool = True
 ) -> list[Measured]:
-    """Every job on one checkpoint, in turns. warm: memory is touched before each."""
+    """Runs every job on one checkpoint, `rounds` times. warm: memory is touched before each job."""
     size = size_of(source) / 1e9
     found: dict[str, Measured] = {}
     base, needed = imports_peak(), int(3e9 * size) + (1 << 30) if warm else mmap.PAGESIZE
@@ -354,7 +357,7 @@ def measure(
 
 
 def _compare(source: Path, target: Path) -> None:
-    """The tensors of both, bit for bit, whatever their order in the files."""
+    """Asserts that both have the same tensors, bit for bit; their order in the files may differ."""
     from swift_mega.convert.files.hf_files import Checkpoint
 
     if [file.name for file in weights(source)] == [file.name for file in weights(target)] and all(
@@ -374,7 +377,7 @@ def _cleared(*folders: Path) -> None:
 
 
 def table(found: Sequence[Measured]) -> str:
-    """What is printed at the end."""
+    """The table that is printed at the end."""
     lines = [
         f"{'GB':>5} {'job':16} {'seconds':>8} {'min':>6} {'max':>6} {'GB/s':>6} {'x copy':>7} {'x write':>8} "
         f"{'peak - imports':>15}  start-up"
@@ -392,7 +395,7 @@ def table(found: Sequence[Measured]) -> str:
 
 
 def plot(found: Sequence[Measured], file: Path) -> None:
-    """Seconds and memory over the size of the checkpoint."""
+    """Plots seconds and memory against the size of the checkpoint."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -417,7 +420,7 @@ def plot(found: Sequence[Measured], file: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     if (given or sys.argv[1:])[:1] == [WRITE]:
         write_from_memory(*(given or sys.argv[1:])[1:])
         return
@@ -438,7 +441,8 @@ def main(given: Sequence[str] | None = None) -> None:
         "--smoke", action="store_true", help="the jobs once on one layer (0.35 GB), to see that all of it runs"
     )
     arguments = parser.parse_args(given)
-    if arguments.smoke:  # a checkpoint of one layer, since less than its vocabulary was asked for
+    # SMOKE_SIZE is less than the vocabulary needs, so the checkpoint has one layer.
+    if arguments.smoke:
         arguments.sizes, arguments.rounds, arguments.jobs = [SMOKE_SIZE], 1, ["ranks"]
     results: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="swift-mega-convert-", dir=arguments.folder) as scratch:

@@ -1,9 +1,9 @@
-"""What a GPU computes, needs and takes, each number with its limit: `make gpu-check`, or `python benchmarks/gpu_session.py [--help]`.
+"""Checks results, memory and speed on a GPU, with a limit for each: `make gpu-check`, or `python benchmarks/gpu_session.py [--help]`.
 
-The stages are modules of benchmarks/gpu_check. They run in a process beside this one: a stage that fails costs itself alone, and where it
-ends the process, or leaves the GPU unusable, the next ones run in a fresh one. What they find is written after every number to
-benchmarks/results/<gpu>-<date>.json, where stages of a later run on the same day replace those of before; docs/gpu.md is made from these
-files (--docs). Needs no installed swift_mega and no virtual environment, only the packages of setup.py.
+The stages are modules of benchmarks/gpu_check. They run in a separate process, so a stage that fails does not affect the others. Where a
+stage ends the process, or makes the GPU unusable, the remaining stages run in a new process. Results are written after every number to
+benchmarks/results/<gpu>-<date>.json. A later run on the same day replaces the results of its stages in this file. docs/gpu.md is made from
+these files (--docs). Needs only the packages of setup.py; swift_mega need not be installed, and no virtual environment is needed.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from benchmarks.gpu_check.stages import STAGES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_NEEDED = ("matplotlib", "tensorboard")
-"""Of setup.py's requirements: what only draws a run."""
+"""Requirements of setup.py that only plots and TensorBoard need."""
 Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
 STAGE_SECONDS = 240
-"""A stage that takes longer hangs."""
+"""Time limit of a stage; one that takes longer has hung."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
@@ -43,10 +43,10 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHON
 def run_stages(
     stages: Sequence[str], path: Path, start: Start, *, about: Mapping[str, str], limit: float = STAGE_SECONDS
 ) -> Record:
-    """Runs all of them, in one process or, where one ends early, in several; returns the record.
+    """Runs the stages in one process, or in several where a process ends early; returns the record.
 
-    start: begins a process that runs the given stages and writes what they find to `path`. about: what the record says of a stage
-    that the process died before. limit: seconds of one stage.
+    start: starts a process that runs the given stages and writes their results to `path`. about: fields of the record for a stage that
+    did not begin because the process died. limit: seconds for one stage.
     """
     record = Record(path)
     for name in stages:
@@ -57,7 +57,8 @@ def run_stages(
         why = _wait(start(left), path, left, limit)
         record = Record(path)
         begun = [name for name in left if name in record.stages]
-        if not begun:  # nor would another process
+        # The process died before its first stage; another one would do the same.
+        if not begun:
             begun = left
             for name in left:
                 record.begin(name, **about)
@@ -69,7 +70,7 @@ def run_stages(
 
 
 def _wait(process: "subprocess.Popen[bytes]", path: Path, stages: Sequence[str], limit: float) -> str:
-    """Until it ends; returns why it did, or "" where all is well."""
+    """Waits until the process ends; returns the reason of a failure, or "" after success."""
     try:
         while True:
             try:
@@ -81,7 +82,8 @@ def _wait(process: "subprocess.Popen[bytes]", path: Path, stages: Sequence[str],
                     process.wait()
                     return f"{name} took more than {limit:g} s and was ended"
     finally:
-        if process.poll() is None:  # Ctrl-C
+        # Still running after Ctrl-C.
+        if process.poll() is None:
             process.kill()
             process.wait()
 
@@ -98,7 +100,7 @@ def _overdue(record: Record, stages: Iterable[str], limit: float) -> str | None:
 
 
 def missing() -> dict[str, str]:
-    """Requirements of setup.py, and pytest, that this interpreter does not meet: as they are written there -> what is installed."""
+    """Requirements of setup.py, and pytest, that this interpreter does not meet: requirement -> installed version, or "nothing"."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -120,7 +122,7 @@ def missing() -> dict[str, str]:
 
 
 def refuse(lacking: Mapping[str, str], gpu: str | None, *, small: bool) -> str | None:
-    """Why this machine cannot run the check, with what helps; None where it can. gpu: what `gpu_of` says."""
+    """The reason why this machine cannot run the check, with a remedy; None where it can. gpu: the result of `gpu_of`."""
     if lacking:
         found = ", ".join(f"{text} ({there} is installed)" for text, there in lacking.items())
         install = shlex.join([sys.executable, "-m", "pip", "install", *lacking])
@@ -137,7 +139,7 @@ def refuse(lacking: Mapping[str, str], gpu: str | None, *, small: bool) -> str |
 
 
 def gpu_of(python: str) -> str | None:
-    """The name of the first GPU that torch sees, asked in another process, which takes its memory along when it ends."""
+    """The name of the first GPU that torch finds; None without a GPU. Runs in another process, so its GPU memory is freed at its end."""
     asked = (
         "import torch; print(torch.cuda.get_device_name(0) if torch.version.cuda and torch.cuda.is_available() else '')"
     )
@@ -146,7 +148,7 @@ def gpu_of(python: str) -> str | None:
 
 
 def commit() -> str:
-    """HEAD, with "+" where files differ from it; "unknown" in a copy without git."""
+    """The commit of HEAD, with "+" where files differ from it; "unknown" where there is no git repository."""
     if shutil.which("git") is None:
         return "unknown"
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
@@ -155,7 +157,7 @@ def commit() -> str:
 
 
 def results_file(gpu: str, today: datetime.date) -> Path:
-    """benchmarks/results/nvidia-h200-2026-11-30.json."""
+    """For example benchmarks/results/nvidia-h200-2026-11-30.json."""
     return RESULTS / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{today.isoformat()}.json"
 
 
@@ -163,7 +165,7 @@ def results_file(gpu: str, today: datetime.date) -> Path:
 
 
 def check(stages: Sequence[str], output: Path, *, small: bool, head: str) -> int:
-    """Runs the stages, prints what is BAD; 1 where anything is. head: the commit of this tree."""
+    """Runs the stages and prints everything that is BAD; returns 1 where something is. head: the commit of this tree."""
     command = " ".join(["python", *sys.argv])
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
@@ -186,7 +188,7 @@ def check(stages: Sequence[str], output: Path, *, small: bool, head: str) -> int
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """The command; status 1 where anything is BAD, 2 where the check could not run."""
+    """Runs the command; exit status 1 where something is BAD, 2 where the check could not run."""
     arguments = _arguments(given)
     if arguments.docs or arguments.check_docs:
         return page.main(RESULTS, check=arguments.check_docs)

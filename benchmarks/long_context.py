@@ -1,11 +1,11 @@
-"""Long context in numbers: `python benchmarks/long_context.py [--parts a b c d e] [--json FILE] [--plot FILE.png]`.
+"""Measurements of long context: `python benchmarks/long_context.py [--parts a b c d e] [--json FILE] [--plot FILE.png]`.
 
-a  peak memory and time of one layer's forward and backward pass over rows of 4k to 64k tokens, beside the formula of memory/memory.py;
-   the longest row that fits 2 GB, with and without the loss in chunks and tiled MLPs (twenty minutes on one core that others use too)
-b  work of the ranks of a ring, the slowest over the mean: as ours, and with the row cut zigzag or contiguous whatever its examples
-c  seconds of blocks and merging over plain attention on the same row, one process playing every rank
-d  padding of a packed set: by the row as ours, and by the example
-e  the formula applied to Llama 3.1 8B on H100 GPUs of 80 GB: the longest row, technique by technique, beside the best published
+a  peak memory and time of one layer's forward and backward pass for rows of 4k to 64k tokens, and the formula of memory/memory.py;
+   the longest row that fits in 2 GB, with and without chunked loss and tiled MLPs (takes twenty minutes on one shared core)
+b  work of the ring ranks, slowest / mean: with our split, and with the whole row split zigzag or contiguously across examples
+c  seconds of blocks and merging / seconds of plain attention on the same row; one process runs the work of all ranks
+d  padding of packed data: padding of whole rows (ours), and of each example
+e  the formula applied to Llama 3.1 8B on H100 GPUs with 80 GB: the longest row for each technique, and the longest published one
 """
 
 import argparse
@@ -25,7 +25,7 @@ PARTS = ("a", "b", "c", "d", "e")
 
 
 def measure(part: str, tokens: int, rounds: int) -> tuple[Any, str]:
-    """What was found, for JSON, and its table."""
+    """(results of a part for JSON, its table as text)."""
     if part == "a":
         found = memory_parts.measure(_say)
         return found, memory_parts.table(found)
@@ -37,7 +37,7 @@ def measure(part: str, tokens: int, rounds: int) -> tuple[Any, str]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument(
@@ -71,7 +71,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _smoke(arguments: argparse.Namespace) -> None:
-    """Every part, with few tokens, in one round; of (a) one choice and two rows. What is found must be whole and finite."""
+    """Runs every part with few tokens and one round; part (a) with one choice and two rows. Results must be complete and finite."""
     with tempfile.TemporaryDirectory(prefix="swift-mega-smoke-") as folder:
         plot = Path(folder) / "plot.png"
         small = memory_parts.measure(_say, choices=("+ tile_mlp",), lengths=(1024, 2048), given=100_000_000)

@@ -1,9 +1,9 @@
-"""Parts (a) and (e) of benchmarks/long_context.py: the memory of a layer as measured, and the formula applied to an 8B model.
+"""Parts (a) and (e) of benchmarks/long_context.py: the measured memory of a layer, and the formula applied to an 8B model.
 
-A point of (a) is a process of its own: one Llama layer with embedding and head on one rank, one thread, float32. Its row is packed with
-examples of EXAMPLE tokens, so that time is linear in the row. After a short row and its optimizer step, which make everything that stays,
-comes one forward and backward pass of the whole row; memory is VmHWM beyond what was resident right before. glibc is told to hand
-large blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), or freed memory would count again.
+Each point of (a) runs in its own process: one Llama layer with embedding and head on one rank, one thread, float32. Its packed row has
+examples of EXAMPLE tokens, so time is linear in the length of the row. First a short row and its optimizer step allocate everything that
+stays in memory. Then one forward and backward pass of the whole row is measured: memory is VmHWM minus the resident memory before it.
+glibc has to return large blocks to the system at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_); otherwise freed memory counts.
 """
 
 import json
@@ -28,9 +28,9 @@ SIZES = dict(
 )
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 GIVEN = 2 * 10**9
-"""Bytes for which the longest row is looked for."""
+"""Memory in bytes for which the longest row is computed."""
 LEAVE_OUT = 4 * 10**9
-"""Points that need more are not run."""
+"""Points that need more bytes than this are not run."""
 TRAIN: dict[str, dict[str, Any]] = {
     "logits at once": {"recompute": "full", "loss_chunk_size": 1 << 30},
     "+ chunked loss": {"recompute": "full"},
@@ -41,7 +41,7 @@ WORK = "memory-work"
 
 @dataclass(frozen=True)
 class Point:
-    """One row of (a)."""
+    """One measurement of (a), and the value of the formula."""
 
     choice: str
     tokens: int
@@ -102,7 +102,7 @@ def _run(choice: str, folder: str) -> Any:
 
 
 def _formula(choice: str, folder: str) -> tuple[Callable[[int], int], Callable[[int], int]]:
-    """Bytes beside weights, gradients and optimizer for so many tokens, and the most tokens for so many bytes."""
+    """Two functions: tokens -> bytes without weights, gradients and optimizer state; and such bytes -> the largest number of tokens."""
     from swift_mega.config import schema
     from swift_mega.memory.choices import choices_of
     from swift_mega.memory.memory import longest, memory
@@ -131,7 +131,7 @@ def measure(
     lengths: Sequence[int] = LENGTHS,
     given: int = GIVEN,
 ) -> dict[str, Any]:
-    """(a)"""
+    """Runs part (a)."""
     from swift_mega.device import device as devices
 
     devices.setup()
@@ -181,7 +181,7 @@ def _make_model(folder: str) -> None:
 
 
 def fit(points: Sequence[Point]) -> tuple[float, float, float, float]:
-    """Bytes per token, bytes at none, R², and the largest distance from the line as a share of the peak."""
+    """Linear fit: (bytes per token, bytes at 0 tokens, R², largest relative distance of a point from the line)."""
     xs, ys = [one.tokens for one in points], [one.peak for one in points]
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
@@ -191,7 +191,7 @@ def fit(points: Sequence[Point]) -> tuple[float, float, float, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown of (a)."""
+    """The results of (a) as Markdown."""
     points = [Point(**one) for one in found["points"]]
     lines = ["| | tokens | peak, GB | formula | seconds |", "|---|---|---|---|---|"]
     lines += [
@@ -214,14 +214,14 @@ def table(found: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ (e)
 
 H100 = int((79.6 - 4) * 2**30)
-"""79.6 GiB, less 4 for CUDA's context, NCCL's buffers, libraries' workspaces and fragments: a guess, since no GPU was there."""
+"""79.6 GiB minus 4 GiB for CUDA's context, NCCL's buffers, workspaces of libraries and fragmentation. Estimated without a GPU."""
 HOST = 1.9e12
-"""Bytes of a node of 8 GPUs, as in arXiv:2506.13996."""
+"""Host memory in bytes of a node with 8 GPUs, as in arXiv:2506.13996."""
 PUBLISHED = {1: 0.5e6, 8: 3.7e6, 32: 15e6}
 
 
 def ladder() -> list[tuple[str, Any]]:
-    """Techniques, one on top of the other."""
+    """(name, choices) of techniques; each adds one technique to those before it."""
     from swift_mega.memory.choices import Choices
 
     steps: list[tuple[str, Any]] = [("bfloat16, FlashAttention, context parallelism", Choices(whole_loss=True))]
@@ -235,7 +235,7 @@ def ladder() -> list[tuple[str, Any]]:
 
 
 def plan() -> dict[str, Any]:
-    """(e): for each rung and number of GPUs, (tokens, layout)."""
+    """Runs part (e): for each technique and number of GPUs, (tokens, layout)."""
     from swift_mega.device import device as devices
 
     devices.setup()
@@ -261,7 +261,10 @@ def plan() -> dict[str, Any]:
 
 
 def _best(settings: Any, choices: Any, ranks: int, *, cut: bool, spare: int = 0) -> tuple[int, str]:
-    """The longest row over layouts of one data rank; `cut`: also those that cut weights. spare: bytes of the model that are elsewhere."""
+    """The longest row over all layouts with one data rank, and its layout.
+
+    cut: also layouts that shard weights. spare: bytes of the model that are not on the device.
+    """
     from swift_mega.config.schema import Parallel
     from swift_mega.errors import UserError
     from swift_mega.memory.memory import longest
@@ -284,7 +287,7 @@ def _best(settings: Any, choices: Any, ranks: int, *, cut: bool, spare: int = 0)
 
 
 def plan_table(found: dict[str, Any]) -> str:
-    """Markdown of (e)."""
+    """The results of (e) as Markdown."""
     published: dict[Any, float] = found["published"]
     lines = [
         f"| | {' | '.join(f'{n} GPU{chr(115) * (int(n) > 1)}' for n in published)} |",
@@ -300,7 +303,7 @@ def plan_table(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], file: Path) -> None:
-    """(a) on the left, (e) on the right; either may be missing."""
+    """Plots (a) on the left and (e) on the right; one of them may be missing."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
-"""Tokens per second of LoRA fine-tuning, here and with transformers + PEFT: `python benchmarks/train_step.py [--help]`.
+"""Tokens per second of LoRA fine-tuning, ours and with transformers + PEFT: `python benchmarks/train_step.py [--help]`.
 
-One server process each runs one optimizer step on command, so that steps alternate (ours, theirs, theirs, ours, ...) and whatever else
-the machine does falls on both. The ratio is the median over pairs of neighbouring steps, by the wall and by CPU time.
+Each side is a server process that runs one optimizer step on request. Steps alternate (ours, theirs, theirs, ours, ...), so other load on
+the machine affects both sides. The ratio is the median over pairs of consecutive steps, in wall time and in CPU time.
 
-Both train the same adapter (rank 8 on all seven linears) in float32 with AdamW and clipping, on the same tokens with the same
-number of threads, and must agree on loss and gradient norm before a step is timed:
+Both train the same adapter (rank 8 on all seven linear layers) in float32 with AdamW and clipping, on the same tokens with the same number
+of threads. Loss and gradient norm must agree before steps are timed:
   unpacked  examples of equal length, one by one, gradients accumulated
   mixed     batches of 8 examples of mixed length: theirs padded to the longest, with a mask; ours packed
-Tokens that are padding count for neither. Theirs runs as its own Trainer would: SDPA attention, fused AdamW, the loss over the
-number of items in the batch.
+Padding does not count as tokens. Theirs runs as transformers' Trainer does: SDPA attention, fused AdamW, the loss divided by the number of
+items in the batch.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on. together: examples share a forward pass, padded or packed; else one pass each."""
+    """The examples of one optimizer step. together: one forward pass for all examples, padded or packed; else one pass per example."""
 
     examples: list[list[int]]
     trained: list[list[bool]]
@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a server answers. wall, cpu: seconds, cpu of all threads; peak: bytes resident at most, since the last scenario began."""
+    """The answer of a server. wall: seconds. cpu: CPU seconds of all threads. peak: peak resident bytes since the begin of the scenario."""
 
     loss: float
     grad_norm: float
@@ -60,14 +60,14 @@ class Step:
 
 
 def unpacked_batches(count: int, examples: int, length: int, vocabulary: int) -> list[Batch]:
-    """Random tokens, all of them trained."""
+    """Batches of random tokens; all tokens are trained."""
     draw = random.Random(1)
     rows = [[[draw.randrange(vocabulary) for _ in range(length)] for _ in range(examples)] for _ in range(count)]
     return [Batch(examples, [[True] * length for _ in examples], together=False) for examples in rows]
 
 
 def mixed_batches(count: int, vocabulary: int) -> list[Batch]:
-    """Eight examples each, their lengths log-normal around 70 tokens and within 20 .. 512, as instruction data has them."""
+    """Batches of eight examples with log-normal lengths around 70 tokens, limited to 20 … 512, similar to instruction data."""
     draw = random.Random(2)
     batches = []
     for _ in range(count):
@@ -78,7 +78,7 @@ def mixed_batches(count: int, vocabulary: int) -> list[Batch]:
 
 
 def file_batches(count: int, model: Path, dataset: str) -> list[Batch]:
-    """Eight conversations each from a file of SWIFT's formats; only the assistant's turns are trained."""
+    """Batches of eight conversations from a file in one of SWIFT's formats; only the replies are trained."""
     from swift_mega.config import schema
     from swift_mega.data.chat import load_tokenizer
     from swift_mega.data.loader import prepare
@@ -97,13 +97,13 @@ def file_batches(count: int, model: Path, dataset: str) -> list[Batch]:
 
 
 StepFunction = Callable[[Batch], tuple[float, float]]
-"""Takes an optimizer step; returns its loss and gradient norm."""
+"""Runs an optimizer step; returns (loss, gradient norm)."""
 
 
 def serve(
     build: Callable[[Path, Path], StepFunction], pipe: Connection, threads: int, model: Path, adapter: Path
 ) -> None:
-    """Builds a side, says so, then answers each Batch with the Step that it took; "peak" starts a new peak; None ends it."""
+    """Builds a side and sends "ready". Then answers each Batch with its Step; "peak" resets the peak memory, and None ends the server."""
     import torch
 
     torch.set_num_threads(threads)
@@ -120,13 +120,14 @@ def serve(
 
 
 def ours(model: Path, adapter: Path) -> StepFunction:
-    """swift_mega on one rank. Writes the adapter that both sides start from."""
+    """The side of swift_mega, on one rank. Writes the adapter from which both sides start."""
     import numpy as np
     import torch
 
     from swift_mega.device import device as devices
 
-    device = devices.setup()  # before anything below imports Megatron
+    # Has to run before an import below imports Megatron.
+    device = devices.setup()
     from swift_mega.config import schema
     from swift_mega.data.pack import Example, collate, pack_examples
     from swift_mega.export.checkpoint import save_checkpoint
@@ -143,7 +144,8 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     )
     _one_rank()
     training = build_training(run, device, groups.init(layout_of(run, 1)), steps=10**6)
-    with torch.no_grad():  # `up` starts at zero, which would hide a wrong `down`
+    # `up` starts at zero, and with zero a wrong `down` would not be noticed.
+    with torch.no_grad():
         for held in training.tuner.held(training.part):
             if ".adapter.up." in held.name:
                 held.parameter.copy_(torch.randn(held.parameter.shape) * 0.02)
@@ -172,14 +174,14 @@ def ours(model: Path, adapter: Path) -> StepFunction:
 
 
 def _one_rank() -> None:
-    """A process group of this process alone, for as long as it lives."""
+    """Initialises torch.distributed with this process as the only rank, until the process ends."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def theirs(model: Path, adapter: Path) -> StepFunction:
-    """transformers + PEFT, a step as transformers' Trainer takes it."""
+    """The side of transformers + PEFT; a step is as in transformers' Trainer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -206,7 +208,7 @@ def theirs(model: Path, adapter: Path) -> StepFunction:
 
 
 def padded(pairs: Sequence[tuple[list[int], list[bool]]]) -> dict[str, Any]:
-    """Inputs of transformers, padded on the right to the longest; the mask is left out where nothing is padded."""
+    """Inputs of transformers, padded on the right to the longest example; without a mask where there is no padding."""
     import torch
 
     longest = max(len(tokens) for tokens, _ in pairs)
@@ -220,7 +222,7 @@ def padded(pairs: Sequence[tuple[list[int], list[bool]]]) -> dict[str, Any]:
 
 
 def _forget_peak() -> None:
-    """Linux lets a process start its peak of resident memory anew; elsewhere the peak is the whole process's."""
+    """Resets the peak of resident memory, on Linux only; elsewhere the peak is of the whole process."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
@@ -241,7 +243,7 @@ def _peak() -> int:
 
 @dataclass(frozen=True)
 class Result:
-    """One scenario: every timed step of both sides, in pairs."""
+    """All timed steps of both sides in one scenario, in pairs."""
 
     scenario: str
     tokens: list[int]
@@ -249,10 +251,10 @@ class Result:
     theirs: list[Step]
     loss_difference: float
     norm_difference: float
-    """Largest over all steps; the norm's is relative."""
+    """Both are the largest over all steps; this one is relative."""
 
     def ratio(self, kind: str) -> float:
-        """Their seconds over ours: the median over pairs."""
+        """Their seconds / our seconds; the median over pairs."""
         return statistics.median(
             getattr(b, kind) / getattr(a, kind) for a, b in zip(self.ours, self.theirs, strict=True)
         )
@@ -276,11 +278,13 @@ class Sides:
         context = multiprocessing.get_context("spawn")
         self.pipes: dict[str, Connection] = {}
         self.processes = []
-        for build in (ours, theirs):  # ours first: it writes the adapter
+        # Ours first, because it writes the adapter.
+        for build in (ours, theirs):
             here, there = context.Pipe()
             process = context.Process(target=serve, args=(build, there, threads, model, adapter), daemon=True)
             process.start()
-            there.close()  # or this end would not notice that the server died
+            # Closed here, so that this end notices when the server dies.
+            there.close()
             self.processes.append(process)
             self.pipes[build.__name__] = here
             assert here.recv() == "ready"
@@ -303,7 +307,7 @@ class Sides:
 def measure(
     sides: Sides, scenario: str, batches: Sequence[Batch], seconds: float, log: Callable[[str], None]
 ) -> Result:
-    """One step of each to warm up and to compare, then pairs of steps until `seconds` are over, three at least."""
+    """Runs one step of each side as warm-up and comparison, then pairs of steps for `seconds`, but at least three pairs."""
     sides.forget_peaks()
     first, second = sides.step("ours", batches[0]), sides.step("theirs", batches[0])
     differences, norms = [abs(first.loss - second.loss)], [abs(first.grad_norm / second.grad_norm - 1)]
@@ -328,7 +332,7 @@ def measure(
 
 
 def table(results: Sequence[Result], threads: int) -> str:
-    """What is printed at the end."""
+    """The table that is printed at the end."""
     lines = [
         f"LoRA rank {RANK} on all linears, float32, AdamW, {threads} thread(s); tokens/s of the median step, padding not counted",
         f"{'':10} {'':7} {'tokens/s':>9} {'min':>7} {'max':>7} {'per CPU-s':>10} {'peak GiB':>8}  {'wall':>7} {'CPU':>7}",
@@ -370,7 +374,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = _arguments(given)
     if arguments.smoke:
         _smoke(arguments)
@@ -398,7 +402,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 def _smoke(arguments: argparse.Namespace) -> None:
-    """Every scenario, as small as can be; the two sides must agree as in a long run, or nothing is printed."""
+    """Runs every scenario in the smallest size; as in a long run, the two sides must agree, or nothing is printed."""
     folder = tempfile.mkdtemp(prefix="swift-mega-smoke-")
     atexit.register(shutil.rmtree, folder)
     sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -414,7 +418,7 @@ def _say(line: str) -> None:
 
 
 def _prepared() -> Path:
-    """The cached SmolLM2 of scripts/prepare_smollm2.py."""
+    """The directory of the cached SmolLM2 that scripts/prepare_smollm2.py makes."""
     import subprocess
 
     script = Path(__file__).parent.parent / "scripts" / "prepare_smollm2.py"

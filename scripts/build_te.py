@@ -1,11 +1,11 @@
-"""Transformer Engine, built from source once and cached, in a folder of its own: `python scripts/build_te.py FOLDER`.
+"""Builds Transformer Engine from source, once, and installs it in a separate folder: `python scripts/build_te.py FOLDER`. Cached.
 
-For the test that constructs its layers (tests/models/test_te_spec.py); nothing else needs it. Run by the Python that has the CUDA build
-of torch. Where that or nvcc is missing it says so and leaves FOLDER absent. The folder is not on that Python's path: Megatron changes
-its defaults where it finds Transformer Engine, and the other tests are of Megatron without it.
+Only the test that constructs its layers needs it (tests/models/test_te_spec.py). Run it by the Python that has the CUDA build of torch.
+Where torch's CUDA build or nvcc is missing, it prints this and does not create FOLDER. FOLDER is not on the path of that Python: Megatron
+changes its defaults where it finds Transformer Engine, and the other tests are for Megatron without it.
 
-As published the source takes very long to compile: 33 files that each include all of torch. Without optimisation, and as two files
-that include the others, it is done in minutes. Nothing is computed with it here.
+The published source takes very long to compile: 33 files, and each includes all of torch. Here it is compiled without optimisation, as two
+files that include the others, which takes minutes. Nothing is computed with this build.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from pathlib import Path
 
 VERSION = "2.20.2"
 FILES = 2
-"""Compiled side by side."""
+"""Number of files that are compiled in parallel."""
 IMPORTED = ("onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "ml-dtypes==0.6.0")
-"""What it imports, and what that imports, beyond what the tests' environment has."""
+"""Its dependencies, direct and indirect, that the tests' environment does not have."""
 
 
 def missing() -> str | None:
-    """Why it cannot be built here; None: it can."""
+    """The reason why it cannot be built on this machine; None where it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     import torch
@@ -40,7 +40,7 @@ def missing() -> str | None:
 
 
 def cache() -> Path:
-    """Where the wheels of this version for this torch and Python are kept."""
+    """The cache folder for wheels of this version, torch and Python."""
     import torch
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -49,7 +49,7 @@ def cache() -> Path:
 
 
 def build(wheels: Path) -> None:
-    """All wheels that are needed, into the new folder `wheels`."""
+    """Builds or downloads all wheels that are needed, into the new folder `wheels`."""
     from torch.version import cuda
 
     assert cuda is not None
@@ -82,7 +82,7 @@ def build(wheels: Path) -> None:
 
 
 def unpacked(source: Path) -> Path:
-    """The source distribution in a folder, changed so that it compiles soon."""
+    """Unpacks the source distribution, and changes it so that it compiles fast; returns its folder."""
     (archive,) = source.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(source, filter="data")
@@ -103,7 +103,7 @@ def unpacked(source: Path) -> Path:
 
 
 def compiler() -> Mapping[str, str]:
-    """The environment that its build wants: the toolkit behind nvcc, which may be a wrapper, and the headers of torch's CUDA."""
+    """Environment variables of the build: the CUDA toolkit of nvcc (nvcc may be a wrapper script), and the headers of torch's CUDA."""
     said = subprocess.run(
         ["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
     ).stderr
@@ -121,7 +121,7 @@ def compiler() -> Mapping[str, str]:
 
 
 def pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Runs pip of this Python; CalledProcessError, with what pip said above it, where it fails."""
+    """Runs pip of this Python; CalledProcessError where it fails, after pip has printed its error."""
     subprocess.run(
         [sys.executable, "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", *arguments],
         check=True,

@@ -1,4 +1,4 @@
-"""docs/models.md, made from the families themselves: `python scripts/models_page.py` writes it, `--check` only compares."""
+"""Makes docs/models.md from the model families: `python scripts/models_page.py` writes it, `--check` only compares."""
 
 import argparse
 import importlib
@@ -48,7 +48,7 @@ LEFT_OUT = """
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page."""
     rows = []
     for name, family in scan(folder, "FAMILY").items():
         text = (importlib.import_module(f"{folder.__name__}.{name}").__doc__ or "").strip()

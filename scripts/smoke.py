@@ -1,7 +1,7 @@
-"""Every benchmark and script, started in its small form: `make smoke`. A file that is in no table below is an error.
+"""Runs every benchmark and script with --smoke: `make smoke`. A file that is in no table below is an error.
 
-Each runs the code of its long form on a tiny model for some seconds, and asserts that what it found is complete and finite. Nothing here
-is a measurement.
+With --smoke, each runs its normal code on a tiny model for some seconds, and asserts that its results are complete and finite. These runs
+are no measurements.
 """
 
 import resource
@@ -22,7 +22,7 @@ STARTED = {
     "scripts/prepare_smollm2.py": ["--smoke"],
     "tests/faults/run.py": ["--smoke"],
 }
-"""With which arguments."""
+"""File -> its arguments."""
 STARTED_ELSEWHERE = {
     "benchmarks/context_parts.py": "parts b to d of long_context.py",
     "benchmarks/gpu_check": "stages of gpu_session.py",
@@ -36,14 +36,14 @@ STARTED_ELSEWHERE = {
     "tools/convert/hf_to_mcore.py": "tests/test_tools.py",
     "tools/convert/mcore_to_hf.py": "tests/test_tools.py",
 }
-"""By what; a folder stands for its files."""
+"""File, or folder for all its files -> what runs it."""
 LIMIT = 300
-"""Seconds of one; a hang, not a measurement."""
+"""Time limit of one file in seconds; a file that needs longer has hung."""
 AT_ONCE = 2
 
 
 def missing() -> list[str]:
-    """Files that no table has."""
+    """Files that are in no table."""
     folders = ("benchmarks", "scripts", "tools")
     there = [file.relative_to(ROOT) for folder in folders for file in (ROOT / folder).rglob("*.py")]
     known = STARTED.keys() | STARTED_ELSEWHERE.keys()
@@ -51,7 +51,7 @@ def missing() -> list[str]:
 
 
 def main() -> int:
-    """Starts all; status 1 where one ended with another status than 0."""
+    """Runs all files; returns 1 where a file ended with a status other than 0."""
     if unknown := missing():
         print(
             f"error: {', '.join(unknown)}: in no table of scripts/smoke.py; give it a --smoke form, or name what starts it"

@@ -1,11 +1,11 @@
-"""The tiny model that benchmarks and scripts take under --smoke: a random Llama with a chat tokenizer, as the tests have it."""
+"""The tiny model for --smoke of benchmarks and scripts: the random Llama with a chat tokenizer that the tests use."""
 
 import sys
 from pathlib import Path
 
 
 def smoke_model(folder: Path) -> Path:
-    """Writes it to `folder`/model: two layers, a few hundred tokens, 512 positions."""
+    """Writes the model to `folder`/model and returns this path: two layers, a vocabulary of a few hundred tokens, 512 positions."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     import tiny
 

@@ -1,4 +1,7 @@
-"""Draws which context rank holds which tokens of a row, by the code that cuts it, to docs/token_layout.svg (`--check`: is it current?)."""
+"""Draws docs/token_layout.svg: which context rank has which tokens of a packed row, from the code that splits it.
+
+`--check` only compares the file with the current code.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ from swift_mega.parallel.sequence import pieces
 
 TARGET = Path(__file__).parent.parent / "docs" / "token_layout.svg"
 EXAMPLES = (0, 6, 36, 40, 45, 52, 55, 64)
-"""Where the examples of the row begin, and its end."""
+"""Begin of each example in the packed row, then the end of the row (cu_seqlens)."""
 MESHES = (
     ("--cp ulysses", Mesh(4, 1)),
     ("--cp ring, allgather", Mesh(1, 4)),
@@ -21,7 +24,7 @@ LEFT, WIDTH, HEIGHT, GAP = 230, 640, 26, 14
 
 
 def draw() -> str:
-    """The picture, as SVG."""
+    """The picture as SVG text."""
     tokens = EXAMPLES[-1]
     lines = list(
         _row(
@@ -45,7 +48,7 @@ def draw() -> str:
 
 
 def _padded(multiple: int) -> tuple[int, ...]:
-    """Where examples begin if each is padded to a multiple of this many tokens."""
+    """cu_seqlens with each example padded to a multiple of `multiple` tokens."""
     bounds = [0]
     for start, stop in zip(EXAMPLES, EXAMPLES[1:], strict=False):
         bounds.append(bounds[-1] - (start - stop) // multiple * multiple)

@@ -1,4 +1,4 @@
-"""Packed attention against its definition, then the rate and the memory of long rows."""
+"""Packed attention compared with its definition, then speed and memory of long rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from swift_mega.ops.attention import attention
 from swift_mega.ops.attention_kernels import attention_kernel_name
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
-"""Relative errors. bfloat16 has 8 bits: a rounded result is off by 2e-3, and gradients pass several roundings."""
+"""Limits of relative errors. bfloat16 has 8 bits of precision: rounding a result gives an error of 2e-3, and gradients are rounded
+several times."""
 BOUNDS = (0, 1, 38, 165, 421, 1024)
 SMALL_BOUNDS = (0, 1, 20, 180)
-"""The last example is longer than every window."""
+"""cu_seqlens; the last example is longer than every window."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What varies in attention between families."""
+    """Options of attention that differ between model families."""
 
     heads: int
     kv_heads: int
@@ -52,7 +53,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class LongRow:
-    """A row whose speed is measured, 32 query heads and 8 key heads of 128."""
+    """A packed row whose speed is measured, with 32 query heads and 8 key heads of dim 128."""
 
     tokens: int
     example: int
@@ -60,7 +61,7 @@ class LongRow:
 
     @property
     def pairs(self) -> int:
-        """Of query and key that see each other."""
+        """Number of (query, key) pairs in which the query attends to the key."""
         return sum(min(place + 1, self.window or self.example) for place in range(self.example)) * (
             self.tokens // self.example
         )
@@ -75,7 +76,7 @@ LONG_ROWS = {
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     bounds = SMALL_BOUNDS if bench.small else BOUNDS
     for dtype, limit in LIMITS.items():
         for kernel, names in served(bench.device.device, dtype).items():
@@ -87,7 +88,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def served(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
-    """The cases that each kernel computes, as a run's header calls it."""
+    """Kernel (by its name in a run's header) -> the cases that it computes."""
     found: dict[str, list[str]] = {}
     for name, case in CASES.items():
         kernel = attention_kernel_name(
@@ -98,7 +99,7 @@ def served(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
 
 
 def worst_error(device: torch.device, case: Case, dtype: torch.dtype, bounds: Sequence[int]) -> float:
-    """The largest relative error of output and gradients of query, key, value (and sinks)."""
+    """The largest relative error of the output and of the gradients of query, key, value and sinks."""
     generator = torch.Generator(device=device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

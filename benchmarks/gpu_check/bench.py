@@ -1,4 +1,4 @@
-"""What stages share: the device, random models, packed rows, one rank's training, and the clock."""
+"""Code that stages share: device, random models, packed rows, the training of one rank, and timing."""
 
 import contextlib
 import gc
@@ -32,18 +32,18 @@ SIZES: dict[str, dict[str, int]] = {
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
     ),
 }  # fmt: skip
-"""Llamas: for the CPU, in the shape of SmolLM2-135M, in the shape of Llama 3.2 1B."""
-# An update of Adam's first steps is g / (|g| + eps): with a tiny eps the sign of a gradient that is zero but for rounding decides.
+"""Llama models: a tiny one for the CPU, the shape of SmolLM2-135M, the shape of Llama 3.2 1B."""
+# In the first steps Adam's update is g / (|g| + eps). With a tiny eps, a gradient that is only rounding error would give a full update.
 OPTIM = schema.Optim(lr=1e-3, eps=1e-4, weight_decay=0.1, schedule="constant", clip_grad=0.5)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where stages run."""
+    """The device and sizes with which stages run."""
 
     device: Device
     small: bool
-    """Tiny models and short rows, which a CPU takes in seconds."""
+    """Use tiny models and short rows, which take seconds on a CPU."""
     folder: Path
 
     @property
@@ -52,14 +52,14 @@ class Bench:
 
     @property
     def dtype(self) -> DtypeName:
-        """What training takes on this device by default."""
+        """The default dtype of training on this device."""
         return "bfloat16" if self.on_gpu else "float32"
 
     def size(self, full: str) -> str:
         return "tiny" if self.small else full
 
     def model(self, size: str) -> Path:
-        """A random Llama, made at first use. Its weights are large enough that attention is far from uniform."""
+        """The directory of a random Llama, made at first use. Its weights are large, so that attention is far from uniform."""
         folder = self.folder / size
         if not folder.exists():
             from transformers import AutoModelForCausalLM, LlamaConfig
@@ -87,13 +87,13 @@ class Bench:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Gives back what nothing refers to any more."""
+        """Frees memory that nothing refers to any more."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
 
     def seconds(self, call: Callable[[], object], *, times: int = 5, warm: int = 2) -> float:
-        """The median of `times` calls, after `warm` more."""
+        """Median seconds of `times` calls, after `warm` calls that are not timed."""
         for _ in range(warm):
             call()
         took = []
@@ -107,7 +107,7 @@ class Bench:
 
     @contextlib.contextmanager
     def training(self, run: schema.Run) -> Iterator[Training]:
-        """One rank's training, whose memory is given back afterwards. torch.distributed is initialised with one rank."""
+        """The training of one rank; its memory is freed at the end. torch.distributed has to be initialised with one rank."""
         self.free()
         try:
             yield build_training(run, self.device, groups.init(layout_of(run, 1), seed=run.train.seed), steps=10**6)
@@ -119,7 +119,7 @@ class Bench:
 def run_of(
     model: Path, dtype: DtypeName, tuner: str, *, adapter: Path | None = None, optim: schema.Optim = OPTIM, **train: Any
 ) -> schema.Run:
-    """A run's settings; the optimizer is not distributed, so that gradients are whole."""
+    """Settings of a run; the optimizer is not distributed, so gradients are not sharded."""
     return schema.Run(
         model=schema.Model(path=str(model), dtype=dtype, adapters=(str(adapter),) if adapter else ()),
         optim=optim,
@@ -130,12 +130,12 @@ def run_of(
 
 
 def computed_by(training: Training) -> str:
-    """Whose layers, attention and optimizer they are, as a run says at its start."""
+    """Backends of layers, attention and optimizer, from the header of a run."""
     return header(training)[0].removeprefix("computed by").strip()
 
 
 def packed(lengths: Sequence[int], vocab: int, seed: int = 0) -> Microbatch:
-    """One row of random examples of these lengths; every token is trained."""
+    """One packed row of random examples with these lengths; every token is trained."""
     draw = np.random.default_rng(seed)
     return collate(
         [Example(tokens=draw.integers(0, vocab, n, dtype=np.int32), trained=np.ones(n, bool)) for n in lengths]
@@ -143,20 +143,20 @@ def packed(lengths: Sequence[int], vocab: int, seed: int = 0) -> Microbatch:
 
 
 def examples(row: Microbatch) -> list[Tensor]:
-    """The tokens of each example of a row."""
+    """The tokens of each example in a packed row."""
     bounds = row.cu_seqlens.tolist()
     return [row.tokens[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact|, by the norm of all numbers."""
+    """‖found - exact‖ / ‖exact‖, Euclidean norms over all elements."""
     return float((found.double() - exact).norm() / exact.norm())
 
 
 def network(
     bench: Bench, model: Path, dtype: torch.dtype, adapter: Path | None = None, *, trainable: bool = False
 ) -> Any:
-    """transformers' model with SDPA attention, under PEFT where there is an adapter."""
+    """transformers' model with SDPA attention, with PEFT where there is an adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -171,7 +171,7 @@ def network(
 
 
 def summed_loss(net: Any, tokens: Tensor) -> Tensor:
-    """Cross entropy of one example [n], summed over its n - 1 targets, from logits in their own dtype widened to float32 at least."""
+    """Cross-entropy of one example [n], summed over its n - 1 targets. Logits are converted to at least float32."""
     logits = net(input_ids=tokens[None], use_cache=False).logits[0, :-1]
     return torch.nn.functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[1:], reduction="sum"

@@ -1,4 +1,4 @@
-"""Ring attention block by block, as parallel/ring.py calls it, with this process as every rank of the ring."""
+"""Ring attention block by block, as parallel/ring.py computes it; this process runs the work of all ring ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ RINGS = (2, 4)
 
 @dataclass(frozen=True)
 class Row:
-    """Packed examples: where each begins, in 128ths of the row; window in 128ths too."""
+    """A packed row. bounds: cu_seqlens, in units of 1/128 of the row. window: in the same unit."""
 
     bounds: tuple[int, ...]
     window: int | None = None
@@ -33,7 +33,7 @@ ROWS = {
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     dtype = torch.bfloat16
     for name, row in ROWS.items():
         for ring in RINGS:
@@ -42,7 +42,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def worst_error(device: torch.device, row: Row, ring: int, dtype: torch.dtype, *, small: bool) -> float:
-    """The largest relative error of output and gradients of query, key, value."""
+    """The largest relative error of the output and of the gradients of query, key and value."""
     unit, heads, kv_heads, head_dim = (1, 4, 2, 16) if small else (16, 8, 2, 128)
     bounds = tuple(unit * place for place in row.bounds)
     window = None if row.window is None else unit * row.window
@@ -61,7 +61,7 @@ def worst_error(device: torch.device, row: Row, ring: int, dtype: torch.dtype, *
 def around_the_ring(
     query: Tensor, key: Tensor, value: Tensor, above: Tensor, bounds: Sequence[int], ring: int, window: int | None
 ) -> list[Tensor]:
-    """Output and gradients of a whole row in float32, rank by rank."""
+    """Output and gradients of a whole row in float32, computed ring rank by ring rank."""
     scale, starts = query.shape[-1] ** -0.5, tuple(bounds)
     held = [held_tokens(starts, Mesh(1, ring), rank).to(query.device) for rank in range(ring)]
     out, grad_query, grad_key, grad_value = (torch.zeros(x.shape, device=x.device) for x in (above, query, key, value))

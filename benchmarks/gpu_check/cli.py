@@ -1,4 +1,4 @@
-"""The command line as a user has it: this interpreter starts `swift-mega`, and that starts its rank afresh."""
+"""The command line as a user runs it: this interpreter starts `swift-mega`, which starts its rank as a new process."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOAT32 = ("--torch_dtype", "float32", "--tolerance", "1e-3")
 COMMANDS = (("--torch_dtype", "float64"), FLOAT32, (*FLOAT32, "--tuner", "lora"))
 SMALL = COMMANDS[-1:]
-"""`make test` has the same layouts on the CPU; here it shows that the command line is called rightly."""
+"""`make test` tests the same layouts on the CPU; here this only shows that the command line is called with valid arguments."""
 TRAINED = (
     "--global_batch_size", "4", "--train_iters", "3", "--lora_dropout", "0.3", "--deterministic", "true", "--add_version", "false",
 )  # fmt: skip
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     model = bench.model("tiny")
     for words in SMALL if bench.small else COMMANDS:
         status, last = swift_mega("verify", "--model", str(model), "--layouts", "single", *words)
@@ -30,7 +30,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def swift_mega(*words: str) -> tuple[int, str]:
-    """Status, and the last line of what was printed; all of it is shown where the command failed."""
+    """(exit status, last line of the output); the whole output is printed where the command failed."""
     done = subprocess.run(
         [sys.executable, "-m", "swift_mega", *words],
         stdin=subprocess.DEVNULL,
@@ -45,7 +45,7 @@ def swift_mega(*words: str) -> tuple[int, str]:
 
 
 def repeated(bench: Bench, stage: Stage) -> None:
-    """Two deterministic LoRA runs, with dropout, write the same adapter to the last bit."""
+    """Checks that two deterministic LoRA runs with dropout write bit-identical adapters."""
     sys.path.insert(0, str(ROOT / "scripts"))
     from smoke_model import smoke_model
 

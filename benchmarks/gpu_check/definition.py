@@ -1,4 +1,4 @@
-"""Attention by its definition, in float64: what kernels are compared with."""
+"""Attention by its definition in float64: the reference for kernels."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def attention_in_float64(
     alibi: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """[tokens, heads, value_dim]; arguments as ops.attention.attention has them. One [heads, n, n] softmax an example."""
+    """[tokens, heads, value_dim]; arguments as in ops.attention.attention. One softmax [heads, n, n] per example."""
     outs = []
     for start, end in zip(bounds, bounds[1:], strict=False):
         q, k, v = (x[start:end].double().transpose(0, 1) for x in (query, key, value))

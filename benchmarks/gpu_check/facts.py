@@ -1,4 +1,4 @@
-"""What the numbers of the other stages belong to: hardware, versions, and the rates that this device reaches at best."""
+"""Hardware, versions, and the highest rates that this device reaches; the numbers of the other stages belong to these."""
 
 import importlib.metadata
 import platform
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     stage.fact("device", bench.device.name)
     stage.fact("python", platform.python_version())
     for name in PACKAGES:
@@ -45,7 +45,7 @@ def _output(*command: str) -> str:
 
 
 def _rates(bench: Bench, stage: Stage) -> None:
-    """The ceilings. A CPU's are measured on less, and its copies between host and device are copies like any other."""
+    """Measures the highest rates of the device. On a CPU the sizes are smaller, and copies between host and device are plain copies."""
     size, copied, moved = (8192, 1 << 31, 1 << 28) if bench.on_gpu else (512, 1 << 26, 1 << 24)
     device = bench.device.device
     factor = torch.randn(size, size, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""LoRA: steps beside PEFT's, and what PEFT and transformers make of the files that we write."""
+"""LoRA: steps compared with PEFT's, and the losses of PEFT and transformers with the files that we write."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,18 +35,18 @@ UPDATE_LIMIT, LOSS_LIMIT = 1e-3, 1e-4
 
 @dataclass(frozen=True)
 class Steps:
-    """STEPS steps beside torch's AdamW."""
+    """The result of STEPS steps, compared with torch's AdamW."""
 
     loss: float
-    """Largest difference of a step's loss."""
+    """Largest difference of the loss in a step."""
     update: float
-    """Difference of the change of all trained weights, relative."""
+    """Relative difference of the total change of all trained weights."""
     by: str
-    """What computed ours."""
+    """Backends of our side."""
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     size = bench.size("smol")
     lengths = (40, 9) if bench.small else (512, 300, 200)
     batch = [packed(lengths, bench.vocab(size), seed) for seed in range(2)]
@@ -61,7 +61,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def random_adapter(bench: Bench, size: str) -> Path:
-    """An adapter whose both factors are not zero."""
+    """An adapter in which both factors are nonzero."""
     folder = bench.folder / f"adapter-{size}"
     if not folder.exists():
         run = run_of(bench.model(size), "float32", "lora")
@@ -71,7 +71,7 @@ def random_adapter(bench: Bench, size: str) -> Path:
 
 
 def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: str) -> Steps:
-    """tuner: "full" is compared with transformers, "lora" with PEFT; both with torch's AdamW, one update for each parameter."""
+    """Compares steps. tuner: "full" with transformers, "lora" with PEFT; both references use torch's AdamW, one update per parameter."""
     model = bench.model(size)
     start = random_adapter(bench, size) if tuner == "lora" else None
     folder = bench.folder / f"steps-{size}-{tuner}"
@@ -100,10 +100,10 @@ def against_torch(bench: Bench, size: str, batch: Sequence[Microbatch], tuner: s
 def _by_torch(
     bench: Bench, model: Path, adapter: Path | None, batch: Sequence[Microbatch]
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and trained weights, by their names in files."""
+    """(loss of each step, trained weights by their names in files)."""
     net = network(bench, model, torch.float32, adapter, trainable=True).train()
     trained = {name: x for name, x in net.named_parameters() if x.requires_grad}
-    # Like Megatron, no decay for biases and norms.
+    # As in Megatron, biases and norms have no weight decay.
     groups = [
         {"params": [x for x in trained.values() if x.dim() > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [x for x in trained.values() if x.dim() == 1], "weight_decay": 0.0},
@@ -129,7 +129,7 @@ def _by_torch(
 
 
 def _falls(bench: Bench, stage: Stage, size: str, batch: Sequence[Microbatch]) -> None:
-    """Eight steps on one batch in the dtype that training takes by default."""
+    """Checks that the loss falls in eight steps on one batch, in the default dtype of training."""
     optim = schema.Optim(lr=1e-3, schedule="constant")
     with bench.training(run_of(bench.model(size), bench.dtype, "lora", optim=optim)) as training:
         losses = [train_step(training, batch).loss for _ in range(MORE_STEPS)]
@@ -138,7 +138,7 @@ def _falls(bench: Bench, stage: Stage, size: str, batch: Sequence[Microbatch]) -
 
 
 def exported(bench: Bench, size: str, batch: Sequence[Microbatch], dtype: DtypeName = "float32") -> tuple[float, float]:
-    """How far the loss is from ours: of our exported adapter under PEFT, of our merged model under transformers."""
+    """Differences from our loss: (our exported adapter with PEFT, our merged model with transformers)."""
     model, adapter, merged = bench.model(size), bench.folder / f"exported-{size}", bench.folder / f"merged-{size}"
     run = run_of(model, dtype, "lora", adapter=random_adapter(bench, size))
     with bench.training(run) as training:

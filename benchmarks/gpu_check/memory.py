@@ -1,4 +1,4 @@
-"""The most bytes that a training step has allocated, against what `swift-mega plan` says."""
+"""Peak allocated bytes of a training step, compared with the memory estimate of `swift-mega plan`."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """One row of one example through a step."""
+    """A step on one packed row with one example."""
 
     tuner: str
     tokens: int
@@ -38,7 +38,7 @@ SMALL = {"LoRA, 512 tokens": Case("lora", 512), "full, 512 tokens": Case("full",
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     size = bench.size("1b")
     for name, case in (SMALL if bench.small else CASES).items():
         run = run_of(bench.model(size), bench.dtype, case.tuner, **case.train)
@@ -60,7 +60,7 @@ def formula(bench: Bench, run: schema.Run, tokens: int) -> Memory:
 
 
 def measured(bench: Bench, run: schema.Run, size: str, tokens: int) -> tuple[int, int]:
-    """Bytes allocated and reserved at most in a step after the first one; on the CPU the bytes of all tensors, twice."""
+    """(peak allocated bytes, peak reserved bytes) of a step after the first one; on the CPU both are the bytes of all tensors."""
     row = packed((tokens,), bench.vocab(size))
     bench.free()
     before = torch.cuda.memory_allocated() if bench.on_gpu else 0

@@ -1,4 +1,4 @@
-"""What waits in host memory, and what is computed by tiles, changes nothing: loss and gradients beside those without."""
+"""Offloading to host memory and computation in tiles do not change results: loss and gradients with and without them are compared."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from swift_mega.train.step import run_schedule, train_step
 LOSS_LIMIT, TILED_LIMIT = 1e-6, 1e-4
 GRADIENT_LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}
 STEP_LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}
-"""Of the loss after a step with AdamW on the host, which rounds otherwise than the GPU's."""
+"""Limits for the loss after a step with AdamW on the host, which rounds differently from AdamW on the GPU."""
 CASES: dict[str, dict[str, Any]] = {
     "layer inputs on the host": {"offload_activations": True},
     "MLPs by tiles": {"tile_mlp": True},
@@ -25,23 +25,23 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One forward and backward pass."""
+    """The result of one forward and backward pass."""
 
     loss: float
     gradients: Tensor
     seconds: float
     peak: int
-    """Bytes allocated at most; 0 on the CPU."""
+    """Peak allocated bytes; 0 on the CPU."""
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     size = bench.size("smol")
     lengths = (40, 9) if bench.small else (900, 300, 848)
     batch = [packed(lengths, bench.vocab(size), seed) for seed in range(2)]
     plain = once(bench, size, batch)
     for name, settings in CASES.items():
-        # The rows of a small run are shorter than a tile otherwise.
+        # Rows of a small run are shorter than the default tile.
         train = settings | ({"mlp_tile_size": 16} if bench.small and "tile_mlp" in settings else {})
         found = once(bench, size, batch, **train)
         stage.check(
@@ -63,7 +63,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def once(bench: Bench, size: str, batch: Sequence[Microbatch], **train: Any) -> Result:
-    """A pass with every layer recomputed, timed, then once more for the numbers."""
+    """Runs a pass with all layers recomputed: first timed, then again for loss and gradients."""
     with bench.training(run_of(bench.model(size), bench.dtype, "full", recompute="full", **train)) as training:
 
         def one_pass() -> float:
@@ -81,7 +81,7 @@ def once(bench: Bench, size: str, batch: Sequence[Microbatch], **train: Any) -> 
 
 
 def main_grad(parameter: nn.Parameter) -> Tensor:
-    """Where Megatron's DistributedDataParallel sums a gradient."""
+    """The buffer in which Megatron's DistributedDataParallel sums the gradient of a parameter."""
     return parameter.main_grad  # type: ignore[attr-defined,no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""docs/gpu.md: what the newest results file of each GPU says, or that there is none."""
+"""Makes docs/gpu.md from the newest results file of each GPU; without such files the page says so."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ one GPU. Tests over several gloo ranks cover the arithmetic of layouts on the CP
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
-    """The whole page. results: the newest of each GPU."""
+    """The text of the page. results: the newest results of each GPU."""
     rows = [f"| `{name}` | {about.proves} | {about.limit} | {about.seconds} |\n" for name, about in STAGES.items()]
     minutes = round(sum(about.seconds for about in STAGES.values()) / 60)
     found = "".join(_device(one) for one in results) if results else NONE
@@ -52,7 +52,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def newest(folder: Path) -> list[dict[str, Any]]:
-    """The latest results file of each GPU, by the date in them."""
+    """The newest results of each GPU, by the date in the file."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         one = json.loads(path.read_text())
@@ -62,7 +62,7 @@ def newest(folder: Path) -> list[dict[str, Any]]:
 
 
 def main(folder: Path, *, check: bool = False) -> int:
-    """Writes the page from the files in `folder`; with `check` only compares."""
+    """Writes the page from the results files in `folder`; with `check` it only compares."""
     made = page(newest(folder))
     if check:
         return 0 if PAGE.is_file() and PAGE.read_text() == made else 1
@@ -104,7 +104,7 @@ def _check(each: dict[str, Any]) -> str:
 
 
 def _absent(found: dict[str, Any]) -> str:
-    """Optional packages that the run did without, whose code paths it therefore does not show."""
+    """A line about optional packages that were not installed, so that the run did not test their code paths."""
     facts = found["stages"].get("facts", {}).get("facts", {})
     absent = [name for name in ("transformer-engine", "flash-attn", "apex") if facts.get(name) == "not installed"]
     return f"\nNot installed, so not shown: {', '.join(absent)}.\n" if absent else ""

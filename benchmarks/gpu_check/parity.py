@@ -1,6 +1,7 @@
-"""One rank beside transformers: logits, loss and every gradient of both against transformers in float64.
+"""One rank and transformers: logits, loss and all gradients of both, compared with transformers in float64.
 
-bfloat16 and float32 round, so no absolute limit says whether a difference is an error. transformers' own error in the same dtype does.
+bfloat16 and float32 round, so a fixed limit cannot tell rounding from a defect. The limit is a multiple of transformers' own error in the
+same dtype.
 """
 
 from collections.abc import Sequence
@@ -17,42 +18,42 @@ from swift_mega.convert.files.hf_files import Checkpoint
 from swift_mega.verify import parity
 
 FACTOR = 1.5
-"""Of transformers' error in the same dtype."""
+"""The limit of our error is FACTOR · transformers' error in the same dtype."""
 LEAST = {"bfloat16": 5e-3, "float32": 1e-5}
-"""The least limit: a mean loss may happen to be rounded hardly at all."""
+"""The smallest limit: the error of a mean loss may be almost 0 by chance."""
 LENGTHS = (700, 5, 321, 1022)
 SMALL_LENGTHS = (70, 5, 33, 20)
 
 
 @dataclass(frozen=True)
 class Found:
-    """One side in one dtype."""
+    """The results of one side in one dtype."""
 
     logits: Tensor
     """[tokens, vocab] of all examples."""
     loss: float
     gradients: dict[str, Tensor]
-    """By Hugging Face name."""
+    """Hugging Face name -> gradient."""
     by: str = "transformers"
-    """What computed it."""
+    """Backends."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Distances from float64; relative but for the loss."""
+    """Differences from float64; all relative, except for the loss."""
 
     logits: float
     loss: float
     gradients: float
-    """All gradients as one vector."""
+    """Error of all gradients as one vector."""
     worst: float
-    """The largest of one tensor."""
+    """The largest error of a single gradient tensor."""
     tensor: str
     by: str
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     size = bench.size("smol")
     lengths = SMALL_LENGTHS if bench.small else LENGTHS
     rows = [parity.example_rows(bench.vocab(size), examples=1, shortest=n, longest=n, seed=n)[0] for n in lengths]
@@ -62,7 +63,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def judge(stage: Stage, dtype: str, ours: Errors, theirs: Errors) -> None:
-    """Writes the checks of one dtype."""
+    """Writes the checks for one dtype to the record."""
     stage.fact(f"{dtype}: computed by", ours.by)
     for name in ("logits", "loss", "gradients", "worst"):
         mine, others = getattr(ours, name), getattr(theirs, name)
@@ -73,7 +74,7 @@ def judge(stage: Stage, dtype: str, ours: Errors, theirs: Errors) -> None:
 def errors(
     bench: Bench, size: str, rows: Sequence[list[int]], dtype: DtypeName | str, exact: Found
 ) -> tuple[Errors, Errors]:
-    """Ours and transformers'."""
+    """(our errors, transformers' errors)."""
     mine = errors_of(ours(bench, size, rows, dtype), exact)
     return mine, errors_of(theirs(bench, size, rows, getattr(torch, dtype)), exact)
 
@@ -93,7 +94,7 @@ def _joined(gradients: dict[str, Tensor], order: dict[str, Tensor]) -> Tensor:
 
 
 def theirs(bench: Bench, size: str, rows: Sequence[list[int]], dtype: torch.dtype) -> Found:
-    """transformers, one example at a time."""
+    """The results of transformers, one example at a time."""
     net = network(bench, bench.model(size), dtype)
     count, total, logits = sum(len(row) - 1 for row in rows), 0.0, []
     for row in rows:
@@ -110,7 +111,7 @@ def theirs(bench: Bench, size: str, rows: Sequence[list[int]], dtype: torch.dtyp
 
 
 def ours(bench: Bench, size: str, rows: Sequence[list[int]], dtype: Any) -> Found:
-    """Two examples packed into a row, through the code that `swift-mega verify` runs."""
+    """Our results, with two examples in each packed row, by the code of `swift-mega verify`."""
     folder = bench.folder / f"parity-{size}-{dtype}"
     with bench.training(run_of(bench.model(size), dtype, "full")) as training:
         parity.write_measured(training, rows, folder)

@@ -1,4 +1,4 @@
-"""The results file of a GPU check: written after every number, so that a stage that ends the process loses nothing of what it found.
+"""The results file of a GPU check. It is written after every number, so nothing is lost when a stage ends the process.
 
 {"device": …, "stages": {name: {"state": "running" | "done" | "failed", "seconds": …, "commit": …, "command": …, "facts": {name: text},
  "checks": [{"name", "value", "limit", "ok"}], "error": …}}}
@@ -15,14 +15,14 @@ from typing import Any
 
 
 class Record:
-    """The file. One process at a time writes to it."""
+    """The results file. Only one process at a time writes to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"stages": {}}
 
     def write(self) -> None:
-        """Whole or not at all: the process that watches the stages reads it meanwhile."""
+        """Writes the file atomically, because the process that watches the stages reads it at the same time."""
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps(self.found, indent=1) + "\n")
         os.replace(beside, self.path)
@@ -32,13 +32,13 @@ class Record:
         return self.found["stages"]
 
     def begin(self, name: str, **about: str) -> "Stage":
-        """Starts a stage; what an earlier run said of it is forgotten."""
+        """Starts a stage; its results of an earlier run are deleted."""
         self.stages[name] = {"state": "running", "begun": time.time(), **about, "facts": {}, "checks": []}
         self.write()
         return Stage(self, name)
 
     def end(self, name: str, error: str | None = None) -> None:
-        """error: why the stage did not come to its end."""
+        """Ends a stage. error: the reason why it did not finish; None where it did."""
         entry = self.stages[name]
         entry["seconds"] = round(time.time() - entry.pop("begun"), 1)
         entry["state"] = "done" if error is None else "failed"
@@ -47,7 +47,7 @@ class Record:
         self.write()
 
     def bad(self, stages: Iterable[str]) -> list[str]:
-        """Checks over their limit, and stages that failed."""
+        """Checks that are over their limit, and stages that failed."""
         found = []
         for name in stages:
             entry = self.stages[name]
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass
 class Stage:
-    """What one stage writes to the record, and prints."""
+    """Writes the results of one stage to the record and prints them."""
 
     record: Record
     name: str
@@ -69,14 +69,14 @@ class Stage:
         self.entry = self.record.stages[self.name]
 
     def fact(self, name: str, value: object) -> None:
-        """A number or a text that no limit belongs to."""
+        """Records a number or a text that has no limit."""
         self.entry["facts"][name] = str(value)
         self._say(name, str(value))
 
     def check(self, name: str, value: float, limit: float) -> None:
-        """ok where value <= limit, so a NaN is BAD."""
+        """Records a number with a limit: ok where value <= limit, so NaN is BAD."""
         ok = bool(value <= limit)
-        # JSON has no word for what is not finite.
+        # JSON has no NaN and no infinities.
         shown = value if math.isfinite(value) else str(value)
         self.entry["checks"].append({"name": name, "value": shown, "limit": limit, "ok": ok})
         self._say(name, f"{value:.3g}  {'ok' if ok else 'BAD'} (limit {limit:.3g})")

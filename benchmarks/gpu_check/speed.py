@@ -1,7 +1,7 @@
-"""LoRA steps beside transformers + PEFT on the same device, and where the time of ours goes.
+"""LoRA steps compared with transformers + PEFT on the same device, and a profile of ours.
 
-Both train the same adapter on all linears, from the same values, with AdamW and clipping, and must agree on loss and gradient norm.
-Theirs runs as its own Trainer would: SDPA attention, fused AdamW, examples padded to the longest; tokens that are padding do not count.
+Both train the same adapter on all linear layers, from the same values, with AdamW and clipping; loss and gradient norm must agree.
+Theirs runs as transformers' Trainer does: SDPA attention, fused AdamW, examples padded to the longest. Padding does not count as tokens.
 """
 
 import warnings
@@ -23,17 +23,17 @@ from swift_mega.train.flops import flops_per_token
 from swift_mega.train.step import train_step
 
 LIMITS = {"bfloat16": (1e-2, 5e-2), "float32": (1e-4, 1e-3)}
-"""Of the first step: loss, and gradient norm, relative."""
+"""Limits for the first step: (relative difference of the loss, of the gradient norm)."""
 SLOWEST = 1.0
-"""Our seconds over theirs, on a GPU; for the CPU there is `make benchmark`."""
+"""Limit of our seconds / their seconds on a GPU; `make benchmark` measures the CPU."""
 PLACES, KERNELS = 12, 15
 Rows = Sequence[Microbatch]
 StepFunction = Callable[[Rows], tuple[float, float]]
-"""Takes an optimizer step; returns its loss and gradient norm."""
+"""Runs an optimizer step; returns (loss, gradient norm)."""
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage."""
+    """Runs the stage."""
     size = bench.size("1b")
     scenes = _scenes(bench, size)
     model, adapter = bench.model(size), random_adapter(bench, size)
@@ -69,7 +69,7 @@ def run(bench: Bench, stage: Stage) -> None:
 
 
 def _scenes(bench: Bench, size: str) -> dict[str, list[Microbatch]]:
-    """Two rows each, whose gradients add up."""
+    """Name -> two packed rows, whose gradients are accumulated."""
     vocab = bench.vocab(size)
     if bench.small:
         return {"2 x 64": [packed((64, 64), vocab, seed) for seed in range(2)]}
@@ -117,7 +117,7 @@ def _theirs(bench: Bench, model: Path, adapter: Path) -> StepFunction:
 
 
 def _padded(row: Microbatch, device: torch.device) -> dict[str, Any]:
-    """What transformers takes: [examples, longest], with a mask only where something is padded."""
+    """Inputs of transformers: [examples, longest], with a mask only where there is padding."""
     tokens = examples(row)
     ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in tokens], batch_first=True)
@@ -128,7 +128,7 @@ def _padded(row: Microbatch, device: torch.device) -> dict[str, Any]:
 
 
 def _waits(stage: Stage, training: Training, rows: Rows) -> None:
-    """How often the host waits for the GPU in a step, and from where."""
+    """Records how often the host waits for the GPU in a step, and the places in the code."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as heard:
@@ -145,12 +145,12 @@ def _waits(stage: Stage, training: Training, rows: Rows) -> None:
 
 
 def _kernels(stage: Stage, training: Training, rows: Rows) -> None:
-    """The kernels that take most of a step."""
+    """Records the kernels that take most of the time of a step."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         train_step(training, rows)
         torch.cuda.synchronize()
-    # The events of operators count their kernels again.
+    # Only device events: events of operators include the time of their kernels again.
     kernels = [each for each in profile.key_averages() if each.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(each.self_device_time_total for each in kernels)
     for each in sorted(kernels, key=lambda one: -one.self_device_time_total)[:KERNELS]:

@@ -1,16 +1,16 @@
-"""The stages in their order: cheap and decisive first. Each is a module of this folder with a function `run(bench, stage)`."""
+"""The stages in the order of their run, cheap and important ones first. Each is a module of this folder with `run(bench, stage)`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class About:
-    """What docs/gpu.md says of a stage that has not run."""
+    """The text of docs/gpu.md about a stage."""
 
     proves: str
     limit: str
     seconds: int
-    """On one H200, estimated."""
+    """Estimated time on one H200."""
 
 
 STAGES = {

@@ -1,4 +1,4 @@
-"""`pytest -m gpu`, in a process of its own."""
+"""`pytest -m gpu` in a separate process."""
 
 import os
 import subprocess
@@ -10,11 +10,11 @@ from benchmarks.gpu_check.record import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")
-"""The folder is named, since other tests import packages that a machine for GPU checks need not have."""
+"""The folder is given, because other tests import packages that are not needed on a machine for GPU checks."""
 
 
 def run(bench: Bench, stage: Stage) -> None:
-    """The stage. Without a GPU there is nothing to run: `make test` runs the same bodies on the CPU."""
+    """Runs the stage. Without a GPU it runs no test: `make test` runs the same test bodies on the CPU."""
     if not bench.on_gpu:
         stage.fact("pytest -m gpu", "needs a GPU; the same bodies run on the CPU in `make test`")
         return

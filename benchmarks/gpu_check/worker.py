@@ -1,6 +1,6 @@
 """The process that uses the GPU: `python -m benchmarks.gpu_check.worker RECORD COMMAND COMMIT [--small] STAGE…`.
 
-benchmarks/gpu_session.py starts it, and starts another for the stages that are left where this one ends before its last.
+benchmarks/gpu_session.py starts it. Where it ends before its last stage, gpu_session.py starts another one for the remaining stages.
 """
 
 import argparse
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from benchmarks.gpu_check.bench import Bench
 
 BROKEN = 70
-"""Status: a stage left the GPU's context unusable, as an illegal memory access does, so the next needs a fresh process."""
+"""Exit status: a stage made the GPU's context unusable, for example by an illegal memory access, so the next one needs a new process."""
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("command")
@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("stages", nargs="+")
     given = parser.parse_args()
-    device = devices.setup()  # before anything below imports Megatron
+    # Has to run before an import below imports Megatron.
+    device = devices.setup()
     from benchmarks.gpu_check.bench import Bench
 
     record = Record(given.record)
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def _group_of_one(device: devices.Device) -> None:
-    """torch.distributed's group of this process alone, for as long as it lives."""
+    """Initialises torch.distributed with this process as the only rank, until the process ends."""
     import torch
     import torch.distributed as dist
 
@@ -54,9 +55,9 @@ def _group_of_one(device: devices.Device) -> None:
 
 
 def _run_stage(bench: "Bench", record: Record, name: str, **about: str) -> bool:
-    """False where no further stage can run in this process."""
+    """Runs a stage; returns False where no further stage can run in this process."""
     stage, error = record.begin(name, **about), None
-    # Whatever a stage dies of, the others are worth their minutes on the GPU.
+    # All exceptions are caught, because the other stages are useful even if one fails.
     try:
         importlib.import_module(f"benchmarks.gpu_check.{name}").run(bench, stage)
     except Exception:
@@ -69,7 +70,7 @@ def _run_stage(bench: "Bench", record: Record, name: str, **about: str) -> bool:
 
 
 def _usable(bench: "Bench") -> bool:
-    """Whether the device still answers."""
+    """Whether the device still works."""
     try:
         bench.synchronize()
         bench.free()

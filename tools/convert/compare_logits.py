@@ -1,9 +1,9 @@
-"""Where do two checkpoints part? compare_logits.py --a DIR --b DIR.
+"""Finds the first point where two checkpoints differ: compare_logits.py --a DIR --b DIR.
 
 [--prompts FILE --a_layout tp2-sp --b_engine hf --dtype float64 --tolerance 1e-5 --json FILE --plot FILE.png]
 
-Hidden states after every layer and logits, side by side. Exit status: 0 equal within the tolerance, 1 beyond it, 2 bad input.
-Started by python, it makes the ranks on this machine; started by torchrun or srun, both sides run in the ranks that are there.
+Compares the hidden states after every layer, and the logits. Exit status: 0 equal within the tolerance, 1 not equal, 2 bad input.
+Started by python, it starts the ranks on this machine. Started by torchrun or srun, both sides run in the existing ranks.
 """
 
 import argparse

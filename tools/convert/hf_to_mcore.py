@@ -2,7 +2,7 @@
 
 [--tp 2 --pp 2 --ep 2 --etp 1 --dtype bfloat16 --dequantize --dry_run]
 
-Started by python, one process writes for all ranks, some hundred MB at a time; started by torchrun or srun, each rank does its part.
+Started by python, one process writes for all ranks, with a few hundred MB in memory. Started by torchrun or srun, each rank does its part.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Megatron-core (torch_dist) -> Hugging Face: mcore_to_hf.py --mcore DIR --output DIR [--dtype bfloat16 --max_shard_size 5GB --overwrite].
 
-The layout that the checkpoint was saved in does not matter; one process reads it, some hundred MB at a time.
+The checkpoint may have any layout. One process reads it, with a few hundred MB in memory.
 """
 
 import argparse
