@@ -1,4 +1,4 @@
-"""What tests cost beside what they may cost (budget.toml), by folder, at the end of a run of several folders."""
+"""The measured CPU time of tests beside their budget (budget.toml), by folder, printed at the end of a run of several folders."""
 
 import tomllib
 from collections import Counter
@@ -10,11 +10,11 @@ TABLE = Path(__file__).parent / "budget.toml"
 
 
 class Budget:
-    """Sums up reports: those of all workers pass through the process that prints."""
+    """Adds up the reports of tests. The process that prints sees the reports of all workers."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        """Of processor time, which conftest.py notes when a test is torn down."""
+        """Of CPU time, which conftest.py records when a test is torn down."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
@@ -34,7 +34,7 @@ def folder_of(nodeid: str) -> str:
 
 
 def lines(seconds: dict[str, float], budget: dict[str, float]) -> list[str]:
-    """The table: a folder without a budget has none to spend."""
+    """The lines of the table. A folder without a budget has a budget of zero."""
     shown = [f"{'folder':10} {'spent':>6} {'budget':>6}"]
     for folder in sorted(seconds, key=lambda name: -seconds[name]):
         spent, may = seconds[folder] / 60, budget.get(folder, 0.0)

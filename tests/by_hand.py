@@ -1,9 +1,8 @@
-"""Where every row of a Megatron parameter comes from, counted out one row at a time: the slow oracle of packs and of loading.
+"""Where every row of a Megatron parameter comes from, computed one row at a time: the slow oracle of packs and of loading.
 
-Nothing here is shared with swift_mega: no reshape, no concatenation of blocks, just loops over heads, features and ranks, after
-Megatron-core's own description of its fused linears (transformer/attention.py, get_query_key_value_tensors: [group,
-(queries, key,
-value), head_dim]; tensor_parallel/layers.py, ColumnParallelLinear: rank r has the r-th part of the rows).
+Nothing here is shared with swift_mega. There is no reshape and no concatenation of blocks, only loops over heads, features and ranks. They
+follow Megatron-core's own description of its fused linears: transformer/attention.py, get_query_key_value_tensors: [group, (queries, key,
+value), head_dim]; tensor_parallel/layers.py, ColumnParallelLinear: rank r has the r-th part of the rows.
 """
 
 from collections.abc import Mapping
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 Source = tuple[int, int]
-"""Which Hugging Face tensor of a parameter's list, and which of its rows (or columns)."""
+"""(index of the Hugging Face tensor in the parameter's list, index of its row or column)."""
 
 
 def qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:
-    """Rows of one rank's linear_qkv; `queries` are query heads per group, parts are 0 query, 1 key, 2 value.
+    """Rows of one rank's linear_qkv. `queries`: query heads per group. Parts: 0 query, 1 key, 2 value.
 
-    More ranks than groups have rows of a part of a group each.
+    With more ranks than groups, a rank has some of the rows of one group.
     """
     rows = []
     for group in range(groups):
@@ -33,7 +32,7 @@ def qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int
 
 
 def gated_qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, rank: int) -> list[Source]:
-    """Likewise with a gate for every query; part 0 has each head's query and then its gate (get_query_key_value_tensors: [group,
+    """As qkv_rows, with a gate for every query. Part 0 has each head's query and then its gate (get_query_key_value_tensors: [group,
     (queries, gates, key, value), head_dim])."""
     rows = []
     for group in range(groups):
@@ -50,7 +49,7 @@ def gated_qkv_rows(*, groups: int, queries: int, head_dim: int, tensor: int, ran
 
 
 def key_head_rows(*, heads: int, widths: tuple[int, ...], tensor: int, rank: int) -> list[Source]:
-    """Rows of one rank's convolution of a gated delta net: its key heads one by one, of each its share of every part."""
+    """Rows of one rank's convolution of a gated delta net: for each key head of the rank, the channels of every part."""
     rows = []
     for head in range(heads):
         if rank * heads <= head * tensor < (rank + 1) * heads:
@@ -61,7 +60,7 @@ def key_head_rows(*, heads: int, widths: tuple[int, ...], tensor: int, rank: int
 
 
 def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where each of several parts one after another begins and ends."""
+    """(begin, end) of each of several parts that lie one after another."""
     found, end = [], 0
     for width in widths:
         found.append((end, end + width))
@@ -75,7 +74,7 @@ def gate_up_rows(*, ffn: int, tensor: int, rank: int) -> list[Source]:
 
 
 def even_rows(*, length: int, tensor: int, rank: int) -> list[Source]:
-    """Rows (or columns) of one rank where one tensor is cut evenly."""
+    """Rows (or columns) of one rank where one tensor is sharded evenly."""
     return [(0, row) for row in range(length) if row // (length // tensor) == rank]
 
 
@@ -89,7 +88,7 @@ def vocabulary_rows(*, vocab: int, unit: int, tensor: int, rank: int) -> list[So
 
 
 def gather(parts: list[Tensor], sources: list[Source] | list[Source | None], dim: int = 0) -> Tensor:
-    """The tensor whose row i along `dim` is row sources[i] of its part."""
+    """The tensor whose slice i along `dim` is slice sources[i][1] of part sources[i][0]; zeros where sources[i] is None."""
     rows = []
     for source in sources:
         if source is None:
@@ -106,7 +105,7 @@ FFN, EXPERT_FFN = 48, {"qwen3_moe": 24, "mixtral": 48}
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank is, as Megatron's parallel state has it, and the sizes of tests/tiny.py that decide the cut."""
+    """The coordinates of a rank in Megatron's parallel state, and the sizes of tests/tiny.py that decide how tensors are sharded."""
 
     tensor: tuple[int, int]
     expert_tensor: tuple[int, int]
@@ -121,9 +120,9 @@ class Place:
 
 
 def parameter(name: str, layer: int | None, hf: Mapping[str, Tensor], place: Place) -> Tensor:
-    """What Megatron's parameter `name` of one chunk must hold on this rank, from whole Hugging Face tensors.
+    """The expected value of Megatron's parameter `name` of one chunk on this rank, from whole Hugging Face tensors.
 
-    layer: the global number of the layer that it is in, counted from 0; None outside of layers.
+    layer: the global number of its layer, counted from 0; None outside of layers.
     """
     rank, size = place.tensor
     if layer is None:
@@ -134,7 +133,7 @@ def parameter(name: str, layer: int | None, hf: Mapping[str, Tensor], place: Pla
         }[name]
         if name == "decoder.final_layernorm.weight":
             return hf[source]
-        # a tied model's head on its last stage has no tensor of its own
+        # A tied model's head on its last stage has no tensor of its own.
         tensor = hf[source] if source in hf else hf["model.embed_tokens.weight"]
         return gather([tensor], vocabulary_rows(vocab=place.vocab, unit=place.vocab_unit, tensor=size, rank=rank))
     inside = name.split(".", 3)[3]

@@ -1,7 +1,8 @@
-"""Shared fixtures. `ranks` runs a test's body in real ranks over gloo, forked after torch and Megatron are imported once.
+"""Shared fixtures. `ranks` runs the body of a test in real ranks over gloo. Ranks are forks, made after torch and Megatron are imported
+once.
 
-Forks are kept, not a pool of waiting ranks: a start costs 0.02 s of CPU for one rank and 0.1 s for four, and first writes
-to inherited pages 0.04 s a rank. A job takes 0.5 to 4 s, and a fork needs no proof that nothing is left of the job before.
+Every job forks new ranks; there is no pool of waiting ranks. A start costs 0.02 s of CPU for one rank and 0.1 s for four, and first writes
+to inherited pages cost 0.04 s per rank. A job takes 0.5 to 4 s. With forks, no state of one job can reach the next.
 """
 
 import importlib
@@ -15,8 +16,8 @@ import pytest
 
 from swift_mega.device import device
 
-# Ranks that wait for one another should not interrupt whoever computes: one all_reduce of four ranks on two cores takes
-# 1.7 ms of system time per rank by the default policy, 0.4 ms by this one. Children inherit it.
+# A rank that waits should not preempt a rank that computes. One all_reduce of four ranks on two cores takes 1.7 ms of system time per rank
+# with the default scheduling policy, and 0.4 ms with this one. Children inherit it.
 if hasattr(os, "SCHED_BATCH"):
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
@@ -25,7 +26,7 @@ IMPORTED_ONCE = (
     "megatron.core.distributed", "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.pipeline_parallel",
     "peft", "transformers.models.llama.modeling_llama",  # most oracles need these
 )  # fmt: skip
-"""Here, and not in every rank: ranks are forks, and inherit the imports."""
+"""Imported here and not in every rank: ranks are forks and inherit the imports."""
 Ranks = Callable[..., Any]
 
 
@@ -44,13 +45,13 @@ LONGEST = (
     "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_engine_layouts.py",
     "train/test_delta_layouts.py", "convert/megatron/test_megatron_lm.py",
 )  # fmt: skip
-"""Files of more than 15 CPU seconds. Workers take files in this order, so that none is left with a long one at the end."""
+"""Files of more than 15 CPU seconds, started in this order, so that no worker runs a long file alone at the end."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Chooses the device, before any test module is imported: those import Megatron, which binds CUDA functions when it is imported.
+    """Sets up the device before any test module is imported: those import Megatron, which binds CUDA functions at import.
 
-    Only `pytest -m gpu` sees a GPU. The other tests compare what the CPU computes, and their ranks talk over gloo.
+    Only `pytest -m gpu` sees a GPU. The other tests compute on the CPU, and their ranks communicate over gloo.
     """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -58,13 +59,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in IMPORTED_ONCE:
         importlib.import_module(name)
     if hasattr(config.option, "loadscopereorder"):
-        config.option.loadscopereorder = (
-            False  # xdist's own order is by number of tests, which says little of their time
-        )
+        # xdist's own order is by the number of tests, which says little about their time.
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first. Without --full, cases marked `full` are deselected: the claim of each is kept by a case that stays."""
+    """Puts long files first. Without --full, deselects cases marked `full`; the remaining cases still cover the claim of each."""
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     if config.getoption("--full"):
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def cpu() -> device.Device:
-    """The device of this process, with the facade installed."""
+    """The device of this process, with the facade (the patches for Megatron without CUDA) installed."""
     return device.setup()
 
 
@@ -106,7 +106,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """Notes what the test cost, which the wall clock of a shared machine does not tell."""
+    """Records the CPU time of the test, because wall-clock time on a shared machine says little."""
     try:
         return (yield)
     finally:
@@ -117,13 +117,13 @@ _BEGIN = pytest.StashKey[float]()
 
 
 def _cpu_seconds() -> float:
-    """User and system time of this process and of children that were waited for."""
+    """User and system time of this process and of its children that were waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 class _deadline:
-    """Raises TimeoutError in this process after some seconds, wherever it is."""
+    """Raises TimeoutError in this process after `seconds`, wherever it is."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -142,7 +142,7 @@ class _deadline:
 
 @pytest.fixture(autouse=True)
 def one_seed() -> Iterator[None]:
-    """Every test starts from the same random numbers, whichever ran before it."""
+    """Every test starts from the same random seed, whichever test ran before it."""
     import torch
 
     torch.manual_seed(1234)

@@ -1,4 +1,4 @@
-"""Settings: what wins, where it came from, what every mistake says."""
+"""Settings: which source wins, where a value came from, and the message of every mistake."""
 
 import dataclasses
 import json
@@ -277,7 +277,7 @@ def test_a_contradiction_is_refused(overrides: list[str], message: str) -> None:
 
 
 def test_every_setting_can_be_written_and_read_back(recipe: Recipe) -> None:
-    """What `config` prints and what args.json holds are recipes that give the same run."""
+    """The output of `config`, and args.json, are recipes that give the same run."""
     flags = [
         "--model",
         "m: x # y",
@@ -312,7 +312,7 @@ def test_yaml_says_where_each_value_came_from(recipe: Recipe) -> None:
 
 
 def test_every_name_finds_one_setting() -> None:
-    """No two settings answer to one flag, and every setting but tables answers to its own key and flags."""
+    """No two settings have the same flag, and every setting but tables is found by its own key and flags."""
     for key, setting in settings().items():
         for name in (key, *setting.flags):
             found = find(name)

@@ -1,5 +1,5 @@
-"""Checkpoints of the bare model: names without transformers' base_model_prefix, as GPT-2 (with buffers that nothing reads) and
-Qwen3-Embedding are published. What goes in comes out under its own names.
+"""Checkpoints of the bare model: names without transformers' base_model_prefix, as published for GPT-2 (with buffers that nothing reads)
+and Qwen3-Embedding. Exports keep the names of the source.
 
 The oracle is transformers and PEFT, which load such a directory.
 """
@@ -33,7 +33,7 @@ PREFIX = "transformer."
 
 
 def weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory but the buffers."""
+    """The tensors of a directory without the buffers."""
     return {
         name: value
         for name, value in load_file(directory / "model.safetensors").items()
@@ -59,7 +59,7 @@ def same(found: Path, source: Path) -> None:
 
 
 def test_through_megatrons_checkpoint(tmp_path, published):
-    """Hugging Face -> Megatron's checkpoint at TP2 x PP2 -> Hugging Face at PP2: bits and names of the source."""
+    """Hugging Face -> Megatron's checkpoint at TP2 x PP2 -> Hugging Face at PP2 gives the bits and names of the source."""
     parallel = schema.Parallel(tensor=2, pipeline=2, sequence=True)
     api.convert(source=str(published), to="mcore", output=str(tmp_path / "mcore"), parallel=parallel)
     back = str(tmp_path / "back")
@@ -81,7 +81,7 @@ def test_bloom_is_published_bare_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_tied", "gpt_neox_serial", "qwen3_moe", "gpt_oss", "deepseek_v3_dense"])
 def test_any_family_may_be_bare(tmp_path, name):
-    """transformers reads such files as the named ones; through Megatron's checkpoint and FP8 they keep their names and bits."""
+    """For every family: transformers reads bare names as it reads prefixed ones, and Megatron's checkpoint and FP8 keep names and bits."""
     from transformers import AutoModelForCausalLM
 
     named, bare = tiny.make(tmp_path / "named", name), tmp_path / "bare"
@@ -104,11 +104,11 @@ def test_any_family_may_be_bare(tmp_path, name):
 
 
 FP8_LINEARS = {"gpt_neox_serial": 4, "qwen3_moe": 4 + 3 * 4, "gpt_oss": 4, "deepseek_v3_dense": 8}
-"""Linears of a layer, where they are not q, k, v, o, gate, up, down; gpt-oss stacks those of its experts."""
+"""Linears per layer, where they are not q, k, v, o, gate, up, down; gpt-oss stacks those of its experts."""
 
 
 def test_the_prefix_is_transformers(tmp_path):
-    """Of every type: base_model_prefix of the class that its code has for causal language models."""
+    """For every type: the prefix equals base_model_prefix of its class for causal language models in transformers."""
     import transformers
 
     models = Path(transformers.__file__).parent / "models"
@@ -123,7 +123,7 @@ def test_the_prefix_is_transformers(tmp_path):
 
 
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
-    """By arithmetic alone, what tensor rank `rank` of two holds."""
+    """What the blueprint says that tensor rank `rank` of two has, by arithmetic alone."""
     checkpoint = Checkpoint(directory)
     blueprint = blueprints.draw(Source(directory))
     layout = plan_layout(parse_layout("tp2")[0], blueprint.settings.shape, 2)
@@ -135,7 +135,7 @@ def planned(directory: Path, rank: int) -> dict[str, Tensor]:
 
 
 def held(directory: Path, cpu: object) -> dict[str, Tensor]:
-    """What tensor rank 0 of two does hold."""
+    """What tensor rank 0 of two really has."""
     groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
     part = build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
     parallel_groups.close()
@@ -149,7 +149,7 @@ def test_the_plan_of_a_rank_is_what_it_holds(ranks, cpu, published):
 
 
 def test_gradients_of_another_family_are_transformers(tmp_path):
-    """Qwen3 as an embedding model: tied, and without `model.`."""
+    """Qwen3 as an embedding model: tied, and without the prefix `model.`."""
     source = tiny.make(tmp_path, "qwen3_tied")
     tensors = {name.removeprefix("model."): value for name, value in load_file(source / "model.safetensors").items()}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -160,7 +160,7 @@ def test_gradients_of_another_family_are_transformers(tmp_path):
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_gradients_are_transformers(published, tuner):
-    """Computed in float64, written in float32."""
+    """Gradients are computed in float64 and written in float32."""
     report = api.verify(str(published), ["single", "tp2-sp", "pp2"], tuner=tuner, tolerance=1e-7)
     assert report.passed, report.table()
 
@@ -175,7 +175,7 @@ def random_adapter(model: Path, output: Path, cpu: object) -> Path:
 
 
 def test_an_adapter_is_pefts_and_is_merged(cpu, tmp_path, published):
-    """PEFT loads all of it; the merged directory has the base's names, buffers and all, and PEFT's merged weights."""
+    """PEFT loads every tensor of the adapter. The merged directory has the base's names and buffers, and PEFT's merged weights."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -201,7 +201,7 @@ def test_an_adapter_is_pefts_and_is_merged(cpu, tmp_path, published):
 
 
 def test_an_adapter_of_turned_linears_needs_a_known_model(tmp_path, published, cpu):
-    """Square weights would take either way: for a model that no family describes it is not guessed."""
+    """A square weight fits both [in, out] and [out, in]: for a model of no known family the merge is refused."""
     adapter = random_adapter(published, tmp_path / "adapter", cpu)
     config = published / "config.json"
     before = config.read_text()
@@ -233,7 +233,7 @@ TIED = {
 
 @pytest.mark.parametrize("name", TIED)
 def test_a_tied_head_is_a_copy_of_the_embedding(ranks, cpu, tmp_path, name):
-    """Under the names of the family; another head than the embedding is refused by these names."""
+    """A tied head is accepted as a copy of the embedding under the names of the family; a head that differs is refused by these names."""
     directory, (embedding, head) = tiny.make(tmp_path, name), TIED[name]
     tensors = load_file(directory / "model.safetensors")
     assert head not in tensors

@@ -1,4 +1,5 @@
-"""Layers of multi-token prediction: not computed, kept on every road, plain where the output says that its weights are plain."""
+"""Layers of multi-token prediction are not computed, but every output keeps them; they are plain where config.json says that weights are
+plain."""
 
 import json
 import shutil
@@ -22,13 +23,13 @@ EXPERTS = dict(
     head_dim=8,
     moe_intermediate_size=16,
 )
-"""Sizes that every format can store."""
+"""Sizes that every quantised format can store."""
 FAMILIES = {"deepseek_v3_moe": "model.layers.{last}.", "qwen3_next": "mtp.", "ernie4_5_moe": "model.mtp_"}
-"""Families, and how the names of what they keep begin."""
+"""Families, and the prefix of the names of their carried tensors."""
 
 
 def with_prediction(folder: Path, family: str, **changes: object) -> Path:
-    """A model with a projection (of a size that every format can store) and a norm of multi-token prediction."""
+    """A model with a projection (of a size that every quantised format can store) and a norm of multi-token prediction."""
     source = tiny.make_chat(folder, family, **changes)
     prefix = FAMILIES[family].format(last=load_settings(source).shape.layers)
     torch.manual_seed(5)
@@ -67,7 +68,7 @@ SFT = (
 
 @pytest.mark.parametrize("format", ["fp8", "gptq", "awq", "nf4", "compressed", None])
 def test_full_training_keeps_it_and_writes_it_plain(deepseek, tmp_path, capsys, format):
-    """What a quantised weight means, rounded once; transformers loads the directory, which says nothing of a quantisation."""
+    """Carried weights are dequantised and rounded once. transformers loads the directory, whose config.json has no quantisation."""
     from transformers import AutoModelForCausalLM
 
     model, rows = deepseek
@@ -94,7 +95,7 @@ def test_full_training_keeps_it_and_writes_it_plain(deepseek, tmp_path, capsys, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dtype_for_all_is_for_these_too(tmp_path, family):
-    """From Megatron's files as from Hugging Face's."""
+    """--torch_dtype applies to carried tensors too, read from Megatron's files or from Hugging Face's."""
     model = with_prediction(tmp_path / "hf", family)
     assert run("convert --model MODEL --to mcore --output OUT", MODEL=model, OUT=tmp_path / "mcore") == 0
     assert (
@@ -114,7 +115,7 @@ def test_a_dtype_for_all_is_for_these_too(tmp_path, family):
 
 @pytest.mark.parametrize("road", ["mcore", "merge", "fp8"])
 def test_other_roads_from_a_quantised_model(deepseek, tmp_path, road):
-    """Dequantised once, into the dtype that config.json names."""
+    """Carried tensors are dequantised once, into the dtype that config.json names."""
     model = tmp_path / "quantised"
     meant = predicted(files.write(deepseek[0], model, "fp8"))
     files.set_config(model, dtype="bfloat16")
@@ -144,7 +145,7 @@ def test_other_roads_from_a_quantised_model(deepseek, tmp_path, road):
 
 
 def test_layers_that_are_not_there_are_not_counted(deepseek, tmp_path, capfd):
-    """config.json of the original, whose weights are elsewhere: what is written does not promise layers that nobody has."""
+    """With the original's config.json but without its weights, the written config.json counts no layers that are not written."""
     model, _ = deepseek
     assert run("convert --model MODEL --to mcore --output OUT", MODEL=model, OUT=tmp_path / "mcore") == 0
     original = tmp_path / "original"
@@ -168,7 +169,7 @@ def test_layers_that_are_not_there_are_not_counted(deepseek, tmp_path, capfd):
 
 
 def test_quantised_layers_of_a_model_that_says_it_is_plain(deepseek, tmp_path, capsys):
-    """They would be kept as numbers that nobody can read."""
+    """Such layers are refused: kept as they are, nothing could read them."""
     model = tmp_path / "model"
     shutil.copytree(deepseek[0], model)
     tensors = load_file(model / "model.safetensors")

@@ -1,4 +1,4 @@
-"""NaN and infinity are found in every dtype that checkpoints have, wherever they are, and named."""
+"""NaN and infinity are found in every dtype of checkpoints, at any index, and the error names the tensor."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_one_number_anywhere(dtype, value):
 
 @pytest.mark.parametrize("dtype", FP8)
 def test_every_code_of_fp8(dtype):
-    """All 256 bytes, each among harmless ones of both signs, as torch's own conversion to float32 sees them."""
+    """All 256 bytes of FP8, each among finite values of both signs, against torch's own conversion to float32."""
     for code in range(256):
         tensor = torch.tensor([0, 0x80, 0x70, 0xF0, code, 1], dtype=torch.uint8).view(dtype)
         assert is_finite(tensor) == bool(torch.isfinite(tensor.float()).all()), code

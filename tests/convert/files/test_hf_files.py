@@ -1,7 +1,6 @@
-"""Safetensors directories: read what safetensors itself wrote, write what it reads, and refuse every damaged one with one
-message.
+"""Safetensors directories: reads what safetensors wrote, writes what safetensors reads, and refuses every damaged file with one message.
 
-Damaged files are put together byte by byte here, so that the reader is not tested by its own writer.
+Damaged files are built byte by byte here, so that our writer does not test our reader.
 """
 
 import json
@@ -29,7 +28,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def raw(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
-    """A file of a header (an object, or bytes as they are) and data; `length` lies about the header."""
+    """A file with a header (an object, or raw bytes) and data. `length`: a wrong header length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
@@ -63,7 +62,7 @@ def test_reads_what_safetensors_wrote(tmp_path, dtype):
 
 
 def test_reads_tensors_that_are_not_aligned(tmp_path):
-    """The format does not ask for alignment: a byte tensor before a float one moves it to an odd address."""
+    """The format does not require alignment: a byte tensor before a float tensor moves the float tensor to an odd address."""
     header = {"odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}, "a": at(3, 11)}
     raw(tmp_path / "model.safetensors", header, b"\x01\x02\x03" + struct.pack("<2f", 1.5, -2.5))
     found = Checkpoint(tmp_path)
@@ -143,7 +142,7 @@ HEADERS = {
 
 
 def refused(directory: Path, message: str) -> str:
-    """The UserError of reading `directory`, which names the file or the directory and a remedy, and changes nothing."""
+    """The UserError of reading `directory`. It names the file or the directory and a remedy, and no file is changed."""
     before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     with pytest.raises(UserError, match=message) as caught:
         Checkpoint(directory)
@@ -175,8 +174,8 @@ def test_a_header_length_that_ends_inside_the_header(tmp_path):
 @settings(max_examples=120, deadline=None)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7), keep=st.integers(0, 10_000), cut=st.booleans())
 def test_no_flipped_bit_or_cut_escapes_as_another_error(tmp_path_factory, position, bit, keep, cut):
-    """A flipped bit is refused or changes values, names or dtype: the reader raises nothing but UserError. A cut is always
-    refused."""
+    """After a flipped bit, the reader refuses the file or returns other values, names or dtypes: it raises nothing but UserError. A
+    truncated file is always refused."""
     folder = tmp_path_factory.mktemp("flip")
     save_file(
         {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, folder / "model.safetensors"
@@ -220,7 +219,7 @@ def test_two_files_with_and_without_an_index(tmp_path):
 
 
 def test_the_index_decides_which_files_are_read(tmp_path):
-    """A second set of weights in the directory (consolidated.safetensors, as Mistral ships it) is not read."""
+    """A second set of weights in the directory (consolidated.safetensors, as Mistral publishes it) is not read."""
     save_file({"other": torch.ones(1)}, two_files(tmp_path) / "consolidated.safetensors")
     assert Checkpoint(tmp_path).entries.keys() == {"a", "b"}
 
@@ -273,7 +272,8 @@ def test_a_tensor_in_two_files(tmp_path):
 
 
 def test_a_pickled_checkpoint_opens_the_files_itself(tmp_path):
-    """In a process that has other files under the same numbers; and not where a file is another one by then."""
+    """A pickled checkpoint opens its files in the other process, which has other files under the same descriptors. It refuses a file that
+    was replaced meanwhile."""
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.tensor([1.0, 2.0])}, file)
     checkpoint = Checkpoint(tmp_path)
@@ -288,7 +288,7 @@ def test_a_pickled_checkpoint_opens_the_files_itself(tmp_path):
     save_file({"a": torch.tensor([3.0, 4.0])}, file)
     with pytest.raises(UserError, match=r"model.safetensors has changed since its header was read; start again when"):
         pickle.loads(written).read("a")
-    assert checkpoint.read("a").tolist() == [1.0, 2.0]  # the file that it has open
+    assert checkpoint.read("a").tolist() == [1.0, 2.0]  # reads the file that is already open
 
 
 def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path):
@@ -322,7 +322,7 @@ def written(directory: Path, tensors: dict[str, torch.Tensor], max_bytes: int) -
     planned = plan_files({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}, max_bytes)
     write_headers(directory, planned)
     with Writer(directory, planned) as writer:
-        for name in reversed(tensors):  # any order, any process
+        for name in reversed(tensors):  # in any order, from any process
             writer.write(name, tensors[name])
 
 
@@ -361,7 +361,7 @@ def test_safetensors_reads_what_is_written(tmp_path, max_bytes):
 
 
 def test_tensors_start_at_aligned_bytes(tmp_path):
-    """The header is padded to 8 bytes, so tensors of one dtype are views of the mapped file."""
+    """The header is padded to 8 bytes, so tensors of one dtype are aligned views of the mapped file."""
     for count in range(1, 6):
         folder = tmp_path / str(count)
         folder.mkdir()

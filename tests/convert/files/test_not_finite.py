@@ -1,4 +1,4 @@
-"""No road writes NaN or infinity: each stops with the tensor's name and status 2, and leaves nothing."""
+"""No command writes NaN or infinity: each stops with the tensor's name and status 2, and leaves no output."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def adapter(folder: Path, a: float, b: float) -> Path:
 
 
 def stops(tmp_path: Path, capfd: pytest.CaptureFixture, *words: object) -> str:
-    """The one line that is said; no output and no staging directory is there."""
+    """The single line of the error. Asserts that no output and no staging directory exists."""
     before = sorted(tmp_path.iterdir())
     assert main([str(word) for word in words]) == 2
     said = capfd.readouterr().err
@@ -72,7 +72,8 @@ def test_an_adapter(model, tmp_path, capfd):
     merge = ["export", "--model", model, "--merge_lora", "true", "--output", tmp_path / "out", "--adapters"]
     said = stops(tmp_path, capfd, *merge, adapter(tmp_path / "nan", 1.0, math.nan))
     assert f"nan: {B} [64, 2] holds 128 numbers that are not finite, the first (nan) at [0, 0]" in said
-    said = stops(tmp_path, capfd, *merge, adapter(tmp_path / "big", 1e30, 1e30))  # finite, and their product is not
+    # Both factors are finite; their product is not.
+    said = stops(tmp_path, capfd, *merge, adapter(tmp_path / "big", 1e30, 1e30))
     assert f"{Q}.weight [64, 32] holds 2048 numbers that are not finite, the first (inf) at [0, 0]" in said
     rows = [
         "--dataset",
@@ -101,7 +102,7 @@ def test_an_adapter(model, tmp_path, capfd):
 
 
 def test_beyond_the_range_of_the_dtype(model, tmp_path, capfd):
-    """What is finite in the source, or in float32, and would be infinity in the dtype that is written."""
+    """A number that is finite in the source, or in float32, and infinite in the output dtype."""
     source = changed(model, tmp_path / "model", "model.norm.weight", 1e39, torch.float64)
     out, narrow = ["--output", tmp_path / "out"], ["--torch_dtype", "float32"]
     what = "model.norm.weight [32] has 1 number beyond the range of float32 (the largest is 1e+39, float32 ends at 3.4e+38)"
@@ -132,7 +133,8 @@ def test_beyond_the_range_of_the_dtype(model, tmp_path, capfd):
 
 
 def test_a_mask_may_hold_infinity(tmp_path):
-    """GPT-NeoX's, as saved in float16 by older transformers: it follows from config.json, and is copied; the next tensor is not."""
+    """A mask of GPT-NeoX, as older transformers saved it in float16: it follows from config.json and is copied; infinity in the next
+    tensor is an error."""
     source = tiny.make(tmp_path / "model", "gpt_neox", dtype=torch.float16)
     file, mask = source / "model.safetensors", "gpt_neox.layers.0.attention.masked_bias"
     tensors = load_file(file) | {mask: torch.tensor(-1e9).half()}
@@ -147,7 +149,7 @@ def test_a_mask_may_hold_infinity(tmp_path):
 
 
 def test_a_quantised_weight_beyond_float16(model, tmp_path):
-    """The largest number times its scale."""
+    """The largest number of a code times its scale."""
     weight = torch.randn(16, 24)
     weight[3, 5] = 1e5
     stored, _ = files.fp8_block("m.weight", weight)
@@ -162,7 +164,7 @@ def test_a_quantised_weight_beyond_float16(model, tmp_path):
     ("tuner", "name"), [("full", r"model.embed_tokens.weight"), ("lora", "base_model.model.model.layers.0.")]
 )
 def test_what_training_made(model, tmp_path, capfd, tuner, name):
-    """Weights that ran off are no checkpoint; both ranks stop, and the run's folder holds none."""
+    """Weights that diverged are not written: both ranks stop, and the run's folder has no checkpoint."""
     words = [
         "sft",
         "--model",

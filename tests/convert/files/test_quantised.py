@@ -1,4 +1,4 @@
-"""Quantised checkpoints, read as plain ones: against files that were written number by number, and other people's dequantisers."""
+"""Quantised checkpoints read as plain ones, against files written number by number and against other libraries' dequantisers."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,13 @@ def plain(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=list(files.FORMATS))
 def stored(request, plain, tmp_path_factory):
-    """A quantised directory and the weights it means."""
+    """A quantised directory and the plain weights of it."""
     target = tmp_path_factory.mktemp(request.param) / "model"
     return target, files.write(plain, target, request.param)
 
 
 def test_names_shapes_and_numbers_are_the_plain_models(stored, plain):
-    """Every weight, to the bit: float32 as each formula gives it, and its rounding to bfloat16; what was plain stays what it was."""
+    """Every weight, bit for bit: in float32 by the formula of its format, and rounded to bfloat16. Plain tensors do not change."""
     directory, meant = stored
     wide, narrow = (open_checkpoint(directory, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert wide.entries.keys() == narrow.entries.keys() == Checkpoint(plain).entries.keys()
@@ -45,7 +45,7 @@ def test_names_shapes_and_numbers_are_the_plain_models(stored, plain):
 
 
 def test_slices_are_slices_of_the_whole(stored):
-    """Along both dims, inside words and blocks and over their ends, empty and whole."""
+    """Along both dims: inside packed words and blocks, across their borders, empty and whole."""
     directory, meant = stored
     found = open_checkpoint(directory, torch.float32)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
@@ -58,7 +58,7 @@ def test_slices_are_slices_of_the_whole(stored):
 
 
 def test_pieces_do_not_show(stored, monkeypatch):
-    """A weight that is dequantised in many pieces has the bits of one that is not."""
+    """A weight that is dequantised in many pieces has the same bits as one dequantised at once."""
     directory, meant = stored
     monkeypatch.setattr(quantised, "CHUNK", 40)
     monkeypatch.setattr(quantised, "ALIGNED", 3)
@@ -69,7 +69,7 @@ def test_pieces_do_not_show(stored, monkeypatch):
 
 
 def test_without_asking_nothing_is_dequantised(stored):
-    """The stored tensors are what they are; who needs them as weights refuses them (test_coverage.py)."""
+    """Without dequantize the stored tensors are returned unchanged; code that needs weights refuses them (test_coverage.py)."""
     directory, _ = stored
     assert not isinstance(open_checkpoint(directory), Dequantised)
     assert open_checkpoint(directory).entries.keys() == Checkpoint(directory).entries.keys()
@@ -77,7 +77,7 @@ def test_without_asking_nothing_is_dequantised(stored):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_input_scale_is_no_weight(plain, tmp_path, dtype):
-    """Scales of activations are of no use to plain weights: accounted for, and not shown."""
+    """Scales of activations are not needed for plain weights: they are accounted for, and not returned."""
     files.write(plain, tmp_path / "model", "fp8_tensor")
     assert "model.layers.0.mlp.up_proj.input_scale" in Checkpoint(tmp_path / "model").entries
     assert not [name for name in open_checkpoint(tmp_path / "model", dtype).entries if name.endswith("_scale")]
@@ -92,7 +92,7 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], **config: object) ->
 
 
 def check(directory: Path, meant: torch.Tensor, box: list[tuple[int, int]], name: str = "x.weight") -> None:
-    """The whole, and a slice along each dim, to the bit."""
+    """Compares the whole tensor, and a slice along each dim, bit for bit."""
     found = open_checkpoint(directory, torch.float32)
     assert torch.equal(found.read(name), meant)
     for axis, (start, stop) in enumerate(box):
@@ -161,7 +161,7 @@ def test_awq_of_any_shape(tmp_path_factory, data):
 @FEW
 @given(data=st.data())
 def test_four_bits_of_any_shape(tmp_path_factory, data):
-    """Blocks end inside rows and bytes are shared by two rows."""
+    """Blocks end inside rows, and one byte can belong to two rows."""
     shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
     stored, meant = files.four_bit(
         "x.weight",
@@ -188,7 +188,7 @@ def test_four_bits_of_any_shape(tmp_path_factory, data):
     ],
 )  # fmt: skip
 def test_a_slice_needs_its_own_blocks_only(tmp_path, make, config, shape, axis, span):
-    """What a slice reads is no more than its share: of every stored tensor that is cut, exactly the fraction."""
+    """A slice reads only its share: of every stored tensor that is sliced, exactly the fraction."""
     name = "x" if config["quant_method"] == "mxfp4" else "x.weight"
     stored, meant = make(name, torch.randn(shape))
     found = open_checkpoint(save(tmp_path / "x", stored, **config), torch.float32)
@@ -212,7 +212,7 @@ def test_a_slice_needs_its_own_blocks_only(tmp_path, make, config, shape, axis, 
 
 
 def test_one_of_a_stack_is_read_alone(tmp_path):
-    """X[e], as rules write one expert of a stacked tensor, whole and cut."""
+    """X[e], one expert of a stacked tensor as rules write it, whole and sliced."""
     stored, meant = files.mxfp4("x", torch.randn(3, 64, 10))
     found = open_checkpoint(save(tmp_path / "x", stored, quant_method="mxfp4"), torch.float32)
     assert found.shape("x[1]") == (64, 10) and found.shape("x") == (3, 64, 10)
@@ -224,7 +224,7 @@ def test_one_of_a_stack_is_read_alone(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_into_memory_of_any_form(stored, dtype):
-    """Strided, of other shapes, of other dtypes than the entry's, whose rounding is kept; plain tensors too."""
+    """Targets with strides, other shapes and other dtypes, rounded as the entry's dtype requires; plain tensors too."""
     directory, _meant = stored
     found = open_checkpoint(directory, torch.bfloat16)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
@@ -243,7 +243,7 @@ def test_into_memory_of_any_form(stored, dtype):
 
 
 def test_plain_files_of_quantised_ones(stored, tmp_path):
-    """Every tensor is what the stored numbers mean, config.json says nothing of a quantisation, and it is a model that can be planned."""
+    """Every tensor has the dequantised numbers, config.json has no quantisation, and a dry run accepts the model."""
     directory, meant = stored
     assert api.plan(source=str(directory), dequantize=True).source_bytes
     api.convert(source=str(directory), to="hf", output=str(tmp_path / "out"), dtype="float32", dequantize=True)

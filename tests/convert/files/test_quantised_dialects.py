@@ -1,4 +1,4 @@
-"""What quantization_config says as it is published: fields that change no number are accepted, what is not understood stops a dry run."""
+"""Published variants of quantization_config: fields that change no number are accepted, and an unknown field stops a dry run."""
 
 import inspect
 import json
@@ -110,7 +110,7 @@ def test_what_is_published_is_understood(name):
     ],
 )
 def test_a_dry_run_of_a_config_alone_judges_the_quantisation(tmp_path, name, fields, said):
-    """With or without weights the same is refused: a plan that says yes is carried out."""
+    """A dry run refuses the same configs with and without weights, so a conversion that it accepts is possible."""
     tiny.make(tmp_path / "model", "llama", num_hidden_layers=1)
     files.set_config(tmp_path / "model", quantization_config=PUBLISHED[name] | fields)
     shutil.copytree(tmp_path / "model", tmp_path / "alone", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -120,7 +120,7 @@ def test_a_dry_run_of_a_config_alone_judges_the_quantisation(tmp_path, name, fie
 
 
 def test_a_field_that_nobody_reads_is_a_note(tmp_path, monkeypatch):
-    """And one that transformers declares and that is in no list of ours is refused."""
+    """A field that nothing reads is a note. A field that transformers declares and our lists do not have is refused."""
     odd = PUBLISHED["MiniMax-M2"] | {"made_on": "Monday"}
     assert judge(odd, "here") == (
         "quantization_config has fields that neither transformers nor this reads: made_on='Monday'",
@@ -150,7 +150,8 @@ def test_every_method_has_a_format_and_every_declared_field_is_known():
 @pytest.mark.parametrize("ending", ["_scale", "_scale_inv"])
 @pytest.mark.parametrize("name", ["Ministral 3", "ModelOpt", "Llama-3.1-405B-FP8"])
 def test_scales_under_either_name(tmp_path, name, ending):
-    """transformers writes one scale of a whole tensor as `weight_scale_inv`, others as `weight_scale`; the cache's are no weights'."""
+    """transformers writes one scale of a whole tensor as `weight_scale_inv`, others as `weight_scale`; scales of the KV cache do not
+    belong to weights."""
     channel = name == "Llama-3.1-405B-FP8"
     stored, meant = files.fp8_scale("m.k_proj.weight", torch.randn(16, 24), channel=channel)
     stored = {part.replace("_scale", ending): value for part, value in stored.items()}
@@ -169,7 +170,7 @@ def test_scales_under_either_name(tmp_path, name, ending):
 
 
 def test_gptq_v2_under_transformers_name_of_the_field(tmp_path):
-    """`format` in place of `checkpoint_format`: zero points as they are, not minus one."""
+    """`format` in place of `checkpoint_format`: zero points are stored unchanged, not minus one."""
     stored, meant = files.gptq("m.weight", torch.randn(16, 32), v2=True)
     save_file({part: value.contiguous() for part, value in stored.items()}, tmp_path / "model.safetensors")
     config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "format": "gptq_v2"}
@@ -178,7 +179,7 @@ def test_gptq_v2_under_transformers_name_of_the_field(tmp_path):
 
 
 def test_modelopts_own_file_says_it_too(tmp_path):
-    """hf_quant_config.json, where config.json says nothing."""
+    """hf_quant_config.json is read where config.json has no quantisation."""
     stored, meant = files.fp8_scale("m.weight", torch.randn(16, 24), channel=False)
     save_file({part: value.contiguous() for part, value in stored.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -191,7 +192,7 @@ def test_modelopts_own_file_says_it_too(tmp_path):
 
 
 def test_a_quantised_original_of_a_megatron_checkpoint(tmp_path):
-    """Its config, tokenizer and names are taken, its weights are Megatron's: plain, as the files say that are written."""
+    """Config, tokenizer and names come from the original; the weights are Megatron's, so the written files are plain."""
     plain, eight = tiny.make(tmp_path / "plain", "llama", num_hidden_layers=1), tmp_path / "eight"
     meant = files.write(plain, eight, "fp8")
     mcore = str(tmp_path / "mcore")

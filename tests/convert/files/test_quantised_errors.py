@@ -1,4 +1,4 @@
-"""What is wrong with a quantised checkpoint is said in one line, before any weight is made of it (or of the tensor that is wrong)."""
+"""Each fault of a quantised checkpoint is one line, before any weight (or the faulty tensor) is dequantised."""
 
 import json
 from pathlib import Path
@@ -135,7 +135,7 @@ def test_a_config_that_names_no_method(tmp_path, config):
 
 
 def test_nothing_to_dequantise(tmp_path):
-    """Asking where nothing is quantised has no effect, and is an error; so is a config that no tensor agrees with."""
+    """--dequantize on a plain model has no effect, so it is an error. A quantization_config that no tensor agrees with is an error too."""
     with pytest.raises(
         UserError, match=r"model\.dequantize=true, but .* states no quantization_config: its weights are plain"
     ):
@@ -182,7 +182,8 @@ def test_groups_that_are_not_there(tmp_path):
 
 
 def test_a_zero_point_that_readers_disagree_on(tmp_path):
-    """15 in the first format of GPTQ is 0 to some readers and 16 to others, and may have spoilt its neighbours."""
+    """In the first format of GPTQ, some readers take 15 as zero point 0 and others as 16, and it may have overflowed into neighbouring
+    values."""
     tensors, config = made("gptq")
     tensors["m.qzeros"][0, 0] |= 15
     with pytest.raises(

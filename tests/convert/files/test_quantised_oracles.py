@@ -1,4 +1,5 @@
-"""The dequantisers of others on files that they, or random bytes, made: transformers for MXFP4 and FP8, and bitsandbytes if it is there."""
+"""Other libraries' dequantisers, on files from them or from random bytes: transformers for MXFP4 and FP8, and bitsandbytes if it is
+installed."""
 
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def random_bytes(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mxfp4_is_transformers(tmp_path, dtype):
-    """Every byte and most powers of two, the smallest and the largest that bfloat16 can multiply by included."""
+    """Every byte, and most powers of two, with the smallest and the largest that bfloat16 can multiply by."""
     blocks, scales = random_bytes(3, 40, 6, 16), random_bytes(3, 40, 6, low=1, high=252)
     folder = save(tmp_path, {"x_blocks": blocks, "x_scales": scales}, quant_method="mxfp4")
     want = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
@@ -36,7 +37,7 @@ def test_mxfp4_is_transformers(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256)])
 def test_fp8_is_transformers(tmp_path, dtype, shape):
-    """Every code that is a number, under DeepSeek's blocks of 128 x 128; experts one by one and stacked."""
+    """Every code that is a number, with DeepSeek's blocks of 128 x 128; experts one by one and stacked."""
     codes = random_bytes(*shape, high=127) | random_bytes(*shape, high=2) << 7
     weight, scales = codes.view(torch.float8_e4m3fn), torch.rand(*shape[:-2], shape[-2] // 128, shape[-1] // 128)
     folder = save(
@@ -50,7 +51,8 @@ def test_fp8_is_transformers(tmp_path, dtype, shape):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits_are_bitsandbytes(tmp_path, kind, nested, dtype):
-    """Its own quantiser and dequantiser; rows no shorter than a block, which its CPU code of 0.50 gets wrong."""
+    """bitsandbytes' own quantiser and dequantiser. Rows are at least one block long, because its CPU code of 0.50 is wrong for shorter
+    rows."""
     functional = pytest.importorskip("bitsandbytes.functional")
     tensors, want = {}, {}
     for block in (64, 128):

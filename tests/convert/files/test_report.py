@@ -1,4 +1,4 @@
-"""report.json against the files: any byte that changes later is found and its tensor named."""
+"""report.json against the files: any byte that changes later is found, and its tensor is named."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Slices of a file read into tensors of any shape, strides and dtype, against numpy-free indexing of the whole tensor."""
+"""Slices of a file read into tensors of any shape, strides and dtype, against indexing of the whole tensor."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], int | None, int, int, torch.dtype
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), short=st.sampled_from([1, 32, 1 << 20]), buffer=st.sampled_from([64, 256, 1 << 20]))
 def test_any_slice_into_any_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case, short, buffer):
-    """Limits are small enough that every path (direct, converted, picked out of strides, row by row) is taken."""
+    """The limits are small, so that every path (direct, converted, with strides, row by row) is taken."""
     shape, axis, start, stop, stored, wanted = case
     monkeypatch.setattr(spans, "SHORT", short)
     monkeypatch.setattr(spans, "BUFFER", buffer)
@@ -59,7 +59,7 @@ def test_one_of_a_stack(tmp_path):
 
 
 def test_what_is_read_for_a_slice(tmp_path):
-    """Rows are exact; short runs of columns are read with what lies between them, long ones alone."""
+    """Rows are read exactly. Short runs of columns are read together with the bytes between them; long runs are read alone."""
     save_file({"m": torch.zeros(8, 4), "w": torch.zeros(4, 1 << 18)}, tmp_path / "model.safetensors")
     entries = Checkpoint(tmp_path).entries
     rows = spans.spans(entries["m"], "m", 0, 2, 4)

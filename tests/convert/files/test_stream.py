@@ -1,4 +1,4 @@
-"""A Hugging Face directory to another of the same kind: every tensor, in other files or another dtype, a few rows at a time."""
+"""A Hugging Face directory rewritten with other file sizes or another dtype, a few rows at a time: every tensor is there."""
 
 import json
 import resource
@@ -18,7 +18,7 @@ from tests import tiny
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
 def test_every_tensor(tmp_path, monkeypatch, dtype):
-    """In pieces of 100 bytes; what is no floating-point number stays what it is."""
+    """In pieces of 100 bytes. Tensors that are not floating point keep their dtype."""
     monkeypatch.setattr(stream, "IN_FLIGHT", 100)
     tensors = {
         "a": torch.randn(9, 7).to(torch.bfloat16),

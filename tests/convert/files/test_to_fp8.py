@@ -1,4 +1,4 @@
-"""Weights written as FP8 blocks: what a loop over their numbers gives, what other readers read, and the same bytes again."""
+"""Weights written as FP8 blocks equal a loop over their numbers and what other readers read, and writing again gives the same bytes."""
 
 import json
 
@@ -22,7 +22,7 @@ BLOCK = (16, 24)
 
 
 def by_hand(weight: torch.Tensor, block: tuple[int, int]) -> tuple[list[list[int]], torch.Tensor]:
-    """Codes and scales, block by block: the code of FP8 that is nearest, the even one of two, of all that there are."""
+    """Codes and scales, block by block: among all FP8 codes the nearest one, on a tie the even one."""
     table = sorted((files.e4m3(code), code) for code in range(256) if files.e4m3(code) == files.e4m3(code))
     rows, columns = weight.shape
     codes = [[0] * columns for _ in range(rows)]
@@ -42,7 +42,7 @@ def by_hand(weight: torch.Tensor, block: tuple[int, int]) -> tuple[list[list[int
 
 @pytest.mark.parametrize("shape", [(32, 48), (33, 47), (5, 100), (1, 1)])
 def test_codes_are_the_nearest(shape):
-    """Scales to two roundings of float32; codes of all numbers that do not lie in the middle of two."""
+    """Scales to two roundings of float32; codes of all numbers except those halfway between two codes."""
     weight = torch.randn(shape)
     codes, scales = quantise_fp8(weight, BLOCK)
     want, want_scales = by_hand(weight, BLOCK)
@@ -57,7 +57,8 @@ def test_codes_are_the_nearest(shape):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_reading_and_writing_again_changes_nothing(data):
-    """From float32 weights through float32, and from bfloat16 weights through bfloat16 as well; any size of numbers, any block."""
+    """Read and write again, from float32 weights through float32 and from bfloat16 weights also through bfloat16, for any size of numbers
+    and any block."""
     shape = (data.draw(st.integers(1, 50)), data.draw(st.integers(1, 50)))
     block = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)))
     size = 10.0 ** data.draw(st.integers(-20, 20))
@@ -78,7 +79,7 @@ def test_reading_and_writing_again_changes_nothing(data):
 
 
 def test_every_scale_comes_back():
-    """s = x / 448 is the scale of 448 s in float32, for all 2^23 numbers x of a binade; powers of two change nothing."""
+    """s = x / 448 is the scale of 448 s in float32, for all 2^23 numbers x between two powers of two. Powers of two change nothing."""
     scales = torch.arange(127 << 23, 128 << 23, dtype=torch.int32).view(torch.float32) / 448
     assert torch.equal(scales * 448 / 448, scales)
 
@@ -89,7 +90,7 @@ def test_zeros_stay_zeros():
 
 
 def test_stacked_weights_and_pieces(monkeypatch):
-    """[experts, out, in] is as many matrices, and pieces do not show."""
+    """[experts, out, in] is treated as many matrices, and the size of the pieces changes no bit."""
     weight = torch.randn(3, 50, 30)
     want = [quantise_fp8(one, BLOCK) for one in weight]
     monkeypatch.setattr(to_fp8, "CHUNK", 1)
@@ -109,7 +110,7 @@ def written(request, tmp_path_factory):
 
 
 def test_which_weights_are_fp8(written):
-    """The linears of attention, MLP and experts; not norms, embeddings, output layer and routers, which config.json names."""
+    """The linears of attention, MLP and experts are FP8. Norms, embeddings, output layer and routers are not; config.json names them."""
     source, fp8 = written
     found, plain = Checkpoint(fp8).entries, Checkpoint(source).entries
     quantised = {name for name, entry in found.items() if entry.dtype == torch.float8_e4m3fn}
@@ -123,7 +124,7 @@ def test_which_weights_are_fp8(written):
 
 
 def test_transformers_reads_the_same(written):
-    """Its own dequantiser, which takes only whole blocks, on every weight that has them."""
+    """transformers' own dequantiser, which accepts whole blocks only, on every weight that has whole blocks."""
     _, fp8 = written
     stored, ours, compared = load_file(fp8 / "model.safetensors"), open_checkpoint(fp8, torch.float32), 0
     for name, value in stored.items():
@@ -138,7 +139,7 @@ def test_transformers_reads_the_same(written):
 
 
 def test_written_again_to_the_byte(written, tmp_path):
-    """FP8 files, read and written as FP8 of the same blocks, are the same files."""
+    """FP8 files, read and written as FP8 with the same blocks, are the same bytes."""
     _, fp8 = written
     api.quantize(model=str(fp8), output=str(tmp_path / "again"), block=BLOCK, dequantize=True)
     for name in ("model.safetensors", "config.json"):
@@ -146,7 +147,7 @@ def test_written_again_to_the_byte(written, tmp_path):
 
 
 def test_values_in_any_order(written):
-    """Scales that are asked for first, or twice, are those of the weight."""
+    """Scales that are read before the codes, or twice, are those of the weight."""
     source, fp8 = written
     want = load_file(fp8 / "model.safetensors")
     linears = {name.removesuffix(".weight") for name in Checkpoint(source).entries if files.linear(name)}
@@ -179,7 +180,7 @@ def test_config_of_a_model_without_an_output_layer(tmp_path):
 
 
 def test_outputs_that_are_in_the_way(written, tmp_path):
-    """One that is there is kept, and one that holds the model is never replaced."""
+    """An existing output is kept, and a directory that contains the model is never replaced."""
     source, fp8 = written
     with pytest.raises(
         UserError, match=r"exists already and is left as it is; choose another path, or pass --overwrite true"

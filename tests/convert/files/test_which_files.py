@@ -1,4 +1,4 @@
-"""What of a directory is the model: the weights that transformers would read, and the files that go on with them, on every road."""
+"""Which files of a directory belong to the model: the weights that transformers would read, and the files that every output copies."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`whole` and `shards`: one model twice. `other`: other numbers under the same names."""
+    """`whole` and `shards`: the same model twice. `other`: different numbers under the same names."""
     folder = tmp_path_factory.mktemp("made")
     tiny.make(folder / "whole", "llama", num_hidden_layers=1)
     tiny.make(folder / "shards", "llama", num_hidden_layers=1, max_shard_size="30KB")
@@ -79,7 +79,7 @@ def shards_in_a_folder(made: Path, folder: Path) -> None:
 
 
 def links_into_a_cache(made: Path, folder: Path) -> None:
-    """As the hub's client lays a model out."""
+    """A directory of links into a cache, as the hub's client makes it."""
     folder.mkdir()
     blobs = folder.parent / "blobs"
     blobs.mkdir()
@@ -134,7 +134,7 @@ def test_what_is_not_read_is_said(made, tmp_path):
     ],
 )  # fmt: skip
 def test_files_that_transformers_would_not_read_either(made, tmp_path, capsys, name, message):
-    """A dry run says so too, though it needs no weights."""
+    """A dry run refuses them too, although it needs no weights."""
     folder = tmp_path / "model"
     shutil.copytree(made / "whole", folder)
     (folder / "model.safetensors").rename(folder / name)
@@ -187,7 +187,7 @@ def test_what_belongs_to_the_model_goes_on(tmp_path):
     assert found == {*KEPT, "linked.txt"}
     assert not (target / "linked.txt").is_symlink() and (target / "linked.txt").read_text() == "linked"
     assert json.loads((target / "config.json").read_text()) == {"hidden_size": 4}
-    (source / "optimizer.bin").symlink_to(tmp_path / "gone")  # of nobody's interest
+    (source / "optimizer.bin").symlink_to(tmp_path / "gone")  # a broken link to a file that is not copied
     assert len(companions(source)) == len(found)
     for name in ("vocab.txt", "additional_chat_templates/more.jinja"):
         (source / name).symlink_to(tmp_path / "gone")
@@ -207,7 +207,7 @@ def test_what_belongs_to_the_model_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model with three chat templates among files that are not its own, and an adapter of it."""
+    """A model with three chat templates among unrelated files, and an adapter of it."""
     folder = tmp_path_factory.mktemp("messy")
     source = tiny.make_chat(folder / "model", "llama", num_hidden_layers=1)
     words = tiny.tokenizer(tiny.CHATML, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")

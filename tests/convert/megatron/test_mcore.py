@@ -1,4 +1,4 @@
-"""Megatron-core's own checkpoints through the public API: written in one layout, read on one rank, the same bytes come back."""
+"""Megatron-core's own checkpoints through the public API: written in one layout and read on one rank, the bytes are the same."""
 
 import json
 import shutil
@@ -31,19 +31,19 @@ CASES = [
     ("qwen3_tied", "tp4", torch.bfloat16),
     ("qwen3_moe_mixed", "ep2-etp1", torch.float32),
     ("mixtral", "ep2-pp2", torch.bfloat16),
-    # norms whose weights the tensor ranks cut, by all heads together and by head, and norms inside the core attention
+    # norms whose weights are sharded over tensor ranks (over all heads together, and by head), and norms inside the core attention
     ("olmo2", "tp2-pp2-sp", torch.float32),
     ("cohere_qk_norm", "tp2-pp2-sp", torch.float32),
     ("hunyuan", "tp2-pp2-sp", torch.bfloat16),
     ("olmo", "single", torch.float32),
-    ("phi", "tp2-pp2-sp", torch.float32),  # a bias on the output layer, cut and padded like the vocabulary
+    ("phi", "tp2-pp2-sp", torch.float32),  # a bias on the output layer, padded and sharded like the vocabulary
     ("apertus", "tp2-pp2-sp", torch.float32),  # parameters and buffers in the activation
     ("gpt_oss", "ep2-etp1", torch.bfloat16),
     ("granitemoeshared", "ep2-pp2", torch.bfloat16),
     ("ernie4_5_moe", "ep2-etp1", torch.float32),
-    ("qwen3_next", "ep2-etp1", torch.bfloat16),  # layers with other parameters, cut by key heads
+    ("qwen3_next", "ep2-etp1", torch.bfloat16),  # layers with other parameters, sharded by key heads
     ("qwen3_next_wide", "ep2-pp2", torch.float32),
-    # more tensor ranks than key heads, which Megatron cuts within a group
+    # more tensor ranks than key heads: Megatron shards within a group
     ("llama_4_1", "tp4", torch.bfloat16),
     ("qwen2_4_1", "tp2-pp2-sp", torch.float32),
     ("phi3_4_1", "tp4", torch.float32),
@@ -63,7 +63,7 @@ def same_bits(found: Path, source: Path) -> None:
     assert have.keys() == want.keys()
     for name, value in want.items():
         assert (have[name].dtype, have[name].shape) == (value.dtype, value.shape), name
-        # flat: one number has no dim that could be viewed as bytes
+        # flat, because a 0-dim tensor has no dim that could be viewed as bytes
         assert torch.equal(have[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8)), name
 
 
@@ -73,7 +73,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("name", "layout", "dtype"), CASES, ids=lambda value: str(value).removeprefix("torch."))
 def test_there_and_back(tmp_path, name, layout, dtype):
-    """--to mcore in a layout, --to hf on one rank."""
+    """--to mcore in a layout, then --to hf on one rank."""
     source = tiny.make(tmp_path / "hf", name, dtype=dtype)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     before = files(source)
@@ -102,7 +102,7 @@ def test_mixed_dtypes_there_and_back(tmp_path):
 
 
 def test_from_one_layout_into_another(tmp_path):
-    """Saved at TP2 x PP2, read at TP4 and at PP4 (an uneven one), written from there."""
+    """Saved at TP2 x PP2, read at TP4 and at an uneven PP4, and written from there."""
     source = tiny.make(tmp_path / "hf", "llama_tied")
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
     for name, parallel in (("tp4", LAYOUTS["tp4"]), ("uneven", Parallel(pipeline=2, pipeline_layout="3,1"))):
@@ -111,7 +111,7 @@ def test_from_one_layout_into_another(tmp_path):
 
 
 def test_more_ranks_than_key_heads_into_fewer_and_back(tmp_path):
-    """Saved at TP4 of 2 key heads and read at TP2; saved there and read at TP4."""
+    """With 2 key heads: saved at TP4 and read at TP2; saved at TP2 and read at TP4."""
     source, first, second = tiny.make(tmp_path / "hf", "llama_tied_4_2"), tmp_path / "first", tmp_path / "second"
     api.convert(source=str(source), to="mcore", output=str(first), parallel=LAYOUTS["tp4"])
     api.convert(source=str(first), to="hf", output=str(tmp_path / "tp2"), parallel=Parallel(tensor=2))
@@ -143,7 +143,7 @@ def test_another_dtype_and_small_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Hugging Face directory and the Megatron checkpoint of it."""
+    """A Hugging Face directory and its Megatron checkpoint."""
     folder = tmp_path_factory.mktemp("pair")
     source = tiny.make(folder / "hf", "llama")
     api.convert(source=str(source), to="mcore", output=str(folder / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
@@ -240,7 +240,7 @@ def test_quantised_weights_and_a_size_that_is_none(tmp_path, pair):
 
 
 def test_a_value_head_is_carried(tmp_path):
-    """It is no part of what is computed, and comes back bit for bit, in its own dtype, unless all get another one."""
+    """The value head takes no part in the computation. It is copied bit for bit in its own dtype, unless --torch_dtype is given."""
     source = tiny.make(tmp_path / "hf", "llama")
     tensors = load_file(source / "model.safetensors")
     head = {"v_head.summary.weight": torch.randn(1, 32).half(), "v_head.summary.bias": torch.randn(1).half()}
@@ -262,7 +262,7 @@ def test_a_value_head_is_carried(tmp_path):
 
 
 def test_a_checkpoint_without_its_hugging_face_side(tmp_path):
-    """As Megatron-LM leaves one: config, tokenizer and dtypes come from the model that is named."""
+    """As Megatron-LM leaves one: config, tokenizer and dtypes come from the model that --model names."""
     source = tiny.make(tmp_path / "hf", "qwen3", dtype=torch.bfloat16)
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"), parallel=LAYOUTS["tp2-pp2-sp"])
     shutil.rmtree(tmp_path / "mcore" / "hf")
@@ -292,7 +292,7 @@ def test_replacing_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("family", "prefix"), [("qwen3_next", "mtp."), ("ernie4_5_moe", "model.mtp_")])
 def test_multi_token_prediction_beside_the_layers_is_carried(tmp_path, family, prefix):
-    """Under names of its own."""
+    """Layers of multi-token prediction with names of their own, beside the decoder layers."""
     source = tiny.make(tmp_path / "hf", family)
     tensors = load_file(source / "model.safetensors")
     more = {prefix + name: torch.randn(8, 4) for name in ("fc.weight", "layers.0.self_attn.q_proj.weight")}
@@ -307,7 +307,7 @@ def test_multi_token_prediction_beside_the_layers_is_carried(tmp_path, family, p
 
 
 def test_layers_of_multi_token_prediction_are_carried(tmp_path):
-    """DeepSeek-V3 holds one more layer than it computes with; a name beyond that is nobody's."""
+    """DeepSeek-V3 has one layer more than it computes with; a tensor of a layer beyond that one is an error."""
     source = tiny.make(tmp_path / "hf", "deepseek_v3_moe", num_nextn_predict_layers=1)
     tensors, last = load_file(source / "model.safetensors"), len(load_settings(source).moe_layers)
     more = {f"model.layers.{last}.{name}": torch.randn(8, 4) for name in ("eh_proj.weight", "self_attn.o_proj.weight")}

@@ -1,4 +1,4 @@
-"""What lies in a Megatron checkpoint under which name, and what there may be that a model does not ask for."""
+"""The names of tensors in a Megatron checkpoint, and which tensors it may have that a model does not need."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ QKV_NORM, MLP_NORM, ALONE = "self_attention.linear_qkv.layer_norm_", "mlp.linear
     ],
 )
 def test_names_of_norms(tmp_path: Path, family: str, norms: set[str]) -> None:
-    """As Megatron-LM's layers with Transformer Engine name them, written out by hand from its layer specs."""
+    """The names in Megatron-LM's layers with Transformer Engine, written out by hand from its layer specs."""
     source = tiny.make(tmp_path / "hf", family)
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"))
     names = FileSystemReader(tmp_path / "mcore" / "release").read_metadata().state_dict_metadata
@@ -66,7 +66,7 @@ def test_names_of_norms(tmp_path: Path, family: str, norms: set[str]) -> None:
 
 
 def latent_norms(names: Any) -> set[str]:
-    """Norms of heads, which have one name everywhere."""
+    """Norms of heads have the same name in every spec."""
     return {name for name in names if any(part in name for part in (".q_layernorm", ".k_layernorm"))}
 
 
@@ -74,13 +74,13 @@ State = dict[str, Any]
 
 
 def optimizer(state: State) -> None:
-    """What a checkpoint of training holds beside the weights."""
+    """What a training checkpoint has beside the weights."""
     moment = torch.zeros(4)
     state["optimizer"] = {"exp_avg": ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", moment)}
 
 
 def scales(state: State) -> None:
-    """What Transformer Engine's norms write, and Megatron's own do not; and linears without what Megatron's own write."""
+    """Adds the tensors that only Transformer Engine's norms write, and removes those that only Megatron's own linears write."""
     name = "decoder.final_layernorm._extra_state"
     state["model"] = {key: value for key, value in state["model"].items() if "_extra_state" not in key}
     state["model"][name] = ShardedObject(name, torch.zeros(1), (1,), (0,))
@@ -96,7 +96,7 @@ def more(state: State) -> None:
 
 
 def written_and_read(source: Path, directory: Path, change: Callable[[State], None], cpu: Device) -> str:
-    """One rank: writes what Megatron-LM would but for `change`, reads it into an empty model; returns the UserError."""
+    """One rank: writes a checkpoint like Megatron-LM's except for `change`, reads it into an empty model, and returns the UserError."""
     groups = parallel_groups.init(plan_layout(schema.Parallel(), load_settings(source).shape, 1))
 
     def part() -> ModelPart:
@@ -130,7 +130,7 @@ def written_and_read(source: Path, directory: Path, change: Callable[[State], No
 def test_what_a_model_does_not_ask_for(
     ranks: Any, cpu: Device, tmp_path: Path, change: Callable[[State], None], said: str
 ) -> None:
-    """State of optimizers and of FP8 is left; a tensor that is missing, or that nothing reads, stops, each by its name."""
+    """State of optimizers and of FP8 is ignored. A tensor that is missing, or that nothing reads, is an error with its name."""
     source = tiny.make(tmp_path / "hf", "llama")
     found = ranks(1, written_and_read, source, tmp_path / "mcore", change, cpu)
     assert found == "" if not said else f"does not fit its config.json: {said}; use" in found, found

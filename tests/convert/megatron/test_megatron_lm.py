@@ -1,7 +1,7 @@
-"""Checkpoints as Megatron-LM's training loop writes them, made by Megatron-core alone: none of our code builds, fills or saves.
+"""Checkpoints as Megatron-LM's training loop writes them, made with Megatron-core alone: none of our code builds, fills or saves them.
 
-Weights are put into Megatron's parameters row by row after tests/by_hand.py; the state dict is laid out as
-megatron/training/checkpointing.py does (generate_state_dict, save_checkpoint).
+Weights are put into Megatron's parameters row by row after tests/by_hand.py. The state dict is built as megatron/training/checkpointing.py
+does (generate_state_dict, save_checkpoint).
 """
 
 import argparse
@@ -34,11 +34,11 @@ from tests import by_hand, tiny
 from tests.convert.megatron.test_mcore import same_bits
 
 LAYERS, GROUPS, QUERIES, HEAD_DIM, PADDED = 4, 4, 2, 8, 384
-"""Of tests/tiny.py; a vocabulary of 131 is padded to 384, which no setting of ours does."""
+"""Sizes of tests/tiny.py. The vocabulary of 131 is padded to 384, which no setting of ours does."""
 
 
 def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: dict[str, Any], sharding: str) -> None:
-    """One rank of a training run: it steps, and saves as Megatron-LM does after iteration 10."""
+    """One rank of a training run: takes steps, and saves as Megatron-LM does after iteration 10."""
     tensor, pipeline, expert = sizes
     state.initialize_model_parallel(
         tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=1 if expert > 1 else None
@@ -95,7 +95,7 @@ def save(directory: Path, output: Path, sizes: tuple[int, int, int], settings: d
     for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
         buffer.grad_data.normal_()
     optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())  # a rate of 0
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())  # the learning rate is 0
     metadata = {
         "distrib_optim_sharding_type": sharding,
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -141,7 +141,7 @@ def put(
     experts: int | None,
     tied: bool,
 ) -> None:
-    """Fills a rank's parameters; every one, or the test fails."""
+    """Fills all parameters of a rank; fails where one is not filled."""
     rank, first = state.get_tensor_model_parallel_rank(), state.get_pipeline_model_parallel_rank() * LAYERS // pipeline
     expert_rank = state.get_expert_model_parallel_rank()
 
@@ -228,7 +228,7 @@ def _convert(given: dict[str, Any]) -> None:
 
 
 def test_ranks_read_it_too(ranks, tmp_path):
-    """Started by torchrun, each rank has Megatron load its part."""
+    """Under torchrun, Megatron loads each rank's part."""
     source = tiny.make(tmp_path / "hf", "llama", dtype=torch.bfloat16)
     ranks(4, save, source, tmp_path / "run", (2, 2, 1), dict(tied=False), "dp_reshardable")
     given = dict(source=str(tmp_path / "run"), to="hf", output=str(tmp_path / "back"), model=str(source))
@@ -237,7 +237,7 @@ def test_ranks_read_it_too(ranks, tmp_path):
 
 
 def test_the_optimizers_files_are_not_opened(ranks, tmp_path):
-    """Where the optimizer lies in files of its own, they may even be missing."""
+    """Where the optimizer state is in files of its own, these files may even be missing."""
     source = tiny.make(tmp_path / "hf", "llama", dtype=torch.bfloat16)
     ranks(4, save, source, tmp_path / "run", (2, 2, 1), dict(tied=False), "dp_reshardable")
     folder = tmp_path / "run" / "iter_0000010"
@@ -252,7 +252,7 @@ def test_the_optimizers_files_are_not_opened(ranks, tmp_path):
         if index.fqn.startswith(SKIPPED)
     ]
     assert sum(length for *_, length in ranges) > 200_000
-    for name, offset, length in ranges:  # their bytes spoiled, or their file gone
+    for name, offset, length in ranges:  # overwrites their bytes, or deletes their file
         if name in weights:
             with (folder / name).open("r+b") as file:
                 file.seek(offset)

@@ -1,4 +1,5 @@
-"""Rows of a Megatron checkpoint's vocabulary beyond the config.json that it is converted with: padding goes, words are not lost."""
+"""Rows of a Megatron checkpoint's vocabulary beyond vocab_size of the given config.json: padding is dropped, and rows of tokens are never
+lost."""
 
 import argparse
 import json
@@ -21,14 +22,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mcore(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """131 words, in 256 rows."""
+    """A vocabulary of 131 tokens in 256 rows."""
     output = tmp_path_factory.mktemp("mcore") / "mcore"
     api.convert(source=str(source), to="mcore", output=str(output))
     return output
 
 
 def with_vocab(source: Path, directory: Path, size: int) -> Path:
-    """The source's config alone, of another vocabulary."""
+    """The source's config alone, with another vocab_size."""
     directory.mkdir()
     fields = json.loads((source / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**fields, "vocab_size": size}))
@@ -51,7 +52,7 @@ def test_our_own_say_how_many_words_there_are(source, mcore, tmp_path, size, why
 
 
 def others(mcore: Path, directory: Path, **args: int) -> Path:
-    """The same without our config beside it, as a training run with such settings saves it."""
+    """The same checkpoint without our config beside it, as a training run with these settings saves it."""
     shutil.copytree(mcore, directory, ignore=shutil.ignore_patterns("hf"))
     common = directory / "release" / "common.pt"
     kept = torch.load(common, weights_only=True)
@@ -60,7 +61,7 @@ def others(mcore: Path, directory: Path, **args: int) -> Path:
 
 
 def test_rows_of_others_are_padding_where_they_are_alike(source, mcore, tmp_path):
-    """Zeros here. Fewer words than there are: refused, with what keeps them all."""
+    """The extra rows are equal (zeros here), so they are padding. A smaller vocab_size is refused; the message says what keeps all rows."""
     made = others(mcore, tmp_path / "run")
     back(made, with_vocab(source, tmp_path / "right", 131), tmp_path / "out")
     same_bits(tmp_path / "out", source)
@@ -79,7 +80,7 @@ def test_rows_of_others_are_padding_where_they_are_alike(source, mcore, tmp_path
 
 
 def test_rows_of_others_are_padding_where_the_run_padded_so(source, mcore, tmp_path, capsys):
-    """Megatron-LM draws its padding: then its settings decide, and what is left out is said."""
+    """Megatron-LM draws random padding. Then the run's settings decide, and a line says what is left out."""
     fewer = with_vocab(source, tmp_path / "fewer", 120)
     by_tensor = others(mcore, tmp_path / "run", make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
     back(by_tensor, fewer, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Boxes of a torch_dist checkpoint are what slices of its tensors are; a pickle in it that could run something does not run."""
+"""Boxes of a torch_dist checkpoint equal slices of its tensors, and code in a pickle of it never runs."""
 
 import itertools
 import os
@@ -21,13 +21,13 @@ from tests import tiny
 
 
 def write_by_torch(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Each tensor in one chunk, as torch's own writer lays it out."""
+    """Writes each tensor in one chunk with torch's own writer."""
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
 
 
 @st.composite
 def boxes(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[tuple[int, int]], int]:
-    """A shape, where its dims are cut into chunks, a box in it, and how many dims in front the box has one index of."""
+    """A shape, the borders of its chunks, a box in it, and how many leading dims the box has a single index of."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     cuts = [sorted(draw(st.sets(st.integers(1, size), max_size=2)) | {0, size}) for size in shape]
     box, lead = [], draw(st.integers(0, len(shape) - 1))
@@ -68,7 +68,7 @@ def test_a_box_of_chunks_is_a_slice(tmp_path_factory, drawn):
     ids=["plain", "turned", "a view", "a number", "integers", "float8", "a parameter", "empty", "turned in 3 dims"],
 )  # fmt: skip
 def test_what_torch_wrote(tmp_path, tensor):
-    """Also where the numbers do not lie in order, and torch has to make the chunk."""
+    """Also where the numbers are not contiguous and torch has to make the chunk."""
     write_by_torch(tmp_path, {"x": tensor})
     have = torch.zeros(tensor.shape, dtype=tensor.dtype)
     TorchDist(tmp_path).read_into(have, "x", [0] * tensor.dim(), 0)
@@ -95,7 +95,7 @@ class Runs:
 
 @pytest.mark.parametrize("ranks_started", [False, True], ids=["one process", "ranks"])
 def test_a_pickle_that_would_run_something(ranks, tmp_path, ranks_started):
-    """In .metadata, both for our reader and before Megatron's, which would run it."""
+    """In .metadata: for our reader, and before Megatron's reader, which would run it."""
     source = tiny.make(tmp_path / "hf", "llama")
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"))
     metadata = read_metadata(tmp_path / "mcore" / "release")
@@ -119,7 +119,7 @@ def _convert(given: dict[str, object]) -> None:
 
 
 def test_a_chunk_that_is_damaged(tmp_path):
-    """In the middle of the work: nothing is left of the output."""
+    """The damage is found during the conversion, and no output is left."""
     source = tiny.make(tmp_path / "hf", "llama")
     api.convert(source=str(source), to="mcore", output=str(tmp_path / "mcore"))
     release = tmp_path / "mcore" / "release"
@@ -129,7 +129,7 @@ def test_a_chunk_that_is_damaged(tmp_path):
         if index.fqn == "decoder.final_layernorm.weight"
     )
     with (release / info.relative_path).open("r+b") as file:
-        file.seek(info.offset + info.length - 22)  # the end record of its zip
+        file.seek(info.offset + info.length - 22)  # the end record of its zip file
         file.write(b"\0" * 22)
     with pytest.raises(UserError, match=r"release cannot be read as a torch_dist checkpoint: .*zip.*; copy it again"):
         api.convert(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "out"))
