@@ -1,7 +1,8 @@
-"""A stand-in for Megatron's TEDotProductAttention: what Transformer Engine computes over context ranks, as a definition, over gloo.
+"""A stand-in for Megatron's TEDotProductAttention: what Transformer Engine computes over context ranks, written as a definition, over
+gloo.
 
-The cut of examples is written here from Transformer Engine's own words (attn_forward_func_with_cp, "thd"): each sequence is divided in
-2 * cp chunks, and 2 chunks of every sequence lie on a rank: those as far from its middle as each other.
+Examples are split here after Transformer Engine's own documentation (attn_forward_func_with_cp, "thd"): each sequence is divided into 2 *
+cp chunks. Rank p has chunks p and 2 * cp - 1 - p of every sequence.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def held(starts: list[int], ranks: int) -> list[list[int]]:
-    """Places in the row of each rank's tokens, in its order, token by token."""
+    """The indices in the row of each rank's tokens, in the rank's order, token by token."""
     found: list[list[int]] = [[] for _ in range(ranks)]
     for start, stop in zip(starts, starts[1:], strict=False):
         assert (stop - start) % (2 * ranks) == 0, "Transformer Engine cuts an example in 2 * cp chunks of one size"
@@ -28,7 +29,7 @@ def held(starts: list[int], ranks: int) -> list[list[int]]:
 
 
 class StandIn(torch.nn.Module):
-    """Parameters and their defaults are TEDotProductAttention's."""
+    """Its parameters and their defaults are those of TEDotProductAttention."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class StandIn(torch.nn.Module):
             assert dist.get_process_group_ranks(inner) == mine[first : first + inner.size()]
 
     def get_extra_state(self) -> Tensor:
-        """As Transformer Engine's modules have: it must not get into checkpoints."""
+        """Transformer Engine's modules have an extra state; it must not get into checkpoints."""
         return torch.zeros(1)
 
     def set_extra_state(self, state: Any) -> None:
@@ -84,7 +85,7 @@ class StandIn(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         num_splits: int | None = None,
     ) -> Tensor:
-        """[tokens, heads, dim] each of this rank -> [tokens, heads * dim]."""
+        """[tokens, heads, dim] each, of this rank -> [tokens, heads * dim]."""
         assert attention_mask is attention_bias is num_splits is None and attn_mask_type == AttnMaskType.causal
         row = packed_seq_params
         assert row is not None and row.qkv_format == "thd"
@@ -103,7 +104,7 @@ class StandIn(torch.nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, starts: list[int], scale: float, window: int | None) -> Tensor:
-    """One softmax over everything, by the definition."""
+    """One softmax over all keys, by the definition."""
     tokens, group = len(query), query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     place = torch.arange(tokens)
@@ -130,5 +131,5 @@ class _Gathered(torch.autograd.Function):
 
 
 def parameters(function: Any) -> list[tuple[str, Any]]:
-    """Names and defaults, for a comparison with the original's."""
+    """Names and defaults, for a comparison with those of the original."""
     return [(name, each.default) for name, each in inspect.signature(function).parameters.items()]

@@ -3,7 +3,7 @@
 from typing import Any
 
 _FEWER: dict[str, Any] = dict(num_key_value_heads=..., head_dim=..., bos_token_id=None, eos_token_id=None)
-"""These types have a key head for each query head, and heads that share out the hidden size."""
+"""These types have as many key heads as query heads, and head_dim is hidden_size / heads."""
 _FALCON: dict[str, Any] = dict(model_type="falcon", hidden_size=64, intermediate_size=..., **_FEWER)
 _GPT2: dict[str, Any] = dict(hidden_size=64, n_inner=48, intermediate_size=..., **_FEWER)
 

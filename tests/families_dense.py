@@ -1,10 +1,10 @@
-"""Tiny configs of dense families: parallel branches, norms of other places and kinds, layers that do not rotate."""
+"""Tiny configs of dense families: parallel branches, norms of other kinds and at other places, layers without rotary embedding."""
 
 from typing import Any
 
 TOKENS: dict[str, Any] = dict(bos_token_id=None, eos_token_id=None)
 WIDE: dict[str, Any] = dict(hidden_size=64, **TOKENS)
-"""Heads of 8 features that share out the hidden size, for families that have no head_dim of their own."""
+"""Heads of 8 features for families without head_dim: hidden_size / heads."""
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 6.0]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8, "mscale": 1.0,
@@ -16,7 +16,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_type="cohere", use_qk_norm=True, attention_bias=True, tie_word_embeddings=False, **TOKENS
     ),
     "cohere2": dict(model_type="cohere2", sliding_window=5, sliding_window_pattern=3, **WIDE),
-    # Every layer rotates: without, the gradient of the keys' bias is zero but for rounding, since it moves all scores alike.
+    # Every layer rotates. In a layer without rotary embedding the gradient of the keys' bias is zero but for rounding, because it adds the
+    # same to all scores.
     "cohere2_bias": dict(
         model_type="cohere2", sliding_window=6, layer_types=["sliding_attention"] * 4, attention_bias=True, logit_scale=2.0,
         tie_word_embeddings=False, **WIDE,
@@ -52,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "apertus_bias": dict(model_type="apertus", attention_bias=True, tie_word_embeddings=True, **TOKENS),
     "phi": dict(model_type="phi", partial_rotary_factor=0.5, **WIDE),
     "phi_tied": dict(model_type="phi", qk_layernorm=True, tie_word_embeddings=True, **WIDE),
-    "phi3_longrope": dict(  # of the rows that tests draw, some are longer than 12 tokens and some are not
+    "phi3_longrope": dict(  # some of the rows in tests are longer than 12 tokens and some are not
         model_type="phi3", resid_pdrop=0.0, rope_parameters=LONGROPE, original_max_position_embeddings=12,
         partial_rotary_factor=0.5, **WIDE,
     ),

@@ -1,4 +1,4 @@
-"""Tiny configs of the families whose mixtures of experts have a choice of their own."""
+"""Tiny configs of the families with their own way to choose experts."""
 
 from typing import Any
 

@@ -1,10 +1,10 @@
-"""Tiny configs of the families whose MLPs are two linears with an activation between, and of their kin."""
+"""Tiny configs of families whose MLPs are two linears with an activation between, and of related families."""
 
 from typing import Any
 
 TOKENS = dict(bos_token_id=None, eos_token_id=None)
 WIDE: dict[str, Any] = dict(hidden_size=64, **TOKENS)
-"""Heads of 8 features that share out the hidden size, for families that have no head_dim of their own."""
+"""Heads of 8 features for families without head_dim: hidden_size / heads."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": dict(model_type="starcoder2", sliding_window=6, **TOKENS),

@@ -1,7 +1,7 @@
 """Tiny configs of families whose layers are gated delta nets and gated attention.
 
-A large epsilon: what the first tokens read from a state is near zero as often as not, and its norm would magnify that to one, with
-the rounding in it. transformers' own gradients in float32 and float64 differ by 5e-5 at the usual epsilon, and by 4e-6 at this one.
+The epsilon is large. What the first tokens read from a state is often near zero; its norm would magnify it, with its rounding, to one.
+transformers' own gradients in float32 and float64 differ by 5e-5 at the usual epsilon, and by 4e-6 at this one.
 """
 
 from typing import Any

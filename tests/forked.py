@@ -1,4 +1,4 @@
-"""A script as `python script words` would run it, in a fork of this process: Megatron is imported already, which takes seconds."""
+"""Runs a script as `python script words` would, in a fork of this process, where Megatron is imported already (an import takes seconds)."""
 
 import os
 import runpy
@@ -13,7 +13,7 @@ from swift_mega.launch import rank
 
 
 def run_script(script: Path, *words: object) -> "subprocess.CompletedProcess[str]":
-    """Status and both streams; a traceback is status 1, as the interpreter has it."""
+    """Status and both streams. A traceback is status 1, as in the interpreter."""
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch, "out"), Path(scratch, "err")
         sys.stdout.flush()

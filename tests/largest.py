@@ -1,4 +1,4 @@
-"""How large the tensors are that code makes."""
+"""Measures the size of the tensors that code makes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """While it is entered, `numbers` grows to the size of the largest tensor that any operator returns, backward ones too."""
+    """While it is entered, `numbers` is the size of the largest tensor that any operator has returned, also in backward passes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A plan made in one process is what the ranks of a layout hold, name by name and bit by bit; Megatron itself says what they hold."""
+"""A blueprint made in one process equals what the ranks of a layout have, by name and bit for bit; Megatron itself says what they have."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ LAYOUTS = {
 
 
 def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cpu: Any) -> int:
-    """One rank: what it was given by its own loader, beside what the plan says that it holds."""
+    """One rank: compares what its own loader read with what the blueprint says that it has."""
     groups = parallel_groups.init(layout)
     checkpoint = Checkpoint(directory)
     run = schema.Run(parallel=schema.Parallel())
@@ -80,7 +80,8 @@ def test_ranks_hold_what_is_planned(ranks, cpu, tmp_path, family):
 
 
 def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, tuple[int, ...]]:
-    """What Megatron builds as rank `rank` of a large layout, on the meta device; torch's fake group answers for the others."""
+    """What Megatron builds as rank `rank` of a large layout, on the meta device, with torch's fake process group in place of the other
+    ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.destroy_process_group()
@@ -90,7 +91,8 @@ def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, 
         layout.pipeline,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        create_gloo_process_groups=False,  # which the fake store cannot make
+        # The fake store cannot make gloo groups.
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = load_settings(directory)
@@ -132,10 +134,10 @@ LLAMA_405B = dict(
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
-    """Counts add up, and ranks are what Megatron makes them.
+    """The counts add up, and the coordinates of ranks are Megatron's.
 
-    DeepSeek-V3 on TP64 x PP16 x EP128, Qwen3-Next on 512 ranks, Llama-3.1-405B on TP8 x PP16, TP16 and TP64: the published counts are 671B,
-    79B without embedding and head, and 405.85B.
+    DeepSeek-V3 on TP64 x PP16 x EP128, Qwen3-Next on 512 ranks, Llama-3.1-405B on TP8 x PP16, TP16 and TP64: the published counts are
+    671B, 79B without embedding and head, and 405.85B.
     """
     parallel, world, parameters, looked_at = LARGE[name]
     config = LLAMA_405B if name.startswith("llama") else json.loads(CONFIGS[name])

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint that does not fit its config.json is what was done to it, and no other cause."""
+"""For a checkpoint that does not fit its config.json, the error names the cause that was made here, and no other cause."""
 
 import json
 import re
@@ -55,12 +55,12 @@ def beside(**more: Tensor) -> Callable[[Tensors], Tensors]:
 
 
 def headless(*names: str) -> Callable[[Tensors], Tensors]:
-    """A head of one row for each name in the output layer's place."""
+    """Replaces the output layer by a head of one row for each name."""
     return lambda tensors: without("lm_head")(tensors) | {name: torch.ones(1, 32) for name in names}
 
 
 def with_layer(number: int, *ends: str) -> Callable[[Tensors], Tensors]:
-    """The last layer once more under this number, and further tensors in it."""
+    """Copies the last layer under another number, and adds further tensors to it."""
 
     def change(tensors: Tensors) -> Tensors:
         again = {
@@ -150,5 +150,5 @@ def test_the_cause_is_what_was_done(models, tmp_path, name, change, fields, said
 
 
 def test_a_value_head_beside_the_output_layer_is_kept(models, tmp_path):
-    """What TRL saves on top of a language model is no reward model in its place."""
+    """TRL saves a value head on top of a language model; this is not taken for a reward model."""
     assert said_of(models["llama"], tmp_path / "changed", beside(v_head__summary__weight=torch.ones(1, 32))) == ""

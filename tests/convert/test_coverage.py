@@ -1,6 +1,6 @@
-"""Every tensor of a checkpoint accounted for before a byte moves: each way in which files and config.json can disagree.
+"""Every tensor of a checkpoint is accounted for before any weight is read: each way in which files and config.json can disagree.
 
-The ranks of a layout must all raise the same message, or the one that goes on waits for ever.
+All ranks of a layout must raise the same message; otherwise a rank that goes on waits for ever.
 """
 
 import json
@@ -179,7 +179,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
 
 
 def messages(directories: list[Path], layout_name: str, cpu: Any) -> list[str]:
-    """In every rank: what loading each directory says; asserts that all ranks hear the same."""
+    """In every rank: the message of loading each directory. Asserts that all ranks have the same."""
     said = []
     for directory in directories:
         parallel, world = parse_layout(layout_name)
@@ -225,7 +225,7 @@ def test_each_fault_is_one_message_on_every_rank(ranks, cpu, faulty, layout):
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "pp2"])
 def test_what_is_not_a_fault(ranks, cpu, tmp_path, layout):
-    """A tied head that is a copy of the embedding, and the buffers that old checkpoints hold, are understood and left out."""
+    """Not an error: a tied head that is a copy of the embedding, and the buffers that old checkpoints have. Both are left out."""
     tied = tiny.make(tmp_path / "tied", "llama_tied")
     tensors = load_file(tied / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -248,7 +248,7 @@ def test_the_widest_dtype_holds_them_all(tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.uint8])
 def test_no_dtype_holds_quantised_weights(tmp_path, kind):
-    """Known before a rank starts; not after each has failed to make a parameter of integers."""
+    """Refused before a rank starts, and not by each rank when it fails to make a parameter of integers."""
     save_file({"a": torch.ones(2, dtype=kind), "b": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"a \(torch\..*\) are quantised; convert the checkpoint to bfloat16"):
         widest(Checkpoint(tmp_path))

@@ -1,6 +1,7 @@
-"""Disks that are full, read-only or closed to us, and damaged sources, from the command line: one line, status 2, nothing left over.
+"""Disks that are full or read-only, folders without permission, and damaged sources, from the command line: one line, status 2, no file
+left.
 
-A small tmpfs stands for the disk. Mounting one takes root, or a namespace where we are: without either the tests say so.
+A small tmpfs takes the place of the disk. Mounting one needs root, or a user namespace; without either the tests say so.
 """
 
 import os
@@ -52,7 +53,7 @@ def works(*command: str) -> bool:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """4 MiB of their own."""
+    """A file system of 4 MiB of its own."""
     path = tmp_path / "disk"
     try:
         mount(path, 4)
@@ -63,9 +64,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_in_a_namespace():
-    """What needs a disk again as root of a namespace, where we may not mount outside of one."""
+    """Runs the tests that need a disk again, as root of a user namespace, where this user may not mount."""
     if os.environ.get(HERE) or works("unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"):
-        return  # the tests below have run as they are
+        # The tests below have run directly.
+        return
     if not works("unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"):
         pytest.skip("neither root nor unshare -rm may mount a tmpfs here")
     command = [
@@ -98,7 +100,7 @@ def names(directory: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf, 3.1 MB, most of it embedding and head; mcore, made of it on two tensor ranks; adapter, of one linear."""
+    """hf: 3.1 MB, most of it embedding and head. mcore: made from it for two tensor ranks. adapter: on one linear."""
     folder = tmp_path_factory.mktemp("sources")
     source = tiny.make(folder / "hf", "llama", vocab_size=12_000)
     made = ["convert", "--model", str(source), "--to", "mcore", "--output", str(folder / "mcore")]
@@ -111,7 +113,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
     for path in folder.rglob("*"):
-        path.chmod(path.stat().st_mode | 0o055)  # read by nobody, too
+        path.chmod(path.stat().st_mode | 0o055)  # readable by user nobody too
     return folder
 
 
@@ -130,7 +132,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """run(writer, output, ...): the command line's line on stderr, which is the only one; "" where it succeeds."""
+    """run(writer, output, ...): the single line on stderr of the command; "" where it succeeds."""
 
     def go(writer: str, output: Path, *more: str) -> str:
         monkeypatch.chdir(sources)
@@ -148,7 +150,7 @@ def run(sources: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
 
 
 def check_no_room(said: str, output: Path, *, older: bool = False) -> int:
-    """Path, bytes needed, bytes free, remedy. Returns the bytes needed."""
+    """Checks that the message has the path, the bytes needed, the bytes free and a remedy. Returns the bytes needed."""
     found = re.search(r"cannot write (\S+): it takes ([\d,]+) bytes, and ([\d,]+) are free", said)
     assert found is not None, said
     needed, free = (int(number.replace(",", "")) for number in found.groups()[1:])
@@ -167,17 +169,20 @@ def test_too_small_a_disk_is_found_before_a_byte_is_written(run, disk, writer):
 
 @every_writer
 def test_both_outputs_need_room(run, sources, disk, writer):
-    """Where an older output is replaced it stays until the new one is whole, and it stays whole where there is no room for it."""
+    """An older output stays until the new one is complete, and it is unchanged where there is no room for the new one."""
     assert run(writer, disk / "out") == ""
     before = contents(disk)
     needed = check_no_room(run(writer, disk / "out", "--overwrite", "true"), disk / "out", older=True)
-    assert 0.95 < needed / sum(map(len, before.values())) <= 1  # never more than it takes: that would refuse what fits
+    assert (
+        0.95 < needed / sum(map(len, before.values())) <= 1
+    )  # never more than it takes: that would refuse an output that fits
     assert contents(disk) == before and names(disk) == ["out"]
 
 
 @every_writer
 def test_a_disk_that_fills_up_meanwhile(run, disk, monkeypatch, writer):
-    """Somebody else takes the space after it was counted: one line with what is free, the older output whole, no staging."""
+    """Another process fills the disk after the space was counted: one line with the free bytes, the older output is complete, and no
+    staging directory is left."""
     (disk / "out").mkdir()
     (disk / "out" / "config.json").write_text("old")
     (disk / "other").write_bytes(bytes(4 * MEGABYTE - 600_000))
@@ -193,7 +198,7 @@ def test_a_disk_that_fills_up_meanwhile(run, disk, monkeypatch, writer):
 
 
 def to_mcore(source: Path, output: Path, cpu: Any) -> str:
-    """One of two ranks, the second of which may write no file as long as its own. Returns what both must have heard."""
+    """One of two ranks; the second may not write a file as long as its own. Returns the message that both ranks must have."""
     groups = parallel_groups.init(Layout(world=2, layers=(4,), tensor=2))
     run, checkpoint = schema.Run(parallel=schema.Parallel(tensor=2)), Checkpoint(source)
     part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
@@ -212,7 +217,7 @@ def to_mcore(source: Path, output: Path, cpu: Any) -> str:
 
 
 def test_one_rank_that_cannot_write_stops_both(ranks, cpu, tmp_path_factory, tmp_path):
-    """Megatron's writer; test_save.py has the same of ours."""
+    """With Megatron's writer; test_save.py has the same with ours."""
     large = tiny.make(tmp_path_factory.mktemp("large"), "llama", vocab_size=40_000)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("old")
@@ -242,7 +247,7 @@ def test_a_parent_that_is_a_file(run, tmp_path, writer):
 
 @every_writer
 def test_a_folder_that_others_own(run, sources, tmp_path, writer):
-    """As a user who may not write there; root may everywhere, and becomes nobody for it."""
+    """As a user who may not write there. Root may write anywhere, so the test becomes user nobody."""
     (tmp_path / "theirs").mkdir(mode=0o555)
     root = os.geteuid() == 0
     closed = [
@@ -268,7 +273,7 @@ def test_a_folder_that_others_own(run, sources, tmp_path, writer):
 
 
 class Trap:
-    """Unpickled, it leaves a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,8 +1,7 @@
-"""Hugging Face to every rank of every layout and back: each parameter is the slow oracle's, each byte comes back.
+"""Hugging Face to every rank of every layout and back: each parameter equals the slow oracle, and every byte comes back.
 
-A round trip alone proves nothing, because its second half undoes an error of its first. So what ranks hold is compared, on
-the way,
-with tests/by_hand.py, by names and numbers that Megatron's own modules give.
+A round trip alone proves nothing, because the inverse undoes an error. So the parameters of the ranks are also compared with
+tests/by_hand.py, by the names and numbers that Megatron's own modules give.
 """
 
 import json
@@ -49,8 +48,8 @@ FEWER = ("tp2-pp2-sp", "ep2-dp4", "tp2-ep2-etp2-sp-dp2")
 
 
 COUNTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "granite", "gemma", "smollm3", "seed_oss")
-"""Types whose layout tests/by_hand.py counts out. What the others hold is proven by the values that they compute, on tensor and
-expert ranks, in tests/train/test_layouts.py; here their bytes have to come back."""
+"""Types whose layout tests/by_hand.py computes. For the other types, tests/train/test_layouts.py compares the values that tensor and
+expert ranks compute; here their bytes have to come back."""
 
 
 QUICK: dict[str, tuple[str, ...]] = {
@@ -64,8 +63,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mixtral", "deepseek_v3_moe", "qwen3_next"), FEWER),
     **dict.fromkeys(("phi", "phi3", "gpt2", "falcon_new", "gemma2"), FEWER[:1]),
 }
-"""Without --full: every layout of DENSE and MOE by a family that is counted out, and a pipeline by one family of every kind;
-all others have tensor ranks, and expert ranks where they have experts, on two ranks."""
+"""Without --full: every layout of DENSE and MOE runs with a family of COUNTED, and a pipeline with one family of every kind. All other
+families run tensor ranks, and expert ranks where they have experts, on two ranks."""
 
 
 def quick_layouts(name: str) -> tuple[str, ...]:
@@ -74,12 +73,12 @@ def quick_layouts(name: str) -> tuple[str, ...]:
 
 
 def layouts_for(name: str) -> tuple[str, ...]:
-    """Those worth the time: a family whose weights are laid out like another's is not tried in every one."""
+    """The layouts worth their time: a family whose weights have the same layout as another's is not tried in all of them."""
     if tiny.FAMILIES[name].get("multi_query") is True:  # one key head for all tensor ranks
         return ("pp2-dp2", "tp4")
     if tiny.FAMILIES[name]["model_type"] not in COUNTED[:6]:
         experts = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-        if "gpt_oss" in name:  # Megatron cuts experts that have biases over expert ranks only
+        if "gpt_oss" in name:  # Megatron shards experts with biases over expert ranks only
             return ("ep2-dp4", "tp2-ep2-etp1-sp-dp2", "tp4-etp1")
         return FEWER if experts & tiny.FAMILIES[name].keys() else FEWER[:1]
     if "rope_parameters" in tiny.FAMILIES[name] or name == "mistral":
@@ -92,12 +91,12 @@ def layouts_for(name: str) -> tuple[str, ...]:
 
 
 def hugging_face(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, by safetensors itself."""
+    """All tensors of a directory, read by safetensors itself."""
     return {name: value for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def part_of(name: str, directory: Path, dtype: torch.dtype, cpu: Any) -> tuple[ModelPart, Groups]:
-    """This rank's part in the layout `name`; 'pp2:1,3' has layers as listed, and as many data ranks as are left."""
+    """This rank's part in the layout `name`. 'pp2:1,3' has the listed numbers of layers; the remaining ranks are data ranks."""
     name, _, layers = name.partition(":")
     parallel, world = parse_layout(name)
     if layers:
@@ -109,7 +108,7 @@ def part_of(name: str, directory: Path, dtype: torch.dtype, cpu: Any) -> tuple[M
 
 
 def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -> int:
-    """Compares every parameter of this rank; returns how many."""
+    """Compares every parameter of this rank; returns their number."""
     config = read_config(directory)
     if config["model_type"] not in COUNTED:
         return sum(1 for _ in part.held())
@@ -129,7 +128,7 @@ def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -
     for chunk in part.chunks:
         for name, parameter in chunk.named_parameters():
             words = name.split(".")
-            # Megatron numbers layers from 1, over all stages
+            # Megatron numbers layers from 1, over all stages.
             layer = chunk.decoder.layers[int(words[2])].layer_number - 1 if words[1] == "layers" else None
             expected = by_hand.parameter(name, layer, hf, place).to(parameter.dtype)
             assert parameter.shape == expected.shape, f"{name}: {parameter.shape} for {expected.shape}"
@@ -162,7 +161,7 @@ def there_and_back(layouts: tuple[str, ...], directory: Path, output: Path, cpu:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_every_layout_there_and_back(ranks, cpu, tmp_path, name, request):
-    """Every family in its layouts: parameters as counted out by hand, files as they were."""
+    """Every family in its layouts: parameters equal the hand-written layout, and files are as before."""
     source = tiny.make(tmp_path / "hf", name)
     layouts = layouts_for(name) if request.config.getoption("--full") else quick_layouts(name)
     compared = ranks(world_of(layouts), there_and_back, layouts, source, tmp_path, cpu)
@@ -173,7 +172,7 @@ def test_every_layout_there_and_back(ranks, cpu, tmp_path, name, request):
 
 
 def world_of(layouts: tuple[str, ...]) -> int:
-    """The ranks that all these have; layers as listed are for four."""
+    """The number of ranks, the same for all these layouts; a layout with listed layers has four."""
     (world,) = {4 if ":" in layout else parse_layout(layout)[1] for layout in layouts}
     return world
 
@@ -187,7 +186,8 @@ def test_quick_layouts_leave_none_out():
 
 @pytest.mark.parametrize("name", tiny.FEW_KEY_HEADS)
 def test_more_ranks_than_key_heads_there_and_back(ranks, cpu, tmp_path, name, request):
-    """Ranks hold the rows that Megatron cuts a group of, as counted out by hand, and each writes what it has."""
+    """With more ranks than key heads, each rank has the rows that Megatron takes from a group, as computed by hand, and writes its own
+    rows."""
     source = tiny.make(tmp_path / "hf", name)
     layouts = ("tp4",) if name.endswith("_2") else ("tp4", "tp2-pp2-sp")
     if name.endswith("_1") and name != "llama_4_1" and not request.config.getoption("--full"):
@@ -207,7 +207,7 @@ def test_one_rank_there_and_back(ranks, cpu, tmp_path, name):
 
 
 def cast(directory: Path, kinds: list[torch.dtype]) -> Path:
-    """Gives the tensors of a directory these dtypes in turn."""
+    """Gives the tensors of a directory these dtypes, one after another."""
     (file,) = directory.glob("*.safetensors")
     tensors = {name: value.to(kinds[n % len(kinds)]) for n, (name, value) in enumerate(sorted(load_file(file).items()))}
     save_file(tensors, file, metadata={"format": "pt"})
@@ -223,19 +223,19 @@ LAYOUTS = {"qwen3_tied": ("tp2-pp2-sp", "pp4"), "mixtral": ("tp2-ep2-etp2-sp-dp2
     covering([(name, layout, kinds) for name in LAYOUTS for layout in LAYOUTS[name] for kinds in KINDS], once),
 )
 def test_dtypes_are_kept_tensor_by_tensor(ranks, cpu, tmp_path, name, layout, kinds):
-    """Held in the narrowest dtype that has them all, written in each one's own."""
+    """In memory in the narrowest dtype that can represent all of them; written in each tensor's own dtype."""
     source = cast(tiny.make(tmp_path / "hf", name), [getattr(torch, kind) for kind in kinds.split()])
     ranks(4, there_and_back, (layout,), source, tmp_path, cpu)
     same_bits(tmp_path / layout, source)
 
 
 EXTREME = {torch.float32: (torch.int32, 0x7F7FFFFF, -0x7FFFFFFF), torch.bfloat16: (torch.int16, 0x7F7F, -0x7FFF)}
-"""The bits of the largest number, and of the negative one next to zero."""
+"""The bits of the largest number, and of the negative number next to zero."""
 PLACES = ("lm_head.weight", "model.layers.2.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight")
 
 
 def with_values(directory: Path, values: Tensor, names: tuple[str, ...]) -> Path:
-    """A tiny llama whose named tensors begin with these numbers."""
+    """A tiny llama in which the named tensors begin with these numbers."""
     source = tiny.make(directory, "llama", dtype=values.dtype)
     tensors = hugging_face(source)
     for name in names:
@@ -246,7 +246,7 @@ def with_values(directory: Path, values: Tensor, names: tuple[str, ...]) -> Path
 
 @pytest.mark.parametrize("kind", EXTREME)
 def test_special_values_are_kept(ranks, cpu, tmp_path, kind):
-    """Negative zero, subnormals and the largest numbers are bits like others."""
+    """Negative zero, subnormals and the largest numbers keep their bits."""
     integer, largest, smallest = EXTREME[kind]
     odd = torch.tensor([0, 1, largest, smallest, torch.iinfo(integer).min], dtype=integer).view(kind)
     assert odd.isfinite().all() and odd[-1].signbit() and odd[-1] == 0
@@ -260,7 +260,7 @@ def test_special_values_are_kept(ranks, cpu, tmp_path, kind):
     covering([(value, name) for value in (math.nan, math.inf, -math.inf) for name in PLACES], once, lambda case: 1),
 )
 def test_what_is_not_finite_is_named(ranks, cpu, tmp_path, name, value):
-    """By the rank that holds it, on whichever stage; all ranks stop with its message."""
+    """The rank that has the number names it, on whichever stage; all ranks stop with its message."""
     source = with_values(tmp_path / "hf", torch.tensor([0.5, value, value]), (name,))
     with pytest.raises(
         UserError, match=rf"{re.escape(name)} .* holds 2 numbers that are not finite, the first \({value}\) at \[0, 1\]"
@@ -280,7 +280,7 @@ def back_only(layouts: tuple[str, ...], directory: Path, output: Path, cpu: Any)
 
 @pytest.mark.parametrize("vocab", [127, 128, 129, 300])
 def test_vocabularies_that_ranks_do_not_divide(ranks, cpu, tmp_path, vocab):
-    """Padded inside (a rank may have padding only), trimmed outside; each divisor of the padded size has its own case here."""
+    """Padded in Megatron (a rank may have padding only) and trimmed in the files; every divisor of the padded size is a case."""
     source = tiny.make(tmp_path / "hf", "llama", vocab_size=vocab, num_hidden_layers=2)
     ranks(4, there_and_back, ("tp2-dp2", "tp4"), source, tmp_path, cpu)
     for layout in ("tp2-dp2", "tp4"):
@@ -307,7 +307,7 @@ def logits(directory: Path) -> Tensor:
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3_moe", "mixtral"])
 def test_transformers_loads_what_is_written(ranks, cpu, tmp_path, name):
-    """Several files and an index; config, tokenizer and chat template beside them; the very same logits."""
+    """Several files and an index, with config, tokenizer and chat template beside them; the logits have the same bits."""
     source = tiny.make(tmp_path / "hf", name)
     for file in ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
         (source / file).write_text("{} " + file)
@@ -323,7 +323,7 @@ def test_transformers_loads_what_is_written(ranks, cpu, tmp_path, name):
     for file in companions:
         assert (out / file).read_bytes() == (source / file).read_bytes()
     same_bits(out, source)
-    for directory in (source, out):  # the stand-ins for a tokenizer are no tokenizer
+    for directory in (source, out):  # the placeholder tokenizer files are no real tokenizer
         (directory / "tokenizer_config.json").unlink()
         (directory / "tokenizer.json").unlink()
     assert torch.equal(logits(out), logits(source))

@@ -1,4 +1,4 @@
-"""A directory appears whole or not at all, whoever fails and whenever: a full disk, a path that is a file, a kill."""
+"""A directory appears as a whole or not at all, whichever rank fails and whenever: a full disk, a path that is a file, a kill."""
 
 import os
 import random
@@ -56,10 +56,11 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def small_files(ranks_limited: tuple[int, ...], limit: int, source: Path, output: Path, cpu: Any) -> str:
-    """A rank in `ranks_limited` may not write past `limit` bytes of a file: what a full disk looks like. Returns the UserError.
+    """A rank in `ranks_limited` may not write past `limit` bytes of a file, which looks like a full disk. Returns the UserError.
 
-    The limit leaves room for the file in which ranks meet, which grows while groups are made. Every rank of the four must
-    raise the same one, and none may wait: their answers are gathered."""
+    The limit leaves room for the file of the rendezvous, which grows while groups are made. All four ranks must raise the same error, and
+    none may wait: their answers are gathered.
+    """
     if dist.get_rank() in ranks_limited:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -76,7 +77,7 @@ def small_files(ranks_limited: tuple[int, ...], limit: int, source: Path, output
 
 @pytest.mark.parametrize("limited", [(0,), (2,), (0, 1, 2, 3)], ids=["first", "other stage", "all"])
 def test_a_full_disk_is_one_message_on_every_rank(ranks, cpu, large, tmp_path, limited):
-    """Whichever rank cannot write: all stop with its reason, and neither a half directory nor a staging one stays."""
+    """Whichever rank cannot write: all ranks stop with its reason, and no incomplete directory and no staging directory stays."""
     said = ranks(4, small_files, limited, LIMIT, large, tmp_path / "out", cpu, timeout=60)
     assert said.startswith(f"cannot write {tmp_path / 'out'}: File too large; free the space or choose another")
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +101,7 @@ def test_a_full_disk_leaves_the_older_directory_as_it_was(ranks, cpu, large, tmp
 
 
 def test_a_failure_of_the_last_files_is_heard_by_all(ranks, cpu, source, tmp_path):
-    """Rank 0 copies config and tokenizer when the others are done; they must not be left in a barrier."""
+    """Rank 0 copies config and tokenizer when the other ranks are done. They must not wait in a barrier for ever."""
     broken = tmp_path / "hf"
     shutil.copytree(source, broken)
 
@@ -156,7 +157,7 @@ def test_an_empty_directory_is_no_obstacle(ranks, cpu, source, tmp_path):
 
 
 def test_what_a_killed_save_left_is_replaced(ranks, cpu, source, tmp_path):
-    """A staging directory with files of another plan must not leak into the new one; a staging *file* is an error."""
+    """Files in a staging directory of another run must not get into the new output. A staging *file* is an error."""
     staging = tmp_path / "out.writing"
     staging.mkdir()
     (staging / "model-00099-of-00099.safetensors").write_bytes(b"left over")
@@ -189,7 +190,7 @@ def test_a_tensor_whose_dtype_nobody_knows(ranks, cpu, source, tmp_path):
 
 
 def test_check_output_and_publish(tmp_path):
-    """Replacing is two renames; the older directory stays complete under either name until the new one is there."""
+    """Replacing is two renames. The older directory stays complete under either name until the new one is there."""
     target, staging = tmp_path / "out", tmp_path / "out.writing"
     check_output(target, False)
     staging.mkdir()
@@ -217,7 +218,7 @@ def save_for_ever(target: Path) -> None:
 
 
 def test_a_kill_leaves_a_whole_directory(tmp_path):
-    """kill -9 at 30 random moments of saving over and over: what is at the target is whole, and another save finishes."""
+    """kill -9 at 30 random moments of repeated saves: the target directory is complete, and another save finishes."""
     target, draw = tmp_path / "out", random.Random(7)
     for _ in range(30):
         child = os.fork()
@@ -240,8 +241,7 @@ def test_a_kill_leaves_a_whole_directory(tmp_path):
 
 
 def test_a_killed_rank_ends_the_save_and_leaves_the_older_directory(ranks, cpu, source, tmp_path):
-    """One rank dies in the middle of the exchange; the launcher ends the others, and the target is the older one, byte for
-    byte."""
+    """One rank dies during the exchange of tensors. The launcher ends the others, and the target is the older directory, byte for byte."""
     shutil.copytree(source, tmp_path / "out")
     before = contents(tmp_path / "out")
 

@@ -1,4 +1,5 @@
-"""A Megatron checkpoint by one process is what the ranks of its layout write, and Megatron's own loader reads it in any layout."""
+"""A Megatron checkpoint written by one process equals what the ranks of its layout write, and Megatron's own loader reads it in any
+layout."""
 
 import re
 from pathlib import Path
@@ -58,12 +59,12 @@ def layout_of(directory: Path, name: str) -> tuple[schema.Parallel, Layout]:
 
 
 def by_ranks(directory: Path, output: Path, parallel: schema.Parallel) -> None:
-    """In ranks that are there already `convert` lets each do its part, and Megatron save it."""
+    """Under existing ranks, `convert` lets each rank do its part, and Megatron saves."""
     api.convert(source=str(directory), to="mcore", output=str(output), parallel=parallel)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, as torch's own reader gives it."""
+    """Every whole tensor of a checkpoint, read by torch's own reader."""
     found = {
         key: torch.empty(value.size, dtype=value.properties.dtype)
         for key, value in torch_dist.read_metadata(folder).state_dict_metadata.items()
@@ -74,7 +75,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def described(folder: Path) -> tuple[dict[str, Any], set[str]]:
-    """Shape, dtype and chunks by tensor, and the keys of what is no tensor."""
+    """Shape, dtype and chunks of every tensor, and the keys of entries that are no tensor."""
     found = torch_dist.read_metadata(folder).state_dict_metadata
     sizes = {
         key: (
@@ -92,7 +93,7 @@ def described(folder: Path) -> tuple[dict[str, Any], set[str]]:
     "name, layout_name", covering([(name, word) for name in CASES for word in CASES[name]], by_axes)
 )
 def test_what_the_ranks_would_have_written(ranks, tmp_path, name, layout_name):
-    """Keys, shapes, dtypes, cuts into chunks, objects and files beside: all equal; every number too."""
+    """Keys, shapes, dtypes, chunks, objects, the other files and all numbers are equal."""
     directory = tiny.make(tmp_path / "hf", name, dtype=torch.bfloat16)
     parallel, layout = layout_of(directory, layout_name)
     theirs, mine = tmp_path / "ranks", tmp_path / "one"
@@ -109,7 +110,7 @@ def test_what_the_ranks_would_have_written(ranks, tmp_path, name, layout_name):
 
 
 def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: blueprints.Blueprint, cpu: Any) -> int:
-    """One rank: what Megatron's loader gives it, beside the bytes of the Hugging Face files."""
+    """One rank: compares what Megatron's loader gives it with the bytes of the Hugging Face files."""
     groups = parallel_groups.init(layout)
     checkpoint, settings = Checkpoint(directory), load_settings(directory)
     config = transformer_config(settings, layout, device=cpu, dtype=torch.float32, train=schema.Train(), given={})
@@ -135,7 +136,7 @@ def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: blueprints.B
     ],
 )
 def test_megatron_reads_it_in_any_layout(ranks, cpu, tmp_path, name, written, layouts):
-    """From one file set, also one of a layout of 32 ranks that this machine never started."""
+    """From one set of files, also from one of a layout of 32 ranks that was never started on this machine."""
     directory = tiny.make(tmp_path / "hf", name)
     parallel, layout = layout_of(directory, written)
     assert written != "tp8-pp4" or layout.world == 32
@@ -143,7 +144,7 @@ def test_megatron_reads_it_in_any_layout(ranks, cpu, tmp_path, name, written, la
     for word in layouts:
         _, layout = layout_of(directory, word)
         blueprint = ranks(1, blueprints.draw, Source(directory))
-        # a vocabulary is padded for the layout that a checkpoint is written in; Megatron allows another length when it loads
+        # The vocabulary is padded for the layout that a checkpoint is written in; Megatron allows another length when it loads.
         ranks(layout.world, loaded, directory, tmp_path / "mcore", layout, blueprint, cpu)
 
 
@@ -159,7 +160,7 @@ def streamed(directory: Path, output: Path, layout: Layout, most: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama_bias", "qwen3_moe", "phi3", "gpt_oss", "gpt2", "qwen3_next", "phi"])
 def test_small_bands_are_the_same_numbers(ranks, tmp_path, monkeypatch, name):
-    """Parameters in bands of a few rows, in many files, hold what they hold whole; and come back bit for bit."""
+    """Parameters streamed in pieces of a few rows, in many files, have the same bits as whole ones, also after the way back."""
     monkeypatch.setattr(torch_dist, "FILE_BYTES", 20_000)
     directory = tiny.make(tmp_path / "hf", name, dtype=torch.bfloat16)
     _, layout = layout_of(directory, "tp2-pp2")
@@ -176,10 +177,10 @@ def test_small_bands_are_the_same_numbers(ranks, tmp_path, monkeypatch, name):
 
 
 def peak(directory: Path, output: Path, layout: Layout) -> tuple[int, int]:
-    """Bytes of memory that a conversion there and back took at most, beyond what was in use before it."""
+    """The peak memory in bytes of a conversion there and back, minus the memory in use before."""
     used = []
     for step in ("there", "back"):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         blueprint = blueprints.draw(Source(directory), dtype=torch.float32)
         if step == "there":
@@ -205,7 +206,7 @@ def _status(word: str) -> int:
 
 
 def test_memory_does_not_grow_with_the_model(ranks, tmp_path):
-    """A model of 300 MB whose largest tensor has 32 MB, in bands of 8 MB."""
+    """A model of 300 MB whose largest tensor has 32 MB, in pieces of 8 MB."""
     sizes = dict(
         hidden_size=512, intermediate_size=1536, vocab_size=16384, num_hidden_layers=20, tie_word_embeddings=False
     )

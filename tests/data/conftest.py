@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot, and files of rows."""
+"""A small tokenizer, trained in the test, and files of rows."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> MakeTokenizer:
-    """make_tokenizer(template, *special): a byte-level BPE of a few hundred merges, with `special` as single tokens."""
+    """make_tokenizer(template, *special): a byte-level BPE of a few hundred merges, with each of `special` as a single token."""
 
     return tiny.tokenizer
 

@@ -1,4 +1,4 @@
-"""Batches are a function of (seed, step), the same for any number of data ranks, and lose nothing."""
+"""Batches are a function of (seed, step), are the same for any number of data ranks, and lose no example."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ from swift_mega.errors import UserError
 
 
 def examples(number: int) -> list[Example]:
-    """Example i is i + 2 times the token i, so a microbatch tells which examples it holds."""
+    """Example i is the token i, i + 2 times, so the tokens of a microbatch say which examples it has."""
     return [
         Example(tokens=np.full(i + 2, i, dtype=np.int32), trained=np.ones(i + 2, dtype=bool)) for i in range(number)
     ]
@@ -51,7 +51,7 @@ def make(
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("step", [0, 1, 5])
 def test_the_same_microbatches_for_any_number_of_ranks(packing, step):
-    """The union over 1, 2 and 4 ranks is the same set of microbatches, and every rank has as many."""
+    """The union over 1, 2 and 4 ranks is the same set of microbatches, and all ranks have equally many."""
     unions = []
     for size in (1, 2, 4):
         ranks = [
@@ -63,7 +63,7 @@ def test_the_same_microbatches_for_any_number_of_ranks(packing, step):
 
 
 def test_nothing_is_lost_or_doubled_over_epochs():
-    """Over whole epochs every example is seen equally often, across seams; each epoch has its own order."""
+    """Over whole epochs every example is seen equally often, also in batches that span two epochs. Each epoch has its own order."""
     batches = make(10, 1, 4)
     seen = [index for step in range(5) for row in batches.batch(step) for index in held(row)]
     assert Counter(seen) == dict.fromkeys(range(10), 2)
@@ -90,7 +90,7 @@ EPOCHS = [
 
 @pytest.mark.parametrize(("units", "micro", "total", "size", "group", "epochs", "steps", "last"), EPOCHS)
 def test_epochs_see_each_example_that_often(units, micro, total, size, group, epochs, steps, last):
-    """Every example is in ⌊epochs⌋ or one more places, exactly; ranks have equally many microbatches; only the last step is short."""
+    """Every example is seen ⌊epochs⌋ times or once more, exactly. Ranks have equally many microbatches. Only the last step is short."""
     ranks = [make(units, micro, total, rank=r, size=size, group=group, epochs=epochs) for r in range(size)]
     assert {batches.steps for batches in ranks} == {len(steps)}
     seen: Counter[int] = Counter()
@@ -108,7 +108,7 @@ def test_epochs_see_each_example_that_often(units, micro, total, size, group, ep
 
 
 def test_an_epoch_of_packed_rows():
-    """Units are rows then; every example is there once, the last step has fewer rows."""
+    """With packing, units are rows: every example is seen once, and the last step has fewer rows."""
     batches = make(9, 1, 3, epochs=1.0, packing=True, max_length=14)
     rows = [row for step in range(batches.steps) for row in batches.batch(step)]
     assert sorted(index for row in rows for index in held(row)) == list(range(9))
@@ -116,7 +116,7 @@ def test_an_epoch_of_packed_rows():
 
 
 def test_any_step_on_its_own_equals_the_run():
-    """Resume: step 7 asked first is step 7 of the run, and going back works too."""
+    """Resume: step 7 asked for first equals step 7 of the run, and earlier steps can be asked for later."""
     run = make(10, 2, 4)
     rows = [[held(row) for row in run.batch(step)] for step in range(12)]
     assert [held(row) for row in make(10, 2, 4).batch(7)] == rows[7]
@@ -125,7 +125,7 @@ def test_any_step_on_its_own_equals_the_run():
 
 
 def test_fewer_examples_than_a_batch_come_around_again():
-    """3 examples fill a batch of 8, counted."""
+    """3 examples are repeated to fill a batch of 8; the number of repetitions is counted."""
     batches = make(3, 1, 8)
     seen = Counter(index for row in batches.batch(0) for index in held(row))
     assert sorted(seen.values()) == [2, 3, 3]
@@ -140,7 +140,7 @@ def test_without_shuffle_the_order_is_that_of_the_files():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_validation_counts_each_example_once(size):
-    """once: the targets of all steps are those of the examples; a rank without an example has a row of padding."""
+    """once: the targets of all steps are those of the examples. A rank without an example gets a row of padding."""
     every = [make(5, 1, 4, rank=rank, size=size, once=True) for rank in range(size)]
     assert every[0].steps == 2
     rows = [row for batches in every for step in range(2) for row in batches.batch(step)]
@@ -150,7 +150,7 @@ def test_validation_counts_each_example_once(size):
 
 
 def test_padding_and_packing():
-    """Rows are padded to the multiple; packed rows hold whole examples up to max_length."""
+    """Rows are padded to the multiple. Packed rows have whole examples, up to max_length tokens."""
     batches = Batches(
         examples(6), settings=Data(packing=True, max_length=14), micro_batch_size=1, global_batch_size=1, pad_to=8
     )
@@ -161,7 +161,7 @@ def test_padding_and_packing():
 
 
 def test_examples_that_are_padded_one_by_one():
-    """Rows of at most 12 tokens after examples of 2 to 7 were padded to 4 or 8: no example is lost, and its tokens are all there."""
+    """Rows of at most 12 tokens, after examples of 2 to 7 tokens were padded to 4 or 8: no example and no token is lost."""
     batches = Batches(
         examples(6),
         settings=Data(packing=True, max_length=10),
@@ -183,7 +183,7 @@ def test_examples_that_are_padded_one_by_one():
 
 
 def test_a_row_of_padding_is_as_short_as_can_be():
-    """No label, no example of any length, the ranks' multiple of tokens, the pad token."""
+    """It has no label and no example; its length is the ranks' multiple of tokens, and its tokens are the pad token."""
     for pad_to, length in ((1, 2), (2, 2), (8, 8)):
         row = padding_row(pad_to, pad_token=7)
         assert row.tokens.tolist() == [7] * length and row.positions.tolist() == [0] * length
@@ -191,7 +191,7 @@ def test_a_row_of_padding_is_as_short_as_can_be():
 
 
 def test_sizes_that_do_not_divide():
-    """One error with the nearest sizes."""
+    """One error that names the nearest sizes."""
     with pytest.raises(
         UserError, match=r"global_batch_size=10 .*micro_batch_size=2 times 4 .*\(8\); set it to 8 or 16"
     ):

@@ -1,4 +1,4 @@
-"""Masks written by hand for five shapes of template, what may not change them, and what is refused."""
+"""Masks written by hand for five forms of template, changes that must not affect them, and what is refused."""
 
 import itertools
 from collections.abc import Callable
@@ -41,7 +41,7 @@ SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id
 SPECIAL += ("<start_of_turn>", "<end_of_turn>")
 TALK = ("user", "Hi "), ("assistant", " Yes\n"), ("user", "Yes"), ("assistant", "Yes")
 
-# Untrained and trained pieces in turn, written by hand.
+# Untrained and trained pieces, alternating, written by hand.
 BY_HAND = [
     (
         CHATML,
@@ -91,7 +91,7 @@ def row(turns: Any, *losses: bool | None) -> Row:
 
 
 def pieces(tokenizer: Any, example: Any) -> list[str]:
-    """The decoded runs of untrained and trained tokens, in turn."""
+    """The decoded runs of untrained and trained tokens, alternating."""
     runs = itertools.groupby(
         zip(example.tokens.tolist(), example.trained.tolist(), strict=True), key=lambda pair: pair[1]
     )
@@ -102,7 +102,7 @@ def pieces(tokenizer: Any, example: Any) -> list[str]:
     ("template", "turns", "expected"), BY_HAND, ids=["chatml", "llama3", "mistral", "gemma", "trims"]
 )
 def test_mask_written_by_hand(make_tokenizer, template, turns, expected):
-    """Runs of untrained and trained tokens are the hand-written pieces, and the tokens are transformers' own."""
+    """Runs of untrained and trained tokens are the hand-written pieces, and the tokens are those of transformers."""
     tokenizer = make_tokenizer(template, *SPECIAL)
     (example,) = Encoder(tokenizer).encode([row(turns)])
     assert pieces(tokenizer, example) == expected
@@ -130,7 +130,7 @@ def test_loss_on_last_and_all_and_per_turn(make_tokenizer, template, turns, expe
 
 
 def test_the_beginning_token_is_not_doubled(make_tokenizer):
-    """A tokenizer that adds its first token itself does so for documents, and not on top of the template's."""
+    """A tokenizer that adds a first token itself adds it to documents, but not to text where the template has written it."""
     tokenizer = make_tokenizer(LLAMA3, *SPECIAL)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -142,7 +142,7 @@ def test_the_beginning_token_is_not_doubled(make_tokenizer):
 
 
 def test_the_pad_token_is_trained_where_it_ends_a_turn(chatml):
-    """The pad token is the end-of-turn token here, and still has its loss."""
+    """The pad token is the end-of-turn token here, and is still trained."""
     assert chatml.pad_token == chatml.eos_token == "<|im_end|>"
     (example,) = Encoder(chatml).encode([row(TALK)])
     assert example.trained[example.tokens == chatml.pad_token_id].tolist() == [False, True, False, True]
@@ -160,7 +160,7 @@ def test_offsets_without_leading_space_give_the_same_mask(make_tokenizer):
 
 
 def test_marks_inside_a_macro_and_a_set_block(make_tokenizer):
-    """Generation marks are read right where the text is buffered; transformers' count of characters is not there."""
+    """Generation marks are read correctly where the template buffers the text; transformers' count of characters is wrong there."""
     template = (
         "{% macro turn(m) %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endmacro %}"
@@ -178,7 +178,7 @@ def test_marks_inside_a_macro_and_a_set_block(make_tokenizer):
 
 
 def test_a_template_file_wins(make_tokenizer, tmp_path):
-    """data.chat_template is used in place of the tokenizer's template."""
+    """data.chat_template replaces the tokenizer's template."""
     path = tmp_path / "own.jinja"
     path.write_text(MISTRAL)
     tokenizer = make_tokenizer(CHATML, *SPECIAL)
@@ -299,7 +299,7 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("case", BAD_TEMPLATES)
 def test_doubtful_templates_are_refused(make_tokenizer, case):
-    """Each names the row, the reason and the remedy."""
+    """Each error names the row, the reason and the remedy."""
     template, reason, remedy = BAD_TEMPLATES[case]
     turns = ("user", "a question"), ("assistant", "a reply"), ("user", "another"), ("assistant", "the last one")
     with pytest.raises(UserError) as caught:
@@ -318,7 +318,7 @@ def refuse(call: Callable[[], Any], *parts: str) -> None:
 
 
 def test_errors_around_the_tokenizer(make_tokenizer, tmp_path: Path):
-    """No template, a template file that is not there or empty, a slow tokenizer, no eos, a reserved character, no tokenizer."""
+    """No template, a template file that is missing or empty, a slow tokenizer, no eos, a reserved character, no tokenizer."""
     bare = make_tokenizer(None)
     refuse(lambda: Encoder(bare).encode([row(TALK)]), "no chat template", "data.chat_template")
     missing = str(tmp_path / "missing.jinja")
@@ -354,7 +354,7 @@ def test_errors_around_the_tokenizer(make_tokenizer, tmp_path: Path):
 
 
 def test_wrong_offsets_are_refused(chatml):
-    """Offsets that run backwards, end early, or put a special token elsewhere (a bug that tokenizers had) are noticed."""
+    """Offsets that decrease, end early, or put a special token elsewhere (a bug that tokenizers had) are errors."""
     encoder = Encoder(chatml)
     good = encoder._tokenize
 
@@ -372,7 +372,7 @@ def test_wrong_offsets_are_refused(chatml):
 
 
 def test_load_tokenizer_round_trip(chatml, tmp_path):
-    """A saved tokenizer comes back with its template, and encodes alike."""
+    """A saved tokenizer is loaded with its template and encodes as before."""
     chatml.save_pretrained(tmp_path)
     (a,), (b,) = (Encoder(tokenizer).encode([row(TALK)]) for tokenizer in (chatml, load_tokenizer(tmp_path)))
     assert np.array_equal(a.tokens, b.tokens)
@@ -380,14 +380,15 @@ def test_load_tokenizer_round_trip(chatml, tmp_path):
 
 
 def _trained(tokenizer: Any, template: str, *turns: tuple[str, str], **settings: Any) -> tuple[str, str]:
-    """Text and trained text of a conversation."""
+    """The text and the trained text of a conversation."""
     tokenizer.chat_template = template
     (example,) = Encoder(tokenizer, **settings).encode([row(turns)])
     return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.trained])
 
 
 def test_an_empty_system_turn_is_rendered_as_transformers_renders_it(make_tokenizer):
-    """It keeps a template from adding its persona; a template that raises at any system turn renders the rest."""
+    """An empty system turn keeps a template from adding its own system text. For a template that raises at any system turn, the rest is
+    rendered."""
     persona = "{% if messages[0].role != 'system' %}<|im_start|>system\nPERSONA<|im_end|>\n{% endif %}" + CHATML
     turns = ("system", ""), ("user", "Hi"), ("assistant", "Yes")
     tokenizer = make_tokenizer(persona, *SPECIAL)
@@ -411,7 +412,7 @@ LOST_SYSTEM = {
 @pytest.mark.parametrize("case", LOST_SYSTEM)
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_a_row_whose_system_text_vanishes_is_refused(make_tokenizer, case, loss_on):
-    """Also where its words happen to stand in another turn, and where every token is trained."""
+    """Also where its words happen to occur in another turn, and where every token is trained."""
     turns = ("system", "Answer in verse."), ("user", "Answer in verse. Hi"), ("assistant", "Yes")
     tokenizer = make_tokenizer(LOST_SYSTEM[case], *SPECIAL)
     refuse(
@@ -423,8 +424,8 @@ def test_a_row_whose_system_text_vanishes_is_refused(make_tokenizer, case, loss_
 
 
 def test_texts_that_a_template_writes_otherwise_are_found(make_tokenizer):
-    """As JSON, with other white space, before the last question, without an earlier reply's reasoning, in a template that looks into
-    contents; marks or not, nothing of a text is missing."""
+    """As JSON, with other white space, before the last question, without an earlier reply's reasoning, in a template that reads contents;
+    with and without marks, no part of a text is missing."""
     turns = (
         ("system", 'Say "é"\nonly'),
         ("user", " a  b\n"),
@@ -461,14 +462,15 @@ def test_texts_that_a_template_writes_otherwise_are_found(make_tokenizer):
     ],
 )
 def test_a_header_that_a_template_always_ends_with_is_not_trained(make_tokenizer, loop, header, end):
-    """It ignores add_generation_prompt: what stands behind the last reply is the next turn's, and in between too."""
+    """The template ignores add_generation_prompt. The text after the last reply is the header of the next turn, and so is the text between
+    turns."""
     template = "{% for m in messages %}" + loop + "{% endfor %}" + header
     _, trained = _trained(make_tokenizer(template, *SPECIAL), template, *TALK)
     assert trained == f" Yes\n{end}Yes{end}"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_template(make_tokenizer, tmp_path):
-    """Neither of a file, nor of the template that a tokenizer holds; what is exported is without it then."""
+    """A byte order mark is dropped from a template file and from the tokenizer's template; exports do not have it."""
     (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
     tokenizer = make_tokenizer("\ufeff" + CHATML, *SPECIAL)
     for settings in ({"chat_template": str(tmp_path / "t.jinja")}, {}):

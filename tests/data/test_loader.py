@@ -1,4 +1,4 @@
-"""From settings to examples: what is cut, what is dropped, and that all of it is counted."""
+"""From settings to examples: what is truncated, what is dropped, and that all of it is counted."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def lengths(settings: Data, tokenizer: object) -> list[int]:
 
 
 def test_counts_add_up(data, chatml):
-    """Every row is an example or a counted drop; tokens and losses are those of the examples; the table shows them."""
+    """Every row is an example or is counted as dropped. Tokens and trained tokens are those of the examples. The table shows them."""
     calls = []
     prepared = prepare(data, chatml, progress=lambda done, total: calls.append((done, total)))
     report = prepared.report.train
@@ -40,7 +40,7 @@ def test_counts_add_up(data, chatml):
 
 
 def test_rows_equal_to_a_trained_row_are_counted(write, chatml):
-    """Copies of a row, in the file that is split or in another, are told of: files are known by identity, rows are not."""
+    """Copies of a row, in the split file or in another one, are reported: files are identified, rows are not."""
     first, copy = write(SHORT, LONG), write(LONG, {"text": "Yes"}, SHORT, name="copy.jsonl")
     report = prepare(Data(dataset=(first,), val_dataset=(copy,)), chatml).report
     assert report.validation.also_trained == 2
@@ -49,7 +49,7 @@ def test_rows_equal_to_a_trained_row_are_counted(write, chatml):
 
 
 def test_truncation_right_and_left(data, chatml):
-    """right keeps the first tokens and left the last; an example that keeps no loss is dropped and counted."""
+    """right keeps the first tokens and left the last ones. An example without trained tokens is dropped and counted."""
     full = prepare(replace(data, max_length=2000), chatml).train[1]
     left = prepare(replace(data, truncation="left"), chatml)
     assert left.train[1].tokens.tolist() == full.tokens[-60:].tolist()
@@ -65,14 +65,14 @@ def test_truncation_right_and_left(data, chatml):
 
 
 def test_a_row_without_loss_is_dropped_and_counted(write, chatml):
-    """loss: false on the only reply leaves nothing to train."""
+    """loss: false on the only reply leaves no trained token."""
     silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]}
     report = prepare(Data(dataset=(write(SHORT, silent),)), chatml).report.train
     assert report.dropped == {"no trained token (left)": 1}
 
 
 def test_packing_is_reported(data, chatml):
-    """Rows and how full they are."""
+    """The number of rows and how full they are."""
     prepared = prepare(replace(data, packing=True), chatml)
     report = prepared.report.train
     assert report.packed_rows == 1
@@ -81,7 +81,7 @@ def test_packing_is_reported(data, chatml):
 
 
 def test_validation_is_prepared_alike(write, chatml):
-    """Both splits are encoded, and progress counts through both."""
+    """Both splits are encoded, and the progress bar counts both."""
     calls = []
     settings = Data(dataset=(write(*[SHORT] * 8),), split_dataset_ratio=0.25)
     prepared = prepare(settings, chatml, progress=lambda done, total: calls.append((done, total)))
@@ -90,7 +90,7 @@ def test_validation_is_prepared_alike(write, chatml):
 
 
 def test_errors(data, write, chatml):
-    """Too long under `raise`, a max_length of nothing, and nothing left; each with its remedy."""
+    """Too long under `raise`, a max_length of 0, and no rows left; each with its remedy."""
     with pytest.raises(UserError, match=r"rows.jsonl:2: \d+ tokens, more than data.max_length=60; raise it"):
         prepare(replace(data, truncation="raise"), chatml)
     with pytest.raises(UserError, match=r"data.max_length=1.*give at least 2"):

@@ -1,4 +1,4 @@
-"""Packing and collating against brute force and arrays written out by hand."""
+"""Packing and collating, against brute force and arrays written out by hand."""
 
 import time
 
@@ -18,7 +18,7 @@ def example(tokens: list[int], trained: list[int]) -> Example:
 
 
 def best_fit_decreasing(lengths: list[int], max_length: int) -> list[list[int]]:
-    """The textbook's way, quadratic; among equally full rows, the one whose room came about last."""
+    """The textbook algorithm, quadratic. Among equally full rows it takes the one that changed last."""
     rows: list[list[int]] = []
     changed: list[int] = []
     for clock, index in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
@@ -35,7 +35,7 @@ def best_fit_decreasing(lengths: list[int], max_length: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packing_is_best_fit_decreasing(seed):
-    """Equal to the quadratic way, row by row; every example once; no row too long."""
+    """Equal to the quadratic algorithm, row by row; every example once; no row too long."""
     lengths = np.random.default_rng(seed).integers(1, 65, 200).tolist()
     rows = pack_examples(lengths, 64)
     assert rows == best_fit_decreasing(lengths, 64)
@@ -44,7 +44,7 @@ def test_packing_is_best_fit_decreasing(seed):
 
 
 def test_packing_edges():
-    """Nothing, exact fits, and one that is too long."""
+    """No examples, exact fits, and one example that is too long."""
     assert pack_examples([], 8) == []
     assert pack_examples([8, 8], 8) == [[0], [1]]
     assert pack_examples([3, 5, 4, 4], 8) == [[1, 0], [2, 3]]
@@ -62,7 +62,7 @@ def test_packing_is_fast_and_full():
 
 
 def test_collate_by_hand():
-    """Labels are shifted within an example, positions restart, and the padding is a segment without loss."""
+    """Labels are shifted within an example, positions restart, and the padding is one more segment without loss."""
     row = collate([example([5, 6, 7], [0, 1, 1]), example([8, 9], [1, 0]), example([4, 3], [1, 1])], 4, pad_token=2)
     assert row.tokens.tolist() == [5, 6, 7, 8, 9, 4, 3, 2]
     assert row.labels.tolist() == [6, 7, -100, -100, -100, 3, -100, -100]
@@ -75,7 +75,7 @@ def test_collate_by_hand():
 
 
 def test_collate_without_padding_adds_no_segment():
-    """A row that fits the multiple already stays as it is; inputs are not written to."""
+    """A row whose length is already a multiple does not change. The inputs are not modified."""
     one = example([5, 6], [1, 1])
     assert collate([one], 2).cu_seqlens.tolist() == [0, 2]
     assert one.trained.tolist() == [True, True]
@@ -83,7 +83,7 @@ def test_collate_without_padding_adds_no_segment():
 
 
 def test_every_example_is_padded_by_hand():
-    """Padding stands behind each example and counts as more of it, without loss; what fills the row is a segment of its own."""
+    """Padding comes after each example and counts as part of it, without loss. The tokens that fill the row are a segment of their own."""
     row = collate(
         [example([5, 6, 7], [0, 1, 1]), example([8, 9, 1, 3], [1, 0, 1, 1]), example([4], [1])],
         8,
@@ -100,7 +100,7 @@ def test_every_example_is_padded_by_hand():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 8), st.integers(1, 3), st.integers(0, 9))
 def test_padding_drops_no_token_and_is_in_no_loss(lengths, each, more, seed):
-    """Padded or not, the same (token, position, label) lie in the same order, and only padding is beyond them."""
+    """With and without padding, the same (token, position, label) come in the same order; the only additions are padding."""
     draw = np.random.default_rng(seed)
     rows = [example(draw.integers(3, 99, n).tolist(), draw.integers(0, 2, n).tolist()) for n in lengths]
     plain, padded = collate(rows), collate(rows, each * more, pad_each=each, pad_token=1)
@@ -115,7 +115,7 @@ def test_padding_drops_no_token_and_is_in_no_loss(lengths, each, more, seed):
 
 
 def test_packing_leaves_room_for_padding():
-    """Of examples that are padded to 8 tokens, a row of 20 (so 24) holds three; the same rows as of examples that have that length."""
+    """With examples padded to 8 tokens, a row of 20 (so 24) has three. The rows are those of examples that really have that length."""
     assert pack_examples([7, 8, 1, 8, 20], 20, 8) == [[4], [0, 1, 2], [3]]
     lengths = np.random.default_rng(0).integers(1, 65, 300)
     rows = pack_examples(lengths, 100, 16)
@@ -126,7 +126,7 @@ def test_packing_leaves_room_for_padding():
 
 
 def test_shuffles_are_pinned():
-    """The order is part of what a resumed run relies on: these values may never change."""
+    """A resumed run depends on the order: these values may never change."""
     assert shuffled(8, 42, 0, 3).tolist() == [5, 2, 1, 3, 4, 0, 7, 6]
     assert shuffled(0, 1).tolist() == []
     orders = {tuple(shuffled(8, 42, epoch, 3)) for epoch in range(50)}

@@ -1,4 +1,4 @@
-"""Prompts to compare on: lines of text, or rows that are read as training reads them; and the one reader of users' text files."""
+"""Prompts for comparisons: lines of text, or rows read as training reads them; and the only reader of users' text files."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from swift_mega.text_files import lines, read_text
 
 
 def test_a_data_set_is_read_as_training_reads_it(chatml, write):
-    """Tokens of the encoder for a conversation with a reply and for a document; transformers' prompt where the reply is missing."""
+    """The encoder's tokens for a conversation with a reply and for a document; transformers' prompt where the reply is missing."""
     talk = {"query": "a\u2028b", "response": "c", "system": ""}
     path = write(talk, {"messages": [{"role": "user", "content": "d"}]}, {"text": "e f"})
     found = prompt_rows(path, chatml)
@@ -54,7 +54,7 @@ def test_conversations_need_a_template(make_tokenizer, write):
 
 
 def test_one_reader_of_text(tmp_path: Path):
-    """A byte order mark goes, line ends stay; what cannot be read is one error that begins with what it is."""
+    """A byte order mark is dropped, line ends stay. A file that cannot be read is one error, which begins with the file's role."""
     file = tmp_path / "a"
     file.write_bytes(b"\xef\xbb\xbfx\r\ny")
     assert read_text(file, what="it") == "x\r\ny"

@@ -1,4 +1,4 @@
-"""Every shape of row, every way to name a data set, and every input that is refused."""
+"""Every form of row, every way to name a data set, and every input that is refused."""
 
 import json
 import re
@@ -52,14 +52,14 @@ SHAPES: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
 
 @pytest.mark.parametrize(("record", "expected"), SHAPES)
 def test_shapes(record, expected):
-    """SWIFT's shapes all become the same turns, and nothing of them is counted as unused."""
+    """All of SWIFT's forms become the same turns, and no column counts as unused."""
     ignored: Counter[str] = Counter()
     assert talk(to_row(record, where="f:1", ignored=ignored)) == expected
     assert not ignored
 
 
 def test_plain_text_and_loss_and_unused_columns():
-    """A text row and SWIFT's lone assistant turn are documents; loss is kept; what has no use is counted."""
+    """A text row and SWIFT's single assistant turn are documents. loss is kept. Columns without a use are counted."""
     ignored: Counter[str] = Counter()
     assert to_row({"text": "abc", "id": 3}, where="f:1", ignored=ignored).text == "abc"
     assert to_row({"messages": [{"role": A, "content": "abc"}]}, where="f:1", ignored=ignored).text == "abc"
@@ -70,7 +70,7 @@ def test_plain_text_and_loss_and_unused_columns():
 
 
 def test_files_are_joined_in_order(write):
-    """Several files of different shape, one of them a .json list with a byte-order mark."""
+    """Several files of different form, one of them a .json list with a byte order mark."""
     first = write(*count_rows(2), name="a.jsonl")
     second = write("\ufeff" + json.dumps([{"query": "2", "response": "r\u2028s"}]), name="b.json")
     rows = load(Data(dataset=(first, second)))
@@ -80,7 +80,7 @@ def test_files_are_joined_in_order(write):
 
 
 def test_number_of_rows(write):
-    """path#N samples in file order; beyond the file it repeats the file whole, and samples the rest, as SWIFT does."""
+    """path#N samples in file order. Where N is larger than the file, it repeats the whole file and samples the rest, as SWIFT does."""
     path = write(*count_rows(10))
     some = numbered(load(Data(dataset=(f"{path}#4",))).train)
     assert len(set(some)) == 4
@@ -92,13 +92,13 @@ def test_number_of_rows(write):
 
 
 def test_a_file_whose_name_holds_a_hash(write):
-    """An existing path is taken as it is."""
+    """An existing path is used as it is."""
     assert len(load(Data(dataset=(write(*count_rows(3), name="part#2.jsonl"),))).train) == 3
 
 
 @pytest.mark.parametrize("wanted", ["", "#7", "#40"])
 def test_validation_split(write, wanted):
-    """The split is disjoint even where rows repeat, of the asked share, and the same every time."""
+    """The split is disjoint even where rows repeat, has the requested share, and is the same every time."""
     path = write(*count_rows(20))
     settings = Data(dataset=(path + wanted,), split_dataset_ratio=0.25)
     rows = load(settings)
@@ -111,13 +111,13 @@ def test_validation_split(write, wanted):
 
 
 def test_validation_files(write):
-    """val_dataset rows are validation rows, and all of them."""
+    """All val_dataset rows are validation rows."""
     rows = load(Data(dataset=(write(*count_rows(3)),), val_dataset=(write(*count_rows(2), name="v.jsonl"),)))
     assert (len(rows.train), numbered(rows.validation)) == (3, [0, 1])
 
 
 def test_columns(write):
-    """data.columns renames, swaps included, and the renamed columns are not unused ones."""
+    """data.columns renames, also swaps, and renamed columns do not count as unused."""
     path = write({"ask": "q", "reply": "r", "query": None})
     rows = load(Data(dataset=(path,), columns={"ask": "instruction", "reply": "output"}))
     assert talk(rows.train[0]) == [(U, "q"), (A, "r")]
@@ -135,7 +135,8 @@ LETTERS = {"query": "2+2?", "response": "B", "gold": "A"}
     "columns", [{"gold": "response", "response": "text"}, {"response": "text", "gold": "response"}]
 )
 def test_a_column_in_the_place_of_another(write, columns):
-    """Equal letters are one object in Python: what a row holds must not decide what is renamed, nor the order of the mapping."""
+    """Equal short strings are one object in Python: the contents of a row must not decide what is renamed, nor may the order of the
+    mapping."""
     equal = {"query": "3+3?", "response": "A", "gold": "A"}
     rows = load(Data(dataset=(write(LETTERS, equal),), columns=columns))
     assert [talk(row) for row in rows.train] == [[(U, "2+2?"), (A, "A")], [(U, "3+3?"), (A, "A")]]
@@ -156,7 +157,7 @@ ODD_VALUES = {
 
 @pytest.mark.parametrize("value", ODD_VALUES.values(), ids=ODD_VALUES)
 def test_an_unused_column_may_hold_anything(write, value):
-    """Numbers beyond what Python reads, and brackets that nest nothing."""
+    """Numbers too large for Python, and brackets without nesting."""
     rows = load(Data(dataset=(write(f'{{"query": "q", "response": "r", "id": {value}}}'),)))
     assert talk(rows.train[0]) == [(U, "q"), (A, "r")] and rows.ignored == {"id": 1}
 
@@ -186,7 +187,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("entry, said", ENTRIES)
 def test_a_bad_entry_is_in_nobody_elses_way(write, entry, said):
-    """Of LLaMA-Factory's object and of SWIFT's list: the others are read, and the bad one says what is wrong when it is asked for."""
+    """In LLaMA-Factory's object and in SWIFT's list: other entries are read; the bad entry raises its error only when it is used."""
     write({"query": "q", "response": "r"})
     info = write(json.dumps({"bad": entry, "good": {"file_name": "rows.jsonl"}}), name="i.json")
     assert len(load(Data(dataset=("good",), dataset_info=info)).train) == 1
@@ -199,7 +200,8 @@ def test_a_bad_entry_is_in_nobody_elses_way(write, entry, said):
 
 
 def test_two_columns_for_one(write):
-    """Neither is lost in silence: by one mapping, by that of dataset_info too, by a synonym, or by one that is there."""
+    """Two columns for one name are an error and never lost silently: by one mapping, also with that of dataset_info, by a synonym, or by
+    an existing column."""
     row = {"title": "The title", "body": "The body", "answer": "yes"}
     path = write(row)
     for order in (("title", "body"), ("body", "title")):
@@ -226,7 +228,7 @@ def test_two_columns_for_one(write):
 
 
 def test_a_file_named_twice_is_split_once(write, tmp_path):
-    """By path, with numbers of rows, by two names of dataset_info, by links: no row is on both sides, and each is validated once."""
+    """By path, with numbers of rows, by two names of dataset_info, by links: no row is in both splits, and each is validated once."""
     path = Path(write(*count_rows(10), name="ten.jsonl"))
     (tmp_path / "soft.jsonl").symlink_to(path)
     (tmp_path / "hard.jsonl").hardlink_to(path)
@@ -244,7 +246,7 @@ def test_a_file_named_twice_is_split_once(write, tmp_path):
 
 
 def test_a_file_read_in_two_ways_is_split_once(write):
-    """Two data sets over the columns of one file: the same records are validation in both."""
+    """Two data sets with different columns of one file: the same records are validation in both."""
     path = write(*({"a": str(n), "b": str(n + 100), "r": "x"} for n in range(10)))
     names = {name: {"file_name": path, "columns": {"prompt": name, "response": "r"}} for name in "ab"}
     rows = load(Data(dataset=("a", "b"), dataset_info=write(json.dumps(names), name="i.json"), split_dataset_ratio=0.3))
@@ -253,7 +255,7 @@ def test_a_file_read_in_two_ways_is_split_once(write):
 
 
 def test_validating_on_the_training_file_is_refused(write):
-    """Under whatever name."""
+    """Under any name of the file."""
     path = write(*count_rows(3))
     for name in (path, f"{path}#2", path.replace("rows.jsonl", "./rows.jsonl")):
         with pytest.raises(UserError, match=r"is the file of data.dataset=.*trained and validated on; name another"):
@@ -261,7 +263,7 @@ def test_validating_on_the_training_file_is_refused(write):
 
 
 def test_placeholders_and_default_system(write):
-    """Names are filled into conversations, system included; documents stay as they are."""
+    """Names are filled into conversations, system turns included; documents are not changed."""
     path = write(
         {"query": "Who?", "response": "{{NAME}} by {{AUTHOR}}, {{NAME}}", "system": "You are {{NAME}}"},
         HELLO,
@@ -274,7 +276,7 @@ def test_placeholders_and_default_system(write):
 
 
 def test_dataset_info_of_llama_factory(write):
-    """Names, columns, tags and num_samples of LLaMA-Factory's file; paths relative to it; hub entries do no harm."""
+    """Names, columns, tags and num_samples of LLaMA-Factory's file; paths are relative to it; entries for the hub are ignored."""
     write({"q": "a", "i": "b", "r": "c"}, {"q": "d", "i": "", "r": "e"}, name="one.jsonl")
     write({"talk": [{"who": "me", "says": "x"}, {"who": "it", "says": "y"}], "sys": "s"}, name="two.jsonl")
     tags = {"role_tag": "who", "content_tag": "says", "user_tag": "me", "assistant_tag": "it"}
@@ -302,7 +304,7 @@ def test_dataset_info_of_llama_factory(write):
 
 
 def test_dataset_info_of_swift(write):
-    """SWIFT's list: dataset_path, an optional dataset_name, columns in its direction."""
+    """SWIFT's list: dataset_path, an optional dataset_name, columns in SWIFT's direction."""
     write({"q": "a", "r": "c"}, name="one.jsonl")
     path = write(
         json.dumps(
@@ -374,7 +376,7 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_rows(write, case):
-    """One error that begins with file:line, says what was found, and what to do."""
+    """One error that begins with file:line, and says what was found and what to do."""
     row, reason, remedy = BAD_ROWS[case]
     path = write(HELLO, row, HELLO)
     with pytest.raises(UserError) as caught:
@@ -403,7 +405,7 @@ def test_bad_files(write, tmp_path):
     refuse(write(HELLO, "", HELLO, name="gap.jsonl"), "gap.jsonl:2: an empty line", "remove it")
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
     refuse(str(tmp_path / "latin.jsonl"), "not UTF-8 text (byte 10)", "convert the file")
-    with pytest.MonkeyPatch.context() as patch:  # root reads everything, so the refusal of the system is played
+    with pytest.MonkeyPatch.context() as patch:  # root reads everything, so the refusal of the system is simulated
         patch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         refuse(good, "good.jsonl cannot be read: Permission denied", "check its path and its permissions")
     refuse(f"{good}#0", "'0' is not a number of rows", "path#500")
@@ -452,7 +454,7 @@ BAD_INFO: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("case", BAD_INFO)
 def test_bad_dataset_info(write, tmp_path, case):
-    """A dataset_info.json that cannot be honoured stops the run, each with its reason and remedy."""
+    """Every invalid dataset_info.json stops the run with its reason and remedy."""
     content, reason, remedy = BAD_INFO[case]
     path = str(tmp_path / "info.json")
     if content is not None:

@@ -1,7 +1,7 @@
-"""The masks of real chat templates, against the training twins with `{% generation %}` marks that TRL's package ships.
+"""The masks of real chat templates, against the training variants with `{% generation %}` marks in TRL's package (called twins here).
 
-Oracle: transformers' own rendering of the twin. Per template and conversation the outcome is one of three, and tabled:
-the same tokens with the same mask; a difference that consists of one literal, with its reason; or a refusal.
+Oracle: transformers' own rendering of the twin. For each template and conversation a table has one of three outcomes: the same tokens with
+the same mask; a difference of one literal, with its reason; or a refusal.
 """
 
 import importlib.util
@@ -44,12 +44,12 @@ CONVERSATIONS: dict[str, tuple[tuple[str, str], ...]] = {
 }  # fmt: skip
 MULTI = tuple(name for name, turns in CONVERSATIONS.items() if sum(role == "assistant" for role, _ in turns) > 1)
 PARTS = ("idefics3", "llava_next", "smolvlm")
-"""Templates of vision models that read a content only as a list of parts."""
+"""Templates of vision models that accept a content only as a list of parts."""
 
 _HEADER = "the twin trains the role header, which the generation prompt gives"
 _THINK = "the twin trains the opening of the reasoning block, which the generation prompt gives"
 EXTRA: dict[str, tuple[str, dict[str, str], str]] = {
-    # template: what the twin trains in front of each reply and we do not; exceptions by conversation; why
+    # template: what the twin trains before each reply and we do not; exceptions by conversation; the reason
     "gptoss": ("<|start|>assistant", {}, _HEADER),
     "muse_glimmer": ("<|start|>assistant", {}, _HEADER),
     "qwen2_5": ("\n", {}, "the twin trains the line break of the role header, which the generation prompt gives"),
@@ -62,18 +62,18 @@ EXTRA: dict[str, tuple[str, dict[str, str], str]] = {
     for name in ("nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra")
 }
 LESS = {"llava_next": " "}
-"""What we train behind each reply and the twin does not: the space that this template writes after </s>, like the line
-break that others write after <|im_end|> (and their twins train)."""
+"""What we train after each reply and the twin does not: the space that this template writes after </s>, like the line break that others
+write after <|im_end|> (and their twins train)."""
 _REWRITES = dict.fromkeys(MULTI, "rewrites earlier text")
 REFUSED: dict[str, dict[str, str]] = {
-    # Asked with "<think>", and a reply is rendered without: both take the reasoning block out of every reply.
+    # The prompt has "<think>", and the reply is rendered without: both remove the reasoning block from every reply.
     **dict.fromkeys(
         ("deepseek_r1_distill", "deepseekv3"), dict.fromkeys(CONVERSATIONS, "begins the reply|drops or changes part")
     ),
     "gemma": dict.fromkeys(("system", "system multi"), "System role not supported"),
     "glm4moe": dict.fromkeys(CONVERSATIONS, "nothing after the reply"),  # the next header ends a reply
     "gptoss": _REWRITES,  # the last reply ends with <|return|>, an earlier one with <|end|>
-    "qwen3": _REWRITES,  # these four take the reasoning block out of earlier replies
+    "qwen3": _REWRITES,  # these four remove the reasoning block from earlier replies
     "qwen3_5_nothink": _REWRITES,
     "qwen3_5_think": _REWRITES,
     "qwen3_6": _REWRITES,
@@ -98,7 +98,7 @@ def _messages(conversation: str, template: str) -> list[dict[str, Any]]:
 
 
 def _oracle(tokenizer: PreTrainedTokenizerFast, twin: str, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """transformers' text of the twin, and the trained texts, adjacent ones joined."""
+    """transformers' text of the twin, and the trained texts, with adjacent ones joined."""
     (text,), (spans,) = render_jinja_template(
         conversations=[messages], chat_template=twin, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
     )
@@ -110,8 +110,8 @@ def _oracle_tokens(
 ) -> tuple[list[int], list[bool]]:
     """transformers' tokens and mask of the twin.
 
-    Its mask stops at the first token of a span's last character, and so loses the other bytes of a reply that ends with
-    an emoji (where the end of turn is a span of its own, as in diffusion_gemma); there its spans are laid over its offsets.
+    transformers' mask stops at the first token of a span's last character, so it loses the other bytes of a reply that ends with an emoji
+    (where the end of turn is a span of its own, as in diffusion_gemma). There the mask is computed from the twin's spans and offsets.
     """
     messages = _messages(conversation, name)
     out = tokenizer.apply_chat_template(
@@ -145,7 +145,7 @@ def _join(text: str, spans: list[tuple[int, int]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(make_tokenizer: Any) -> PreTrainedTokenizerFast:
-    """Every marker of these templates that looks like a special token is one."""
+    """A tokenizer in which every marker of these templates that looks like a special token is one."""
     found = sorted(
         {mark for p in FOLDER.glob("*.jinja") for mark in re.findall(r"<[|｜]\w[^<>\s]{0,30}[|｜]>", p.read_text())}
     )
@@ -174,7 +174,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, path: Path, conversation: str) -
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TWINS)
 def test_mask_of_the_plain_template_is_that_of_its_twin(tokenizer, name, conversation):
-    """Equal to transformers' mask of the twin, or different by the tabled literal, or refused as tabled; nothing else."""
+    """Equal to transformers' mask of the twin, or different by the literal of the table, or refused as the table says."""
     plain, twin = _read(name), _read(f"{name}_training")
     if reason := REFUSED.get(name, {}).get(conversation):
         with pytest.raises(UserError, match=reason):
@@ -194,7 +194,7 @@ def test_mask_of_the_plain_template_is_that_of_its_twin(tokenizer, name, convers
 
 @pytest.mark.parametrize("name", TWINS)
 def test_mask_by_generation_marks_is_that_of_transformers(tokenizer, name):
-    """A template with marks: our reading of them equals transformers' on every twin, token by token."""
+    """For a template with marks, our mask equals transformers' mask on every twin, token by token."""
     source = _read(f"{name}_training")
     for conversation in CONVERSATIONS:
         if conversation in TWIN_REFUSED.get(name, ()):
@@ -208,7 +208,7 @@ def test_mask_by_generation_marks_is_that_of_transformers(tokenizer, name):
 @pytest.mark.parametrize("name", [name for name, why in REFUSED.items() if why is _REWRITES])
 @pytest.mark.parametrize("conversation", MULTI)
 def test_a_template_that_rewrites_trains_the_last_reply(tokenizer, name, conversation):
-    """The remedy that the refusal names works: the last reply is the twin's last, but for the tabled literal."""
+    """The remedy of the refusal works: the trained reply is the twin's last reply, but for the literal of the table."""
     _, trained = _ours(tokenizer, _read(name), conversation, [len(CONVERSATIONS[conversation]) - 1])
     _, twin_trained = _oracle(tokenizer, _read(f"{name}_training"), _messages(conversation, name))
     extra = EXTRA.get(name, ("", {}, ""))[0]
@@ -216,14 +216,14 @@ def test_a_template_that_rewrites_trains_the_last_reply(tokenizer, name, convers
 
 
 ENDS = {"gemma4": ("<turn|>\n", True), "lfm2": ("<|im_end|>\n", False), "llama3": ("<|eot_id|>", True)}
-"""Templates without a twin, by the beginning of their names: what ends a reply, and whether its content is trimmed; read
-from the templates by hand."""
+"""Templates without a twin, by the beginning of their names: the end of a reply, and whether its content is trimmed; read from the
+templates by hand."""
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", ALONE)
 def test_mask_of_a_template_without_twin(tokenizer, name, conversation):
-    """The trained text of each reply is its content and the end of turn, as read from the template by hand."""
+    """The trained text of each reply is its content and the end of turn, read from the template by hand."""
     ((end, trims),) = [how for beginning, how in ENDS.items() if name.startswith(beginning)]
     replies = [content for role, content in CONVERSATIONS[conversation] if role == "assistant"]
     text, trained = _ours(tokenizer, _read(name), conversation)
@@ -248,7 +248,7 @@ def _random_content(random: Random) -> str:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_conversations_are_never_masked_otherwise(tokenizer, monkeypatch, seed):
-    """Whatever the words, a template gives its twin's mask but for the tabled literals, or refuses; it is never silently off."""
+    """For any words, a template gives its twin's mask but for the literals of the table, or refuses; it is never silently wrong."""
     random = Random(seed)
     turns = [("system", _random_content(random))] if random.random() < 0.3 else []
     for _ in range(random.randint(1, 3)):
@@ -262,8 +262,8 @@ def test_random_conversations_are_never_masked_otherwise(tokenizer, monkeypatch,
             continue
         twin_text, twin_trained = _oracle(tokenizer, _read(f"{name}_training"), _messages("random", name))
         extra, exceptions, _ = EXTRA.get(name, ("", {}, ""))
-        # Replies with and without reasoning are mixed here, so each may have either literal, or the whole opening of a
-        # reasoning block that the prompt of the matching mode gives.
+        # Replies with and without reasoning are mixed here. So each may have either literal, or the whole opening of a reasoning block
+        # that the prompt of the matching mode gives.
         literals = {extra, *exceptions.values(), *(("", "<think>\n", "<think></think>") if extra else ())}
         assert text == twin_text, name
         assert len(trained) == len(twin_trained), name
@@ -274,7 +274,7 @@ def test_random_conversations_are_never_masked_otherwise(tokenizer, monkeypatch,
 
 
 def test_every_outcome_is_tabled_once():
-    """The tables name templates that exist, and the counts are those that the documentation quotes."""
+    """The tables name templates that exist, and the counts are those in the documentation."""
     assert set(EXTRA) | set(LESS) | set(REFUSED) | set(PARTS) | set(TWIN_REFUSED) <= set(TWINS)
     refused = sum(len(conversations) for conversations in REFUSED.values())
     different = sum(len(CONVERSATIONS) - len(REFUSED.get(name, ())) for name in {*EXTRA, *LESS})

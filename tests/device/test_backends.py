@@ -1,4 +1,4 @@
-"""Optional packages: a broken one is told from an absent one and does no harm; GPUs that torch cannot use are told of."""
+"""Optional packages: a broken package is distinguished from a missing one and does no harm; GPUs that torch cannot use are reported."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ CUDA = Device(kind="cuda", device=CPU, backend="gloo", name="as if")
 
 @pytest.fixture
 def searched_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformer Engine is looked for again in the test, and after it."""
+    """Transformer Engine is searched for again in the test, and after it."""
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
     transformer_engine.cache_clear()
     yield
@@ -37,7 +37,7 @@ def searched_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_broken_transformer_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, searched_anew: None, part: str, raised: str, said: str
 ) -> None:
-    """Its layers are not used, the reason is kept, and Megatron, which imports it next, finds nothing at all."""
+    """Its layers are not used, the reason is kept, and Megatron, which imports it next, finds no Transformer Engine at all."""
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").touch()
     (tmp_path / "transformer_engine" / f"{part}.py").write_text(f"raise {raised}")
@@ -72,7 +72,7 @@ def test_whose_layers(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch uses the GPUs")
 def test_unused_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU build of torch, a driver that does not fit, and a user who hides the GPUs."""
+    """A CPU build of torch, a driver that does not fit, and GPUs hidden by the user."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert unused_gpus(tmp_path) is None
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
@@ -88,7 +88,7 @@ def test_unused_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verify_tells_of_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, and none from other ranks."""
+    """One line, from one rank."""
     monkeypatch.setattr("swift_mega.device.device.unused_gpus", lambda: "this machine has GPUs")
     say_of_unused_gpus()
     assert capsys.readouterr().err == "this machine has GPUs\n"

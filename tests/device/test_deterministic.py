@@ -1,4 +1,4 @@
-"""train.deterministic: it reaches every rank, runs repeat to the bit, and what cannot be honoured is an error that names it."""
+"""train.deterministic reaches every rank, runs repeat bit for bit, and an op without a deterministic form is an error that names it."""
 
 import json
 from datetime import timedelta
@@ -20,7 +20,7 @@ from swift_mega.ops.gated_delta import _running_sums
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set here, so that it is unset when the test ends."""
+    """Set through the fixture, so that they are unset when the test ends."""
     for name, (value, _) in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
 
@@ -45,7 +45,7 @@ def test_the_environment_of_libraries() -> None:
 
 
 def test_a_running_sum() -> None:
-    """CUDA's cumsum has no deterministic form; the product in its place is the same sum."""
+    """CUDA's cumsum has no deterministic form; the matrix product that replaces it gives the same sum."""
     terms = torch.arange(12, dtype=torch.float64).view(2, 6) ** 1.5
     with deterministic(True):
         torch.testing.assert_close(_running_sums(terms), terms.cumsum(-1), rtol=1e-15, atol=0)
@@ -53,7 +53,8 @@ def test_a_running_sum() -> None:
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, on two data ranks; then an objective that writes to places that may be the same ones, where settings have arrived."""
+    """First with dropout, on two data ranks; then an objective that writes to indices that may repeat, which shows that the settings are
+    active."""
     model = tiny.make_chat(tmp_path / "model", "llama", num_hidden_layers=2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"query": f"{n}?", "response": f"{n}."}) for n in range(8)))

@@ -1,4 +1,5 @@
-"""The device layer: the facade is complete, idempotent, early enough, and fails loudly on another Megatron."""
+"""The device layer: the facade is complete, can be installed twice, is installed early enough, and fails with an error on another
+Megatron."""
 
 import os
 import subprocess
@@ -19,7 +20,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the facade is fo
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, since the facade is installed once per process."""
+    """A new interpreter, because the facade is installed once per process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TORCHDYNAMO_DISABLE", None)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
@@ -46,7 +47,7 @@ def test_setup_refuses_a_megatron_that_was_imported_before(cpu):
 
 @no_cuda
 def test_setup_and_imports_print_nothing(cpu):
-    """What Megatron says about optional packages is silenced, and compilation is off before it is imported."""
+    """Megatron's messages about optional packages are silenced, and compilation is off before Megatron is imported."""
     ran = run_python(
         "from swift_mega.device import device\n"
         "device.setup()\n"
@@ -60,7 +61,7 @@ def test_setup_and_imports_print_nothing(cpu):
 
 
 def test_only_ranks_touch_their_gpu(monkeypatch):
-    """Whoever starts ranks asks no GPU anything; a rank makes the one of its local rank current, unless a caller chose another."""
+    """The process that starts ranks uses no GPU. A rank makes the GPU of its local rank current, unless a caller chose another one."""
     calls = []
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -92,7 +93,7 @@ def test_the_allocator_grows_its_segments_unless_it_is_configured():
 
 
 def test_a_patch_whose_target_is_gone_says_which():
-    """An upgrade of Megatron that renames something stops at the patch's name, before anything is replaced."""
+    """An upgrade of Megatron that renames a function stops with the name of the patch, before anything is replaced."""
     was = torch.cuda.synchronize
     patch = Patch(
         name="sample",
@@ -136,7 +137,7 @@ def test_types_are_named_as_on_cuda(cpu):
 
 @no_cuda
 def test_random_state_is_the_cpus(cpu):
-    """Megatron's forked random state gives one stream per tensor rank, and hands the outer stream back untouched."""
+    """Megatron's forked random state gives one stream per tensor rank, and leaves the outer stream unchanged."""
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -177,12 +178,12 @@ def _uneven() -> None:
 
 @no_cuda
 def test_collectives_of_unequal_parts(ranks):
-    """all_gather and reduce_scatter of parts with 1, 2, 3 rows, which gloo itself refuses."""
+    """all_gather and reduce_scatter of parts with 1, 2 and 3 rows, which gloo itself refuses."""
     ranks(3, _uneven)
 
 
 def test_schedule_settings_are_fields_of_megatrons_config(cpu):
-    """On the CPU the settings that gave wrong numbers are off; with chunks, calls are not batched."""
+    """On the CPU, the settings that gave wrong numbers are off. With several chunks, p2p calls are not batched."""
     import dataclasses
 
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -215,7 +216,7 @@ def test_peak_flops(name, flops):
 
 @no_cuda
 def test_peak_memory_counts_what_was_resident(cpu):
-    """Bytes, not kilobytes: 64 MiB touched shows."""
+    """In bytes, not kilobytes: 64 MiB of touched memory is seen."""
     before = cpu.peak_memory_bytes()
     held = torch.ones(max(before // 4, 64 << 20) // 4 + (before // 4))
     assert cpu.peak_memory_bytes() >= held.numel() * 4
@@ -223,8 +224,8 @@ def test_peak_memory_counts_what_was_resident(cpu):
 
 @no_cuda
 def test_device_contexts_still_work(cpu):
-    """`with torch.device(...)` reaches factories under the facade: transformers builds models on "meta" with it, and a context
-    that did nothing left rotary frequencies unset, without an error."""
+    """`with torch.device(...)` reaches factory functions under the facade. transformers builds models on "meta" with it. A context without
+    an effect left rotary frequencies uninitialised, without an error."""
     with torch.device("meta"):
         for made in (torch.empty(1), torch.zeros(1), torch.arange(2), torch.tensor(1.0), torch.ones(1)):
             assert made.device.type == "meta"

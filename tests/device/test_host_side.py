@@ -1,4 +1,5 @@
-"""Where everything is the CPU's, a sorter by is_cuda sees two sides; nothing of that is left when it returns."""
+"""Where all tensors are on the CPU, code that sorts tensors by is_cuda sees a device side and a host side; nothing of this is left when it
+returns."""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from swift_mega.device.host_side import two_sides
 
 
 def sort(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], dict[Tensor, Tensor]]:
-    """(on the device, on the host, host copy -> tensor): every second one is copied and widened."""
+    """(on the device, on the host, host copy -> tensor): every second tensor is copied and widened."""
     device, host, origin = [], [], {}
     for number, tensor in enumerate(tensors):
         assert tensor.is_cuda

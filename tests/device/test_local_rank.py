@@ -1,4 +1,4 @@
-"""Which device a rank has, by the environments of the launchers; no process is started."""
+"""Which device a rank has, from the environments of the launchers; no process is started."""
 
 import pytest
 
@@ -12,14 +12,14 @@ from swift_mega.errors import UserError
         ({}, 8, 0),  # no launcher
         # torchrun on the second of two machines
         ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, 8, 1),
-        # srun, whose tasks were told RANK and WORLD_SIZE by a script
+        # srun, whose script set RANK and WORLD_SIZE for its tasks
         ({"RANK": "11", "WORLD_SIZE": "16", "SLURM_LOCALID": "3"}, 8, 3),
         ({"RANK": "11", "WORLD_SIZE": "16", "SLURM_LOCALID": "3"}, 1, 0),  # srun --gpus-per-task=1
-        # torchrun in one task of srun for each machine: the task is number 0 of its machine
+        # torchrun in one srun task for each machine: the task is number 0 of its machine
         ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 8, 1),
-        # a caller of several machines that names no local rank
+        # a caller on several machines that sets no local rank
         ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, 4, 1),
-        ({"RANK": "9", "WORLD_SIZE": "16"}, 8, 1),  # and not how many ranks a machine has
+        ({"RANK": "9", "WORLD_SIZE": "16"}, 8, 1),  # nor the number of ranks of a machine
         ({"RANK": "3", "WORLD_SIZE": "4"}, 4, 3),  # one machine
     ],
 )

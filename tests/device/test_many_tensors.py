@@ -1,4 +1,4 @@
-"""The norm and the scaling of gradients that stand in for Megatron's, against float64, and that they are the ones it calls."""
+"""The replacements for Megatron's gradient norm and gradient scaling, against float64, and that Megatron calls them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from swift_mega.device.device import Device
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm(dtype: torch.dtype) -> None:
-    """Of tensors of many sizes, one of them empty; in float32 whatever they are in, and nothing is read on the way."""
+    """Of tensors of many sizes, one of them empty; the sum is in float32 whatever the dtype, and no value is read on the host."""
     tensors = [torch.randn(size).to(dtype) for size in (1, 7, 4096, 0, 33)]
     wanted = torch.cat([tensor.double() for tensor in tensors]).norm()
     with waits(tensors) as found:
@@ -36,5 +36,5 @@ def test_megatron_calls_them(cpu: Device) -> None:
 
 
 def test_others_stay() -> None:
-    """Those of Transformer Engine and Apex are not replaced."""
+    """The functions of Transformer Engine and Apex are not replaced."""
     assert many_tensors.in_place_of("local_multi_tensor_scale", many_tensors.scale)(print) is print

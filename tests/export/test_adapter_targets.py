@@ -1,4 +1,4 @@
-"""Adapters whose adapter_config.json says by a pattern, by layers or not at all what they are on: their tensors say it. PEFT made them."""
+"""Adapters whose adapter_config.json gives their targets by a pattern, by layers or not at all: the tensors decide. PEFT made them."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def without_targets(adapter: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_merged_is_what_is_computed(model, tmp_path, kind):
-    """By Megatron-core with the adapter beside the weights, and by files with it merged in; and a run that goes on from it trains it."""
+    """Megatron-core with the adapter beside the weights equals merged files; further training of the adapter trains all of it."""
     adapter = made(model, tmp_path / "adapter", **KINDS[kind])
     if kind == "no_field":
         without_targets(adapter)
@@ -76,7 +76,7 @@ def test_what_is_merged_is_what_is_computed(model, tmp_path, kind):
 
 
 def test_gradients_where_peft_would_guess_the_targets(model, tmp_path):
-    """PEFT's guess for llama is q_proj and v_proj, and would leave these factors out."""
+    """PEFT's default targets for llama are q_proj and v_proj, which would leave these factors out."""
     adapter = made(model, tmp_path / "adapter", **KINDS["no_field"])
     without_targets(adapter)
     report = api.verify(str(model), ["single"], tuner="lora", adapters=str(adapter))

@@ -1,4 +1,4 @@
-"""An adapter out of any layout is one that PEFT loads to the last tensor, and that computes what Megatron computes.
+"""From any layout, PEFT loads every tensor of an exported adapter, and computes what Megatron computes.
 
 The oracle is PEFT over transformers: its load report, its logits, and its own merge.
 """
@@ -44,7 +44,7 @@ def in_layout(name: str, run: schema.Run) -> tuple[schema.Run, Any]:
 
 
 def export_and_logits(run: schema.Run, layout: Any, output: Path, cpu: Any, rows: list[list[int]]) -> Logits:
-    """In every rank: builds the run, writes its adapter to `output`, returns Megatron's logits of every row (none: no rows)."""
+    """In every rank: builds the run, writes its adapter to `output`, and returns Megatron's logits of every row (without rows: none)."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, cpu, groups, steps=1)
     save_checkpoint(
@@ -87,7 +87,7 @@ def base(model: Path) -> Any:
 
 
 def with_peft(model: Path, adapter: Path) -> Any:
-    """The base with the adapter, once PEFT has reported that it took every tensor and lacked none."""
+    """The base with the adapter, after PEFT reported no unused and no missing tensor."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ CASES = [
     ("gpt2", ("tp2-sp", "pp2"), {}),
     ("falcon_new", ("tp2-sp",), {}),
     ("bloom_six_heads", ("pp2",), {}),
-    # more tensor ranks than key heads: ranks that have no row of a key too
+    # more tensor ranks than key heads: some ranks have no row of a key
     ("llama_4_1", ("tp2-sp", "tp4", "tp2-pp2"), {}),
     ("qwen3_4_2", ("tp4-sp",), {"target_modules": ("k_proj", "o_proj")}),
     ("phi3_4_1", ("tp4",), {}),
@@ -118,8 +118,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "layouts", "tuner"), CASES, ids=[case[0] for case in CASES])
 def test_peft_computes_what_megatron_computes(ranks, cpu, tmp_path, name, layouts, tuner):
-    """A random adapter into each layout and out again: the same file; PEFT's, the merged model's and PEFT's merged logits all
-    within 1e-4 of Megatron's, which are far from the base model's."""
+    """A random adapter, loaded in each layout and exported again, gives the same file. The logits of PEFT, of the merged model and of
+    PEFT's merged model are all within 1e-4 of Megatron's, and far from the base model's."""
     model = tiny.make(tmp_path / "hf", name)
     adapter = tmp_path / "adapter"
     run, layout = in_layout("single", run_of(model, **tuner))
@@ -158,7 +158,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_initial_values_do_not_depend_on_the_layout(ranks, cpu, tmp_path, name):
-    """Byte for byte the file of one rank; another seed gives another."""
+    """Byte for byte the file of one rank; another seed gives another file."""
     model = tiny.make(tmp_path / "hf", name)
     for layout_name in ("single", *LAYOUTS[name]):
         run, layout = in_layout(layout_name, run_of(model))
@@ -173,7 +173,7 @@ def test_initial_values_do_not_depend_on_the_layout(ranks, cpu, tmp_path, name):
 
 
 def test_initial_values_are_pefts_distribution(ranks, cpu, tmp_path):
-    """A: uniform within 1/sqrt(in), each module its own; B: zero, so that training starts from the base model."""
+    """A: uniform within 1/sqrt(in), different in each module. B: zero, so that training starts from the base model."""
     model = tiny.make(tmp_path / "hf", "llama", hidden_size=128, intermediate_size=256)
     run, layout = in_layout("single", run_of(model, rank=16))
     ranks(1, export_and_logits, run, layout, tmp_path / "out", cpu, [])

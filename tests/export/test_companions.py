@@ -16,7 +16,7 @@ MINE = "{% for m in messages %}[{{ m.role }}]\r\n{{ m.content }} é{% endfor %}"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """config.json and a tokenizer; no weights are needed."""
+    """A directory with config.json and a tokenizer, without weights."""
     LlamaConfig(eos_token_id=5, bos_token_id=4, pad_token_id=None).save_pretrained(tmp_path / "model")
     tokenizer(CHATML, "<|im_start|>", "<|im_end|>").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -31,7 +31,7 @@ def _template(folder: Path) -> Any:
 
 
 def test_the_template_is_what_transformers_reads(model: Path) -> None:
-    """Exactly the trained text, whichever place held the older one; a template of another name stays beside it."""
+    """Exactly the trained template, whichever file had the older one; a template of another name stays beside it."""
     Trained(chat_template=MINE).write(model)
     assert (model / "chat_template.jinja").read_bytes() == MINE.encode()
     assert _template(model) == MINE.replace("\r\n", "\n")  # Jinja reads both line ends as one
@@ -57,7 +57,7 @@ def test_the_template_is_what_transformers_reads(model: Path) -> None:
     ],
 )
 def test_stop_tokens_are_added_to_those_there_were(model: Path, before: Any, trained: Any, after: Any) -> None:
-    """Oracle: GenerationConfig, which transformers makes of config.json where the file is absent."""
+    """Oracle: GenerationConfig, which transformers makes from config.json where the file is missing."""
     if before is not None:
         _edit(model / "generation_config.json", **before)
     Trained(end_tokens=trained).write(model)
@@ -72,7 +72,7 @@ def test_stop_tokens_are_added_to_those_there_were(model: Path, before: Any, tra
 
 
 def test_an_adapter_carries_both(model: Path, tmp_path: Path) -> None:
-    """And of an adapter by another trainer, the template that its tokenizer_config.json holds."""
+    """Also for an adapter by another trainer: the template in its tokenizer_config.json."""
     adapter, theirs = tmp_path / "adapter", tmp_path / "theirs"
     adapter.mkdir(), theirs.mkdir()
     Trained(chat_template=MINE, end_tokens=(9,)).write_beside_adapter(adapter, model)
@@ -85,7 +85,7 @@ def test_an_adapter_carries_both(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}'])
 def test_a_damaged_generation_config_is_named(model: Path, content: str) -> None:
-    """One error with the file's name."""
+    """One error that names the file."""
     (model / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match=r"generation_config\.json"):
         stop_tokens(model)

@@ -1,4 +1,5 @@
-"""An adapter on all linears merged while transformers loads: the model of weights that are summed by hand, for every type with experts."""
+"""An adapter on all linears, merged while transformers loads, equals a model whose weights are summed by hand, for every type with
+experts."""
 
 import json
 import shutil
@@ -27,7 +28,8 @@ SCALE = 2.0
 
 
 def random_adapter(model: Path, directory: Path, *, only: str = "") -> dict[str, Tensor]:
-    """Factors of every linear of `model` but embeddings, in `directory`; returns the weights of the files with their products added."""
+    """Writes factors for every linear of `model` but embeddings to `directory`; returns the weights of the files with their products
+    added."""
     weights = {name: value for file in model.glob("*.safetensors") for name, value in load_file(file).items()}
     linears = [
         name
@@ -80,7 +82,7 @@ def test_all_linears_of_a_type_with_experts(tmp_path: Path, kind: str) -> None:
 
 
 def test_infer_verify_and_compare_take_it_whole(tmp_path: Path) -> None:
-    """infer's model and export's are one; a wide dtype is not rounded on the way to the reference of verify and compare."""
+    """infer uses the same model that export writes. A wide dtype is not rounded in the reference of verify and compare."""
     model = tiny.make_chat(tmp_path / "model", "qwen2_moe_mixed", dtype=torch.bfloat16)
     random_adapter(model, tmp_path / "adapter")
     api.export(model=str(model), adapters=str(tmp_path / "adapter"), output=str(tmp_path / "merged"))
@@ -101,7 +103,7 @@ def test_infer_verify_and_compare_take_it_whole(tmp_path: Path) -> None:
 
 
 def test_a_factor_that_nothing_takes(tmp_path: Path) -> None:
-    """A layer that the files have and the model has not, and one that PEFT would leave out with a warning."""
+    """A layer that the files have and the model does not, and a factor that PEFT would ignore with a warning."""
     model = tiny.make(tmp_path / "model", "llama")
     added = random_adapter(model, tmp_path / "adapter", only="layers.3")
     fewer = by_hand(model, added, tmp_path / "fewer")

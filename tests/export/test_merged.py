@@ -1,5 +1,4 @@
-"""Merging from files to files: the arithmetic in float32, everything else left byte for byte; and every adapter that is
-refused."""
+"""Merging from files to files: the sum is in float32, all other tensors keep their bytes; and every adapter that is refused."""
 
 import json
 import re
@@ -81,7 +80,7 @@ def test_adapted_linears_in_float32_and_the_rest_untouched(tmp_path, base, rslor
             up, down = (tensors[f"base_model.model.{module}.lora_{letter}.weight"].double() for letter in "BA")
             exact = value.double() + scale * up @ down
             assert found[name].dtype == torch.bfloat16 and not torch.equal(found[name], value)
-            # one rounding to bfloat16 (8 bits, so half a unit is 2^-8 at most), of a sum that was right to float32
+            # one rounding to bfloat16 (8 bits, so half a unit is 2^-8 at most), of a sum that is correct to float32
             assert ((found[name].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
         else:
             assert torch.equal(found[name].view(torch.int16), value.view(torch.int16)), name
@@ -90,7 +89,7 @@ def test_adapted_linears_in_float32_and_the_rest_untouched(tmp_path, base, rslor
 
 
 def test_an_adapter_in_bfloat16_and_extra_fields_that_say_nothing(tmp_path, base):
-    """What PEFT itself writes: many fields, most of them null."""
+    """An adapter_config.json as PEFT itself writes it: many fields, most of them null."""
     from peft import LoraConfig
 
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM").to_dict()
@@ -279,7 +278,7 @@ def test_factors_that_are_no_pairs(tmp_path, tensors, message):
 
 
 def start(model: Path, made: Path, tuner: dict[str, Any], world: int, cpu: Any) -> str:
-    """In every rank: what building a run from an adapter says."""
+    """In every rank: the message of building a run from an adapter."""
     parallel = schema.Parallel(tensor=world, distributed_optimizer=False)
     run = schema.Run(
         model=schema.Model(path=str(model), dtype="float32", adapters=(str(made),)),

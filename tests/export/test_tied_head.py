@@ -1,4 +1,4 @@
-"""Adapters that change the output layer of a tied model: PEFT adds to logits alone, so what is merged has an output layer of its own."""
+"""Adapters that change the output layer of a tied model: PEFT changes logits alone, so the merged model has an output layer of its own."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def adapter(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_merged_with_an_output_layer_of_its_own(tied, adapter, tmp_path, copy):
-    """Logits are PEFT's unmerged ones, embeddings the base's, and we read what we wrote. copy: the files hold the head too."""
+    """Logits are PEFT's unmerged ones, embeddings are the base's, and swift_mega can read the result. copy: the files have the head too."""
     base = tied
     if copy:
         base = Path(shutil.copytree(tied, tmp_path / "copy"))
@@ -104,7 +104,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(tied, adapter, tmp_path):
 
 
 def test_a_type_of_which_nothing_is_known(tied, adapter, tmp_path):
-    """Whether its output layer is tied is not known, so a change of it is refused."""
+    """For an unknown type, it is not known whether the output layer is tied, so a change of it is refused."""
     base = Path(shutil.copytree(tied, tmp_path / "copy"))
     fields = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**fields, "model_type": "unheard_of"}))
@@ -124,7 +124,7 @@ def test_a_change_of_both_is_refused(tied, adapter, tmp_path):
 
 
 def test_weights_that_peft_saves_beside_factors(tmp_path):
-    """lm_head.base_layer.weight: dropped where it is the base's, refused where it is another one, which PEFT would load in its place."""
+    """lm_head.base_layer.weight is dropped where it equals the base's, and refused where it differs, because PEFT would load it."""
     base = tiny.make(tmp_path / "base", "llama", num_hidden_layers=2)
     made = made_by_peft(base, tmp_path / "made", copies=True)
     assert "base_model.model.lm_head.base_layer.weight" in Checkpoint(made).entries

@@ -1,7 +1,7 @@
-"""Known faults, put into a copy of the tree one at a time: do the tests find them? `make test-the-tests`, or `run.py [WORDS]`.
+"""Puts known faults into a copy of the tree, one at a time: do the tests find them? `make test-the-tests`, or `run.py [WORDS]`.
 
-faults.toml says what is wrong, by which edit, and which tests are to find it. An edit that no longer fits its file is an error, and so
-are tests that fail without the fault or that do not run with it. WORDS choose faults whose names hold one of them.
+faults.toml says what is wrong, by which edit, and which tests must find it. An edit that no longer fits its file is an error. So are tests
+that fail without the fault, or that cannot run with it. WORDS choose faults whose names contain one of them.
 """
 
 import argparse
@@ -33,13 +33,13 @@ COPIED = (
     "setup.py",
 )
 PASSED, FAILED = 0, 1
-"""pytest's exit statuses; any other says that tests did not run."""
+"""pytest's exit statuses; any other status means that tests did not run."""
 Verdict = Literal["found", "MISSED", "ERROR"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """`old`, which is in `file` once, becomes `new`."""
+    """Replaces `old`, which is in `file` exactly once, by `new`."""
 
     file: str
     old: str
@@ -62,7 +62,7 @@ def read(table: Path = TABLE) -> list[Fault]:
 
 
 def apply(fault: Fault, tree: Path) -> None:
-    """Edits the files of `tree`; ValueError where one does not have what is to be changed, once."""
+    """Edits the files of `tree`; ValueError where `old` of an edit is not in its file exactly once."""
     for edit in fault.edits:
         path = tree / edit.file
         text = path.read_text() if path.is_file() else ""
@@ -83,7 +83,7 @@ def copy_tree(tree: Path) -> None:
 
 
 def run_tests(tree: Path, tests: str) -> tuple[int, str]:
-    """pytest's exit status in `tree`, whose package it imports, and the end of what it said."""
+    """pytest's exit status in `tree`, whose package it imports, and the end of its output."""
     command = [
         sys.executable,
         "-m",
@@ -110,7 +110,7 @@ def run_tests(tree: Path, tests: str) -> tuple[int, str]:
 
 
 def judge(fault: Fault, *, sound: bool = True) -> tuple[Verdict, str]:
-    """Whether the tests find it. sound: run them without the fault first, which they must pass."""
+    """Whether the tests find the fault. sound: first run them without the fault; they must pass."""
     with tempfile.TemporaryDirectory(prefix="swift-mega-fault-") as folder:
         tree = Path(folder)
         copy_tree(tree)

@@ -1,4 +1,5 @@
-"""Where the bodies of this folder run: on the CPU in `make test`, on a GPU with `pytest -m gpu`. They are those of `make gpu-check`."""
+"""Where the tests of this folder run: on the CPU in `make test`, on a GPU with `pytest -m gpu`. They share their bodies with `make
+gpu-check`."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ import pytest
 
 from swift_mega.device import device as devices
 
-if TYPE_CHECKING:  # it imports Megatron, which has to wait for tests/conftest.py
+if TYPE_CHECKING:  # it imports Megatron, which must come after tests/conftest.py
     from benchmarks.gpu_check.bench import Bench
 
 OneRank = Callable[..., Any]
@@ -26,7 +27,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def one_rank(bench: "Bench") -> OneRank:
-    """one_rank(body, *args): runs it where torch.distributed has one rank: a fork on the CPU, this process on CUDA."""
+    """one_rank(body, *args): runs body where torch.distributed has one rank: in a fork on the CPU, in this process on CUDA."""
 
     def run(body: Callable[..., Any], *args: Any) -> Any:
         from swift_mega.launch.torchrun import run_ranks

@@ -1,4 +1,4 @@
-"""Attention and the blocks of a ring by the kernels of the device, output and gradients, against the definition in float64."""
+"""Attention and the blocks of ring attention with the kernels of the device: output and gradients against the definition in float64."""
 
 import pytest
 import torch

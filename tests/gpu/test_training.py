@@ -1,4 +1,4 @@
-"""One rank on the device: it equals transformers, steps as torch's AdamW does, and offloading changes nothing."""
+"""One rank on the device equals transformers, takes the steps of torch's AdamW, and offloading changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +22,9 @@ def in_float64(bench: Bench) -> parity.Errors:
 
 
 def test_one_rank_equals_transformers(bench: Bench, one_rank: OneRank) -> None:
-    """Logits, loss and every gradient; in float64 nothing is left to rounding."""
+    """Logits, loss and every gradient; in float64 rounding is negligible."""
     found = one_rank(in_float64, bench)
-    # transformers' own norms are in float32.
+    # In transformers, norms are in float32 even then.
     assert max(found.logits, found.loss, found.worst) < 1e-5, found
 
 
@@ -34,7 +34,7 @@ def steps(bench: Bench, tuner: str) -> lora.Steps:
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_the_optimizer_steps_as_torch_does(bench: Bench, one_rank: OneRank, tuner: str) -> None:
-    """Fused, with decay and clipping, against AdamW parameter by parameter."""
+    """Megatron's fused optimizer, with decay and clipping, against AdamW parameter by parameter."""
     found = one_rank(steps, bench, tuner)
     assert "fused" in found.by.lower(), found.by
     assert found.loss <= lora.LOSS_LIMIT and found.update <= lora.UPDATE_LIMIT, found
@@ -47,6 +47,6 @@ def passes(bench: Bench, train: dict[str, Any]) -> tuple[float, float]:
 
 
 def test_offloaded_inputs_give_the_same_gradients(bench: Bench, one_rank: OneRank) -> None:
-    """Two microbatches of four layers whose inputs leave and come back, by the device's own streams."""
+    """Two microbatches of four layers whose inputs are copied to the host and back, with the device's own streams."""
     loss, gradients = one_rank(passes, bench, {"offload_activations": True})
     assert loss <= offload.LOSS_LIMIT and gradients <= offload.GRADIENT_LIMITS[bench.dtype]

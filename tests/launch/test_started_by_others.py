@@ -1,4 +1,4 @@
-"""What starts this process and ends it: launchers that say nothing of ranks, signals, a MASTER_PORT that somebody else has."""
+"""Launchers that set no ranks, signals that end this process, and a MASTER_PORT that another program uses."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_are_refused(
     environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Several processes without a rank each would all be the whole run; every verb that writes stops, before it looks at its inputs."""
+    """Several processes without a rank would each be a whole run. Every verb that writes stops before it reads its inputs."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for arguments in (["convert", "--to", "hf"], ["export"], ["infer"], ["compare"], ["verify"]):
@@ -73,7 +73,7 @@ def test_copies_are_refused(
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # the shell of salloc
         SRUN | {"SLURM_STEP_NUM_TASKS": "1"},  # srun --ntasks=1 in a job of four
-        SRUN | {"NNODES": "4", "NODE_RANK": "2"},  # one process a machine, which starts that machine's ranks
+        SRUN | {"NNODES": "4", "NODE_RANK": "2"},  # one process per machine, which starts that machine's ranks
         {"PMI_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"},
     ],
 )
@@ -110,7 +110,7 @@ WRITING_SCRIPT = """
 
 @pytest.mark.parametrize(("number", "joined"), [("SIGTERM", False), ("SIGHUP", False), ("SIGTERM", True)])
 def test_a_signal_ends_all_and_leaves_nothing(tmp_path: Path, number: str, joined: bool) -> None:
-    """To the process that started ranks, and to one that is a rank: no rank is left, no folder of ranks, no output half written."""
+    """A signal to the process that starts ranks, or to a rank: no rank is left, no folder of ranks, no incomplete output."""
     script, temporary = tmp_path / "script.py", tmp_path / "tmp"
     script.write_text(textwrap.dedent(WRITING_SCRIPT))
     temporary.mkdir()
@@ -149,7 +149,7 @@ def _pids(folder: Path, count: int) -> list[int]:
 
 
 def test_an_agreed_error_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of ranks that torchrun started the first one of each machine says it; one that a rank raises for itself is said by that rank."""
+    """Under torchrun, the first rank of each machine prints an agreed error; an error that a rank raises alone is printed by that rank."""
 
     def fail(kind: type[UserError]) -> int:
         def run(_: object) -> int:
@@ -173,7 +173,7 @@ def test_an_agreed_error_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """A port on which something listens that says nothing."""
+    """A port on which something listens and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -200,7 +200,7 @@ def closing() -> Iterator[int]:
 def test_a_port_in_use_is_one_error_on_every_rank(
     listener: str, rank: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch gives rank 0 a page of C++, and lets the others wait for ever."""
+    """torch alone gives rank 0 a page of C++ output and lets the others wait for ever."""
     monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.5)
     port = request.getfixturevalue(listener)
     started = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -211,7 +211,7 @@ def test_a_port_in_use_is_one_error_on_every_rank(
 
 
 def test_a_port_in_use_with_several_machines(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks that this machine starts say it, and the other machine's too."""
+    """The ranks that this machine starts raise it, and so do the other machine's."""
     machines = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent)}
     monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.5)
     for name, value in machines.items():

@@ -57,7 +57,7 @@ def seats_of_all() -> tuple[dict[str, object], list[tuple[int, timedelta]]]:
 def fail_on(rank: int, error: type[Exception]) -> None:
     if dist.get_rank() == rank:
         raise error(f"number 7 is wrong on rank {rank}")
-    dist.barrier()  # never comes: the other rank is gone
+    dist.barrier()  # never returns: the other rank is gone
 
 
 def note_and_hang(folder: Path, failing: int, how: str) -> None:
@@ -94,7 +94,7 @@ def talk() -> None:
 
 
 def multiply(size: int) -> float:
-    """More than one OpenMP thread and a backward pass, where a fork of a process that used both could hang."""
+    """More than one OpenMP thread and a backward pass: a fork of a process that has used both could hang."""
     x = torch.ones(size, size, requires_grad=True)
     (x @ x).sin().sum().backward()
     assert x.grad is not None
@@ -102,10 +102,10 @@ def multiply(size: int) -> float:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that waits for its reaper does not."""
+    """Whether a process runs; a zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the second: it went between opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # the second error: it ended between open and read
         return False
 
 
@@ -140,7 +140,7 @@ def test_result_of_the_first_rank(world: int) -> None:
 
 
 def test_fresh_interpreters_do_the_same() -> None:
-    """The way that CUDA ranks start: by a new interpreter each. Each one finds its own device and the timeout."""
+    """Ranks on CUDA start this way: each in a new interpreter. Each rank finds its own device and the timeout."""
     result, seats = run_ranks(2, seats_of_all, start="exec", device_kind="cpu", timeout_minutes=7)
     assert result["total"] == 10 and result["environment"] == ["0", "2", "0", "2"]
     assert seats == [(0, timedelta(minutes=7)), (1, timedelta(minutes=7))]
@@ -172,7 +172,7 @@ def run_here() -> dict[str, object]:
 
 
 def test_one_rank_can_run_here_and_leaves_no_group() -> None:
-    """Its own exception comes through unchanged. In a fresh process, since this one has to fork ranks later."""
+    """Its own exception is raised unchanged. In a new process, because this process has to fork ranks later."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(run_here).result(timeout=120)
     assert result["pid"] == result["starter"] and result["environment"] == ["0", "1", "0", "1"]
@@ -198,7 +198,7 @@ def test_a_user_error_is_raised_as_it_was(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_another_error_keeps_its_rank_and_traceback(rank: int) -> None:
-    """The rank that failed first is named, not the peer that lost its connection to it."""
+    """The error names the rank that failed first, not the peer that lost its connection to it."""
     with pytest.raises(RankError, match=rf"rank {rank} of 2 failed:(?s:.*)fail_on(?s:.*)KeyError: 'number 7 is wrong"):
         run_ranks(2, fail_on, rank, KeyError)
 
@@ -212,7 +212,7 @@ def test_a_killed_rank_is_said_and_the_others_are_ended(tmp_path: Path) -> None:
 
 
 def test_a_crash_shows_the_last_output(tmp_path: Path) -> None:
-    """What the rank printed, and the Python stack that the crash happened in."""
+    """The rank's output and the Python stack of the crash."""
     message = (
         r"rank 1 of 2 was killed by signal 11 \(SIGSEGV\)\nits last output:\nat the barrier(?s:.*)Segmentation fault"
     )
@@ -229,7 +229,7 @@ def test_a_rank_that_leaves_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["user", "defect", "SIGKILL", "leave"])
 def test_the_cause_is_named_and_not_its_consequences(how: str) -> None:
-    """In the middle of collectives every peer fails within a millisecond, with an error of its own."""
+    """During collectives, every peer fails within a millisecond with an error of its own."""
     expected = {
         "user": "^mine$",
         "defect": "rank 1 of 3 failed(?s:.*)KeyError: 'mine'",
@@ -263,7 +263,7 @@ HANGING_SCRIPT = """
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_its_starter(tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C and a rude end of the starting process end its ranks (test_started_by_others.py has the polite end)."""
+    """Ctrl-C and SIGKILL of the starting process end its ranks (test_started_by_others.py tests SIGTERM and SIGHUP)."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(HANGING_SCRIPT))
     starter = subprocess.Popen(
@@ -295,7 +295,7 @@ def test_other_ranks_are_quiet_and_logged(tmp_path: Path, capfd: pytest.CaptureF
 
 
 def test_threads_survive_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has an OpenMP pool; a fork with threads of its own must not wait for threads it doesn't have."""
+    """This process has an OpenMP pool. A fork that uses threads must not wait for threads of the pool, which it does not have."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads()
     try:
@@ -338,7 +338,7 @@ def free_port() -> str:
 
 @pytest.mark.parametrize("how", ["nodes", "joined"])
 def test_several_machines_meet(tmp_path: Path, how: str) -> None:
-    """Two starters with NNODES=2 and two ranks each make one run of four; two started ranks make one of two."""
+    """Two starters with NNODES=2 and two ranks each make one run of four; two starters with one rank each make one of two."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(JOINING_SCRIPT))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
@@ -365,9 +365,9 @@ def test_several_machines_meet(tmp_path: Path, how: str) -> None:
 
 
 def test_a_process_that_is_alone(ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the environment of torchrun or of several machines, and by the group that there is."""
+    """By the environment of torchrun or of several machines, and by the existing process group."""
     assert is_alone() and ranks(1, is_alone) and not ranks(2, is_alone)
-    monkeypatch.setenv("NPROC_PER_NODE", "2")  # how many it would start
+    monkeypatch.setenv("NPROC_PER_NODE", "2")  # the number of ranks that it would start
     assert is_alone()
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

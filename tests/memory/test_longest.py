@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_the_longest_row_of_a_plan_is_the_last_that_fits(model, capsys):
-    """The number that is printed fits when it is asked for, and eight tokens more (one for each context rank) do not."""
+    """The printed number fits, and eight tokens more (one for each context rank) do not fit."""
     assert main(["plan", "--model", model, *FITTING, "--max_length", "100000"]) == 0
     said = capsys.readouterr().out
     longest = int(said.split("longest row that fits: ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""The memory formula against the bytes that are alive in real training steps, on one rank and on several."""
+"""The memory formula against the bytes of live tensors in real training steps, on one rank and on several."""
 
 from pathlib import Path
 
@@ -33,7 +33,8 @@ CASES = {
     "lora": ("single", {}, "lora", 512),
     "lora, tiled": ("single", TILED, "lora", 512),
     "ulysses": ("cp2-ulysses", TILED, "full", 512),
-    # One example in the row: whole ones that are short beside a rank's share are sent nowhere, and need less than the formula says.
+    # One example in the row. Examples that are short compared with a rank's share stay whole, send no keys, and need less than the formula
+    # says.
     "ring": ("cp2-ring", TILED, "full", 512, TOKENS),
     "mesh": ("cp4-ulysses2", TILED, "full", 512, TOKENS),
     "allgather": ("cp2-allgather", TILED, "full", 512, TOKENS),
@@ -59,7 +60,7 @@ def run_of(directory: Path, train: dict[str, object], tuner: str) -> schema.Run:
 def live_peak(
     directory: Path, train: dict[str, object], tuner: str, layout: Layout, microbatches: int, example: int
 ) -> list[int]:
-    """Most bytes alive on each rank in a step after the first one."""
+    """The peak of live bytes on each rank, in a step after the first one."""
     import torch.distributed as dist
 
     from swift_mega.data.pack import Example, collate
@@ -90,7 +91,7 @@ def live_peak(
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_formula_is_what_is_alive(ranks, tmp_path, case):
-    """Within 5%, for the rank of every pipeline stage that has the most."""
+    """Within 5%, for the fullest rank of every pipeline stage."""
     name, train, tuner, vocab, *given = CASES[case]
     example = given[0] if given else EXAMPLE
     directory = model(tmp_path, vocab)
@@ -109,7 +110,7 @@ def test_the_formula_is_what_is_alive(ranks, tmp_path, case):
 
 
 def test_weights_are_those_of_the_published_model():
-    """Llama 3.1 8B has 8,030,261,248 parameters (its model card says 8B; the number is the sum of its safetensors)."""
+    """Llama 3.1 8B has 8,030,261,248 parameters (its model card says 8B; the number is the sum over its safetensors)."""
     assert stage_numbers(llama8b(), single(), 0) == (8_030_261_248, list(range(32)))
 
 

@@ -1,4 +1,4 @@
-"""Every setting that `plan` takes changes its answer, is refused as training refuses it, or is known to cost no memory."""
+"""Every setting that `plan` takes changes its result, is refused as training refuses it, or is known to need no memory."""
 
 import dataclasses
 from pathlib import Path
@@ -14,9 +14,9 @@ from swift_mega.memory.report import Plan
 
 BASE = ("data.max_length=512", "tuner.type=lora", "tuner.rank=4")
 UNFUSED = 'model.megatron={"bias_activation_fusion": false}'
-"""Then the MLP, and not attention, is what a layer has most of."""
+"""Then the MLP, not attention, needs the most memory of a layer."""
 CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {
-    # setting -> another value, what it needs beside it, ranks
+    # setting -> another value, the settings it needs, ranks
     "model.dtype": ("float32", (), 1),
     "model.vocab_divisible_by": ("1024", (), 1),
     "model.megatron": ('{"bias_activation_fusion": false}', ("tuner.type=full",), 1),
@@ -53,7 +53,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "parallel.gradients_in_float32": ("false", (), 1),
 }
 REFUSED = {"parallel.expert": "2", "parallel.expert_tensor": "2"}
-"""This model has no experts, and those that have some have no formula."""
+"""This model has no experts, and the formula does not support models with experts."""
 FREE = {
     "parallel.overlap_grad_reduce": "the same buffer, in buckets", "parallel.overlap_param_gather": "the same",
     "parallel.ddp_bucket_size": "the same", "parallel.distributed_timeout_minutes": "a time",
@@ -119,7 +119,7 @@ def test_parameters_of_an_adapter_are_those_that_peft_makes(model: Path) -> None
 
 
 def test_a_row_holds_a_microbatch(model: Path) -> None:
-    """Two examples of 512 tokens are a row of 1024; a padded vocabulary has that many rows more."""
+    """Two examples of 512 tokens are a row of 1024; the padded vocabulary has that many more rows."""
     two = plan(model, ["train.micro_batch_size=2"], 1)
     assert two.tokens == 1024 and two.memory == plan(model, ["data.max_length=1024"], 1).memory
     rows = [plan(model, ["tuner.type=full", f"model.vocab_divisible_by={n}"], 1).memory.weights for n in (128, 1024)]
