@@ -1,7 +1,7 @@
-"""The tests whose result may depend on the version of Megatron-core, torch or Python: `make test-newest` runs what this prints.
+"""The tests whose result may depend on the version of Megatron-core, torch or Python: `make test-newest` runs what this program prints.
 
-The rest (files, data, settings, packs, transformers' configs) is the same code on the same transformers and PEFT in both environments.
-A name that is not there any more is an error, so that a renamed test does not drop out.
+The other tests (files, data, settings, packs, transformers' configs) run the same code on the same transformers and PEFT in both
+environments. A name that does not exist is an error, so that a renamed test is not lost.
 """
 
 import sys
@@ -32,11 +32,11 @@ LEFT_OUT = {
     "tests/parallel/test_sequence.py": "arithmetic",
     "tests/export/test_companions.py": "files that are copied",
 }
-"""Of the folders above, and why."""
+"""Tests of the folders above that are not run, and why."""
 
 
 def arguments() -> list[str]:
-    """pytest's; exits with a message where a name is not there."""
+    """Arguments for pytest; exits with a message where a name does not exist."""
     if missing := [name for name in (*RUN, *LEFT_OUT) if not (ROOT / name).exists()]:
         raise SystemExit(f"tests/newest.py names {', '.join(missing)}, which is not there; say where it went")
     return [*RUN, *(f"--ignore={name}" for name in LEFT_OUT)]

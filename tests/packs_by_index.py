@@ -1,7 +1,7 @@
 """Where every number of a rank's parameter comes from, for every pack at any sizes; and random cases of them for hypothesis.
 
-The reference is index arithmetic after Megatron's own description of its linears: no reshape, no concatenation, nothing of packs.py.
-Values are random bits, so NaNs of any payload and negative zeros are among them, and are compared as bits.
+The reference is index arithmetic after Megatron's own description of its linears, without reshape or concatenation, and shares nothing
+with packs.py. Values are random bits, so NaNs with any payload and negative zeros occur; values are compared as bits.
 """
 
 import itertools
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Sizes:
-    """`size` ranks; `multiple`: of groups, features or rows on each; `columns`: of a matrix, None for a vector."""
+    """`size` ranks. `multiple`: groups, features or rows on each rank. `columns`: of a matrix, None for a vector."""
 
     size: int
     multiple: int
@@ -37,13 +37,13 @@ class Sizes:
     head_dim: int
     columns: int | None
     missing: int
-    """Rows that a vocabulary lacks to be `size * multiple`."""
+    """The rows to add to a vocabulary so that it has `size * multiple`."""
     within: int = 1
-    """Ranks that share a group; where it is 1 ranks have `multiple` whole groups each."""
+    """Ranks that share a group. Where it is 1, each rank has `multiple` whole groups."""
 
     @property
     def groups(self) -> int:
-        """Of all ranks."""
+        """The number of groups over all ranks."""
         return self.size * self.multiple if self.within == 1 else self.size // self.within
 
     @property
@@ -58,14 +58,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Reference:
-    """Parts of whole shapes `parts`; a rank's parameter has shape `held`, and its number at an index is that of `source`."""
+    """The parts have the whole shapes `parts`. A rank's parameter has the shape `held`, and its number at an index is that of `source`."""
 
     parts: tuple[Index, ...]
     held: Index
     source: Callable[[int, Index], Source | None]
-    """(rank, index in the parameter) -> (part, index in it); None: a zero that no tensor has."""
+    """(rank, index in the parameter) -> (part, index in it). None: a zero that is in no tensor."""
     together: int | None = None
-    """The dim along which the parts lie one after another in a single tensor; None: each is a tensor."""
+    """The dim along which the parts are concatenated in a single tensor. None: each part is a tensor."""
 
     @property
     def tensors(self) -> list[Index]:
@@ -77,7 +77,7 @@ class Reference:
         return [tuple(shape)]
 
     def place(self, source: Source) -> Source:
-        """The Hugging Face tensor and the index in it of a number of a part."""
+        """The Hugging Face tensor of a number of a part, and the index in it."""
         part, index = source
         if self.together is None:
             return part, index
@@ -85,15 +85,15 @@ class Reference:
         return 0, tuple(i + before * (dim == self.together) for dim, i in enumerate(index))
 
     def numbers(self, rank: int) -> Iterator[tuple[Index, Source | None]]:
-        """Every index of a rank's parameter, and the tensor and index that its number has."""
+        """Every index of a rank's parameter, with the tensor and index that its number comes from."""
         for index in itertools.product(*map(range, self.held)):
             source = self.source(rank, index)
             yield index, None if source is None else self.place(source)
 
 
 def qkv_source(s: Sizes, row: int) -> tuple[int, int]:
-    """(0 query | 1 key | 2 value, its row) of a row of all ranks' linear_qkv, of which each has an even share: [group, (queries, key,
-    value), head_dim], as transformer/attention.py get_query_key_value_tensors takes it apart."""
+    """(0 query | 1 key | 2 value, its row) of a row of all ranks' linear_qkv, of which each rank has an even share: [group, (queries,
+    key, value), head_dim], as get_query_key_value_tensors in transformer/attention.py splits it."""
     group, inside = divmod(row, (s.queries + 2) * s.head_dim)
     head, feature = divmod(inside, s.head_dim)
     if head < s.queries:
@@ -102,7 +102,8 @@ def qkv_source(s: Sizes, row: int) -> tuple[int, int]:
 
 
 def gated_source(s: Sizes, row: int) -> tuple[int, int]:
-    """As qkv_source, with a gate for every query: after all queries of the group, while the tensor has each head's query and gate."""
+    """As qkv_source, with a gate for every query. linear_qkv has the gates after all queries of the group; the tensor has each head's
+    query and then its gate."""
     group, inside = divmod(row, (2 * s.queries + 2) * s.head_dim)
     slot, feature = divmod(inside, s.head_dim)
     if slot < 2 * s.queries:
@@ -112,7 +113,7 @@ def gated_source(s: Sizes, row: int) -> tuple[int, int]:
 
 
 def channels_source(s: Sizes, row: int) -> tuple[int, int]:
-    """A key head's query channels, its key channels, its value channels; then the next head's."""
+    """For each key head: its query channels, its key channels, its value channels."""
     head, inside = divmod(row, sum(s.channels))
     part = 0
     while inside >= s.channels[part]:
@@ -122,7 +123,7 @@ def channels_source(s: Sizes, row: int) -> tuple[int, int]:
 
 
 def by_group(s: Sizes, each: Index, source_of: Callable[[Sizes, int], tuple[int, int]]) -> Reference:
-    """Groups one after another, of `each` rows of every part; ranks have even shares of all rows."""
+    """Groups one after another, with `each` rows of every part. Ranks have even shares of all rows."""
     held = s.groups * sum(each) // s.size
 
     def source(rank: int, index: Index) -> Source:
@@ -145,7 +146,7 @@ def by_key_head(s: Sizes) -> Reference:
 
 
 def gate_up(s: Sizes) -> Reference:
-    """A rank's rows of gate, then its rows of up (transformer/mlp.py chunks what fc1 makes in two)."""
+    """A rank's rows of gate, then its rows of up (transformer/mlp.py splits the output of fc1 into two chunks)."""
 
     def source(rank: int, index: Index) -> Source:
         part, row = divmod(index[0], s.multiple)
@@ -155,7 +156,7 @@ def gate_up(s: Sizes) -> Reference:
 
 
 def interleaved(s: Sizes) -> Reference:
-    """Column 2f of [in, 2 * ffn] is the gate of feature f and column 2f + 1 its up; a vector has them as its numbers."""
+    """Column 2f of [in, 2 * ffn] is the gate of feature f, and column 2f + 1 its up. In a vector they are its numbers."""
 
     def source(rank: int, index: Index) -> Source:
         up, row = divmod(index[0], s.multiple)
@@ -165,7 +166,7 @@ def interleaved(s: Sizes) -> Reference:
 
 
 def even(s: Sizes, dim: int) -> Reference:
-    """The rank's share of one dim, and all of the other."""
+    """The rank's even share of one dim, and all of the other dim."""
     share, other = s.multiple, s.tail
     whole, held = (
         ((s.size * share, *other), (share, *other)) if dim == 0 else ((*other, s.size * share), (*other, share))
@@ -178,7 +179,7 @@ def even(s: Sizes, dim: int) -> Reference:
 
 
 def vocabulary(s: Sizes) -> Reference:
-    """Rows in order of rank, and zeros where they end; the last ranks may have none."""
+    """Rows in the order of the ranks, and zeros after the last one. The last ranks may have zeros only."""
     rows = s.size * s.multiple - s.missing
     share = -(-rows // s.size)
 
@@ -199,7 +200,7 @@ def one_row(s: Sizes) -> Reference:
 
 
 def turned(inner: Reference) -> Reference:
-    """All tensors the other way round, [in, out]."""
+    """As the given reference, with all tensors transposed to [in, out]."""
 
     def source(rank: int, index: Index) -> Source | None:
         found = inner.source(rank, index)
@@ -214,7 +215,7 @@ def fused(inner: Reference) -> Reference:
 
 
 def per_head(s: Sizes, heads: int) -> Reference:
-    """A tensor [head_dim] of each head; a rank's parameter has its own heads' as rows."""
+    """One tensor [head_dim] for each head. A rank's parameter has those of its own heads as rows."""
     share = heads // s.size
     parts = ((s.head_dim,),) * heads
     return Reference(parts, (share, s.head_dim), lambda rank, index: (rank * share + index[0], index[1:]))
@@ -241,9 +242,9 @@ REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
     packs.TURNED_ROW: (lambda s: turned(even(s, 1)), (MATRIX,)),
     packs.TURNED_FUSED_QKV: (lambda s: turned(fused(qkv(s))), (MATRIX,)),
 }
-"""Every pack, its reference, and the tensors it is for."""
+"""Every pack, its reference, and the tensors it is used for."""
 WITHIN = (packs.QKV, packs.FUSED_QKV)
-"""Whose groups ranks may share."""
+"""Packs whose groups may be shared by ranks."""
 
 
 # --- cases
@@ -259,7 +260,7 @@ class Case:
     tensors: list[Tensor]
 
     def heads(self, rank: int) -> Heads:
-        """What the rank's join and split are given."""
+        """The heads that the rank's join and split get."""
         return self.model_heads.on(rank, self.sizes.size)
 
     @property
@@ -272,7 +273,7 @@ class Case:
         return Rule("parameter", tuple(f"tensor{number}" for number in range(len(self.tensors))), self.pack)
 
     def expected(self, rank: int) -> Tensor:
-        """The rank's parameter, number by number; as bits."""
+        """The rank's parameter, number by number, as bits."""
         bits = [as_bits(tensor).tolist() for tensor in self.tensors]
         numbers = []
         for _, place in self.reference.numbers(rank):
@@ -285,7 +286,7 @@ class Case:
         return torch.tensor(numbers, dtype=as_bits(self.tensors[0]).dtype).reshape(self.reference.held)
 
     def slices(self, rank: int) -> list[tuple[int, Slice]]:
-        """What the rank reads of every tensor, in order."""
+        """The slices of every tensor that the rank reads, in order."""
         numbers = {name: number for number, name in enumerate(self.rule.parts)}
         tensors = {name: tuple(self.tensors[number].shape) for name, number in numbers.items()}
         cut = (rank, self.sizes.size)
@@ -296,7 +297,7 @@ class Case:
         return [cut(self.tensors[number], piece) for number, piece in self.slices(rank)]
 
     def held(self, rank: int) -> Tensor:
-        """The rank's parameter from the reference, with the tensors' dtype."""
+        """The rank's parameter from the reference, in the tensors' dtype."""
         return self.expected(rank).view(self.tensors[0].dtype)
 
 
@@ -336,7 +337,7 @@ def cases(draw: st.DrawFn, pack: Pack) -> Case:
         columns=draw(st.integers(1, 5)) if draw(st.sampled_from(REFERENCES[pack][1])) == MATRIX else None,
         missing=draw(st.integers(0, size * multiple - 1)),
     )
-    if pack in WITHIN and draw(st.booleans()):  # more ranks than groups: rows within a group are cut
+    if pack in WITHIN and draw(st.booleans()):  # more ranks than groups: the rows of a group are sharded
         within = draw(st.integers(2, 4))
         sizes = replace(
             sizes, size=within * draw(st.integers(1, 2)), head_dim=within * draw(st.integers(1, 2)), within=within

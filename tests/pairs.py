@@ -1,7 +1,7 @@
-"""A cover of pairs in place of a product: the cheapest cases in which every two features that can meet do meet.
+"""A cover of pairs in place of a product: the cheapest cases in which every two features that can occur together do occur together.
 
-A case's features are the kind of model, the axes of the layout (tp, pp, sp), the tuner, and settings. Faults of one feature,
-or of two together, are found by a cover of pairs; the whole product runs with --full.
+A case's features are the kind of model, the axes of the layout (tp, pp, sp), the tuner, and settings. A cover of pairs finds faults of one
+feature, or of two together. The whole product runs with --full.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ def pairs(features: Iterable[str]) -> set[frozenset[str]]:
 def cover(
     cases: Sequence[Case], features: Callable[[Case], set[frozenset[str]]], cost: Callable[[Case], float]
 ) -> set[int]:
-    """Positions of cases that hold everything that all cases hold; greedy by what a case adds for its cost.
+    """Indices of cases that together have every feature and pair of all cases. Greedy: by what a case adds divided by its cost.
 
-    features: what a case must be counted for, usually `pairs` of its words.
+    features: what a case counts for, usually `pairs` of its words.
     """
     held = [features(case) for case in cases]
     missing, chosen = set().union(*held), set()
@@ -35,14 +35,15 @@ def cover(
         chosen.add(best)
         missing -= held[best]
     needed = set(chosen)
-    for place in sorted(chosen, key=lambda place: -cost(cases[place])):  # what later choices made superfluous
+    # Drops cases that later choices made unnecessary.
+    for place in sorted(chosen, key=lambda place: -cost(cases[place])):
         if held[place] <= set().union(*(held[other] for other in needed - {place}), set()):
             needed.discard(place)
     return needed
 
 
 def both_tuners(cases: Iterable[tuple[str, str]]) -> list[Case]:
-    """Cases (family, layout), each in full and with LoRA."""
+    """Cases (family, layout), each with full fine-tuning and with LoRA."""
     return [(*case, tuner) for case in cases for tuner in ("full", "lora")]
 
 
@@ -58,8 +59,8 @@ def covering(
 
 
 def of_layouts(kinds: Callable[[str], str]) -> Callable[[Case], set[frozenset[str]]]:
-    """Features of cases (family, layout, tuner, ...): each family and each layout at least once, and all pairs of the family's
-    kind, the axes of the layout (whatever their sizes), the tuner and further settings."""
+    """Features of cases (family, layout, tuner, ...): each family and each layout at least once, and all pairs of: the family's kind,
+    the axes of the layout (whatever their sizes), the tuner and further settings."""
 
     def features(case: Case) -> set[frozenset[str]]:
         family, layout, *rest = case
@@ -71,7 +72,7 @@ def of_layouts(kinds: Callable[[str], str]) -> Callable[[Case], set[frozenset[st
 
 
 def all_pairs(case: Case) -> set[frozenset[str]]:
-    """Features of cases whose every value is a setting."""
+    """Features of cases in which every value is a setting."""
     return pairs(f"{place}:{value}" for place, value in enumerate(case))
 
 
@@ -81,13 +82,13 @@ def once(case: Case) -> set[frozenset[str]]:
 
 
 def cost_of(case: Case) -> float:
-    """CPU seconds, roughly, of a case (family, layout, tuner, ...): messages grow with the square of the ranks."""
+    """Rough CPU seconds of a case (family, layout, tuner, ...). The number of messages grows with the square of the ranks."""
     world = parse_layout(case[1])[1]
     return (1 + world + world**2 / 2) * (1.4 if "lora" in case else 1.0)
 
 
 def kind(family: str) -> str:
-    """What tells one family's parallel code from another's."""
+    """The features by which the parallel code of families differs."""
     for words, name in _KINDS:
         if any(word in family for word in words.split()):
             return name

@@ -1,7 +1,7 @@
-"""Quantised checkpoints written number by number from what each format's description says, and what they hold.
+"""Quantised checkpoints, written number by number after the description of each format, and the plain weights of them.
 
-Nothing here is shared with the code that reads them: words are filled bit by bit in whole Python numbers, and every weight that is
-expected is computed for itself. `write` makes a quantised directory out of a plain one, and returns the plain weights that it means.
+Nothing here is shared with the code that reads them: words are filled bit by bit as Python integers, and every expected weight is computed
+by itself. `write` makes a quantised directory from a plain one, and returns the plain weights of it.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Made = tuple[dict[str, Tensor], Tensor]
-"""What is stored for a weight, by name, and the weight that it means, float32."""
+"""The stored tensors of a weight, by name, and the dequantised weight, float32."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -28,7 +28,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def e4m3(code: int) -> float:
-    """The number of a byte: one sign bit, four of exponent (bias 7), three of mantissa; no infinities."""
+    """The value of a byte: one sign bit, four bits of exponent (bias 7), three of mantissa; no infinities."""
     sign, exponent, mantissa = (-1.0 if code & 128 else 1.0), code >> 3 & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return math.nan
@@ -142,7 +142,7 @@ def gptq(
 
 def awq(name: str, weight: Tensor, *, group: int = 16) -> Made:
     module, (rows, inputs) = name.removesuffix(".weight"), weight.shape
-    order = [0, 2, 4, 6, 1, 3, 5, 7]  # the output that each nibble of a word holds, from the lowest
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # the output of each nibble of a word, from the lowest nibble
     scales = torch.zeros(inputs // group, rows, dtype=torch.float16)
     zeros = [[0] * rows for _ in range(inputs // group)]
     for g in range(inputs // group):
@@ -168,7 +168,7 @@ def awq(name: str, weight: Tensor, *, group: int = 16) -> Made:
 
 
 def four_bit(name: str, weight: Tensor, *, kind: str = "nf4", block: int = 64, nested: int | None = None) -> Made:
-    """bitsandbytes; nested: blocks whose largest values are quantised together, in the second quantisation."""
+    """bitsandbytes. nested: with double quantisation, the largest values of blocks are quantised too."""
     table = NF4 if kind == "nf4" else (*FP4, *(-value for value in FP4))
     table = tuple(torch.tensor(table).tolist())
     flat = [float(value) for value in weight.reshape(-1)]
@@ -245,16 +245,16 @@ FORMATS: dict[str, tuple[Callable[..., Made], dict[str, Any], dict[str, Any]]] =
     "fp4": (four_bit, {"kind": "fp4", "block": 48}, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "int8": (int8, {}, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }  # fmt: skip
-"""Name -> how a weight is stored, with what, and what config.json says."""
+"""Name -> the function that stores a weight, its arguments, and the quantization_config."""
 
 
 def linear(name: str) -> bool:
-    """Which weights are quantised: matrices of attention and MLP but routers."""
+    """Whether a weight is quantised: matrices of attention and MLP but routers."""
     return name.endswith(("proj.weight", "proj_with_mqa.weight"))
 
 
 def write(plain: Path, target: Path, format: str) -> dict[str, Tensor]:
-    """The model in `plain`, stored so, in `target`; returns the weights that it means."""
+    """Writes the model in `plain` to `target` in this format; returns the dequantised weights."""
     make, options, config = FORMATS[format]
     shutil.copytree(plain, target)
     stored, meant = {}, {}

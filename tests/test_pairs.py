@@ -20,9 +20,8 @@ def test_every_pair_is_in_the_cover() -> None:
 
 def test_long_files_are_there(pytestconfig: pytest.Config) -> None:
     here = Path(__file__).parent
-    conftest = pytestconfig.pluginmanager.get_plugin(
-        str(here / "conftest.py")
-    )  # several folders have a module of this name
+    # By path, because several folders have a module of this name.
+    conftest = pytestconfig.pluginmanager.get_plugin(str(here / "conftest.py"))
     assert conftest is not None and [name for name in conftest.LONGEST if not (here / name).is_file()] == []
 
 

@@ -173,9 +173,8 @@ def test_both_outputs_need_room(run, sources, disk, writer):
     assert run(writer, disk / "out") == ""
     before = contents(disk)
     needed = check_no_room(run(writer, disk / "out", "--overwrite", "true"), disk / "out", older=True)
-    assert (
-        0.95 < needed / sum(map(len, before.values())) <= 1
-    )  # never more than it takes: that would refuse an output that fits
+    # Never more than it takes: that would refuse an output that fits.
+    assert 0.95 < needed / sum(map(len, before.values())) <= 1
     assert contents(disk) == before and names(disk) == ["out"]
 
 

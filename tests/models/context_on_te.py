@@ -1,7 +1,7 @@
-"""Megatron's TEDotProductAttention itself, made for context ranks, and called: `python -m tests.models.context_on_te WORK`.
+"""Makes and calls Megatron's real TEDotProductAttention for context ranks: `python -m tests.models.context_on_te WORK`.
 
-A program, like tests/models/on_te.py and for its reasons. Everything up to Transformer Engine's DotProductAttention.forward is run; that,
-which needs a GPU, is replaced by one that notes what it was given. WORK/found.json says what was found, by layout.
+A program and not a test, for the reasons given in tests/models/on_te.py. Everything up to Transformer Engine's DotProductAttention.forward
+runs. That function needs a GPU; a replacement records its arguments. WORK/found.json has the result of each layout.
 """
 
 import argparse
@@ -41,7 +41,7 @@ MODELS = {
 
 
 def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
-    """What one rank finds. Collective."""
+    """The result of one rank. Collective."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from transformer_engine.pytorch import DotProductAttention
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
@@ -104,7 +104,7 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
 
 
 def _packed(row: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels and starts of the examples of a row, as if nothing had been padded."""
+    """Tokens, labels and starts of the examples of a row, without padding."""
     lengths = [length for length in row.lengths.tolist() if length]
     places = [
         torch.arange(start, start + length) for start, length in zip(row.cu_seqlens.tolist(), lengths, strict=False)
@@ -130,7 +130,7 @@ def main() -> int:
 
 
 def everyone(model: Path, layout: Layout) -> list[Any]:
-    """What each rank finds."""
+    """The results of all ranks."""
     answers: list[Any] = [None] * layout.world
     dist.all_gather_object(answers, of_rank(model, layout))
     return answers

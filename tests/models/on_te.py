@@ -1,11 +1,12 @@
-"""Every tiny model with Transformer Engine's modules, beside Megatron's own: `python -m tests.models.on_te WORK`, where that is installed.
+"""Builds every tiny model with Transformer Engine's modules and with Megatron's own: `python -m tests.models.on_te WORK`, where TE is
+installed.
 
-A program, not a test: Megatron changes its defaults where it finds Transformer Engine, so that no other test may share a process with it.
+A program and not a test: Megatron changes its defaults where it finds Transformer Engine, so no other test may share a process with it.
 WORK/found.json says for each family and layout why it is refused, or for each tuner what is wrong (nothing: an empty list) and which
 classes were built.
 
-Only the answer to torch.cuda.is_available is untrue, and only while the layers are made: their kernels do not run here. They are made
-on the CPU because the facade says that this is the current device.
+The modules are made on the CPU, because the facade says that this is the current device. torch.cuda.is_available is replaced by a function
+that returns True, only while the layers are made. The CUDA kernels do not run here.
 """
 
 import argparse
@@ -44,18 +45,18 @@ from swift_mega.train.build import build_part  # noqa: E402
 from swift_mega.tuners.tuner import find_tuner  # noqa: E402
 
 # Modules as on CUDA, tensors on the CPU.
-DTYPE = torch.bfloat16  # Transformer Engine's modules hold no float32 here
+DTYPE = torch.bfloat16  # Transformer Engine's modules have no float32 here
 ON_TE = device.Device(kind="cuda", device=device.CPU, backend="gloo", name="CPU")
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 TILED = ("llama", "gpt2", "apertus", "cohere", "deepseek_v3_moe", "qwen2_moe")
-"""Those that are also built with MLPs and norms by tiles of tokens, as "tiled LAYOUT"."""
+"""Families that are also built with MLPs and norms by tiles of tokens, as "tiled LAYOUT"."""
 MARKS = ("tensor_model_parallel", "sequence_parallel", "partition_dim", "allreduce")
-"""What Megatron's gradient reduction, norm and optimizer ask a parameter for."""
+"""The attributes of a parameter that Megatron's gradient reduction, norm and optimizer read."""
 
 
 @contextlib.contextmanager
 def cuda_answers() -> Iterator[None]:
-    """torch.cuda.is_available says True."""
+    """torch.cuda.is_available returns True."""
     truth, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     try:
         yield
@@ -70,7 +71,7 @@ def made(run: schema.Run, groups: Groups, source: Source, where: device.Device, 
 
 
 def wrong(part: ModelPart, local: ModelPart) -> list[str]:
-    """What the parameters of `part` have other than those of the local modules."""
+    """How the parameters of `part` differ from those of the local modules."""
     held = list(part.held())
     found = differences(held, list(local.held()))
     for each in held:
@@ -85,7 +86,7 @@ def wrong(part: ModelPart, local: ModelPart) -> list[str]:
 
 
 def differences(mine: Sequence[Held], others: Sequence[Held]) -> list[str]:
-    """What differs between parameters of the same names: Hugging Face's tensors in them, shape, dtype, numbers, marks."""
+    """How parameters of the same names differ: in their Hugging Face tensors, shape, dtype, numbers, attributes."""
     here, there = {each.name: each for each in mine}, {each.name: each for each in others}
     found = [f"{name} is only in one of the two" for name in sorted(here.keys() ^ there.keys())]
     for name in sorted(here.keys() & there.keys()):
@@ -103,25 +104,26 @@ def differences(mine: Sequence[Held], others: Sequence[Held]) -> list[str]:
 
 
 def marked(parameter: Tensor, mark: str) -> Any:
-    """A mark that is absent counts as what Megatron takes it for."""
+    """An attribute that is missing counts as Megatron's default for it."""
     return getattr(parameter, mark, {"allreduce": True}.get(mark, False))
 
 
 def classes(part: ModelPart) -> list[str]:
-    """Which classes hold the parameters, as "place: package.class" without layer numbers."""
+    """The classes that have the parameters, as "place: package.class" without layer numbers."""
     found = set()
     for chunk in part.chunks:
         for name, module in chunk.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
                 kind, base = type(module).__mro__[:2]
-                kind = base if base.__name__ == kind.__name__ else kind  # what models/specs.py's `bound` was given
+                # A subclass made by `bound` of models/specs.py counts as the class that was given to it.
+                kind = base if base.__name__ == kind.__name__ else kind
                 place = ".".join(word for word in name.split(".") if not word.isdigit())
                 found.add(f"{place}: {kind.__module__.split('.')[0]} {kind.__name__}")
     return sorted(found)
 
 
 def same_files(one: Path, other: Path) -> list[str]:
-    """What two Hugging Face directories differ in."""
+    """How two Hugging Face directories differ."""
     mine, theirs = Checkpoint(one), Checkpoint(other)
     found = [f"{name} is only in one of the two directories" for name in mine.entries.keys() ^ theirs.entries.keys()]
     both = mine.entries.keys() & theirs.entries.keys()
@@ -131,7 +133,7 @@ def same_files(one: Path, other: Path) -> list[str]:
 
 
 def compare(directory: Path, groups: Groups, run: schema.Run, *, adapters: bool) -> tuple[list[str], list[str]]:
-    """What is wrong with one family at one layout, on this rank, and its classes. Collective."""
+    """What is wrong with one family in one layout, on this rank, and its classes. Collective."""
     source = Source(directory)
     local = made(run, groups, source, CPU, adapters=adapters)
     part = made(run, groups, source, ON_TE, adapters=adapters)
@@ -148,14 +150,14 @@ def compare(directory: Path, groups: Groups, run: schema.Run, *, adapters: bool)
             scratch = Path(everyone[0])
             save(part, groups, scratch / "hf", source=directory, dtypes=DTYPE, max_shard_bytes=1 << 40)
             found += same_files(scratch / "hf", directory)
-            if groups.layout.world > 1:  # one rank's checkpoints are the same but for the shards, and take as long
+            if groups.layout.world > 1:  # on one rank, checkpoints differ only in the shards, and take as long
                 found += exchanged(part, local, groups, scratch, source)
             dist.barrier()
     return found, kinds
 
 
 def exchanged(part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, source: Source) -> list[str]:
-    """What is wrong after Megatron checkpoints of each kind of modules were read into the other."""
+    """What is wrong after the Megatron checkpoint of each kind of modules was read into the other kind."""
     found = []
     for name, writer, reader in (("local", local, part), ("te", part, local)):
         save_mcore(writer, groups, scratch / name, source.tensors)
@@ -167,9 +169,9 @@ def exchanged(part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, 
 
 
 def of_rank(models: Mapping[str, Path], layouts: Mapping[str, Layout], run: schema.Run) -> dict[str, Any]:
-    """One rank: the models at their layouts, all of one size, with what is wrong on any rank.
+    """One rank: all models in their layouts, all with the same number of ranks, and what is wrong on any rank.
 
-    The groups of a process are made once, since their threads stay.
+    The groups of a process are made once, because their threads stay.
     """
     answers: dict[str, Any] = {}
     groups = init(next(iter(layouts.values())))
@@ -179,7 +181,7 @@ def of_rank(models: Mapping[str, Path], layouts: Mapping[str, Layout], run: sche
             mine = dataclasses.replace(groups, layout=layout)
             try:
                 found, kinds = compare(models[name], mine, run, adapters=tuner == "lora")
-            except Exception:  # whatever goes wrong is this family's, and the others are still looked at
+            except Exception:  # any error belongs to this family; the others are still tested
                 found, kinds = [traceback.format_exc()], []
             everyone: list[list[str]] = [[] for _ in range(layout.world)]
             dist.all_gather_object(everyone, found)
@@ -188,7 +190,7 @@ def of_rank(models: Mapping[str, Path], layouts: Mapping[str, Layout], run: sche
 
 
 def layout_of(name: str, directory: Path) -> Layout:
-    """The layout for one model; UserError where it cannot be cut so."""
+    """The layout for one model; UserError where the model cannot have it."""
     parallel, world = parse_layout(name)
     settings = load_settings(directory)
     layout = plan_layout(parallel, settings.shape, world)

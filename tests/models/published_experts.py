@@ -1,4 +1,4 @@
-"""The config.json of published models with mixtures of experts, written out with their published values."""
+"""The config.json of published models with mixtures of experts, with their published values."""
 
 CONFIGS = {
     "deepseek_v2lite": """

@@ -1,4 +1,4 @@
-"""Transformer Engine in a process of its own, where it was built: it must not be on the path of other tests, which run without it."""
+"""Transformer Engine in a process of its own, where it was built. It must not be on the path of other tests, which run without it."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(sys.prefix) / "transformer-engine"
-"""Where `make test-newest` puts it (scripts/build_te.py), off the path of every other test."""
+"""Where `make test-newest` puts it (scripts/build_te.py), outside the path of every other test."""
 NOT_BUILT = "Transformer Engine is not built; make test-newest does, with nvcc"
 
 
 def found_by(program: str, work: Path) -> dict[str, Any]:
-    """What tests/models/`program`.py writes to found.json in `work`; its output is shown where it fails."""
+    """What tests/models/`program`.py writes to found.json in `work`. Its output is printed where it fails."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", FOLDER)))
     command = [sys.executable, "-m", f"tests.models.{program}", str(work)]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)

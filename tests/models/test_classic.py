@@ -1,4 +1,4 @@
-"""What configs of the decoders before Llama mean, and which of them stop the run."""
+"""What configs of the decoders before Llama mean, and which configs stop the run."""
 
 import dataclasses
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_falcons_norm_has_the_name_of_its_kind(tmp_path, name, norm):
 
 
 def test_key_heads_of_falcon(tmp_path):
-    """One for all queries, one for each, or groups."""
+    """One key head for all queries, one for each, or one per group."""
     found = {name: load_settings(write(tmp_path / name, name)) for name in ("falcon", "falcon_bias", "falcon_new")}
     assert {name: settings.shape.kv_heads for name, settings in found.items()} == {
         "falcon": 1,
@@ -81,7 +81,7 @@ def test_an_example_has_no_more_tokens_than_there_are_positions(tmp_path):
 
 
 def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
-    """What Megatron is told of the cut of the first layer's parameters, and of the embeddings."""
+    """The attributes with which Megatron knows how the first layer's parameters and the embeddings are sharded."""
     parallel, world = parse_layout("tp2-sp")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     part = build_part(schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, source=Source(directory))
@@ -98,7 +98,7 @@ def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
 
 
 def test_megatron_cuts_turned_weights_along_its_own_dim(ranks, cpu, tmp_path):
-    """Stored [in, out], held [out, in]; the table of positions is whole on every rank, and of the model's dtype."""
+    """Stored [in, out], in Megatron [out, in]. The table of positions is whole on every rank, and has the model's dtype."""
     found = ranks(2, marks, tiny.make(tmp_path, "gpt2"), cpu)
     assert found["self_attention.linear_qkv.weight"] == found["mlp.linear_fc1.weight"] == (True, 0)
     assert found["self_attention.linear_proj.weight"] == found["mlp.linear_fc2.weight"] == (True, 1)

@@ -1,4 +1,4 @@
-"""What single dense families make of their configs, beside numbers written out by hand, and what they refuse."""
+"""What single dense families read from their configs, against numbers written out by hand, and what they refuse."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.models.test_families import close, plain, write
     [("cohere2", (5, 5, None, 5)), ("exaone4", (5, 5, None, 5)), ("exaone4_full", (None,) * 4)],
 )
 def test_which_layers_see_a_window_and_rotate(tmp_path: Path, name: str, windows: tuple[int | None, ...]) -> None:
-    """Where some layers see a window only those rotate; EXAONE 4 without windows rotates in every layer."""
+    """Where some layers have a window, only those rotate. EXAONE 4 without windows rotates in every layer."""
     settings = load_settings(write(tmp_path, name))
     rotated = tuple(window is not None for window in windows) if any(windows) else (True,) * 4
     assert settings.windows == windows
@@ -27,7 +27,7 @@ def test_which_layers_see_a_window_and_rotate(tmp_path: Path, name: str, windows
 
 
 def test_hunyuans_alpha_stretches_the_base(tmp_path: Path) -> None:
-    """theta alpha^(d / (d - 2)), at every length; without alpha `dynamic` has its usual bound."""
+    """The base is theta alpha^(d / (d - 2)), at every length. Without alpha, `dynamic` has its usual bound."""
     settings = load_settings(write(tmp_path / "a", "hunyuan"))
     close(settings.rope.inverse_frequencies, plain(1e4 * 50.0 ** (8 / 6)))
     assert settings.longest is None
@@ -38,9 +38,9 @@ def test_hunyuans_alpha_stretches_the_base(tmp_path: Path) -> None:
 
 
 def test_longrope_follows_the_length_of_each_example(tmp_path: Path) -> None:
-    """A packed row of 12 and 13 tokens: up to 12 the short factors, beyond the long ones, for every token of the example.
+    """A packed row of 12 and 13 tokens: up to 12 tokens the short factors, beyond them the long factors, for every token of the example.
 
-    Both tables carry sqrt(1 + ln(256 / 12) / ln 12), of the model's length and that before its extension.
+    Both tables have the factor sqrt(1 + ln(256 / 12) / ln 12), from the model's length and the length before its extension.
     """
     settings = load_settings(write(tmp_path, "phi3_longrope"))
     positions = torch.cat([torch.arange(12), torch.arange(13)])
@@ -61,7 +61,7 @@ def test_longrope_follows_the_length_of_each_example(tmp_path: Path) -> None:
 
 
 def test_ministrals_queries_grow_with_their_position(tmp_path: Path) -> None:
-    """1 + 0.3 ln(1 + floor(p / 8)), from each example's own positions."""
+    """The factor is 1 + 0.3 ln(1 + floor(p / 8)), with p from each example's own positions."""
     settings = load_settings(write(tmp_path, "ministral3"))
     positions = torch.tensor([0, 7, 8, 15, 16, 0])
     row = segments(settings, positions, torch.tensor([0, 5, 6], dtype=torch.int32), torch.float64)
@@ -112,7 +112,7 @@ def test_what_a_family_does_not_compute_stops_the_run(
 
 
 def test_dropout_that_a_config_names_is_said(tmp_path: Path) -> None:
-    """One line with every rate; nothing where there is none."""
+    """One line with every rate; no line where there is none."""
     named = write(tmp_path / "a", "starcoder2", attention_dropout=0.1, residual_dropout=0.2)
     assert load_settings(named).notes == (
         "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names "

@@ -1,4 +1,4 @@
-"""Transformer Engine's attention over context ranks: which models and machines it is refused on, and what reaches Megatron."""
+"""Transformer Engine's attention over context ranks: which models and machines are refused, and which arguments Megatron gets."""
 
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def test_verify_and_compare_refuse_it_here(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_layer_has_its_own_window(window: int | None) -> None:
-    """The model's config, which other layers read too, is left as it was."""
+    """The model's config, which other layers read too, is not changed."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=8,
@@ -120,7 +120,7 @@ def test_a_layer_has_its_own_window(window: int | None) -> None:
 
 
 def _made(model: Path, name: str, device: Device) -> tuple[int, int]:
-    """How many entries of the state, and of checkpoints, tell of it. Collective."""
+    """The number of entries of the state, and of checkpoints, that belong to it. Collective."""
     parallel, world = parse_layout(name)
     settings = load_settings(model)
     layout = plan_layout(parallel, settings.shape, world)
@@ -138,7 +138,7 @@ def _made(model: Path, name: str, device: Device) -> tuple[int, int]:
 def test_checkpoints_do_not_know_of_it(
     tmp_path: Path, cpu: Device, ranks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its modules have a state of their own beside parameters: in a checkpoint no other layout could read it."""
+    """Its modules have a state beside the parameters. In a checkpoint, no other layout could read it."""
     monkeypatch.setattr(specs, "te_attention", lambda te: StandIn)
     model = tiny.make(tmp_path, "llama")
     assert ranks(2, _made, model, "cp2-te:p2p", cpu) == (load_settings(model).shape.layers, 0)

@@ -1,6 +1,6 @@
-"""Transformer Engine's attention over context ranks is made and called as its own source wants, by Megatron's TEDotProductAttention.
+"""Megatron's TEDotProductAttention makes and calls Transformer Engine's attention over context ranks as its own source requires.
 
-In a process of its own (tests/models/context_on_te.py), where Transformer Engine was built; its kernels need a GPU and are not run.
+In a process of its own (tests/models/context_on_te.py), where Transformer Engine was built. Its kernels need a GPU and do not run.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=NOT_BUILT)
 
 EXPECTED = {
     "cp2-te:p2p": ("p2p", [-1, 0], lambda rank: [[0, 1]]),
-    "cp2-te:a2a": ("a2a", [5, 0], lambda rank: [[0, 1]]),  # a window of 6 tokens, the own one included
+    "cp2-te:a2a": ("a2a", [5, 0], lambda rank: [[0, 1]]),  # a window of 6 tokens, with the query's own
     "tp2-cp2-te:allgather-sp": ("all_gather", [5, 0], lambda rank: [[rank % 2, rank % 2 + 2]]),
     "cp4-te:a2a2+p2p": ("a2a+p2p", [-1, 0], lambda rank: [[rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2]]),
 }  # fmt: skip
-"""By layout: cp_comm_type, window_size, and the groups that a rank is in."""
+"""By layout: cp_comm_type, window_size, and the groups of a rank."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each rank found, by layout."""
+    """The result of each rank, by layout."""
     return found_by("context_on_te", tmp_path_factory.mktemp("engine"))
 
 
 @pytest.mark.parametrize("layout", EXPECTED)
 def test_it_is_made(found: dict[str, Any], layout: str) -> None:
-    """With the groups, window and scale of the layer; parameters of the model are those without it."""
+    """With the groups, window and scale of the layer. The model has the same parameters as without it."""
     communication, window, groups = EXPECTED[layout]
     assert len(found[layout]) == (2 if layout.startswith("cp2") else 4)
     for rank, told in enumerate(found[layout]):
@@ -41,7 +41,7 @@ def test_it_is_made(found: dict[str, Any], layout: str) -> None:
 
 @pytest.mark.parametrize("layout", EXPECTED)
 def test_it_is_called(found: dict[str, Any], layout: str) -> None:
-    """What Transformer Engine's own forward is given: bound to its parameters, without a word of padding between examples."""
+    """The arguments of Transformer Engine's own forward, bound to its parameters; no padding between examples is declared."""
     for told in (each["call"] for each in found[layout]):
         assert told["format"] == "thd" and told["mask"] == "padding_causal" and told["padding"] is None
         assert told["one"] and told["starts"] and told["longest"] == [told["max"]] * 2
@@ -50,7 +50,7 @@ def test_it_is_called(found: dict[str, Any], layout: str) -> None:
 
 @pytest.mark.parametrize("layout", EXPECTED)
 def test_rows_are_cut_and_padded_as_its_own_functions_do(found: dict[str, Any], layout: str) -> None:
-    """get_batch_on_this_cp_rank for tokens, labels and positions; pad_thd_sequences_for_cp for the padding behind each example."""
+    """get_batch_on_this_cp_rank for tokens, labels and positions; pad_thd_sequences_for_cp for the padding after each example."""
     assert all(told["cut"] and told["padding"] for told in found[layout])
 
 
@@ -59,5 +59,5 @@ def test_the_stand_in_has_the_parameters_of_the_installed_one(found: dict[str, A
 
 
 def test_the_definition_of_the_tests_cuts_as_it_does(found: dict[str, Any]) -> None:
-    """tests/engine_stand_in.py's, at a row of two examples of 20 and 24 tokens."""
+    """tests/engine_stand_in.py, with a row of two examples of 20 and 24 tokens."""
     assert [told["places"] for told in found["cp2-te:p2p"]] == held([0, 20, 44], 2)

@@ -97,7 +97,7 @@ def test_what_changes_the_computation_is_refused(tmp_path: Path, name: str, chan
 
 
 def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path) -> None:
-    """The same settings from the same fields; the file is read, and never written."""
+    """The same fields give the same settings. The file is only read, never written."""
     before = write(tmp_path, "kimi_k2").joinpath("config.json").read_bytes()
     ours = load_settings(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
@@ -107,7 +107,7 @@ def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name, layer", [("deepseek_v3", 61), ("glm45air", 46), ("kimi_k2", None), ("dots1", None)])
 def test_a_layer_of_multi_token_prediction_is_kept(tmp_path: Path, name: str, layer: int | None) -> None:
-    """As many after the last layer as the config says, and nothing else."""
+    """As many layers after the last one as the config says are carried, and no other tensor."""
     settings = load_settings(write(tmp_path, name))
     names = [f"model.layers.{number}.eh_proj.weight" for number in range(settings.shape.layers + 3)]
     assert list(carried_of(settings, names)) == ([] if layer is None else [f"model.layers.{layer}.eh_proj.weight"])

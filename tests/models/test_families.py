@@ -1,4 +1,4 @@
-"""A config.json in Megatron's terms: what each family makes of its fields, and that it stops at those it does not know."""
+"""A config.json in Megatron's terms: what each family reads from its fields, and that an unknown field is an error."""
 
 import json
 import math
@@ -40,7 +40,7 @@ COMMON = dict(
     normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 
-# tiny family -> fields of TransformerConfig that must be there beyond (or other than) the common ones
+# tiny family -> fields of TransformerConfig that must be there beside (or in place of) the common ones
 EXPECTED: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama_tied": dict(num_query_groups=8),
@@ -87,7 +87,7 @@ def test_shape_and_heads(tmp_path, name):
 
 
 def test_sliding_windows_by_layer(tmp_path):
-    """Mistral: all layers. Qwen2: those from max_window_layers on. Off where use_sliding_window is."""
+    """Mistral: all layers. Qwen2: the layers from max_window_layers on. None where use_sliding_window is false."""
     assert load_settings(write(tmp_path / "a", "mistral")).windows == (6, 6, 6, 6)
     assert load_settings(write(tmp_path / "b", "mistral", sliding_window=None)).windows == (None,) * 4
     assert load_settings(write(tmp_path / "c", "qwen2_window")).windows == (None, None, 5, 5)
@@ -115,7 +115,7 @@ def close(found: tuple[float, ...], expected: list[float]) -> None:
 
 
 def test_rope_default_and_old_style_fields(tmp_path):
-    """theta stands beside rope_scaling in files of transformers 4, inside rope_parameters in those of 5."""
+    """theta is beside rope_scaling in files of transformers 4, and inside rope_parameters in those of 5."""
     new = load_settings(write(tmp_path / "a", rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
     close(new.rope.inverse_frequencies, plain(5e5))
     old = load_settings(write(tmp_path / "b", rope_parameters=..., rope_theta=5e5, rope_scaling=None))
@@ -133,14 +133,14 @@ def test_rope_linear_with_the_old_word_for_type(tmp_path):
 
 
 def test_rope_dynamic_bounds_the_length(tmp_path):
-    """Within the trained length dynamic scaling changes nothing; beyond it there is no one right frequency."""
+    """Within the trained length dynamic scaling changes nothing. Beyond it, there is no single right frequency."""
     settings = load_settings(write(tmp_path, "llama_dynamic"))
     close(settings.rope.inverse_frequencies, plain())
     assert settings.longest == 256
 
 
 def test_rope_llama3(tmp_path):
-    """The piecewise rule of Llama 3.1: long waves are slowed by the factor, short ones kept, those between blended."""
+    """The piecewise rule of Llama 3.1: long wavelengths are divided by the factor, short ones kept, and those between interpolated."""
     expected = []
     for f in plain():
         wave = 2 * math.pi / f
@@ -258,7 +258,7 @@ def test_no_config_and_no_directory(tmp_path):
 
 def test_the_folder_is_the_registry():
     tried = {fields.get("written_as", fields["model_type"]) for fields in tiny.FAMILIES.values()}
-    assert tried == set(families())  # each is tested, too
+    assert tried == set(families())  # every family is tested
 
 
 def test_a_rule_names_its_tensors(tmp_path):
@@ -282,7 +282,7 @@ def test_a_parameter_without_a_rule_is_named(tmp_path):
 
 @pytest.mark.parametrize("hf_type", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
 def test_rules_do_not_overlap(hf_type):
-    """One rule per Megatron name, and no Hugging Face tensor in two rules; the first match would hide the second."""
+    """One rule per Megatron name, and no Hugging Face tensor in two rules, because only the first match is used."""
     rules = families()[hf_type].rules
     names = [rule.megatron for rule in rules]
     parts = [part for rule in rules for part in rule.parts]

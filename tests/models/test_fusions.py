@@ -1,4 +1,4 @@
-"""Megatron's fused functions are on only where they compute what the model's own do; here they run uncompiled, on the CPU."""
+"""Megatron's fused functions are on only where they compute what the model computes; here they run uncompiled, on the CPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from swift_mega.verify import parity
 
 CUDA = Device(kind="cuda", device=torch.device("cpu"), backend="gloo", name="stand-in")
 FAMILIES = {
-    # activation, bias and residual, the second where there is more than a sum without dropout
+    # activation, bias and residual; the second where it is more than a sum without dropout
     "llama": (True, True, False),
     "llama_bias": (True, True, True),
     "starcoder2": (False, True, True),
@@ -54,7 +54,7 @@ def test_what_is_on_by_default(models: dict[str, Path], cpu: Device, monkeypatch
 def test_a_machine_that_cannot_compile(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Nothing is fused by default; a fusion that is asked for is refused with what is missing."""
+    """Nothing is fused by default. A fusion that is asked for is refused with what is missing."""
     settings = load_settings(models["llama"])
     monkeypatch.setattr(fusions, "find_spec", lambda name: object())
     monkeypatch.setattr(fusions, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path)))
@@ -77,7 +77,7 @@ def test_a_machine_that_cannot_compile(
 
 
 def test_fused_is_the_same_model(models: dict[str, Path], cpu: Device) -> None:
-    """Loss and gradients with the fusions that are allowed equal those without, for every kind of MLP that they are allowed for."""
+    """With the allowed fusions, loss and gradients equal those without, for every kind of MLP that allows them."""
     for name, (loss, gradient) in run_ranks(1, differences, models, cpu).items():
         assert loss < 1e-6 and gradient < 2e-6, (name, loss, gradient)
 
@@ -91,7 +91,7 @@ def differences(models: dict[str, Path], device: Device) -> dict[str, tuple[floa
 
 
 def difference(model: Path, device: Device, activation: bool, residual: bool) -> tuple[float, float]:
-    """Of the loss, and relative of all gradients."""
+    """The difference of the loss, and the relative difference of all gradients."""
     run = schema.Run(
         model=schema.Model(path=str(model)),
         parallel=schema.Parallel(distributed_optimizer=False),

@@ -1,4 +1,4 @@
-"""Frozen experts in one product for each linear give what Megatron's loop gives; grouped_mm runs on the CPU too."""
+"""Frozen experts in one grouped product per linear equal Megatron's loop; grouped_mm runs on the CPU too."""
 
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,18 @@ CASES = {
     ("qwen3_moe", "", "none"): 1,
     ("gpt_oss", "", "full"): 1,  # biases, a clamp and an offset; computed again in the backward pass
     ("qwen3_moe", "tp2-ep2-etp1-sp", "none"): 2,
-    ("qwen3_moe", "tp2-ep2-etp2-sp", "none"): 4,  # experts cut over tensor ranks
+    ("qwen3_moe", "tp2-ep2-etp2-sp", "none"): 4,  # experts sharded over tensor ranks
 }
 
 
 @pytest.mark.parametrize(("family", "layout", "recompute"), CASES)
 def test_grouped_is_the_loop(family: str, layout: str, recompute: str, tmp_path: Path, cpu: Device) -> None:
-    """Loss and gradients of adapters on all linears, experts' too; the products really are grouped."""
+    """Loss and gradients of adapters on all linears, those of experts too; the products really are grouped."""
     model = tiny.make(tmp_path, family, num_hidden_layers=2)
     world = CASES[family, layout, recompute]
     loss, gradient, products = run_ranks(world, differences, model, layout, recompute, cpu)
     assert loss < 1e-6 and gradient < 2e-6, (loss, gradient)
-    # Of two linears in two layers: forward, twice where that is computed again, and the gradient of the input.
+    # Two linears in two layers: forward (twice where it is recomputed), and the gradient of the input.
     assert products == 2 * 2 * (3 if recompute == "full" else 2)
 
 
@@ -60,7 +60,7 @@ def differences(model: Path, layout: str, recompute: Any, device: Device) -> tup
 def measured(
     model: Path, layout: str, recompute: Any, device: Device, grouped: dict[str, Any]
 ) -> tuple[float, Tensor, int]:
-    """One rank: loss, gradients, and the grouped products of a microbatch."""
+    """One rank: loss, gradients, and the number of grouped products of a microbatch."""
     experts.GROUPED = grouped
     parallel = parse_layout(layout)[0] if layout else schema.Parallel()
     run = schema.Run(
@@ -87,7 +87,7 @@ def measured(
 
 
 def test_weights_that_lie_together() -> None:
-    """Tensors at equal distances in one storage are one tensor; others are not."""
+    """Tensors at equal distances in one storage are viewed as one tensor; others are not."""
     whole = torch.arange(48.0).view(4, 2, 6)
     found = experts.together([part[:, :3].reshape(-1).view(2, 3) for part in whole])
     assert found is None, "copies"

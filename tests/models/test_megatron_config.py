@@ -1,4 +1,4 @@
-"""Fields of Megatron's config that a user hands on: each takes effect or is refused, in the Megatron that is installed."""
+"""Fields of Megatron's config that a user sets: each takes effect or is refused, in the installed Megatron."""
 
 import dataclasses
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_every_field_is_in_one_group() -> None:
 
 
 def test_every_field_is_refused_or_handed_on(models: dict[str, Settings], cpu: Device) -> None:
-    """A value that no model has: taken only where something reads it."""
+    """A value that no model has is accepted only where some code reads it."""
     for name in fields():
         if name not in HANDED_ON:
             with pytest.raises(UserError, match=rf"^model\.megatron\.{name}='something else'"):
@@ -128,7 +128,7 @@ def test_kernels_that_are_not_there(
     version: str | None,
     said: str | None,
 ) -> None:
-    """On a stand-in for CUDA, with and without Transformer Engine; apex is not there."""
+    """On a stand-in for CUDA, with and without Transformer Engine; apex is missing."""
     for module in (devices, megatron_config):
         monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
     where = Device(kind="cuda", device=devices.CPU, backend="gloo", name="as if")

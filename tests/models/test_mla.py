@@ -1,4 +1,4 @@
-"""What latent attention cannot do is one error that names the value, before anything is built."""
+"""What latent attention does not support is one error that names the value, before anything is built."""
 
 import json
 from pathlib import Path

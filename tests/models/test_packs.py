@@ -1,4 +1,4 @@
-"""Packs equal layouts that are written out by hand, and, for any sizes, those that a slow loop counts out."""
+"""Packs equal layouts written out by hand and, for any sizes, the layouts that a slow loop computes."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 
 
 def cut(part: Tensor, axis: int | None, tensor: int, rank: int) -> Tensor:
-    """What a rank reads of one Hugging Face tensor."""
+    """The slices that a rank reads of one Hugging Face tensor."""
     if axis is None:
         return part
     share = part.shape[axis] // tensor
@@ -41,7 +41,7 @@ def shard(pack: Pack, parts: list[Tensor], heads: Heads, tensor: int, rank: int)
     return pack.join([cut(part, pack.axis, tensor, rank) for part in parts], heads)
 
 
-# --- written out by hand: 4 query heads in 2 groups of 2, head_dim 2, hidden 1; a query row q is 10 + q, key 30 + k, value 50 + v
+# --- written out by hand: 4 query heads in 2 groups of 2, head_dim 2, hidden 1; query row q is 10 + q, key row 30 + k, value row 50 + v
 
 QUERY, KEY, VALUE = [10, 11, 12, 13, 14, 15, 16, 17], [30, 31, 32, 33], [50, 51, 52, 53]
 FUSED = [10, 11, 12, 13, 30, 31, 50, 51, 14, 15, 16, 17, 32, 33, 52, 53]
@@ -64,7 +64,7 @@ BY_HAND = [
 @pytest.mark.parametrize(("pack", "parts", "tensor", "shards"), BY_HAND)
 @pytest.mark.parametrize("columns", [0, 1, 3], ids=["bias", "weight1", "weight3"])
 def test_rows_are_where_the_hand_written_layout_has_them(pack, parts, tensor, shards, columns):
-    """columns 0: a bias [out]; else a weight [out, columns] whose rows repeat the number that names them."""
+    """columns 0: a bias [out]; else a weight [out, columns] in which every number of a row is the row's number."""
 
     def made(rows: list[int]) -> Tensor:
         flat = torch.tensor(rows)
@@ -83,7 +83,7 @@ def test_a_row_cut_takes_columns():
 
 
 def test_qkv_with_one_query_per_group_and_with_one_group():
-    """Multi-head attention (queries = groups) and multi-query attention are the two ends of the same rule."""
+    """Multi-head attention (queries = groups) and multi-query attention are the two extremes of the same rule."""
     q, k, v = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6]), torch.tensor([7, 8, 9])
     assert QKV.join([q, k, v], Heads(1, 1)).tolist() == [1, 4, 7, 2, 5, 8, 3, 6, 9]
     assert QKV.join([q, k[:1], v[:1]], Heads(3, 1)).tolist() == [1, 2, 3, 4, 7]
@@ -100,14 +100,14 @@ def test_split_undoes_join_by_hand():
 
 
 def numbered(length: int, columns: int, first: int, dtype: torch.dtype) -> Tensor:
-    """[length(, columns)] of values that tell rows apart as far as the dtype can."""
+    """[length(, columns)] of values that differ between rows as far as the dtype allows."""
     count = length * max(columns, 1)
     flat = (torch.arange(count) * 7 + first) % 120
     return flat.to(dtype).reshape((length, columns) if columns else (length,))
 
 
 def agrees(pack: Pack, parts: list[Tensor], heads: Heads, tensor: int, rows: list[list[by_hand.Source]]) -> None:
-    """Every rank's shard is the slow loop's, and all shards give the parts back, bits and dtype."""
+    """Every rank's shard equals the slow loop's, and all shards give the parts back, with bits and dtype."""
     dim = pack.axis or 0
     pieces = []
     for rank in range(tensor):
@@ -159,7 +159,7 @@ def test_gated_qkv_equals_the_slow_loop(tensor, multiple, queries, head_dim, col
 @settings(max_examples=80, deadline=None)
 @given(tensor=TENSORS, multiple=SIZES, widths=st.tuples(SIZES, SIZES, SIZES), columns=COLUMNS, dtype=KINDS)
 def test_channels_of_key_heads_equal_the_slow_loop(tensor, multiple, widths, columns, dtype):
-    """One Hugging Face tensor holds query, key and value channels of all heads; a rank has those of its own heads, head by head."""
+    """One Hugging Face tensor has query, key and value channels of all heads. A rank has those of its own heads, head by head."""
     count, heads = tensor * multiple, Heads(1, 1, channels=widths)
     whole = numbered(count * sum(widths), columns, 0, dtype)
     runs = FUSED_BY_KEY_HEAD.ranges(len(whole), heads)
@@ -175,7 +175,7 @@ def test_channels_of_key_heads_equal_the_slow_loop(tensor, multiple, widths, col
     [(QKV, 24, Heads(2, 3)), (GATED_QKV, 36, Heads(2, 3)), (FUSED_BY_KEY_HEAD, 18, Heads(1, 1, channels=(2, 3, 4)))],
 )
 def test_places_are_views_of_what_split_gives(pack, rows, heads):
-    """What is written into them is in the tensor, where `split` finds it in order."""
+    """Numbers written into the views are in the tensor, where `split` returns them in order."""
     tensor = torch.zeros(rows, 2, dtype=torch.int64)
     for number, place in enumerate(pack.places(tensor, heads)):
         assert place.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
@@ -189,7 +189,7 @@ def test_places_are_views_of_what_split_gives(pack, rows, heads):
     groups=SIZES, ranks=st.integers(2, 5), each=st.integers(1, 3), features=SIZES, columns=COLUMNS, fused=st.booleans()
 )
 def test_more_ranks_than_key_heads_equal_the_slow_loop(groups, ranks, each, features, columns, fused):
-    """`ranks` of them for a group, `each` query heads on one: what slices say, joined, is the row-by-row list; split is the way back."""
+    """`ranks` of them per group, `each` query heads on one: the joined slices equal the row-by-row list, and split is the inverse."""
     tensor, head_dim = groups * ranks, features * ranks
     lengths = (tensor * each * head_dim, groups * head_dim, groups * head_dim)
     parts = [numbered(length, columns, 40 * n, torch.int64) for n, length in enumerate(lengths)]
@@ -234,8 +234,8 @@ def test_even_cuts_equal_the_slow_loop(tensor, multiple, other, dtype, axis):
 @settings(max_examples=60, deadline=None)
 @given(tensor=TENSORS, multiple=SIZES, queries=st.integers(1, 4), head_dim=st.integers(1, 3), inner=st.integers(1, 3))
 def test_an_adapter_on_a_fused_linear_is_the_fused_adapters(tensor, multiple, queries, head_dim, inner):
-    """join commutes with a product from the right: the fused weight of B A is the fused B, times A. That is why a Pack
-    serves both."""
+    """join commutes with a product from the right: the fused weight of B A is the fused B, times A. So one Pack serves weights and
+    adapters."""
     groups, heads = tensor * multiple, Heads(queries, head_dim)
     ups = [torch.randn(n * groups * head_dim, inner, dtype=torch.float64) for n in (queries, 1, 1)]
     down = torch.randn(inner, 3, dtype=torch.float64)
@@ -245,7 +245,7 @@ def test_an_adapter_on_a_fused_linear_is_the_fused_adapters(tensor, multiple, qu
 
 
 def test_norms_of_each_head_lie_by_head():
-    """Written out for 4 query heads over 2 key heads on 2 ranks: each has its heads' tensors whole and nothing of the others."""
+    """Written out for 4 query heads over 2 key heads on 2 ranks: each rank has the whole tensors of its own heads and no other."""
     heads = Heads(2, 3, 2)
     parts = [torch.arange(3.0) + 10 * head for head in range(4)]
     whole = PER_QUERY_HEAD.join(parts, heads)

@@ -1,4 +1,4 @@
-"""How stacked and transposed experts lie in Megatron's linears: written out by hand."""
+"""How stacked and transposed experts are arranged in Megatron's linears, written out by hand."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from swift_mega.models.packs import (
 )
 
 NONE = Heads(1, 1)
-# [hidden 2, 2 * ffn 4]: column 2f is gate of feature f, column 2f + 1 is up; tens are the feature, ones gate (1) or up (2), a
-# hundred more is the second input
+# [hidden 2, 2 * ffn 4]: column 2f is gate of feature f, column 2f + 1 is up. In a number, tens are the feature, ones are gate (1) or up
+# (2), and the second input adds 100.
 GATE_UP = [[1, 2, 11, 12, 21, 22, 31, 32], [101, 102, 111, 112, 121, 122, 131, 132]]
 # [ffn 4, hidden 2]
 DOWN = [[1, 2], [11, 12], [21, 22], [31, 32]]
@@ -33,12 +33,13 @@ CASES = [
 
 @pytest.mark.parametrize(("pack", "whole", "size", "shards"), CASES)
 def test_where_numbers_lie(pack: Pack, whole: list[list[int]], size: int, shards: list[list[list[int]]]) -> None:
-    """Each rank's part of the Hugging Face tensor is that of Megatron's, and comes back from it."""
+    """Each rank's part of the Hugging Face tensor fills its part of Megatron's, and the inverse returns it."""
     tensor = torch.tensor(whole)
     parts: list[Tensor] = [tensor] if pack.axis is None else list(tensor.chunk(size, pack.axis))
     for part, shard in zip(parts, shards, strict=True):
         (start, end), *more = pack.ranges(part.shape[pack.axis or 0], NONE)
-        assert not more and (start, end) == (0, part.shape[pack.axis or 0])  # one run, which ranks share evenly
+        # One run of numbers, which ranks share evenly.
+        assert not more and (start, end) == (0, part.shape[pack.axis or 0])
         assert pack.join([part], NONE).tolist() == shard
         (back,) = pack.split(torch.tensor(shard), NONE)
         assert torch.equal(back, part)

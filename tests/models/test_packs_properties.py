@@ -1,4 +1,4 @@
-"""Every pack, at any sizes, against a reference that says of one number at a time where it comes from (tests/packs_by_index.py)."""
+"""Every pack, at any sizes, against a reference that says for one number at a time where it comes from (tests/packs_by_index.py)."""
 
 import importlib
 import itertools
@@ -68,7 +68,7 @@ def packs_in(value: object) -> Iterator[Pack]:
 
 
 def test_every_pack_has_a_reference():
-    """A pack of any module, and of any family's rules, is one that the tests below are run with; so is every class."""
+    """Every pack of any module, and of any family's rules, has a reference and runs in the tests below; so does every class of packs."""
     found: dict[Pack, str] = {}
     for module in pkgutil.walk_packages(swift_mega.__path__, "swift_mega."):
         if not module.name.endswith("__main__"):
@@ -84,7 +84,7 @@ def test_every_pack_has_a_reference():
     assert classes == {type(one) for pack in REFERENCES for one in (pack, getattr(pack, "inner", pack))}, (
         "a class of packs without a reference"
     )
-    assert len(found) >= 14 and len(classes) >= 6  # the walk found them at all
+    assert len(found) >= 14 and len(classes) >= 6  # the search found packs at all
 
 
 NAMES = {name: value for name, value in vars(packs).items() if isinstance(value, Pack)}
@@ -116,7 +116,7 @@ def test_what_a_rank_reads_joined_is_its_parameter(pack, data):
 @examples()
 @given(data=st.data())
 def test_places_take_what_a_rank_reads(pack, data):
-    """Written into the parameter's places in order, whatever their shapes, the numbers of the slices are the parameter."""
+    """Views of the parameter are filled in order with the slices, whatever their shapes: the result is the parameter."""
     case = data.draw(cases(pack))
     for rank in range(case.sizes.size):
         expected = case.held(rank)
@@ -132,9 +132,9 @@ def test_places_take_what_a_rank_reads(pack, data):
 @examples(8)
 @given(data=st.data())
 def test_a_file_fills_every_rank(pack, data):
-    """Through a file, in the file's dtype and in float64; what was in memory before does not matter."""
+    """Through a file, in the file's dtype and in float64. The earlier contents of the memory do not matter."""
     case = data.draw(cases(pack))
-    # A file holds finite numbers only (tests/convert/files/test_not_finite.py).
+    # A file has finite numbers only (tests/convert/files/test_not_finite.py).
     case = replace(case, tensors=[torch.where(one.isfinite(), one, one.new_ones(())) for one in case.tensors])
     with tempfile.TemporaryDirectory() as folder:
         planned = plan_files(
@@ -161,7 +161,7 @@ def test_a_file_fills_every_rank(pack, data):
 @examples()
 @given(data=st.data())
 def test_ranks_tile_every_tensor(pack, data):
-    """A rank's slices hold just the numbers that the reference takes from them, and every number is on one rank, or on all."""
+    """A rank's slices have exactly the numbers that the reference takes from them, and every number is on one rank, or on all."""
     case = data.draw(cases(pack))
     counted: Counter[Source] = Counter()
     times = [torch.zeros(tensor.shape, dtype=torch.int32) for tensor in case.tensors]
@@ -207,7 +207,7 @@ def test_split_gives_back_what_was_joined(pack, data):
 @examples(10)
 @given(data=st.data())
 def test_shares_ranges_and_fuse(pack, data):
-    """The relative sizes of the parts, where each lies in its tensor, and the tensors of whole parts."""
+    """The relative sizes of the parts, the range of each in its tensor, and the tensors of whole parts."""
     case = data.draw(cases(pack))
     reference, axis, generator = case.reference, pack.axis or 0, torch.Generator().manual_seed(3)
     lengths, shares = [part[axis] for part in reference.parts], pack.shares(case.model_heads)
@@ -232,7 +232,7 @@ def test_shares_ranges_and_fuse(pack, data):
 @examples(10)
 @given(data=st.data())
 def test_held_dim_is_the_one_that_is_cut(pack, data):
-    """The shape of a rank's parameter beside the one of a single rank."""
+    """Compares the shape of a rank's parameter with that of a single rank."""
     case = data.draw(cases(pack))
     alone = REFERENCES[pack][0](replace(case.sizes, size=1, multiple=case.sizes.groups, within=1)).held
     if pack in (packs.REPLICATED, packs.ONE_ROW):
@@ -248,12 +248,11 @@ def test_held_dim_is_the_one_that_is_cut(pack, data):
 @examples(10)
 @given(data=st.data())
 def test_linear_is_the_pack_of_tensors_stored_out_in(pack, data):
-    """The same parameter from the tensors turned round, where the pack's are stored [in, out]; what adapters are cut by."""
+    """`linear` gives the same parameter from the transposed tensors, where the pack's are stored [in, out]; adapters are sharded by it."""
     if isinstance(pack, packs.InterleavedGateUp):
         rules = [rule for family in families().values() for rule in family.rules if rule.pack == pack]
-        assert rules and all(
-            STACKED.fullmatch(rule.parts[0]) for rule in rules
-        )  # get no adapter, so have no other form
+        # Stacked experts get no adapter, so the pack has no other form.
+        assert rules and all(STACKED.fullmatch(rule.parts[0]) for rule in rules)
         return
     case = data.draw(cases(pack))
     stored = [tensor.t() for tensor in case.tensors] if isinstance(pack, packs.Turned) else case.tensors
@@ -268,7 +267,7 @@ def test_linear_is_the_pack_of_tensors_stored_out_in(pack, data):
 
 
 def part_of(case: Case, layout: Layout, rank: int, expert: bool = False) -> ModelPart:
-    """What `save` asks of a rank's part: where it is, and the model's heads and vocabulary."""
+    """The attributes of a rank's part that `save` reads: its coordinates, and the model's heads and vocabulary."""
     shape = SimpleNamespace(vocab=case.tensors[0].shape[0])
     model: Any = SimpleNamespace(heads=replace(case.model_heads, groups=0) if expert else case.model_heads, shape=shape)
     nothing: Any = None
@@ -276,7 +275,7 @@ def part_of(case: Case, layout: Layout, rank: int, expert: bool = False) -> Mode
 
 
 def held_of(case: Case, rank: int, expert: int | None = None) -> Held:
-    """expert: a number, where the parameter is one of an expert."""
+    """expert: a number, where the parameter belongs to an expert."""
     numbers = {} if expert is None else {"e": expert}
     parameter = torch.nn.Parameter(case.held(rank), requires_grad=False)
     rule = case.rule if expert is None else replace(case.rule, parts=tuple(f"{part}.{{e}}" for part in case.rule.parts))
@@ -284,7 +283,7 @@ def held_of(case: Case, rank: int, expert: int | None = None) -> Held:
 
 
 def check_pieces(found: Iterable[Piece], case: Case, suffix: str = "") -> None:
-    """Together they are the tensors, each number once."""
+    """Together the pieces are the tensors, with each number exactly once."""
     names = [f"{part}{suffix}" for part in case.rule.parts]
     made = {name: torch.zeros_like(tensor) for name, tensor in zip(names, case.tensors, strict=True)}
     times = {name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in made.items()}
@@ -301,9 +300,9 @@ def check_pieces(found: Iterable[Piece], case: Case, suffix: str = "") -> None:
 @examples()
 @given(data=st.data())
 def test_pieces_of_all_ranks_are_the_tensors(pack, data):
-    """Of a parameter that the tensor axis cuts, and of an expert's, which the other axis does; the other size is any."""
+    """For a parameter sharded over tensor ranks, and for an expert's, sharded over expert tensor ranks; the other size is arbitrary."""
     case, other, expert = data.draw(cases(pack)), data.draw(st.integers(1, 3)), data.draw(st.booleans())
-    expert = expert and case.sizes.within == 1 and not isinstance(pack, packs.PerHead)  # no attention is an expert's
+    expert = expert and case.sizes.within == 1 and not isinstance(pack, packs.PerHead)  # attention has no experts
     sizes = (other, case.sizes.size) if expert else (case.sizes.size, other)
     layout = Layout(world=math.lcm(*sizes), layers=(1,), tensor=sizes[0], expert_tensor=sizes[1])
     pieces: list[Piece] = []
@@ -328,7 +327,7 @@ def test_pieces_of_all_ranks_are_the_tensors(pack, data):
 
 
 def fixed_cases(size: int) -> list[Case]:
-    """Every pack, matrix and vector, at the same sizes, which differ from each other."""
+    """Every pack, as matrix and as vector, at fixed sizes that all differ."""
     found = []
     for number, (pack, (_, kinds)) in enumerate(REFERENCES.items()):
         for kind in kinds:
@@ -338,9 +337,9 @@ def fixed_cases(size: int) -> list[Case]:
 
 
 def saved_by_ranks(layout: Layout, expert: bool) -> int:
-    """All cases as one model's parameters: every rank's pieces, from `pieces` with its groups, put together on every rank.
+    """All cases as parameters of one model: every rank's pieces, from `pieces` with its groups, put together on every rank.
 
-    Returns how many there were. The turns go round replicas and ranks, so that each of them writes some.
+    Returns the number of pieces. The writing rank changes round-robin over replicas and ranks, so that each of them writes some.
     """
     groups = parallel_groups.init(layout)
     where, size = groups.coordinate, layout.expert_tensor if expert else layout.tensor
@@ -387,6 +386,6 @@ def saved_by_ranks(layout: Layout, expert: bool) -> int:
     ids=["tensor", "data", "expert-tensor", "expert", "tensor3"],
 )
 def test_ranks_write_every_tensor_once(ranks, sizes, expert):
-    """The collective part: who gathers, and which replica writes."""
+    """The collective part: which rank gathers, and which replica writes."""
     layout = Layout(layers=(1,), **sizes)
     assert ranks(layout.world, saved_by_ranks, layout, expert) > len(fixed_cases(1))

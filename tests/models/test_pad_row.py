@@ -1,4 +1,4 @@
-"""The padding token's row of the embedding: no gradient from being looked up, where transformers' model of that type has it so."""
+"""The padding token's row of the embedding gets no gradient from lookups, where the model of that type in transformers has padding_idx."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ ONE_OF_A_TYPE = {fields.get("written_as", fields["model_type"]): name for name, 
 
 
 def written(directory: Path, name: str, **changes: object) -> Path:
-    """config.json alone, as transformers writes it."""
+    """A directory with config.json alone, as transformers writes it."""
     from transformers import AutoConfig
 
     fields = tiny.fields_of(name, **changes)
@@ -34,7 +34,7 @@ def written(directory: Path, name: str, **changes: object) -> Path:
 
 
 def test_the_row_is_transformers_padding_idx_for_every_type(tmp_path):
-    """All types, by their embedding in the installed transformers: six older ones know no padding_idx."""
+    """All types, by their embedding in the installed transformers: six older types have no padding_idx."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     ours, theirs = {}, {}
@@ -59,12 +59,12 @@ def test_the_row_is_transformers_padding_idx_for_every_type(tmp_path):
 
 @pytest.mark.parametrize(("pad", "row"), [(None, None), (0, 0), (-1, 130), (130, 130)])
 def test_numbers_of_a_row(tmp_path, pad, row):
-    """torch counts a negative one from the end: old Llama configs say pad_token_id=-1."""
+    """torch counts a negative index from the end: old Llama configs say pad_token_id=-1."""
     assert load_settings(written(tmp_path, "llama", pad_token_id=pad)).pad_row == row
 
 
 def test_a_row_that_transformers_has_no_embedding_for(tmp_path):
-    """GLM's published pad_token_id in a smaller vocabulary; where no padding_idx is known, it changes nothing."""
+    """GLM's published pad_token_id with a smaller vocabulary. For types without padding_idx it changes nothing."""
     with pytest.raises(
         UserError, match=r"pad_token_id=151329 is beyond vocab_size=131, .*; set pad_token_id to one of"
     ):
@@ -74,7 +74,8 @@ def test_a_row_that_transformers_has_no_embedding_for(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_pad_token_that_is_the_end_of_text(tmp_path: Path, cpu: Device, tied: bool) -> None:
-    """The last row, on the second tensor rank, in rows that end in it: gradients are transformers', in which the head alone moves it."""
+    """The pad token is the last row, on the second tensor rank, and ends the rows: gradients equal transformers', where only the head
+    changes it."""
     model = tiny.make(tmp_path / "model", "llama", tie_word_embeddings=tied, pad_token_id=-1, eos_token_id=130)
     rows = [[*row, 130, *row[:3]] for row in parity.example_rows(131, examples=8)]
     run_ranks(1, parity.reference, model, None, rows, tmp_path / "reference")

@@ -1,4 +1,4 @@
-"""The config.json of published models, written out with their published values, are understood completely, and count up right."""
+"""The config.json of published models, with their published values, are understood completely, and give the right counts."""
 
 import json
 from pathlib import Path
@@ -230,9 +230,9 @@ WORDS = {
     "num_attention_heads": ("n_head", "n_heads"),
     "num_key_value_heads": ("num_kv_heads",),
 }
-"""Other words that older configs have for these fields."""
+"""Other names of these fields in older configs."""
 KEY_HEADS = {"gpt2": 12, "pythia": 12, "gpt_neox": 64, "falcon7b": 1, "starcoder": 1, "bloom": 16, "mpt": 32}
-"""Where config.json does not say a number."""
+"""Values that config.json does not have."""
 WINDOWS = {"mistral": 4096, "starcoder2": 4096, "ministral": 32768, "phi35": 262144}
 """Every layer sees this many tokens."""
 
@@ -261,14 +261,14 @@ def test_a_published_config_is_understood(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_field_of_tomorrow_stops_the_run(tmp_path: Path, name: str) -> None:
-    """Today's transformers does not read it, and the one that wrote it may."""
+    """The installed transformers does not read it, and a newer one may."""
     with pytest.raises(UserError, match=r"field_of_tomorrow=3; transformers 99.1.0.dev0, which wrote it and is newer"):
         load_settings(write(tmp_path, name, field_of_tomorrow=3, transformers_version="99.1.0.dev0"))
 
 
 def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
-    """Gemma 2: every other layer looks back 4096 tokens. Gemma 3: five of six, 512, with their own rotation. SmolLM3: every fourth is
-    not rotated. DeepSeek-V3: the first three are dense."""
+    """Gemma 2: every other layer looks back 4096 tokens. Gemma 3: five of six layers look back 512, with a rotary base of their own.
+    SmolLM3: every fourth layer has no rotary embedding. DeepSeek-V3: the first three layers are dense."""
     made = {}
     for name in ("gemma2", "gemma3", "smollm3", "deepseek_v3"):
         (tmp_path / name).mkdir()
@@ -281,7 +281,7 @@ def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
 
 
 def test_three_of_four_layers_of_qwen3_next_are_delta_nets(tmp_path: Path) -> None:
-    """And each fourth has gated attention of which 64 of 256 features are rotated."""
+    """Every fourth layer has gated attention, with rotary embedding of 64 of 256 features."""
     settings = load_settings(write(tmp_path, "qwen3_next"))
     assert settings.delta_layers == (True, True, True, False) * 12 and all(settings.moe_layers)
     assert [rope is None for rope in settings.ropes] == list(settings.delta_layers)
@@ -291,7 +291,8 @@ def test_three_of_four_layers_of_qwen3_next_are_delta_nets(tmp_path: Path) -> No
 
 
 def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
-    """GPT-2: a table of 1024. Pythia: a quarter of 64 features is turned. BLOOM: slopes, halved from head to head where there are 16."""
+    """GPT-2: a table of 1024. Pythia: rotary embedding of a quarter of 64 features. BLOOM: ALiBi slopes, halved from head to head with
+    16 heads."""
     made = {}
     for name in ("gpt2", "pythia", "bloom", "falcon7b", "falcon40b"):
         (tmp_path / name).mkdir()
@@ -305,8 +306,8 @@ def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
 
 
 def test_what_dense_models_say_of_positions_and_scales(tmp_path: Path) -> None:
-    """Command-R7B and EXAONE 4 rotate three of four layers. Hunyuan's alpha of 1000 stretches the base, phi-2 rotates 32 of 80 features,
-    Phi-3.5 has other frequencies beyond 4096 tokens; Ministral 3 scales queries from position 16384 on."""
+    """Command-R7B and EXAONE 4 rotate in three of four layers. Hunyuan's alpha of 1000 changes the base. phi-2 rotates 32 of 80
+    features. Phi-3.5 has other frequencies beyond 4096 tokens. Ministral 3 scales queries from position 16384 on."""
     made = {}
     for name in ("commandr7b", "exaone4", "hunyuan", "phi2", "phi35", "ministral3", "commandrplus"):
         (tmp_path / name).mkdir()
@@ -325,8 +326,9 @@ def test_what_dense_models_say_of_positions_and_scales(tmp_path: Path) -> None:
 
 
 def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
-    """DeepSeek-V2: six experts of the best three of eight groups, a group being as good as its best expert, with weights times 16; the Lite
-    one of all. Kimi K2: eight of 384. GLM-4.5-Air, dots.llm1: the first layer is dense. ERNIE 4.5: layers 1 to 27 have experts."""
+    """DeepSeek-V2: six experts of the best three of eight groups (the score of a group is that of its best expert), with weights times
+    16; the Lite model: of all experts. Kimi K2: eight of 384. GLM-4.5-Air, dots.llm1: the first layer is dense. ERNIE 4.5: layers 1 to
+    27 have experts."""
     made = {}
     for name in ("deepseek_v2", "deepseek_v2lite", "kimi_k2", "glm45air", "dots1", "minimax_m2", "ernie45_21b"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The choice of experts against loops over tokens, groups and experts, with Python's own numbers."""
+"""The choice of experts against loops over tokens, groups and experts, with Python floats."""
 
 import dataclasses
 import math
@@ -16,11 +16,12 @@ from swift_mega.models.modules.router import choose, refuse_without_effect
 from swift_mega.models.settings import Routing
 
 APART = 1e-4
-"""Between what is kept and what is not: ties are decided differently by every sort, and float32 makes ties of what is nearer."""
+"""The smallest gap between chosen and not chosen scores. Sorts decide ties differently, and float32 makes ties of smaller gaps."""
 
 
 def best(scores: dict[int, float], count: int) -> list[int]:
-    """Keys of the largest scores; the example is thrown away where the last one in is not clearly better than the first one out."""
+    """Keys of the largest scores. The example is dropped where the last chosen score is not clearly larger than the first that is not
+    chosen."""
     order = sorted(scores, key=lambda key: -scores[key])
     if count < len(order):
         assume(scores[order[count - 1]] - scores[order[count]] > APART)
@@ -89,7 +90,7 @@ def test_the_choice_and_its_weights(case: tuple[Tensor, int, Routing, Tensor | N
 @given(cases())
 @settings(max_examples=50, deadline=None)
 def test_the_gradient_is_that_of_the_weights_alone(case: tuple[Tensor, int, Routing, Tensor | None]) -> None:
-    """Against differences of the loops, in a random direction: which experts are chosen, and the bias, pass no gradient."""
+    """Against finite differences of the loops, in a random direction. The choice of experts, and the bias, pass no gradient."""
     logits, top_k, routing, bias = case
     listed = None if bias is None else bias.tolist()
     step = 1e-6
@@ -107,7 +108,7 @@ def test_the_gradient_is_that_of_the_weights_alone(case: tuple[Tensor, int, Rout
             for expert, weight in by_loops(row, top_k, routing, listed).items()
         )
 
-    if routing.normalise:  # the derivative of max(…, smallest) has a corner
+    if routing.normalise:  # the derivative of max(…, smallest) is discontinuous
         for row in logits.detach().double().tolist():
             plain = by_loops(row, top_k, dataclasses.replace(routing, normalise=False, scale=1.0), listed)
             assume(abs(sum(plain.values()) + routing.added - routing.smallest) > APART)
@@ -117,8 +118,8 @@ def test_the_gradient_is_that_of_the_weights_alone(case: tuple[Tensor, int, Rout
 
 
 def test_by_hand() -> None:
-    """Two groups of two by softmax of (ln 4, ln 1, ln 3, ln 2): 0.4 0.1 | 0.3 0.2. The best expert is in the first group, the better pair
-    is neither's: one group by its best gives 0 and 1, by its best two it is a tie that a bias of 0.05 on the last expert breaks."""
+    """Two groups of two, by softmax of (ln 4, ln 1, ln 3, ln 2): 0.4 0.1 | 0.3 0.2. The best expert is in the first group. By its best
+    expert, one group gives experts 0 and 1. By its best two the groups tie at 0.5, and a bias of 0.05 on the last expert decides."""
     logits = torch.tensor([[4.0, 1.0, 3.0, 2.0]]).log()
     one = Routing(score="softmax", bias=False, normalise=False, scale=10.0, groups=2, chosen_groups=1, group_best=1)
     weights, chosen = choose(logits, 2, one, None)
@@ -131,7 +132,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_narrow_logits_are_scored_in_float32(score: Any) -> None:
-    """Weights of bfloat16 logits are bfloat16; scores, ranks and sums are those of the same logits in float32."""
+    """Weights of bfloat16 logits are bfloat16; scores, order and sums are those of the same logits in float32."""
     logits, bias, routing = torch.randn(64, 32).bfloat16(), torch.randn(32) * 1e-3, Routing(score=score)
     weights, chosen = choose(logits, 8, routing, bias)
     wide, same = choose(logits.float(), 8, routing, bias)

@@ -1,6 +1,7 @@
-"""With Transformer Engine's modules, as on CUDA, every family has the parameters that its rules know, and the numbers of Megatron's own.
+"""With Transformer Engine's modules, as on CUDA, every family has the parameters that its rules name, with the values of Megatron's own
+modules.
 
-The modules are constructed and filled on the CPU, in a process of their own (tests/models/on_te.py says why); nothing is computed.
+The modules are made and filled on the CPU, in a process of their own (tests/models/on_te.py says why). Nothing is computed.
 """
 
 import re
@@ -16,7 +17,7 @@ LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 
 pytestmark = [
     pytest.mark.skipif(not FOLDER.is_dir(), reason=NOT_BUILT),
-    pytest.mark.timeout(1200),  # the first test waits for all of them
+    pytest.mark.timeout(1200),  # the first test waits for all models
 ]
 
 
@@ -29,10 +30,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family(found: dict[str, Any], family: str, layout: str) -> None:
-    """Each parameter of Transformer Engine's modules is covered by one rule, and has shape, numbers and marks of the local modules'.
+    """One rule covers each parameter of Transformer Engine's modules. Its shape, numbers and attributes are those of the local modules.
 
-    The Hugging Face directory that is written from them is the one that was read, tensor for tensor, and Megatron's checkpoints of
-    each kind of modules fill the other. With adapters the same is so of the base, and of the adapters.
+    The Hugging Face directory written from them equals the source, tensor for tensor. The Megatron checkpoint of each kind of modules
+    fills the other kind. With adapters, the same holds for the base and for the adapters.
     """
     answer = found[layout][family]
     if "refused" in answer:
@@ -60,14 +61,14 @@ def test_every_family(found: dict[str, Any], family: str, layout: str) -> None:
     ],
 )
 def test_which_modules(found: dict[str, Any], family: str, tuner: str, expected: str) -> None:
-    """What is Transformer Engine's and what is not, where it differs between families and tuners."""
+    """Which modules are Transformer Engine's, where this differs between families and tuners."""
     assert f"decoder.layers.{expected}" in found["single"][family][tuner]["classes"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "apertus", "cohere", "deepseek_v3_moe", "qwen2_moe"])
 def test_by_tiles(found: dict[str, Any], family: str, layout: str) -> None:
-    """With train.tile_mlp parameters, numbers, marks and checkpoints are the same; the linears are Transformer Engine's."""
+    """With train.tile_mlp, parameters, numbers, attributes and checkpoints are the same, and the linears are Transformer Engine's."""
     answer = found[f"tiled {layout}"][family]
     if "refused" in answer:
         assert re.search(REFUSED, answer["refused"]), answer["refused"]

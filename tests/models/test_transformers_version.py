@@ -1,4 +1,4 @@
-"""An older transformers is refused where a model is opened, and the range is setup.py's."""
+"""An older transformers is refused when a model is opened; the range is that of setup.py."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,7 +15,7 @@ SETUP = Path(__file__).parents[2] / "setup.py"
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    """The answer is kept for the life of a process."""
+    """The answer is cached for the life of a process."""
     check_transformers.cache_clear()
     yield
     check_transformers.cache_clear()
@@ -41,7 +41,7 @@ def test_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     ],
 )  # fmt: skip
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, said: str) -> None:
-    """By `family_of`, through which every known model goes."""
+    """By `family_of`, which every known model passes."""
     (tmp_path / "config.json").write_text('{"model_type": "minimax_m2"}')
     monkeypatch.setattr(metadata, "version", lambda name: version)
     with pytest.raises(UserError, match=said):

@@ -1,18 +1,18 @@
-"""Weights that are stored [in, out] lie in Megatron's [out, in] as counted out by hand, whole and cut."""
+"""Weights stored [in, out] are in Megatron's [out, in] as computed by hand, whole and sharded."""
 
 import pytest
 import torch
 
 from swift_mega.models.packs import TURNED_COLUMN, TURNED_FUSED_QKV, TURNED_ROW, Heads, Pack
 
-# Two inputs; two heads of one feature. A column's number says which of query, key, value (1, 2, 3) and which head (1, 2) it makes.
+# Two inputs; two heads of one feature. A column's number says query, key or value (1, 2, 3), and then which head (1, 2).
 FUSED = torch.tensor([[11, 12, 21, 22, 31, 32], [-11, -12, -21, -22, -31, -32]])
 SHARDS = {1: [[11, 21, 31, 12, 22, 32]], 2: [[11, 21, 31], [12, 22, 32]]}
 
 
 @pytest.mark.parametrize("tensor", SHARDS)
 def test_fused_query_key_value(tensor):
-    """Megatron's rows are query, key, value of one head after another."""
+    """Megatron's rows are query, key and value of one head, then of the next head."""
     heads, pieces = Heads(1, 1), []
     for rank, rows in enumerate(SHARDS[tensor]):
         parts = []
@@ -36,7 +36,8 @@ def test_fused_query_key_value(tensor):
     ],
 )
 def test_even_cuts(pack: Pack, axis: int, shards: list[list[list[int]]]) -> None:
-    """[in 2, out 4]: a column cut shares out outputs, the stored columns; a row cut inputs, the stored rows."""
+    """[in 2, out 4]: a column-parallel linear shards the outputs, which are stored columns; a row-parallel one the inputs, which are
+    stored rows."""
     stored, heads = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), Heads(1, 1)
     assert pack.axis == axis
     for part, expected in zip(stored.chunk(2, axis), shards, strict=True):

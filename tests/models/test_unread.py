@@ -1,4 +1,4 @@
-"""Fields that transformers does not read, and rates of dropout: a run names them and goes on."""
+"""Fields that transformers does not read, and rates of dropout: a run prints them and continues."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_what_transformers_does_not_read_is_a_note(tmp_path, name, fields, named
 
 
 def _model(config):
-    """transformers' model, random and always the same."""
+    """The same random model of transformers every time."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -55,9 +55,9 @@ def _model(config):
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("llama", "partial_rotary_factor"),  # read by the code of all rotations
-        ("llama", "sliding_window"),  # by the code of all masks
-        ("gpt_neox", "head_dim"),  # by the model's own
+        ("llama", "partial_rotary_factor"),  # read by the code of all rotary embeddings
+        ("llama", "sliding_window"),  # read by the code of all masks
+        ("gpt_neox", "head_dim"),  # read by the model's own code
         ("gpt_neox", "rotary_pct"),  # a keyword argument of the config
         ("mixtral", "num_experts"),  # another name of a field
         ("stablelm", "qk_layernorm"),  # a field
@@ -88,7 +88,7 @@ def test_code_of_a_checkpoints_own_is_named_beside_what_only_it_may_read(tmp_pat
     ],
 )
 def test_a_rate_of_dropout_is_a_note(tmp_path, name, rate):
-    """Granite's code models, which are of type llama, name 0.1. Rates of 0 and those of other tasks' heads are nothing to name."""
+    """Granite's code models, which are of type llama, have 0.1. Rates of 0 and those of heads for other tasks are not printed."""
     assert load_settings(write(tmp_path, name, **{rate: 0.2})).notes == (f"{DROPOUT_NOTE} {rate}=0.2",)
     assert load_settings(write(tmp_path, name, **{rate: 0.0, "classifier_dropout": 0.1})).notes == ()
 
@@ -102,7 +102,7 @@ def test_what_is_no_rate_is_refused(tmp_path, rate):
 
 
 def test_mpts_attention_too(tmp_path):
-    """What newer code of MPT's own adds to attn_config and does not ask for."""
+    """Fields that newer code of MPT adds to attn_config and does not use."""
     plain = load_settings(write(tmp_path / "plain", "mpt"))
     fields = tiny.FAMILIES["mpt"]["attn_config"] | {"rope": False, "sliding_window_size": 0}
     newer = load_settings(write(tmp_path / "newer", "mpt", attn_config=fields))
@@ -140,7 +140,7 @@ VARIANTS = {
         "num_beams=1",
     ),
 }
-"""Published models by what their config.json has beside that of a sister of theirs."""
+"""Published models, by the fields that their config.json has and that of a related model does not."""
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,4 +1,4 @@
-"""What tests of the kernels share."""
+"""Fixtures for the tests of attention kernels."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.ops.kernel_stand_ins import OPERATORS
 
 @pytest.fixture
 def torch_operators() -> Iterator[None]:
-    """torch's attention operators of CUDA, for tensors on the CPU, by stand-ins that torch calls through the operators' own schemas."""
+    """torch's attention operators of CUDA for tensors on the CPU: stand-ins, which torch calls through the operators' own schemas."""
     library = torch.library.Library("aten", "IMPL")
     for name, function in OPERATORS.items():
         library.impl(name, function, "CPU")

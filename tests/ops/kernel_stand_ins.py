@@ -1,7 +1,7 @@
-"""The kernels of CUDA as their documentation defines them, dense and on the CPU, with the parameters of the real ones.
+"""The CUDA kernels as their documentation defines them, dense and on the CPU, with the parameters of the real ones.
 
-They say whether our calls mean what we want: the order and names of arguments, windows, the layout of the log-sum-exp. They say nothing
-about the numbers of the real kernels.
+They test the meaning of our calls: order and names of arguments, windows, the layout of the log-sum-exp. They say nothing about the
+numbers of the real kernels.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 def pairs_seen(
     starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int, causal: bool, left: int, right: int
 ) -> Tensor:
-    """[queries, keys] bool, from flash-attn's docstring: aligned at the bottom right, windows around the aligned key, -1: no limit."""
+    """[queries, keys] bool, from flash-attn's docstring: aligned at the bottom right; a window around the aligned key; -1: no limit."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
     assert longest_q == int(starts_q.diff().max()) and longest_k == int(starts_k.diff().max())
     mask = torch.zeros(int(starts_q[-1]), int(starts_k[-1]), dtype=torch.bool)
@@ -26,7 +26,7 @@ def pairs_seen(
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float, slopes: Tensor | None) -> Tensor:
-    """[heads, queries, keys]; slopes: only where queries and keys are the same tokens."""
+    """[heads, queries, keys]. slopes: only where queries and keys are the same tokens."""
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -59,7 +59,7 @@ def gradients(
     softcap: float,
     slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Algorithm 2 of arXiv:2307.08691: only out and lse say what the softmax was."""
+    """Algorithm 2 of arXiv:2307.08691: the softmax follows from out and lse alone."""
     assert all(x.stride(-1) == 1 for x in (grad, q, k, v, out)) and lse.is_contiguous()
     groups, copies = k.shape[1], q.shape[1] // k.shape[1]
     scores = _scores(q, k, scale, softcap, slopes)
@@ -239,7 +239,7 @@ def torch_flash_forward(
     window_size_right: int,
     **given: Any,
 ) -> tuple[Tensor, ...]:
-    """aten::_flash_attention_forward with cu_seqlens; `given`: what newer versions add, at its default."""
+    """aten::_flash_attention_forward with cu_seqlens. `given`: arguments of newer versions, at their defaults."""
     assert dropout_p == 0 and not return_debug_mask and not any(x is not None for x in given.values())
     assert query.shape[-1] == key.shape[-1] == value.shape[-1], "the kernel knows one head size"
     mask = pairs_seen(cum_seq_q, cum_seq_k, max_q, max_k, is_causal, window_size_left, window_size_right)
@@ -290,7 +290,8 @@ def torch_efficient_forward(
     seqlen_k: Any = None,
     window_size: int | None = None,
 ) -> tuple[Any, ...]:
-    """aten::_efficient_attention_forward in its 1MHK form: lse [examples, heads, longest rounded up to 32], +inf behind an example."""
+    """aten::_efficient_attention_forward in its 1MHK form: lse [examples, heads, longest rounded up to 32], +inf after the end of an
+    example."""
     assert bias is None and dropout_p == 0 and custom_mask_type == 1 and compute_log_sumexp and seqlen_k is None
     mask = pairs_seen(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, True, (window_size or 0) - 1, 0)
     out, lse = softmax_over(*(_unbatched(x, query) for x in (query, key, value)), mask, scale, 0.0)
@@ -324,7 +325,7 @@ def torch_efficient_backward(
     window_size: int | None = None,
     shared_storage_dqdkdv: bool = False,
 ) -> tuple[Tensor, ...]:
-    """aten::_efficient_attention_backward; reads no log-sum-exp behind an example unless it is +inf."""
+    """aten::_efficient_attention_backward. It requires a log-sum-exp of +inf after the end of an example."""
     assert (
         bias is None
         and dropout_p == 0

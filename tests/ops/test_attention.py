@@ -20,7 +20,7 @@ BOUNDS = [
     (0, 2 * module.QUERY_BLOCK),
     (0, 1, 2 + 2 * module.QUERY_BLOCK),
 ]
-"""Single tokens, both sides of the length where the gradient changes hands, whole blocks of queries, and one left over."""
+"""Single tokens, lengths on both sides of the limit where the gradient uses other code, whole blocks of queries, and one more."""
 HEADS = [(4, 4), (6, 2), (3, 1)]
 """Plain, grouped and multi-query."""
 
@@ -35,7 +35,7 @@ def _dense(
     softcap: float | None = None,
     alibi: Tensor | None = None,
 ) -> Tensor:
-    """One [heads, tokens, tokens] softmax with everything that may not be seen masked, keys repeated per query head."""
+    """One [heads, tokens, tokens] softmax with all hidden keys masked, and keys repeated per query head."""
     tokens, heads, _ = query.shape
     example, place = torch.empty(tokens, dtype=torch.long), torch.arange(tokens)
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -54,7 +54,7 @@ def _dense(
 
 
 def _problem(tokens: int, heads: tuple[int, int], dtype: torch.dtype, size: float = 1.0) -> list[Tensor]:
-    """query, key, value, the gradient from above."""
+    """query, key, value, and the gradient of the output."""
     torch.manual_seed(tokens)
     counts = (heads[0], heads[1], heads[1], heads[0])
     return [size * torch.randn(tokens, count, 8, dtype=torch.float64).to(dtype) for count in counts]
@@ -101,7 +101,7 @@ def test_narrow_dtypes_equal_dense_float64(dtype, tolerance, window):
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_capped_scores_equal_dense_float64(bounds, window):
-    """A cap of 1.5 bends most scores here; also in a narrow dtype, whose sums are in float32."""
+    """A cap of 1.5 changes most scores here; also in a narrow dtype, whose sums are in float32."""
     settings = {"bounds": bounds, "scale": 0.4, "window": window, "softcap": 1.5}
     given = _problem(bounds[-1], (6, 2), torch.float64)
     _compare(attention, given, 1e-12, cu_seqlens=torch.tensor(bounds), **settings)
@@ -110,14 +110,14 @@ def test_capped_scores_equal_dense_float64(bounds, window):
 
 
 ALIBI = torch.tensor([0.5, 0.25, 0.7, 0.35, 0.02, 0.1])
-"""A slope for each of six heads."""
+"""An ALiBi slope for each of six heads."""
 
 
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2)], ids=str)
 @pytest.mark.parametrize("window", [None, 4])
 def test_linear_biases_equal_dense_float64(bounds, heads, window):
-    """By one more feature, and in a narrow dtype, whose digits would not do for it."""
+    """With one more feature; also in a narrow dtype, whose precision would be too low for positions."""
     settings = {"bounds": bounds, "scale": 0.4, "window": window, "alibi": ALIBI}
     given = _problem(bounds[-1], heads, torch.float64)
     _compare(attention, given, 1e-11, cu_seqlens=torch.tensor(bounds), **settings)
@@ -127,7 +127,7 @@ def test_linear_biases_equal_dense_float64(bounds, heads, window):
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 71, 112])
 def test_slopes_are_transformers(heads):
-    """BLOOM's and MPT's formulas, which say the same."""
+    """The formulas of BLOOM and of MPT, which are equal."""
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
@@ -140,7 +140,7 @@ def test_slopes_are_transformers(heads):
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_scores_of_thousands_give_finite_gradients(window):
-    """A key that may not be seen can have any score above the row's maximum, and no weight all the same."""
+    """A key that is masked may have a score far above the row's maximum; its weight is zero all the same."""
     bounds = (0, 2 * module.QUERY_BLOCK)
     given = _problem(bounds[-1], (2, 1), torch.float32, size=40.0)
     wide = [x.double() for x in given]
@@ -151,7 +151,7 @@ def test_scores_of_thousands_give_finite_gradients(window):
 
 
 def test_slices_of_a_fused_projection():
-    """Megatron hands on views of one tensor, and gradients of any strides come back."""
+    """Megatron passes views of one tensor, and gradients may have any strides."""
     wide = torch.randn(150, 6, 8, dtype=torch.float64, requires_grad=True)
     above = torch.randn(4, 150, 8, dtype=torch.float64).transpose(0, 1)
     parts, settings = (wide[:, :4], wide[:, 4:5], wide[:, 5:]), {"bounds": (0, 150), "scale": 0.3, "window": None}
@@ -161,7 +161,7 @@ def test_slices_of_a_fused_projection():
 
 
 def test_second_backward_gives_the_same_gradient():
-    """Nothing saved is overwritten."""
+    """No saved tensor is overwritten."""
     for tokens in (module.SHORT, module.SHORT + 50):
         query, key, value, above = _problem(tokens, (4, 2), torch.float32)
         query.requires_grad_()
@@ -193,7 +193,7 @@ def test_no_matrix_of_all_pairs(dtype, given):
 
 
 class _OnCuda(Tensor):
-    """A tensor that says it is on CUDA, so that the call which a GPU would get is made here."""
+    """A tensor that says it is on CUDA, so that the call for a GPU is made here."""
 
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]

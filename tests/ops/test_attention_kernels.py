@@ -1,7 +1,7 @@
-"""The kernels of CUDA: which one is called, and with what.
+"""The CUDA kernels: which one is called, and with which arguments.
 
-By number: every kernel's calls, with stand-ins on the CPU that do what its documentation says (kernel_stand_ins.py). By shape: the whole
-dispatch, forward and backward, on tensors without data. What the real kernels compute needs a GPU.
+By number: the calls of every kernel, with stand-ins on the CPU that compute what its documentation says (kernel_stand_ins.py). By shape:
+the whole dispatch, forward and backward, on tensors without data. The results of the real kernels need a GPU.
 """
 
 import inspect
@@ -55,11 +55,11 @@ CASES: list[dict[str, Any]] = [
         pytest.param(kernel, case, id=f"{kernel.name} {case}")
         for kernel in (FLASH_2, FLASH_3, TORCH_FLASH, TORCH_EFFICIENT)
         for case in CASES
-        if kernel.softcap or "softcap" not in case  # `choose` gives the rest to others
+        if kernel.softcap or "softcap" not in case  # `choose` gives other calls to other kernels
     ],
 )
 def test_calls_compute_the_definition(kernel, case, deterministic, monkeypatch, torch_operators):
-    """Value and gradients to float64 rounding; heads of 9 or 17 features, which no kernel takes; key heads one at a time."""
+    """Value and gradients to float64 rounding; heads of 9 or 17 features, which no kernel accepts; key heads one at a time."""
     monkeypatch.setattr(attention_module, "choose", lambda *given, **more: Choice(kernel.name, kernel))
     monkeypatch.setattr(flash_module, "AT_ONCE", 1 if deterministic else 1 << 40)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
@@ -102,7 +102,7 @@ def test_long_examples_beside_short_ones_make_no_large_log_sum_exp(bounds, runs)
 
 
 def test_several_calls_of_the_memory_efficient_kernel(torch_operators):
-    """One long example and many short ones: the results of two calls are one."""
+    """One long example and many short ones: the results of two calls are merged."""
     bounds = (0, 40, *range(41, 61))
     assert len(list(efficient_runs(bounds))) > 1
     call = module.Call(torch.tensor(bounds, dtype=torch.int32), None, 40, 40, 0.4, True, None, bounds=bounds)
@@ -120,9 +120,9 @@ def test_several_calls_of_the_memory_efficient_kernel(torch_operators):
     ("dtype", "size"), [(torch.bfloat16, LONGEST[torch.bfloat16]), (torch.float16, LONGEST[torch.float16])]
 )
 def test_positions_as_features_cost_less_than_the_dtype(dtype, size):
-    """The last queries of the longest example allowed, steepest and flattest head of 32: features beside an exact bias.
+    """The last queries of the longest allowed example, steepest and flattest head of 32: positions as features against an exact bias.
 
-    Both as a kernel computes them: float32 scores of narrow queries and keys, weights rounded to the dtype. Against float64.
+    Both as a kernel computes them: float32 scores of narrow queries and keys, weights rounded to the dtype. Compared with float64.
     """
     torch.manual_seed(0)
     rows, scale, some = 32, 64**-0.5, torch.tensor([slopes(32)[-1], max(slopes(24))])
@@ -173,7 +173,7 @@ ROW = (0, 100, 101, 6000, 16384)
 
 
 class Recorder(TorchDispatchMode):
-    """The attention operators that are called, and the numbers of the largest tensor that any operator makes."""
+    """Records the attention operators that are called, and the size of the largest tensor that any operator makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
 
 def _without_data(case: dict[str, Any], device: str) -> tuple[list[Tensor], dict[str, Any]]:
     def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        # Not torch.empty: where there is no GPU, swift_mega.device.device answers "cuda" with the CPU there.
+        # Not torch.empty: without a GPU, the facade of swift_mega.device.device gives CPU tensors for "cuda".
         return torch.ops.aten.empty.memory_format(size, dtype=dtype, device=device)
 
     dtype, (heads, kv_heads) = case.get("dtype", torch.bfloat16), case.get("heads", (8, 2))
@@ -218,7 +218,7 @@ def _without_data(case: dict[str, Any], device: str) -> tuple[list[Tensor], dict
 
 @pytest.mark.parametrize(("case", "operators"), ROWS, ids=NAMES)
 def test_what_is_called_and_how_large_it_gets(case, operators):
-    """On meta tensors, with autograd: an operator accepts our arguments, shapes fit, and no tensor is [tokens, tokens]."""
+    """On meta tensors, with autograd: an operator accepts our arguments, shapes fit, and no tensor has the size [tokens, tokens]."""
     inputs, given = _without_data(case, "meta")
     inputs = [x.requires_grad_() for x in inputs]
     with Recorder() as recorder:
@@ -240,7 +240,7 @@ def test_what_is_called_and_how_large_it_gets(case, operators):
     ],
 )
 def test_blocks_of_a_ring(dtype, softcap, operators):
-    """A causal diagonal and older keys behind a window; sizes are copied to the device once, not for every layer."""
+    """A causal diagonal, and older keys after a window. Sizes are copied to the device once, not for every layer."""
     q, k, v = (torch.empty(4096, *size, device="meta", dtype=dtype) for size in ((8, 192), (2, 192), (2, 128)))
     row = [
         Block(0, 2048, 0, 2048, True),
@@ -263,7 +263,8 @@ def test_blocks_of_a_ring(dtype, softcap, operators):
 @pytest.mark.skipif(not torch.version.cuda, reason="a CPU build of torch makes no views of fake CUDA tensors")
 @pytest.mark.parametrize(("case", "operators"), [row for row in ROWS if row[1]])
 def test_fake_cuda_tensors(case, operators, monkeypatch):
-    """The same on fake tensors of device "cuda", the two halves of the autograd function called by hand: the engine wants a GPU."""
+    """The same on fake tensors of device "cuda". Both halves of the autograd function are called by hand, because autograd itself
+    needs a GPU."""
     runs: list[Any] = []
 
     class Context:
@@ -311,7 +312,8 @@ def test_fake_cuda_tensors(case, operators, monkeypatch):
     ],
 )
 def test_schemas_of_the_installed_torch(name, first):
-    """What we pass by position lies where we think; the rest has a default. The stand-ins have the operators' names."""
+    """Positional arguments of our calls have the expected names; the others have defaults. The stand-ins have the operators' parameter
+    names."""
     arguments = getattr(torch.ops.aten, name).default._schema.arguments
     names = [one.name for one in arguments]
     assert names[: len(first.split())] == first.split()

@@ -1,4 +1,4 @@
-"""Blocks of attention put together, beside a softmax over everything at once."""
+"""Merged blocks of attention against one softmax over all keys."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from tests.ops import kernel_stand_ins as stand_ins
 
 
 def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tensor:
-    """[queries, keys] bool by position: the definition."""
+    """[queries, keys] bool by position, after the definition."""
     return torch.tensor(
         [[(not causal or p >= s) and (window is None or p - s < window) for s in keys] for p in queries],
         dtype=torch.bool,
@@ -25,7 +25,7 @@ def seen(queries: range, keys: range, causal: bool, window: int | None) -> Tenso
 
 
 def drawn(blocks: list[Block], queries: int, keys: int) -> Tensor:
-    """How often a block says that a query sees a key."""
+    """For every query and key, the number of blocks in which the query sees the key."""
     found = torch.zeros(queries, keys, dtype=torch.int)
     for one in blocks:
         for i in range(one.queries):
@@ -76,7 +76,7 @@ CASES = [
 
 @pytest.mark.parametrize(("heads", "kv", "dims", "window", "softcap", "causal"), CASES)
 def test_parts_of_the_keys_make_the_whole(heads, kv, dims, window, softcap, causal, monkeypatch):
-    """Queries in the middle of an example, keys in five parts that come in any order."""
+    """Queries in the middle of an example, and keys in five parts, in any order."""
     monkeypatch.setattr("swift_mega.ops.blocks.QUERY_TILE", 32)
     monkeypatch.setattr("swift_mega.ops.blocks.KEY_TILE", 48)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ FLASH_3 = flash_attn_3(stand_ins.flash_3_forward, stand_ins.flash_3_backward)
 def test_the_calls_of_the_kernels(
     heads, kv, dims, window, softcap, causal, kernel, at_once, monkeypatch, torch_operators
 ):
-    """Three examples over two ring positions; the gradient of one key head after another, or of all in one call."""
+    """Three examples over a ring of two ranks; the gradient of one key head after another, or of all in one call."""
     monkeypatch.setattr("swift_mega.ops.flash.AT_ONCE", at_once)
     if softcap is not None and not kernel.softcap:
         return  # `choose` gives such calls to tiles
@@ -198,4 +198,4 @@ def test_examples_shorter_than_a_window_join_the_call_of_longer_ones(monkeypatch
     assert (parts.out - whole(q, q, q, mask, 0.5, None)[0]).abs().max() < 1e-12
     calls.clear()
     forward(Parts(q, 4), q, q, q, [Block(0, 12, 0, 12, True), Block(12, 20, 12, 20, True, 10)], scale=0.5)
-    assert [left for _, left in calls] == [None, 10]  # 12 keys are more than those that the second shows
+    assert [left for _, left in calls] == [None, 10]  # 12 keys are more than the second block sees

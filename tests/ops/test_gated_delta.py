@@ -1,4 +1,4 @@
-"""The gated delta rule and the convolution before it: token by token in float64, by the definition, value and gradients."""
+"""The gated delta rule and the convolution before it, against the definition, token by token in float64: value and gradients."""
 
 import inspect
 from itertools import pairwise
@@ -29,7 +29,7 @@ def starts(bounds: tuple[int, ...]) -> Tensor:
 def by_token(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: tuple[int, ...]
 ) -> Tensor:
-    """One state per example and head; nothing is shared between examples."""
+    """One state per example and head; examples share no state."""
     rows = []
     for start, end in pairwise(bounds):
         state = [torch.zeros(key.shape[2], value.shape[2], dtype=torch.float64) for _ in range(query.shape[1])]
@@ -45,7 +45,7 @@ def by_token(
 
 
 def problem(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """query, key, value, decay, beta, the gradient from above."""
+    """query, key, value, decay, beta, and the gradient of the output."""
     torch.manual_seed(tokens)
     wide = (torch.randn(tokens, HEADS, size, dtype=torch.float64) for size in (KEY_DIM, KEY_DIM, VALUE_DIM))
     decay = -torch.rand(tokens, HEADS, dtype=torch.float64) * 2
@@ -72,7 +72,7 @@ def test_value_and_gradients_equal_the_definition(bounds, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_narrow_dtypes_are_wide(dtype):
-    """Only the result is rounded."""
+    """Only the result is rounded to the narrow dtype."""
     bounds = (0, 70, 150)
     *inputs, _ = problem(bounds[-1], dtype)
     got = gated_delta_rule(*inputs, bounds=bounds, cu_seqlens=starts(bounds))
@@ -93,7 +93,7 @@ def test_one_example_equals_transformers():
 
 @pytest.mark.parametrize("strength", [0.0, -1e-9, -100.0, -1e4])
 def test_a_state_that_is_kept_or_forgotten_at_once(strength):
-    """Gradients are finite, and a forgotten state leaves what the token wrote itself: beta (q k) v."""
+    """Gradients are finite. Where the decay forgets the state, the output is what the token wrote itself: beta (q k) v."""
     query, key, value, decay, beta, above = problem(130, torch.float32)
     inputs = [x.requires_grad_() for x in (query, key, value, torch.full_like(decay, strength), beta)]
     out = gated_delta_rule(*inputs, bounds=(0, 130), cu_seqlens=starts((0, 130)))
@@ -116,7 +116,7 @@ def chunk_gated_delta_rule(
     cu_seqlens=None,
     head_first=False,
 ):
-    """flash-linear-attention's function of that name (0.4, ops/gated_delta_rule/chunk.py), from what its docstring says."""
+    """flash-linear-attention's function of that name (0.4, ops/gated_delta_rule/chunk.py), after its docstring."""
     assert q.dtype == k.dtype == v.dtype != torch.float32 and beta.dim() == 3 and not head_first
     assert len(q) == 1 and cu_seqlens.dtype == torch.int64 and initial_state is None and use_qk_l2norm_in_kernel
     assert g.dtype == torch.float32 and scale == q.shape[-1] ** -0.5
@@ -126,7 +126,7 @@ def chunk_gated_delta_rule(
 
 
 def test_the_call_of_flash_linear_attention(monkeypatch):
-    """By its documented meaning the call computes what the reference does; float32, which it refuses, is not given to it."""
+    """With the documented meaning, the call computes what the reference does. It is not called with float32, which it refuses."""
     monkeypatch.setattr(module, "_kernel", lambda: chunk_gated_delta_rule)
     bounds = (0, 3, 4, 11, 20)
     settings: dict[str, Any] = {"bounds": bounds, "cu_seqlens": starts(bounds)}
@@ -144,7 +144,7 @@ def test_the_stand_in_has_the_signature_of_an_installed_one():
 
 
 def test_places_by_hand():
-    """Examples of 3, 1 and 2 tokens that take 4, 2 and 2 places."""
+    """Examples of 3, 1 and 2 tokens occupy 4, 2 and 2 places."""
     found = places(starts((0, 3, 4, 6)), torch.tensor([4, 2, 2]), 6)
     assert found.tolist() == [0, 1, 2, 4, 6, 7]
 

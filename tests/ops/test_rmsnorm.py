@@ -38,7 +38,7 @@ def test_frozen_weight_gets_no_gradient():
 
 
 def test_gradient_from_a_transposed_tensor():
-    """The gradient that comes from above need not be contiguous."""
+    """The gradient of the output need not be contiguous."""
     x, weight = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.randn(8, dtype=torch.float64)
     above = torch.randn(8, 3, dtype=torch.float64).t()
     (found,) = torch.autograd.grad(rms_norm(x, weight, 1e-6), x, above)
@@ -47,7 +47,7 @@ def test_gradient_from_a_transposed_tensor():
 
 
 def test_zeros_and_large_numbers_stay_finite():
-    """A row of zeros has 1 / sqrt(eps) for its scale; 1e18 squared is within float32, and its mean stays finite."""
+    """A vector of zeros is scaled by 1 / sqrt(eps). 1e18 squared is within float32, and its mean stays finite."""
     for x in (torch.zeros(2, 8), torch.full((2, 8), 1e18)):
         x.requires_grad_()
         got = rms_norm(x, torch.ones(8), 1e-6)

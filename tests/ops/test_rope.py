@@ -1,4 +1,4 @@
-"""Rotary embedding equals complex multiplication in float64, value and gradient, and its tables are Hugging Face's."""
+"""Rotary embedding equals complex multiplication in float64, value and gradient; its tables equal Hugging Face's."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from swift_mega.ops.rope import rotate, rotate_reference, tables
 
 
 def _complex(x: Tensor, angles: Tensor, scale: float) -> Tensor:
-    """Features i and i + rotary_dim / 2 are one complex number, turned by its angle. angles: [tokens, 1, rotary_dim / 2]."""
+    """Features i and i + rotary_dim / 2 are one complex number, rotated by its angle. angles: [tokens, 1, rotary_dim / 2]."""
     half = angles.shape[-1]
     x = x.double()
     numbers = torch.complex(x[..., :half], x[..., half : 2 * half])
@@ -20,7 +20,7 @@ def _complex(x: Tensor, angles: Tensor, scale: float) -> Tensor:
 @pytest.mark.parametrize(("head_dim", "rotary"), [(16, 16), (16, 8), (6, 2)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 def test_value_and_gradient_equal_complex_multiplication(function, head_dim, rotary, dtype, tolerance):
-    """Also where the rotary dim is smaller than the head, and with YaRN's factor, which the gradient carries too."""
+    """Also where the rotary dim is smaller than the head, and with YaRN's factor, which multiplies the gradient too."""
     torch.manual_seed(0)
     angles = 7 * torch.randn(8, 1, rotary // 2, dtype=torch.float64)
     x = torch.randn(8, 3, head_dim, dtype=dtype, requires_grad=True)
@@ -51,7 +51,7 @@ def test_input_is_left_as_it_is():
 
 
 def test_part_of_a_wider_tensor():
-    """Megatron hands on a slice of the fused projection's output, and gradients of any strides come back."""
+    """Megatron passes a slice of the fused projection's output, and gradients may have any strides."""
     wide = torch.randn(5, 4, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = tables(torch.arange(5), torch.rand(4), 1.0, wide.dtype)
     above = torch.randn(2, 5, 8, dtype=torch.float64).transpose(0, 1)
@@ -61,7 +61,7 @@ def test_part_of_a_wider_tensor():
 
 
 def test_tables_are_float32_like_hugging_face():
-    """Angles of far positions are rounded in float32 before the cosine, whatever the model's dtype: the rounding is part of the model."""
+    """Angles of large positions are rounded to float32 before the cosine, whatever the model's dtype: the rounding is part of the model."""
     positions, frequencies = torch.tensor([131071]), torch.tensor([0.7310586])
     cos, _ = tables(positions, frequencies, 1.0, torch.bfloat16)
     assert cos.item() == (positions.float() * frequencies).cos().bfloat16().item()

@@ -1,4 +1,5 @@
-"""A logit without a value in every softmax: one dense float64 softmax with one more column, value and gradients."""
+"""Attention sinks, a logit without a value in every softmax, against one dense float64 softmax with one more column: value and
+gradients."""
 
 from typing import Any
 
@@ -24,7 +25,7 @@ def dense(
     window: int | None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Row by row: softmax of the seen scores and the sink, of which the sink's share is dropped."""
+    """Softmax of each query's visible scores and the sink; the sink's weight is dropped."""
     rows = []
     for start, end in zip(bounds, bounds[1:], strict=False):
         for i in range(start, end):
@@ -42,7 +43,7 @@ def dense(
 
 
 def problem(tokens: int, dtype: torch.dtype = torch.float64, v_head_dim: int = 8) -> list[Tensor]:
-    """query, key, value, sinks, the gradient from above."""
+    """query, key, value, sinks, and the gradient of the output."""
     torch.manual_seed(tokens)
     sizes = [
         (tokens, HEADS, 8),
@@ -85,14 +86,14 @@ def test_narrow_dtypes(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def test_with_capped_scores_and_with_narrow_values() -> None:
-    """A cap bends the scores, not the sink; values may be narrower than keys."""
+    """The cap applies to the scores, not to the sink; values may be narrower than keys."""
     bounds = (0, 3, 20)
     compare(attention, problem(20), 1e-12, bounds=bounds, cu_seqlens=torch.tensor(bounds), window=None, softcap=1.5)
     compare(attention, problem(20, v_head_dim=5), 1e-12, bounds=bounds, cu_seqlens=torch.tensor(bounds), window=4)
 
 
 def test_sinks_far_from_the_scores_stay_finite() -> None:
-    """A sink far below all scores changes nothing, one far above them takes everything, and neither overflows."""
+    """A sink far below all scores changes nothing, and one far above them takes all weight. Neither overflows."""
     query, key, value, _, above = problem(30, torch.float32)
     settings: dict[str, Any] = dict(bounds=(0, 30), cu_seqlens=torch.tensor([0, 30]), scale=0.4, window=None)
     plain = attention(query, key, value, **settings)

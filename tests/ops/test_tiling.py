@@ -1,4 +1,4 @@
-"""Tiles change neither values nor gradients, keep the input alone, and hand each parameter its gradient once."""
+"""Tiles change neither values nor gradients, keep only the input, and give each parameter its gradient once."""
 
 import itertools
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
 
 
 def problem(dtype: torch.dtype = torch.float64, tokens: int = TOKENS) -> tuple[Mlp, Tensor, Tensor]:
-    """A module, its input, and the gradient that comes from above."""
+    """A module, its input, and the gradient of its output."""
     mlp = Mlp(dtype)
     return (
         mlp,
@@ -44,7 +44,7 @@ def trained(mlp: nn.Module) -> list[nn.Parameter]:
 @pytest.mark.parametrize("tile", [1, 5, 23, 100])
 @pytest.mark.parametrize("frozen", [(), ("up",), ("up", "down"), ("x",)])
 def test_values_and_gradients(tile: int, frozen: tuple[str, ...]) -> None:
-    """Those of the module on all tokens, for what is trained; None for what is not used."""
+    """Equal to the module on all tokens, for trained parameters; None for parameters that are not used."""
     mlp, x, above = problem()
     for name in frozen:
         (x if name == "x" else getattr(mlp, name)).requires_grad_(False)
@@ -77,7 +77,7 @@ def test_a_row_without_tokens() -> None:
 
 @pytest.mark.parametrize("tile", [5, 100])
 def test_each_parameter_gets_its_gradient_once(tile: int) -> None:
-    """The hook on AccumulateGrad, where Megatron's DDP stands, is called once in a backward pass, with the whole sum."""
+    """The hook on AccumulateGrad, as Megatron's DDP uses it, is called once in a backward pass, with the whole sum."""
     mlp, x, above = problem()
     mlp.unused.requires_grad_(False)
     calls: dict[str, int] = {}
@@ -93,7 +93,7 @@ def test_each_parameter_gets_its_gradient_once(tile: int) -> None:
 
 
 def test_a_gradient_that_two_parameters_share() -> None:
-    """Autograd returns one tensor for both: adding a tile's to one must not add it to the other."""
+    """Autograd returns one tensor for both parameters: adding a tile's gradient to one must not add it to the other."""
     a, b = (torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x = torch.ones(4, WIDTH, dtype=torch.float64)
     tiled(
@@ -104,7 +104,7 @@ def test_a_gradient_that_two_parameters_share() -> None:
 
 
 class Fused(torch.autograd.Function):
-    """As Megatron's linears do with gradient_accumulation_fusion: the gradient goes to main_grad, and a meaningless one is returned."""
+    """Like Megatron's linears with gradient_accumulation_fusion: adds the gradient to main_grad, and returns a placeholder."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Fused(torch.autograd.Function):
 
 
 def test_gradients_that_a_linear_adds_to_main_grad() -> None:
-    """Each tile's is added there, and one meaningless gradient leaves, for the hook that must be called."""
+    """Each tile's gradient is added to main_grad. One placeholder is returned, for the hook that must be called."""
     weight = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
     x = torch.randn(TOKENS, 1, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -132,7 +132,7 @@ def test_gradients_that_a_linear_adds_to_main_grad() -> None:
 
 
 def test_bfloat16_gradients_are_summed_in_float32() -> None:
-    """4096 tiles of equal gradients: a bfloat16 sum would stop at 256 of them."""
+    """4096 tiles with equal gradients: a bfloat16 sum would stop at 256 of them."""
     weight = nn.Parameter(torch.ones(1, WIDTH, dtype=torch.bfloat16))
     tiled(lambda piece: piece * weight, torch.ones(4096, WIDTH, dtype=torch.bfloat16), [weight], 1).sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
@@ -140,7 +140,7 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
 
 
 def test_random_numbers_are_drawn_once() -> None:
-    """A tile is dropped the same way when it is computed again, and what is drawn later does not change."""
+    """A recomputed tile drops the same numbers, and later random numbers do not change."""
     mlp, x, above = problem()
 
     def dropping(piece: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def test_random_numbers_are_drawn_once() -> None:
 
 
 def test_memory() -> None:
-    """The input is kept and nothing else; no tensor is larger than it, while the module alone makes one of INNER / WIDTH times its size."""
+    """Only the input is kept. No tensor is larger than the input, while the module alone makes one of INNER / WIDTH times its size."""
     for tokens, tile in itertools.product((64, 640), (8,)):
         mlp, x, above = problem(tokens=tokens)
         kept: list[int] = []

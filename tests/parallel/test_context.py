@@ -1,4 +1,4 @@
-"""Attention over the context axis beside one rank's softmax over everything, in float64."""
+"""Attention over the context axis against one rank's softmax over all keys, in float64."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ ROWS = {"dense": (0, 96), "packed": (0, 5, 6, 41, 70, 96)}
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: tuple[int, ...], kind: dict) -> Tensor:
-    """By the definition, all at once."""
+    """One softmax over all keys, by the definition."""
     tokens, group = len(q), q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
@@ -42,7 +42,7 @@ def whole(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu: tuple[int, 
 
 
 def _differences(ulysses: int, ring: int, gather: bool, dtype: torch.dtype, shapes: list[str]) -> dict[str, float]:
-    """Largest difference of out and gradients from one rank's, by case; of all ranks."""
+    """The largest difference of output and gradients from one rank's, by case, over all ranks."""
     mesh, rank = Mesh(ulysses, ring, gather), dist.get_rank()
     context, found = make_context([list(range(mesh.size))], mesh), {}
     for shape in shapes:
@@ -99,7 +99,7 @@ MESHES = (
     (2, 1, False), (1, 2, False), (4, 1, False), (1, 4, False), (2, 2, False), (1, 2, True), (1, 4, True), (2, 2, True),
 )  # fmt: skip
 BY_DEFAULT = [(*mesh, dtype) for dtype in LIMITS for mesh in MESHES if dtype == torch.float64 or mesh[0] * mesh[1] == 2]
-"""Every mesh in float64, where a fault has nothing to hide behind; other dtypes on two ranks, since they go the same way."""
+"""Every mesh in float64, where rounding cannot hide a fault; other dtypes on two ranks, because they use the same code."""
 IN_FULL = [(*mesh, dtype) for dtype in LIMITS for mesh in MESHES if (*mesh, dtype) not in BY_DEFAULT]
 
 

@@ -1,4 +1,5 @@
-"""What context ranks send, counted where torch hands it to the process group, beside the formulas of the modules' docstrings."""
+"""The bytes that context ranks send, counted where torch passes them to the process group, against the formulas in the modules'
+docstrings."""
 
 from collections import Counter
 from typing import Any
@@ -16,7 +17,7 @@ TOKENS, HEADS, KV_HEADS, DIM, VALUE_DIM = 24, 8, 4, 6, 4  # tokens: of one rank
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this rank hands on to others, by c10d's operator."""
+    """Counts the bytes that this rank sends to others, by c10d operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,9 +64,9 @@ def _measured(mesh: Mesh, dtype: torch.dtype, window: int | None = None) -> tupl
 
 
 def expected(mesh: Mesh, dtype: torch.dtype, steps: int | None = None) -> tuple[dict[str, int], dict[str, int]]:
-    """Per rank; steps: of the ring, where they are not its size.
+    """Per rank. steps: the ring steps, where they are fewer than its size.
 
-    After the Ulysses exchange a rank has u times the tokens and 1 / u of the heads, so the same numbers.
+    After the Ulysses exchange a rank has u times the tokens and 1 / u of the heads, so the same number of values.
     """
     size = dtype.itemsize
     keys, ring, inner = TOKENS * KV_HEADS * (DIM + VALUE_DIM), mesh.ring, mesh.ulysses
@@ -79,7 +80,8 @@ def expected(mesh: Mesh, dtype: torch.dtype, steps: int | None = None) -> tuple[
     elif ring > 1:
         steps = steps or ring
         forward["send"] = (steps - 1) * keys * size
-        backward["send"] = (steps - 1) * keys * size + steps * keys * 4  # dK and dV in float32, and once more home
+        # dK and dV in float32, with one more step back to their rank.
+        backward["send"] = (steps - 1) * keys * size + steps * keys * 4
     return dict(forward), dict(backward)
 
 
@@ -96,6 +98,6 @@ def test_no_byte_is_sent_that_the_formula_does_not_have(ranks, mesh, dtype):
 
 
 def test_a_window_passes_over_the_keys_that_nobody_sees(ranks):
-    """Of a ring of 4 the chunk before one's own is 1 or 3 positions back: nobody sees the keys 2 back."""
+    """In a ring of 4, the chunk before a rank's own is on the rank 1 or 3 steps before; no query sees the keys 2 steps before."""
     found = sent(ranks, Mesh(1, 4), torch.float32, window=TOKENS // 2)
     assert found == expected(Mesh(1, 4), torch.float32, steps=3)

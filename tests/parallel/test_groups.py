@@ -1,4 +1,4 @@
-"""Groups: Megatron's parallel state agrees with the Layout, on real ranks, again and again in one process."""
+"""Groups: Megatron's parallel state agrees with the Layout, on real ranks, several times in one process."""
 
 from datetime import timedelta
 
@@ -35,7 +35,7 @@ def _layouts_in_turn(layouts: list[Layout]) -> list[str]:
 
 
 def _timeouts(here: groups.Groups) -> None:
-    """Of every group that communicates while a step is taken; and there are no second ones, over gloo."""
+    """The timeouts of every group that communicates during a step; there is no second set of groups over gloo."""
     names = "model tensor pipeline context data data_context expert expert_tensor expert_data embedding"
     made = [getattr(here, name) for name in names.split()]
     if here.row is not None:
@@ -48,14 +48,14 @@ def _timeouts(here: groups.Groups) -> None:
 
 
 def _same(layout: Layout, one: int, other: int, free: str) -> bool:
-    """Whether two ranks differ at most on one dense axis."""
+    """Whether two ranks differ in at most one dense axis."""
     axes = {"tensor", "pipeline", "context", "data"} - {free}
     left, right = layout.coordinate(one), layout.coordinate(other)
     return all(getattr(left, axis) == getattr(right, axis) for axis in axes)
 
 
 def test_four_ranks_take_one_layout_after_another(ranks):
-    """init after close gives the groups of the new layout, and Megatron's coordinates are ours in each."""
+    """init after close makes the groups of the new layout, and Megatron's coordinates equal ours in each."""
     layouts = [
         Layout(world=4, layers=(4,), tensor=2, expert_tensor=2, sequence=True),
         Layout(world=4, layers=(1, 1, 1, 1), tensor=1, pipeline=2, virtual=2),

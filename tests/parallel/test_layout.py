@@ -1,4 +1,4 @@
-"""Layouts against Megatron's own arithmetic, and every refusal with its remedy."""
+"""Layouts against Megatron's own arithmetic, and every refused layout with its remedy."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,7 +35,7 @@ sizes = st.sampled_from([1, 2, 3, 4])
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    """Any layout that Megatron can number, up to a few hundred ranks."""
+    """Any layout that Megatron allows, up to a few hundred ranks."""
     tensor, context, pipeline, expert_tensor, expert = (draw(sizes) for _ in range(5))
     virtual = draw(st.sampled_from([1, 2, 3])) if pipeline > 1 else 1
     world = pipeline * tensor * context * expert_tensor * expert * draw(st.sampled_from([1, 2]))
@@ -56,7 +56,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 @settings(max_examples=60, deadline=None)
 @given(layouts())
 def test_coordinates_are_megatrons(layout):
-    """Each coordinate is the rank's place in the group that Megatron's rank generators make for that axis."""
+    """Each coordinate is the rank's index in the group that Megatron's rank generators make for that axis."""
     order = "tp-cp-ep-dp-pp"
     dense = RankGenerator(tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order=order)
     expert = RankGenerator(
@@ -82,7 +82,7 @@ def test_coordinates_are_megatrons(layout):
 @settings(max_examples=60, deadline=None)
 @given(layouts())
 def test_layers_are_what_megatron_builds(layout):
-    """With `settings`, Megatron's own functions give each chunk our layers, even or not, interleaved or not."""
+    """With `settings`, Megatron's own functions give each chunk the same layers as ours, even or not, interleaved or not."""
     heads = 12  # a multiple of every tensor size drawn
     moe: dict[str, Any] = {"num_moe_experts": 12, "moe_ffn_hidden_size": 96} if layout.expert > 1 else {}
     config = TransformerConfig(
@@ -139,7 +139,7 @@ def test_uneven_layers_become_megatrons_list():
     ],
 )
 def test_layers_of_chunks(parallel, layers):
-    """Layers of every chunk in model order, worked out by hand for 30 layers."""
+    """Layers of every chunk in model order, computed by hand for 30 layers."""
     assert plan_layout(parallel, SMOLLM, parallel.pipeline).layers == layers
 
 
@@ -292,7 +292,7 @@ def test_a_layout_that_cannot_work_is_refused_with_a_remedy(parallel, shape, wor
 )
 @settings(max_examples=300, deadline=None)
 def test_any_settings_give_a_layout_or_suggestions_that_work(parallel, shape, world):
-    """Nothing but a Layout or a UserError comes out, and each suggested change gives a Layout."""
+    """The result is a Layout or a UserError, and each suggested change gives a Layout."""
     try:
         layout = plan_layout(parallel, shape, world)
         assert sum(layout.layers) == shape.layers and layout.world == world
@@ -341,7 +341,7 @@ def test_interleaving_takes_whole_groups_of_microbatches():
     ],
 )
 def test_names_of_layouts(name, parallel, world):
-    """A name is read as settings and ranks, and the layout that they plan has that name."""
+    """A name is parsed to settings and ranks, and their layout has this name."""
     assert parse_layout(name) == (parallel, world)
     shape = MOE if "ep" in name else DENSE
     assert plan_layout(parallel, shape, world, training=False).name == name

@@ -1,4 +1,4 @@
-"""How context ranks are shared out between Ulysses and ring, and what is said where that cannot be."""
+"""How context ranks are divided between Ulysses and ring, and the error where this is impossible."""
 
 import dataclasses
 
@@ -72,7 +72,8 @@ def test_what_cannot_be(parallel, message):
 
 @pytest.mark.parametrize("kind", ENGINE_KINDS)
 def test_what_transformer_engine_cannot_do(kind):
-    """A model that it cannot do at all, and windows, which it knows in two ways only; what is proposed instead works."""
+    """Models that Transformer Engine does not support at all, and windows, which it supports in two ways only; the proposed
+    alternative works."""
     parallel = Parallel(context=4, cp=kind)
     shape = dataclasses.replace(SHAPE, kv_heads=8)
     with pytest.raises(UserError) as refused:

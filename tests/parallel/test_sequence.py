@@ -1,4 +1,4 @@
-"""Who holds which token of a row, and what sees what, beside the definition by positions."""
+"""Which rank has which token of a row, and which queries see which keys, against the definition by positions."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from tests.engine_stand_in import held
 
 
 def work(found: Sequence[Block]) -> int:
-    """Scores that blocks have: pairs of a query and a key that it sees."""
+    """The number of scores of some blocks: pairs of a query and a key that it sees."""
     return sum(_pairs(one) for one in found)
 
 
@@ -26,7 +26,8 @@ def _pairs(one: Block) -> int:
     total = one.queries * one.keys
     if one.causal:
         total -= one.queries * (one.queries - 1) // 2
-    if one.left is not None:  # query i is aligned with key i + keys - queries and sees none before left of it
+    # Query i is aligned with key i + keys - queries, and sees no key more than `left` before it.
+    if one.left is not None:
         ahead = one.keys - one.queries - one.left
         hidden = [max(0, ahead + i) for i in (0, one.queries - 1)]
         first = max(0, -ahead)
@@ -55,7 +56,7 @@ def test_every_token_is_held_once_and_neighbours_make_a_ring_position(mesh: Mesh
 
 @st.composite
 def rows(draw: st.DrawFn, most: int = 4) -> tuple[int, tuple[int, ...]]:
-    """A ring and a row whose tokens it can cut, of examples of any length."""
+    """A ring and a row that it can split, with examples of any length."""
     ring = draw(st.integers(2, most))
     tokens = 2 * ring * draw(st.integers(1, 6))
     cuts = sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=5))) if tokens > 1 else []
@@ -81,7 +82,7 @@ def test_positions_of_a_ring_hold_as_many_tokens_each_once(row) -> None:
 
 
 def unevenness(cu: tuple[int, ...], ring: int) -> float:
-    """Of pairs and of what else a layer does with a token."""
+    """The largest work of a ring rank over the mean: pairs, and the rest of a layer's work per token."""
     done = [
         sum(work(step.blocks) for step in ring_steps(cu, ring, position)) + TOKEN * cu[-1] // ring
         for position in range(ring)
@@ -93,7 +94,7 @@ def unevenness(cu: tuple[int, ...], ring: int) -> float:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("mean", (0.002, 0.02, 0.2))
 def test_work_is_even_whatever_the_lengths(ring: int, seed: int, mean: float) -> None:
-    """Lognormal examples of a mean that is this share of the row."""
+    """Lognormal examples whose mean length is this share of the row."""
     tokens, draw = 32768, random.Random(seed)
     cu = [0]
     while cu[-1] < tokens:
@@ -102,7 +103,7 @@ def test_work_is_even_whatever_the_lengths(ring: int, seed: int, mean: float) ->
 
 
 def test_examples_that_are_short_beside_a_share_stay_whole() -> None:
-    """Nothing is sent but for the one example at each border of two shares."""
+    """Keys are sent only for the one example at each border of two shares."""
     cu = tuple(itertools.accumulate((100 + 7 * (number % 13) for number in range(64)), initial=0))
     cu = (*cu, cu[-1] + -cu[-1] % 8)
     cut = cut_row(cu, 4)
@@ -111,7 +112,7 @@ def test_examples_that_are_short_beside_a_share_stay_whole() -> None:
 
 
 def test_pieces_of_several_examples_are_one_call() -> None:
-    """What first pieces and second ones see, whatever the number of examples: on CUDA two varlen calls a step."""
+    """For any number of examples, the blocks of first and second pieces are two varlen calls per step on CUDA."""
     for position in range(4):
         for step in ring_steps((0, 256, 512, 768), 4, position):
             assert len(step.blocks) >= 6 and len(list(call_groups(step.blocks))) == 2
@@ -156,7 +157,7 @@ def test_steps_of_the_ring_show_every_pair_once(row, causal, window):
 @settings(max_examples=150, deadline=None)
 @given(st.integers(2, 5), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.sampled_from((1, 2)))
 def test_transformer_engine_cuts_every_example_on_its_own(ranks, chunks, inner):
-    """Token by token as its words have it (tests/engine_stand_in.py), whichever ways the ranks meet."""
+    """Token by token after Transformer Engine's documentation (tests/engine_stand_in.py), with any order of exchanges between the ranks."""
     starts = list(itertools.accumulate((2 * ranks * inner * chunk for chunk in chunks), initial=0))
     expected = held(starts, ranks * inner)
     for rank in range(ranks * inner):
@@ -164,7 +165,7 @@ def test_transformer_engine_cuts_every_example_on_its_own(ranks, chunks, inner):
 
 
 def test_the_example_of_transformer_engines_documentation():
-    """Of thd_sequence_order_to_cp_rank_order: positions in their example, rank after rank."""
+    """The example of thd_sequence_order_to_cp_rank_order: positions in their example, rank after rank."""
     starts, told = (
         (0, 8, 16, 24, 40),
         [
@@ -180,7 +181,7 @@ def test_the_example_of_transformer_engines_documentation():
 
 
 def planned_slowly(cu: tuple[int, ...], ring: int, *, causal: bool, window: int | None) -> list[list[Step]]:
-    """[position][step] by looking at every example for every range and at every position for every step: the definition."""
+    """[ring rank][step], the definition: tries every example for every range, and every rank for every step."""
     held = []
     for mine in cut_row(cu, ring).held:
         found, first = [], 0
@@ -223,7 +224,7 @@ def test_steps_that_nobody_needs_are_left_out() -> None:
     alone = tuple(range(0, 65, 8))  # examples of 8 tokens, chunks of 8: no rank sees another's keys
     assert [len(ring_steps(alone, 4, position)) for position in range(4)] == [1, 1, 1, 1]
     assert [step.behind for step in ring_steps((0, 64), 4, 0)] == [0, 1, 2, 3]
-    # The neighbour of a chunk lies on either side of the ring.
+    # The neighbours of a chunk are on both sides of the ring.
     for window, expected in ((100, [0, 1, 7]), (400, [0, 1, 7]), (402, [0, 1, 2, 6, 7])):
         steps = ring_steps((0, 6400), 8, 1, window=window)
         assert [step.behind for step in steps] == expected

@@ -1,4 +1,4 @@
-"""Log-probabilities over a cut vocabulary equal dense float64, and so do their gradients, on 1, 2 and 3 ranks."""
+"""Log-probabilities over a sharded vocabulary, and their gradients, equal dense float64 on 1, 2 and 3 ranks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ TOKENS, HIDDEN, VOCAB = 13, 8, 29
 
 
 def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, targets (some ignored), and the gradient that comes from above."""
+    """hidden, weight, targets (some ignored), and the gradient of the output."""
     torch.manual_seed(3)
     hidden, weight = torch.randn(TOKENS, HIDDEN, dtype=dtype), torch.randn(VOCAB, HIDDEN, dtype=dtype)
     targets = torch.randint(0, VOCAB, (TOKENS,))
@@ -34,7 +34,7 @@ def _dense(
     softcap: float | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, and the gradients of hidden and weight; that of `bias` is left in it."""
+    """The value and the gradients of hidden and weight; the gradient of `bias` stays in it."""
     hidden, weight = (given.detach().double().clone().requires_grad_() for given in (hidden, weight))
     logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
     if softcap is not None:
@@ -55,7 +55,7 @@ def _cut_equals_dense(
     biased: bool = False,
     bias_alone: bool = False,
 ) -> None:
-    """padded: rows of the whole padded vocabulary, which the ranks share evenly. Padding is huge: it must not be seen.
+    """padded: rows of the whole padded vocabulary, which the ranks share evenly. The padding has huge values, which must have no effect.
 
     bias_alone: the bias is trained and the weight is not.
     """
@@ -105,13 +105,13 @@ def test_value_and_gradients_equal_dense(ranks, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_capped_logits_equal_dense(ranks, size):
-    """A cap of 2 bends most logits here; the gradient carries its slope, the target's column too."""
+    """A cap of 2 changes most logits here; the gradient has its slope, also in the target's column."""
     ranks(size, _capped_cases, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_bias_equals_dense(ranks, size):
-    """Value and gradients with a bias for each word, alone and under a cap, trained with the weight, by itself or not at all."""
+    """Value and gradients with a bias for each token, with and without a cap; trained with the weight, alone, or not at all."""
     ranks(size, _biased_cases, size)
 
 
@@ -148,7 +148,7 @@ def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, **given: Any) -> Tens
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_bfloat16_is_as_good_as_its_inputs(chunk):
-    """The softmax is float32: a confident token's tiny gradient survives products in bfloat16."""
+    """The softmax is in float32: the tiny gradient of a token with high probability survives products in bfloat16."""
     hidden, weight, targets, above = _problem()
     hidden[3], weight[7], targets[3] = 2.0, 2.0, 7  # its log-probability is about -1e-6 or less
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
@@ -167,7 +167,7 @@ def test_bfloat16_is_as_good_as_its_inputs(chunk):
 
 @pytest.mark.parametrize("chunk", [8, 4096])
 def test_bfloat16_gradients_of_a_frequent_word_do_not_stop_growing(chunk):
-    """4096 targets that are one word: a bfloat16 sum of their small steps stops long before all are in it."""
+    """4096 equal targets: a bfloat16 sum of their small gradients would stop growing long before the end."""
     torch.manual_seed(5)
     hidden, weight = (torch.rand(4096, HIDDEN) + 0.5).bfloat16(), torch.randn(VOCAB, HIDDEN).mul_(0.1).bfloat16()
     targets, above = torch.full((4096,), 7), torch.full((4096,), 1 / 4096)
@@ -181,7 +181,7 @@ def test_bfloat16_gradients_of_a_frequent_word_do_not_stop_growing(chunk):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("chunk, limit", [(None, 1 << 19), (64, 64 * 8192), (1 << 20, None)])
 def test_no_tensor_has_the_logits_of_all_tokens(trained, chunk, limit, monkeypatch):
-    """The largest tensor of forward and backward is a chunk's, and all tokens' only where a chunk may hold as many."""
+    """The largest tensor of forward and backward is that of a chunk, and that of all tokens only where one chunk may contain all."""
     tokens, rows, width = 2048, 8192, 16
     monkeypatch.setattr(vocab, "CHUNK_NUMBERS", 1 << 20)
     hidden = torch.randn(tokens, width, requires_grad=True)
@@ -196,7 +196,7 @@ def test_no_tensor_has_the_logits_of_all_tokens(trained, chunk, limit, monkeypat
 
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_without_gradients_nothing_of_them_is_computed(chunk):
-    """An evaluation of a trained head multiplies by the weight once, to get logits."""
+    """In an evaluation of a trained head, the weight is used in one product only, for the logits."""
     hidden, weight, targets, _ = _problem()
     hidden.requires_grad_(), weight.requires_grad_()
     wanted = _ours(hidden, weight, targets, chunk=chunk)
@@ -207,7 +207,7 @@ def test_without_gradients_nothing_of_them_is_computed(chunk):
 
 
 def test_second_backward_gives_the_same_gradient():
-    """Nothing saved is overwritten, so retain_graph works."""
+    """No saved tensor is overwritten, so retain_graph works."""
     hidden, weight, targets, above = _problem()
     hidden.requires_grad_(), weight.requires_grad_()
     loss = (_ours(hidden, weight, targets) * above).sum()
@@ -217,7 +217,7 @@ def test_second_backward_gives_the_same_gradient():
 
 
 def test_extreme_logits_stay_finite():
-    """An impossible target has its true log-probability, not -inf, and a finite gradient."""
+    """A very improbable target has its true log-probability, not -inf, and a finite gradient."""
     hidden = torch.full((1, 1), 100.0, requires_grad=True)
     got = _ours(hidden, torch.tensor([[5.0], [-5.0]]), torch.tensor([1]))
     assert got.item() == -1000.0
@@ -226,7 +226,7 @@ def test_extreme_logits_stay_finite():
 
 
 def test_all_targets_ignored():
-    """A row without a loss gives zeros and zero gradients."""
+    """A row without targets gives zeros and zero gradients."""
     hidden, weight, _, _ = _problem()
     hidden.requires_grad_(), weight.requires_grad_()
     got = _ours(hidden, weight, torch.full((TOKENS,), -100))
@@ -236,7 +236,7 @@ def test_all_targets_ignored():
 
 @pytest.mark.parametrize("columns", [None, 1])
 def test_logits_that_grow_or_fall_by_hundreds_over_the_vocabulary(columns):
-    """What was summed before a larger logit is scaled down, and not up after a smaller one: nothing overflows."""
+    """Partial sums are scaled down before a larger logit is added, and never scaled up after a smaller one: nothing overflows."""
     weight = torch.tensor([[-300.0], [0.0], [300.0], [299.0], [-300.0]], dtype=torch.float64)
     hidden, targets, above = torch.ones(5, 1, dtype=torch.float64), torch.arange(5), torch.ones(5, dtype=torch.float64)
     value, gradient, _ = _dense(hidden, weight, targets, above)

@@ -116,10 +116,8 @@ def test_the_prefix_is_transformers(tmp_path):
         folder = models / {"gemma3_text": "gemma3"}.get(hf_type, family.read_as.get(hf_type, hf_type))
         code = "".join(file.read_text() for file in folder.glob("modeling_*.py"))
         names = set(re.findall(r"base_model_prefix = \"(\w+)\"", code))
-        assert family.prefix.removesuffix(".") in (names or {"model"}), (
-            hf_type,
-            names,
-        )  # InternLM 3's is Llama's class
+        # No names: InternLM 3, whose class is Llama's.
+        assert family.prefix.removesuffix(".") in (names or {"model"}), (hf_type, names)
 
 
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
