@@ -1,4 +1,4 @@
-"""The table of mended faults names tests that are there."""
+"""The table of known faults names tests that exist."""
 
 import ast
 import tomllib

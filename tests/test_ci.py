@@ -1,4 +1,4 @@
-"""What CI runs and what it may cost: tables that must not fall behind the tree."""
+"""What CI runs and its time budget: the tables must stay complete when the tree changes."""
 
 import sys
 import tomllib
@@ -32,7 +32,7 @@ def test_every_folder_has_a_budget() -> None:
 
 
 def test_what_the_newest_leg_runs_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that was renamed ran nowhere for months: now it ends the leg."""
+    """A renamed folder once did not run for months; now it makes the CI job fail."""
     assert "tests/device" in newest.arguments()
     monkeypatch.setattr(newest, "RUN", ("tests/devices",))
     with pytest.raises(SystemExit, match=r"tests/newest.py names tests/devices, which is not there; say where it went"):
@@ -40,7 +40,7 @@ def test_what_the_newest_leg_runs_is_there(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_script_is_started_somewhere() -> None:
-    """By `make smoke`, or by what its table names."""
+    """By `make smoke`, or by what smoke's table of other scripts names."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import smoke
 

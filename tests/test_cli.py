@@ -1,4 +1,4 @@
-"""The command line: what it imports, where arguments go, and that every mistake is one line and status 2."""
+"""The command line: its imports, where arguments go, and that every mistake is one line and status 2."""
 
 import io
 import json
@@ -28,7 +28,7 @@ HEAVY = ("torch", "transformers", "megatron", "numpy", "peft", "matplotlib")
 
 
 class Recorder(types.ModuleType):
-    """In the place of swift_mega.api: keeps what each function was called with. It tests routing, nothing else."""
+    """Replaces swift_mega.api and records the arguments of each call. It tests routing, nothing else."""
 
     def __init__(self) -> None:
         super().__init__("swift_mega.api")
@@ -74,7 +74,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a model, an adapter, data, a recipe, and outputs that are taken."""
+    """A working directory with a model, an adapter, data, a recipe, and outputs that exist already."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -300,7 +300,7 @@ def test_a_wrong_question_says_its_line(
     "arguments", [["--help"], ["sft", "--help"], ["sft", "--lora_rnk", "3"], ["verify", "--model", "no"]]
 )
 def test_help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
-    """In a fresh interpreter: what a user waits for."""
+    """In a new interpreter, because a user waits for these imports."""
     environment = os.environ | {"PYTHONPATH": str(Path(swift_mega.__file__).parents[1])}
     command = [sys.executable, "-X", "importtime", "-m", "swift_mega", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
@@ -337,7 +337,7 @@ def test_sft_trains_what_the_settings_say(api: Recorder, capsys: pytest.CaptureF
     assert "out/v0/checkpoint-5" in capsys.readouterr().out
     [(name, (run,), options)] = api.calls
     assert name == "train" and options["nproc"] == 2
-    # What an adapter says takes the place of a default, and of nothing that was set.
+    # A setting of the adapter replaces a default, and never a value that was set.
     assert options["sources"]["tuner.rank"] != "default" and options["sources"]["tuner.alpha"] == "default"
     assert (run.model.path, run.data.dataset, run.optim.lr) == ("model", ("data.jsonl",), 2e-4)
     assert (run.optim.eps, run.parallel.tensor, run.tuner.rank) == (1e-7, 2, 4)
@@ -366,7 +366,7 @@ def test_convert_to_megatron(api: Recorder) -> None:
 
 
 def test_convert_to_hugging_face(api: Recorder) -> None:
-    """From a Megatron checkpoint, with its own config or one that is given, and from another Hugging Face directory."""
+    """From a Megatron checkpoint, with its own config or with a given one, and from another Hugging Face directory."""
     to_hf = ["convert", "--to", "hf", "--output"]
     assert main([*to_hf, "a", "--mcore", "mcore", "--max_shard_size=1GB", "--pp=2"]) == 0
     assert main([*to_hf, "b", "--mcore", "mcore", "--model", "model"]) == 0
@@ -380,7 +380,7 @@ def test_convert_to_hugging_face(api: Recorder) -> None:
 
 
 def test_overwrite_is_handed_on(api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever writes replaces a directory in one step; the command line says only whether it may."""
+    """Every writer replaces a directory in one step. The command line says only whether it may."""
     assert main([*CONVERT, "--output", "taken"]) == 2
     assert "--output=taken exists and is not empty" in capsys.readouterr().err
     assert main([*CONVERT, "--output", "taken", "--overwrite", "true"]) == 0
@@ -394,7 +394,7 @@ def test_a_failure_is_one_line(api: Recorder, capsys: pytest.CaptureFixture[str]
 
 
 def test_verify_files(api: Recorder, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against report.json; status 1 and the tensor's name where a byte differs, 2 where there is nothing to compare with."""
+    """Against report.json: status 1 with the tensor's name where a byte differs, 2 where there is nothing to compare with."""
     assert main(["verify", "--model", "model", "--files", "true"]) == 2
     assert "model has no report.json" in capsys.readouterr().err
     planned = plan_files({"x": (torch.float32, (3,))}, 1000)
@@ -472,7 +472,7 @@ def test_infer_a_file(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_infer_reads_rows_as_training_does(api: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only a line feed ends a row; a byte order mark, sharegpt columns, mapped ones and placeholders are training's."""
+    """Only a line feed ends a row. Byte order mark, sharegpt columns, mapped columns and placeholders are handled as in training."""
     rows = [
         {"ask": "a\u2028b\x0c{{NAME}}"},
         {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
@@ -606,7 +606,7 @@ def test_a_defect_keeps_its_traceback(api: Recorder) -> None:
 
 
 def test_under_torchrun(api: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank joins to train, says which rank complains, and does not run a command that runs once."""
+    """A rank joins for training and names itself in errors. A command that must run once is refused."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main([*SFT]) == 0

@@ -1,4 +1,4 @@
-"""Pages that are made from code are up to date, and links between pages lead somewhere."""
+"""Generated pages are up to date, and links between pages have a target."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_no_secret_places() -> None:
-    """Nothing in the repository names a machine's paths."""
+    """No page of the repository names paths of one machine."""
     for page in [
         ROOT / "README.md",
         ROOT / "Makefile",

@@ -1,4 +1,4 @@
-"""No input ends in a traceback: odd flags, rows, configs, templates, adapters and headers are used, or are one UserError.
+"""No input ends in a traceback: unusual flags, rows, configs, templates, adapters and headers are used, or are one UserError.
 
 Hypothesis draws the same cases every time. `--full` draws a hundred times as many.
 """
@@ -81,7 +81,7 @@ JSON = st.recursive(
 
 
 def often(times: int) -> Callable[[Any], Any]:
-    """Draws `times` cases, or a hundred times as many."""
+    """Draws `times` cases; with --full a hundred times as many."""
 
     def decorate(test: Any) -> Any:
         @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def often(times: int) -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, an adapter of it and a data set, in a folder of their own."""
+    """A model, an adapter of it and a data set, in their own folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +120,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ends_well(*argv: str) -> None:
-    """One of the statuses that a run may end with; anything that is no UserError would come through."""
+    """Checks that the status is one of those that a run may end with. An exception that is no UserError is not caught."""
     assert main(argv) in (0, 1, 2), argv
 
 
@@ -136,7 +136,7 @@ def copy_of(place: Path, name: str) -> Path:
 
 
 def test_every_setting_by_every_odd_word(capfd: pytest.CaptureFixture[str]) -> None:
-    """As an override, a flag with its word, a flag with "=", and a key of a table, in turn."""
+    """As an override, as a flag with its value, as a flag with "=", and as a key of a table."""
     for number, (key, setting) in enumerate(all_settings().items()):
         flag = f"--{setting.flags[0]}" if setting.flags else f"--{key}"
         for turn, word in enumerate(WORDS[number % 4 :: 4], number):
@@ -146,7 +146,7 @@ def test_every_setting_by_every_odd_word(capfd: pytest.CaptureFixture[str]) -> N
 
 @often(8)
 def test_recipes(place: Path, data: Any) -> None:
-    """Any YAML that holds our names."""
+    """Any YAML that contains names of our settings."""
     keys = st.sampled_from(
         [*all_settings(), *(flag for s in all_settings().values() for flag in s.flags), "train", "x", "<<"]
     )
@@ -163,7 +163,7 @@ def test_recipes(place: Path, data: Any) -> None:
 
 @often(15)
 def test_words_of_every_verb(place: Path, data: Any) -> None:
-    """Options and settings in any order, of verbs that read a model at once."""
+    """Options and settings in any order, for verbs that read a model first."""
     verb = data.draw(st.sampled_from(["plan", "sft", "convert", "export", "infer", "verify", "compare"]))
     names = [s.flags[0] for s in all_settings().values() if s.flags] + [
         "nproc",
@@ -183,7 +183,7 @@ def test_words_of_every_verb(place: Path, data: Any) -> None:
 
 @often(40)
 def test_rows(place: Path, data: Any) -> None:
-    """Objects with our columns and values of any kind, turns of any kind among them."""
+    """Objects with our columns and values of any type, with turns of any type among them."""
     turn = st.dictionaries(
         st.sampled_from(["role", "content", "from", "value", "loss", "x"]),
         JSON | st.sampled_from(["user", "assistant", "system"]),
@@ -276,7 +276,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates(place: Path, template: str) -> None:
-    """Each renders, or is one UserError."""
+    """Each template renders, or is one UserError."""
     path = place / "odd.jinja"
     path.write_text(template)
     tokenizer = load_tokenizer(place / "model")
@@ -284,7 +284,7 @@ def test_templates(place: Path, template: str) -> None:
 
 
 def damaged(place: Path, name: str, file: str, data: Any, *, more: tuple[str, ...] = ()) -> Path:
-    """A copy of a folder whose JSON file `file` has a field, or a few bytes, that are anything."""
+    """A copy of a folder in which one field, or a few bytes, of the JSON file `file` are arbitrary."""
     folder = copy_of(place, name)
     path = folder / file
     if data.draw(st.integers(0, 4)):
@@ -315,7 +315,7 @@ FIELDS = (
 
 @often(20)
 def test_configs(place: Path, data: Any) -> None:
-    """What a dry run and a plan make of config.json, without weights."""
+    """A dry run and a plan of a damaged config.json, without weights."""
     folder = damaged(place, "model", "config.json", data, more=FIELDS)
     ends_well("plan", "--model", str(folder), "--max_length", "64")
     ends_well("convert", "--model", str(folder), "--to", "mcore", "--dry_run", "true")
@@ -346,7 +346,7 @@ def test_adapters(place: Path, data: Any) -> None:
 
 @often(10)
 def test_tokenizers_and_generation(place: Path, data: Any) -> None:
-    """Files that transformers reads for us."""
+    """Damaged files that transformers reads for us."""
     file = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
     folder = damaged(
         place, "model", file, data, more=("eos_token", "pad_token", "chat_template", "tokenizer_class", "eos_token_id")
@@ -386,7 +386,7 @@ def _try(action: Callable[[], Any]) -> None:
 
 
 def test_a_field_of_another_type_is_named(place: Path) -> None:
-    """What damaged files are told apart by."""
+    """The error names the field, so that different damages give different errors."""
     folder = copy_of(place, "model")
     path = folder / "tokenizer_config.json"
     write_json(path, json.loads(path.read_text()) | {"model_max_length": "long"})

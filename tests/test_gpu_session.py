@@ -1,4 +1,5 @@
-"""The driver of `make gpu-check`: stages that end their process, what is BAD, what is said where something is missing, the page."""
+"""The driver of `make gpu-check`: stages that end their process, which checks are BAD, the message where something is missing, and the
+page."""
 
 import subprocess
 import sys
@@ -36,7 +37,7 @@ for name in sys.argv[2:]:
 
 
 def run(path: Path, stages: Sequence[str], limit: float = 30.0) -> tuple[Record, int]:
-    """The record, and how many processes it took."""
+    """The record, and the number of processes that were started."""
     started = []
 
     def start(names: Sequence[str]) -> "subprocess.Popen[bytes]":
@@ -47,7 +48,7 @@ def run(path: Path, stages: Sequence[str], limit: float = 30.0) -> tuple[Record,
 
 
 def test_a_stage_costs_itself_alone(tmp_path: Path) -> None:
-    """One that raises, one that kills its process and one that hangs; what each found before stays."""
+    """A stage that raises, one that kills its process and one that hangs; the results of other stages, and their earlier results, stay."""
     record, processes = run(tmp_path / "gpu.json", ["raises", "dies", "hangs", "fine"], limit=1.0)
     assert {name: entry["state"] for name, entry in record.stages.items()} == {
         "raises": "failed",
@@ -118,7 +119,7 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_page_of_results(tmp_path: Path) -> None:
-    """The newest file of each GPU; what is BAD, failed, left out and not installed is said."""
+    """The newest file of each GPU, with what is BAD, failed, left out and not installed."""
     for day, value in ((1, 9.0), (2, 0.25)):
         record = Record(tmp_path / f"gpu-{day}.json")
         record.found |= {"device": "NVIDIA X1", "date": f"2026-12-0{day}T10:00:00+00:00"}

@@ -1,4 +1,5 @@
-"""The list of known faults fits the code, and what judges them can tell found from missed (`make test-the-tests` runs them all)."""
+"""The list of known faults fits the code, and the program that judges them distinguishes found from missed (`make test-the-tests` runs
+all)."""
 
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ FAULTS = read()
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_edit_fits(fault: Fault, tmp_path: Path) -> None:
-    """Each old text is in its file once, and what results is Python still."""
+    """Each old text is in its file exactly once, and the result is still valid Python."""
     for name in {edit.file for edit in fault.edits}:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())

@@ -1,4 +1,4 @@
-"""Imports point the way of the data: never to a later layer, never in a circle, lazy imports included."""
+"""Imports go to the same or a lower layer, never to a higher one and never in a cycle; imports inside functions included."""
 
 import ast
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ MODULES = {module_name(file): file for file in FILES}
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[str, int, bool]]:
-    """(imported module of ours, line, whether it happens when the module is imported) for every import anywhere."""
+    """(imported module of ours, line, whether it happens when the module is imported) for every import in the file."""
     tree = ast.parse(source)
     inside = {
         node
@@ -49,20 +49,20 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[str, i
 
 
 def existing(name: str) -> str:
-    """The module that holds an imported name: swift_mega.errors.UserError -> swift_mega.errors."""
+    """The module that contains an imported name: swift_mega.errors.UserError -> swift_mega.errors."""
     while name not in MODULES:
         name = name.rpartition(".")[0]
     return name
 
 
 def layer(module: str) -> int | None:
-    """The place of a module's layer; the package itself, and __main__, are above all and below none."""
+    """The index of a module's layer: len(LAYERS) for __main__, None for the package itself, which is not checked."""
     name = module.split(".")[1] if "." in module else None
     return None if name is None else len(LAYERS) if name == "__main__" else LAYERS.index(name)
 
 
 def upward(source: str, module: str, is_package: bool = False) -> list[str]:
-    """Imports of a later layer, as 'line: name'."""
+    """Imports of a higher layer, as 'line: name'."""
     mine = layer(module)
     return [
         f"{line}: {name}"
@@ -72,7 +72,7 @@ def upward(source: str, module: str, is_package: bool = False) -> list[str]:
 
 
 def test_every_module_has_a_layer():
-    """A new folder or file at the top must be placed in LAYERS, which names each once."""
+    """A new folder or file at the top must be added to LAYERS, which names each once."""
     found = {module.split(".")[1] for module in MODULES if "." in module}
     unknown = found - set(LAYERS) - {"__main__"}
     assert not unknown, f"not in swift_mega.LAYERS: {sorted(unknown)}"
@@ -96,7 +96,7 @@ def test_there_is_no_import_cycle():
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of one cycle, the first one again at the end; empty where there is none."""
+    """The modules of one cycle, with the first one again at the end; empty where there is none."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -141,7 +141,7 @@ def test_the_check_sees_cycles():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "models" / "families").glob("*.py")), ids=lambda file: file.stem)
 def test_a_family_has_one_base_at_most(file: Path):
-    """A family is a difference from the common decoder or from one other family, which it imports as a module."""
+    """A family is a variation of the common decoder or of one other family, which it imports as a module."""
     families = module_name(file.parent) + "."
     found = {
         name
@@ -152,7 +152,7 @@ def test_a_family_has_one_base_at_most(file: Path):
 
 
 def test_only_the_registry_knows_the_families():
-    """Outside their folder no module imports one: what several need stands beside the common decoder."""
+    """Outside their folder no module imports a family: what several families need is beside the common decoder."""
     families = ROOT / "models" / "families"
     knows = {
         module

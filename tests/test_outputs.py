@@ -1,4 +1,4 @@
-"""Two names are exchanged in one step, or, where the file system cannot, in two that the next run can finish."""
+"""Two names are exchanged in one step or, where the file system cannot do this, in two steps that the next run can finish."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def test_an_older_directory_is_replaced(tmp_path, monkeypatch, exchange):
 
 
 def test_the_exchange_is_one_step(tmp_path):
-    """Both names are there all the time; what was under one is under the other."""
+    """Both names exist all the time; afterwards each has what was under the other."""
     one, other = folder(tmp_path / "a", "1"), folder(tmp_path / "b", "2")
     assert outputs._exchange(one, other)
     assert names(tmp_path) == {"a": "2", "b": "1"}
@@ -59,12 +59,12 @@ def test_a_kill_between_two_renames_is_recovered(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", renamed)
     outputs.recover(target)
     assert (target / "file").read_text() == "older"
-    outputs.recover(target)  # with nothing to do
+    outputs.recover(target)  # nothing to do
     assert names(tmp_path) == {"out": "older", "out.writing": "new"}
 
 
 def test_room_is_counted_before_anything_is_made(tmp_path):
-    """At the folder that is there already; what a killed run left in the way is removed first."""
+    """Free space is counted at the existing parent folder. The rest of a killed run is removed first."""
     target = tmp_path / "a" / "b" / "out"
     free = outputs.free_bytes(target)
     assert 0 < free <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
@@ -104,14 +104,14 @@ def test_a_file_system_that_does_not_count():
     ],
 )
 def test_what_is_said_of_an_error(tmp_path, code, message):
-    """The target is named as the user did; what is in its way, by its own name."""
+    """The target is named as the user gave it; a file in its way is named by its own name."""
     staging = tmp_path / "a" / "out.writing"
     said = outputs.cannot_write(staging, OSError(code, os.strerror(code), str(staging)))
     assert re.fullmatch(f"cannot write {tmp_path}/{message}", said), said
 
 
 class _Killed(BaseException):
-    """What a handler of SIGTERM may raise."""
+    """An exception that a handler of SIGTERM may raise."""
 
 
 @pytest.mark.parametrize("older", [True, False])
@@ -119,7 +119,7 @@ class _Killed(BaseException):
     "ended_by", [UserError("no"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), _Killed()]
 )
 def test_whatever_ends_the_writing_leaves_the_older_directory_alone(tmp_path, older, ended_by):
-    """And no staging directory; an OSError becomes what the user is told of a disk."""
+    """No staging directory is left either; an OSError becomes the message about the disk."""
     target = folder(tmp_path / "out", "older") if older else tmp_path / "out"
     full = isinstance(ended_by, OSError)
     expected = (
@@ -139,7 +139,7 @@ def test_what_is_staged_to_its_end_is_published(tmp_path):
 
 
 def test_a_kill_between_two_renames_is_put_right_at_once(tmp_path, monkeypatch):
-    """Where the file system has no exchange, and the writer still has the time to clean up."""
+    """Where the file system has no exchange, and the writer still has time to clean up."""
     monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
     target, renamed = folder(tmp_path / "out", "older"), os.rename
 

@@ -1,4 +1,4 @@
-"""A cover holds every pair, and no more cases than it needs; a case that alone holds a pair is never left out."""
+"""A cover has every pair, and no more cases than it needs; the only case with some pair is never left out."""
 
 from itertools import product
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests import pairs
 
 
 def test_every_pair_is_in_the_cover() -> None:
-    """Of 54 cases of a product, pairs need at least 9 (3 x 3), and greedy choice stays near."""
+    """Of 54 cases of a product, pairs need at least 9 (3 x 3); the greedy choice needs few more."""
     cases = list(product("abc", "123", "xyz", "pq"))
     chosen = pairs.cover(cases, pairs.pairs, lambda case: 1)
     held = set().union(*(pairs.pairs(cases[place]) for place in chosen))

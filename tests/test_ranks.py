@@ -1,4 +1,4 @@
-"""The `ranks` fixture: rank 0's result comes back, a rank's error fails the test, and nobody waits for ever."""
+"""The `ranks` fixture: rank 0's result is returned, a rank's error fails the test, and no rank waits for ever."""
 
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ def _fails_on_the_last() -> None:
 
 
 def test_a_ranks_traceback_is_shown(ranks):
-    """The cause, not the peers' broken connections."""
+    """The traceback is that of the cause, not of the peers' broken connections."""
     with pytest.raises(
         Exception, match=r"rank 1 of 2 failed:\n(.|\n)*_fails_on_the_last\n(.|\n)*ArithmeticError: this one"
     ):
@@ -40,7 +40,7 @@ def _hangs() -> None:
 
 
 def _children() -> set[str]:
-    """Processes that this one started and that are not reaped; libraries of other tests may have some."""
+    """Processes that this process started and that are not reaped; libraries of other tests may have started some."""
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 

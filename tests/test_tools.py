@@ -1,6 +1,6 @@
-"""The conversion tools stand on their own: plain python, and ranks that torchrun started.
+"""The conversion tools run by themselves: with plain python, and as ranks that torchrun started.
 
-One test starts fresh interpreters, and two torchrun; what is left forks, so that Megatron is imported once.
+One test starts new interpreters, and two start torchrun. The other tests fork, so that Megatron is imported once.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools" / "convert"
 
 
 def started(*words: object) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter."""
+    """Runs a tool in a new interpreter."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240, env=environment
@@ -77,7 +77,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 
 def test_compare_logits(model: Path, tmp_path: Path) -> None:
-    """Status 0 where nothing departs, 1 where something does, 2 and one line where there is nothing to compare."""
+    """Status 0 where no point differs, 1 where one does, 2 and one line where nothing can be compared."""
     tool, other = TOOLS / "compare_logits.py", tmp_path / "other"
     shutil.copytree(model, other)
     tensors = load_file(other / "model.safetensors")
@@ -111,7 +111,7 @@ def test_compare_logits(model: Path, tmp_path: Path) -> None:
 
 
 def test_compare_logits_in_ranks_of_torchrun(model: Path, tmp_path: Path) -> None:
-    """Both sides in the same two ranks: transformers on the first one, and a layout; once each on standard output."""
+    """Both sides run in the same two ranks: transformers on the first rank, and a layout. Standard output has each line once."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
     words = ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)
     found = started(*start, *words, "--a_engine", "hf", "--b_layout", "tp2-sp")
@@ -122,7 +122,7 @@ def test_compare_logits_in_ranks_of_torchrun(model: Path, tmp_path: Path) -> Non
 
 @pytest.mark.full
 def test_compare_logits_in_ranks_of_torchrun_of_other_layouts(model: Path, tmp_path: Path) -> None:
-    """Copies where one side has fewer ranks; a layout that does not fit. By default in ranks that were forked, below."""
+    """A smaller layout runs as copies; a layout that does not fit is an error. By default the same is tested in forked ranks, below."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TOOLS / "compare_logits.py")
     words = ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)
     copies = started(*start, *words, "--b_layout", "pp2")
@@ -145,7 +145,7 @@ def of_rank(words: list[str]) -> tuple[int, str, str]:
 
 
 def test_compare_logits_in_ranks_that_are_there(ranks: Any, model: Path, tmp_path: Path) -> None:
-    """Copies where one side has fewer ranks; a layout that does not fit."""
+    """A smaller layout runs as copies; a layout that does not fit is an error."""
     words = [*map(str, ("--a", model, "--b", model, "--dtype", "float64", "--scratch", tmp_path)), "--b_layout"]
     status, out, err = ranks(2, of_rank, [*words, "pp2"])
     assert status == 0 and "(mcore, dp2)" in out, err

@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of every family, written to disk by transformers itself: the oracle's side."""
+"""Tiny random Hugging Face models of every family, written to disk by transformers itself, as oracles."""
 
 import importlib
 import json
@@ -11,18 +11,20 @@ SIZES: dict[str, Any] = dict(
     hidden_size=32, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=8, intermediate_size=48,
     vocab_size=131, max_position_embeddings=256, pad_token_id=25,
 )  # fmt: skip
-"""pad_token_id: a token that the random rows of tests have (7 times in 16 rows): most types give its embedding no gradient."""
+"""pad_token_id: a token that occurs in the random rows of tests (7 times in 16 rows), because most types give its embedding no gradient.
+"""
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 ZERO_CENTRED = "Qwen3NextRMSNorm'"
-"""Norms whose weight is kept minus one: its noise is around zero, or every norm would double what it sees, with its rounding."""
+"""Norms whose stored weight is the factor minus one. Its noise is around zero; otherwise every norm would double its input and its
+rounding."""
 
 
 def _families(file: Path) -> dict[str, dict[str, Any]]:
-    """FAMILIES of a file beside this one: name -> fields of the config, on top of SIZES."""
+    """FAMILIES of a file beside this one: name -> fields of the config, which override SIZES."""
     return importlib.import_module(file.stem).FAMILIES
 
 
@@ -103,11 +105,11 @@ FEW_KEY_HEADS: dict[str, dict[str, Any]] = {
         ("gpt_oss", 4, 1),
     ]
 }
-"""For more tensor ranks than key heads; not among FAMILIES, since that alone tells them from theirs."""
+"""For more tensor ranks than key heads. Not in FAMILIES, because they differ from families there only in the heads."""
 
 
 def tokenizer(template: str | None = None, *special: str, eos: str = "</s>") -> Any:
-    """A byte-level BPE of a few hundred merges, made on the spot, with `special` as single tokens; a fast tokenizer."""
+    """A byte-level BPE of a few hundred merges, trained here, with each of `special` as a single token; a fast tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +125,7 @@ def tokenizer(template: str | None = None, *special: str, eos: str = "</s>") -> 
 
 
 def make_chat(directory: Path, name: str, **changes: Any) -> Path:
-    """`make` with a chatml tokenizer beside the weights, and a vocabulary that holds it."""
+    """`make` with a chatml tokenizer beside the weights, and a vocabulary that is large enough for it."""
     made = tokenizer(CHATML, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
     make(directory, name, vocab_size=len(made) + 3, **changes)
     made.save_pretrained(directory)
@@ -131,7 +133,7 @@ def make_chat(directory: Path, name: str, **changes: Any) -> Path:
 
 
 def fields_of(name: str, **changes: Any) -> dict[str, Any]:
-    """Fields of the config of FAMILIES[name]; those set to `...` are left out, for types that do not have them."""
+    """Fields of the config of FAMILIES[name]. Fields set to `...` are left out, for types that do not have them."""
     return {
         key: value
         for key, value in {**SIZES, **(FAMILIES | FEW_KEY_HEADS)[name], **changes}.items()
@@ -142,11 +144,11 @@ def fields_of(name: str, **changes: Any) -> dict[str, Any]:
 def make(
     directory: Path, name: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **changes: Any
 ) -> Path:
-    """A tiny random model of FAMILIES[name] in `directory`, with every parameter (norms and biases too) away from its default."""
+    """A tiny random model of FAMILIES[name] in `directory`. Every parameter (norms and biases too) differs from its default."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = fields_of(name, **changes)
-    written_as = fields.pop("written_as", None)  # a type that transformers does not know, but for its name
+    written_as = fields.pop("written_as", None)  # a type that transformers knows under another name only
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(sum(map(ord, name)))
     model = AutoModelForCausalLM.from_config(config)
@@ -160,7 +162,7 @@ def make(
             )
     with torch.no_grad():
         for key, buffer in [*model.named_buffers(), *model.named_parameters()]:
-            if key.endswith("e_score_correction_bias"):  # zero by default: then nothing would show that it is read
+            if key.endswith("e_score_correction_bias"):  # zero by default: then no test would show that it is read
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if written_as is not None:

@@ -1,8 +1,8 @@
-"""Where the host would wait for a GPU, found on the CPU: reads of values, and sizes of results, that depend on the device's tensors.
+"""Finds on the CPU where the host would wait for a GPU: reads of values of device tensors, and results whose size depends on such values.
 
-The device's tensors are those of the model and the optimizer, what `device.send` returns, and whatever is computed from either.
-Reading the value of such a tensor, or asking for a result whose size depends on its values, drains the queue of a GPU. The same calls
-on other tensors are the host's own business and are not counted.
+The device's tensors are those of the model and the optimizer, what `device.send` returns, and whatever is computed from either. Reading
+the value of such a tensor, or computing a result whose size depends on its values, drains the queue of a GPU. The same calls on other
+tensors concern the host alone and are not counted.
 """
 
 import sys
@@ -25,9 +25,9 @@ SIZED_BY_VALUES = (
     "_local_scalar_dense nonzero masked_select argwhere is_nonzero equal allclose bincount "
     "_unique _unique2 unique_dim unique_consecutive"
 ).split()
-"""aten operators that read a value, or whose result's size is one."""
+"""aten operators that read a value, or whose result's size depends on a value."""
 METHODS = (Tensor.cpu, Tensor.tolist, Tensor.numpy)
-"""What copies to the host without an operator where the tensor is there already."""
+"""Functions that copy to the host; on a CPU tensor they call no operator."""
 PACKAGES = ("swift_mega", "megatron")
 
 
@@ -38,7 +38,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
         self._held: dict[int, Any] = {}
-        """Storages of the device by address; kept, so that no other one gets the address."""
+        """Storages of device tensors by address. They are kept alive, so that no other storage gets the address."""
 
     def put(self, tensors: Iterable[Any]) -> None:
         for tensor in tensors:

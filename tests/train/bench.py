@@ -1,4 +1,4 @@
-"""A tiny model, its adapter, and what Hugging Face and one rank say about them: the bench that layouts are measured on."""
+"""A tiny model and its adapter, with the results of Hugging Face and of one rank, which tests of layouts compare with."""
 
 import dataclasses
 import functools
@@ -32,11 +32,11 @@ IN_FLOAT64 = {
     "phi_tied": "biases of norms of heads: 1.4e-5 in float32",
     "nemotron_bias": "the bias of keys, whose gradient is nearly zero: 1.1e-5 in float32",
 }
-"""Families whose gradients float32 rounds by more than the tests' line, and why.
+"""Families whose gradients differ in float32, by rounding, more than the tests allow, and why.
 
-In float64 what is left, if anything, is transformers' own float32 norms.
+In float64 the remaining difference, if any, comes from transformers' norms, which are in float32.
 """
-# An update of Adam's first steps is g / (|g| + eps): with a tiny eps the sign of a gradient that is zero but for rounding decides.
+# An update of Adam's first steps is g / (|g| + eps). With a tiny eps, the sign of a gradient decides that is zero but for rounding.
 OPTIM = schema.Optim(lr=1e-2, eps=1e-4, weight_decay=0.1, schedule="constant", clip_grad=0.5)
 
 
@@ -60,7 +60,7 @@ def settings(
 
 
 class Bench:
-    """A model, its adapter and what Hugging Face says about them; made once per family and tuner."""
+    """A model, its adapter and the results of Hugging Face for them; made once per family and tuner."""
 
     def __init__(
         self,
@@ -74,18 +74,18 @@ class Bench:
         examples: int = 8,
         dtype: str | None = None,
     ) -> None:
-        """model: the family's, made already; the caller then asks Hugging Face itself, by `make_reference` in a rank.
+        """model: the family's, if it exists already; the caller then makes Hugging Face's results itself, with `make_reference` in a rank.
 
-        dtype: of both sides; default float32, but for the families that it rounds too much.
+        dtype: of both sides. Default float32, but float64 for families of IN_FLOAT64.
         """
         self.folder, self.tuner, self.cpu = work / f"{family}-{layers}-{tuner}", tuner, cpu
         self.model = model or tiny.make(self.folder / "model", family, num_hidden_layers=layers)
         self.dtype = dtype or ("float64" if family in IN_FLOAT64 else "float32")
         self.shape = load_settings(self.model).shape
-        # Eight are four microbatches: enough for four data ranks, and for a pipeline of four that fills and drains.
+        # Eight examples are four microbatches: enough for four data ranks, and for a pipeline of four that fills and drains.
         self.rows = parity.example_rows(self.shape.vocab, examples=examples)
         self.adapter = self.folder / "adapter" if tuner == "lora" else None
-        if model is None:  # in a rank of its own: this process must stay one that can fork ranks
+        if model is None:  # in a rank of its own: this process must stay able to fork ranks
             run_ranks(1, self.make_reference)
 
     def run(self, parallel: schema.Parallel, **train: Any) -> schema.Run:
@@ -100,7 +100,7 @@ class Bench:
 
     @functools.cached_property
     def one(self) -> tuple[list[float], Checkpoint]:
-        """Losses and weights of one rank's three steps."""
+        """Losses and weights of three steps on one rank."""
         return self.steps("one", schema.Parallel(distributed_optimizer=False), 1)
 
     def layout(self, parallel: schema.Parallel, world: int) -> Layout:
@@ -112,7 +112,7 @@ class Bench:
         return parity.compare(name, self.folder / "reference", self.folder / name)
 
     def steps(self, name: str, parallel: schema.Parallel, world: int, **train: Any) -> tuple[list[float], Checkpoint]:
-        """Losses and weights of three steps."""
+        """Losses and weights of three steps in a layout."""
         run = settings(self.model, parallel, self.tuner, self.adapter, **train)
         output = self.folder / f"{name}-steps"
         losses = run_ranks(world, three_steps, run, self.cpu, self.layout(parallel, world), self.rows, output)
@@ -121,7 +121,7 @@ class Bench:
     def both(
         self, name: str, parallel: schema.Parallel, world: int, **train: Any
     ) -> tuple[parity.Difference, list[float], Checkpoint]:
-        """`difference` and `steps` in one start of the ranks, and by one training where one dtype serves both."""
+        """`difference` and `steps` with one start of the ranks, and with one training where one dtype serves both."""
         if self.dtype != "float32":
             return self.difference(name, parallel, world, **train), *self.steps(name, parallel, world, **train)
         run = self.run(parallel, **train)
@@ -134,7 +134,7 @@ _BENCHES: dict[tuple[str, str, int], Bench] = {}
 
 
 def bench(work: Path, cpu: Device, family: str, tuner: str, layers: int = 4) -> Bench:
-    """layers: two are enough where no pipeline of four cuts them, and cost half."""
+    """layers: two are enough without a pipeline of four stages, and cost half."""
     if (family, tuner, layers) not in _BENCHES:
         _BENCHES[family, tuner, layers] = Bench(work, cpu, family, tuner, layers)
     return _BENCHES[family, tuner, layers]
@@ -143,9 +143,9 @@ def bench(work: Path, cpu: Device, family: str, tuner: str, layers: int = 4) -> 
 def three_steps(
     run: schema.Run, device: Device, layout: Layout, rows: parity.Rows, output: Path, measured: Path | None = None
 ) -> list[float]:
-    """One rank: trains on `rows`, a different order in every step, checks replicas, writes what was trained; returns losses.
+    """One rank: trains on `rows` in a different order in every step, checks replicas, writes what was trained, and returns losses.
 
-    measured: where what `parity.measure` writes goes, before the first step.
+    measured: where the output of `parity.measure` goes, before the first step.
     """
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
@@ -174,7 +174,7 @@ def three_steps(
 
 
 def check_replicas(training: Any, groups: parallel_groups.Groups) -> None:
-    """Ranks that hold the same parameter hold the same bits."""
+    """Checks that ranks with the same parameter have the same bits."""
 
     def digest(tensor: torch.Tensor) -> str:
         return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()

@@ -1,6 +1,7 @@
-"""The losses of routers: transformers' load_balancing_loss_func on one rank, and one rank's own gradients in every layout.
+"""The losses of routers: transformers' load_balancing_loss_func against one rank, and one rank's gradients against every layout.
 
-Three microbatches of two examples, of which some tokens are trained and some are padding: what Megatron's own factors get wrong.
+Three microbatches of two examples, with some untrained tokens and some padding: these are the cases where Megatron's own factors are
+wrong.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ LAYOUTS = (
 
 
 def examples() -> list[Example]:
-    """Eight of them: the answer is trained, in one of them nothing is."""
+    """Eight examples: the answer is trained, and one example has no trained token."""
     draw, made = np.random.default_rng(3), []
     for number in range(8):
         length = int(draw.integers(6, 20))
@@ -101,7 +102,8 @@ def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int)
 
 
 def oracle(model: Path, *, by_paper: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Gradients and losses of transformers. by_paper: its type has no balancing loss there; arXiv:2412.19437 eq. 17 to 20."""
+    """Gradients and losses of transformers. by_paper: for a type without balancing loss in transformers, after arXiv:2412.19437 eq. 17
+    to 20."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     network = transformers_side.network_of(model, None, torch.float32)
@@ -153,7 +155,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(work: Path, cpu: Device) -> dict[str, dict[str, float]]:
-    """One rank's losses by family, and of an adapter; its gradients are in work/NAME."""
+    """One rank's losses by family, and those of an adapter. The gradients are in work/NAME."""
     runs = [(recipe(tiny.make(work / f"{name}-model", name), schema.Parallel()), work / name) for name in FAMILIES]
     adapter = recipe(work / "mixtral-model", schema.Parallel())
     adapter = dataclasses.replace(adapter, tuner=dataclasses.replace(adapter.tuner, type="lora"))
@@ -176,7 +178,7 @@ def test_one_rank_is_transformers(work: Path, one: dict[str, dict[str, float]], 
 
 
 def test_adapters_see_it_through_a_frozen_router(work: Path, one: dict[str, dict[str, float]]) -> None:
-    """Its gradient reaches the factors below the router, as it does in transformers: dA = s B^T dW, dB = s dW A^T."""
+    """The gradient of the balancing loss reaches the factors below the router, as in transformers: dA = s B^T dW, dB = s dW A^T."""
     merge(work / "mixtral-model", work / "adapter", work / "merged")
     gradients, losses = oracle(work / "merged")
     assert one["lora"] == pytest.approx(losses, rel=1e-5)

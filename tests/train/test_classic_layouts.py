@@ -1,4 +1,4 @@
-"""Steps of models with learned positions, turned weights, ALiBi and a norm on the embedding: every layout trains what one rank does."""
+"""Models with learned positions, transposed weights, ALiBi and a norm on the embedding: every layout takes the steps of one rank."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ RECOMPUTED = both_tuners([("gpt2", "tp2-sp"), ("bloom", "tp2-sp")])
 
 @pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(str)))
 def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
-    """Clipping by the gradient's norm included, which counts what is cut and what is whole."""
+    """Including clipping by the gradient's norm, which counts sharded and whole parameters."""
     check(work, cpu, family, tuner, layout)
 
 
@@ -33,7 +33,7 @@ def test_recompute(work: Path, cpu: Device, family: str, layout: str, tuner: str
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_distributed_optimizer(work: Path, cpu: Device, family: str) -> None:
-    """State cut over data ranks, communication hidden: the tables of the embedding are waited for like any parameter."""
+    """Optimizer state sharded over data ranks, communication overlapped: the tables of the embedding are waited for like any parameter."""
     parallel, world = parse_layout("tp2-dp2-sp")
     parallel = dataclasses.replace(
         parallel, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000

@@ -1,4 +1,4 @@
-"""Rows of tokens cut over context ranks: everything is what Hugging Face computes, and what one rank does."""
+"""Rows of tokens split over context ranks: all results equal Hugging Face's and those of one rank."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.train.bench import check
 CASES = [
     *(("llama", layout) for layout in ("cp2-ring", "cp2-ulysses", "cp2-allgather", "cp4-ulysses2", "cp4-ring")),
     *(("llama", layout) for layout in ("tp2-cp2-ring-sp", "tp2-cp2-ulysses", "pp2-cp2-ring", "cp2-ring-dp2")),
-    ("llama_4_1", "cp2-ulysses"),  # one key head, sent to both
+    ("llama_4_1", "cp2-ulysses"),  # one key head, sent to both ranks
     ("mixtral", "cp2-ep2-ring"),
     ("mixtral", "tp2-cp2-ep2-etp1-ulysses-sp"),
     ("deepseek_v3_moe", "cp2-ring"),  # latent attention: keys wider than values
@@ -19,7 +19,7 @@ CASES = [
     ("gpt_oss", "cp2-ring"),  # sinks and windows
     ("gpt_oss", "cp2-ulysses"),
     ("gemma2", "cp2-ring"),  # soft-capped scores and windows
-    ("phi3_longrope", "cp2-ring"),  # frequencies by the length of the whole example
+    ("phi3_longrope", "cp2-ring"),  # rotary frequencies by the length of the whole example
 ]
 
 
@@ -36,5 +36,5 @@ def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -
 
 @pytest.mark.parametrize("layout", ["cp2-ring", "cp2-ulysses"])
 def test_recompute(work: Path, cpu: Device, layout: str) -> None:
-    """Ranks send the same things twice, in the same order."""
+    """Ranks send the same tensors twice, in the same order."""
     check(work, cpu, "llama", "full", layout, layers=2, recompute="full")

@@ -1,4 +1,4 @@
-"""Models of gated delta nets: a row of many examples is what they are alone, and every way of training gives the same steps."""
+"""Models with gated delta nets: examples in one row give the same as each alone, and every way of training gives the same steps."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone_and_together(directory: Path, cpu: Device) -> None:
-    """One rank: hidden states and every gradient of examples in one row, and of each in a row of its own."""
+    """One rank: hidden states and every gradient of examples in one row, and of each example in a row of its own."""
     layout = plan_layout(schema.Parallel(), load_settings(directory).shape, 1)
     groups = parallel_groups.init(layout)
     part = build_part(schema.Run(), cpu, groups, dtype=torch.float64, adapters=False, source=Source(directory))
@@ -59,7 +59,7 @@ def alone_and_together(directory: Path, cpu: Device) -> None:
 
 
 def gradients(part: Any) -> dict[str, Tensor]:
-    """Takes what has gathered in the parameters."""
+    """Returns the gradients of the parameters and clears them."""
     found = {held.name: held.parameter.grad for held in part.held() if held.parameter.grad is not None}
     for held in part.held():
         held.parameter.grad = None
@@ -75,7 +75,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba
 
 
 def pefts_logits(model: Path, adapter: Path, merged: Path) -> tuple[float, float]:
-    """One rank: how far the merged model is from the base, and from PEFT's own."""
+    """One rank: the difference of the merged model from the base, and from PEFT's model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -89,7 +89,7 @@ def pefts_logits(model: Path, adapter: Path, merged: Path) -> tuple[float, float
 
 
 def test_an_adapter_of_attention_is_pefts(ranks: Any, cpu: Device, tmp_path: Path) -> None:
-    """Gates among the queries, and a delta net's projections, lie in it as PEFT has them."""
+    """The gates joined to the queries, and a delta net's projections, get adapters as in PEFT."""
     model = tiny.make(tmp_path / "model", "qwen3_next")
     run = settings(model, schema.Parallel(), "lora")
     run = dataclasses.replace(run, tuner=dataclasses.replace(run.tuner, target_modules=ATTENTION))
@@ -106,7 +106,7 @@ def test_recompute(work: Path, cpu: Device, tuner: str, recompute: str) -> None:
 
 
 def test_distributed_optimizer(work: Path, cpu: Device) -> None:
-    """State cut over data ranks, communication hidden: what the module itself owns is waited for too."""
+    """Optimizer state sharded over data ranks, communication overlapped: parameters that the module itself owns are waited for too."""
     parallel, world = parse_layout("tp2-ep2-etp1-dp2-sp")
     parallel = dataclasses.replace(
         parallel, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000

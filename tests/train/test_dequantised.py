@@ -1,4 +1,4 @@
-"""Quantised checkpoints all the way: what layouts compute of them, training, conversion and merging; against the weights they mean."""
+"""Quantised checkpoints in layouts, training, conversion and merging, against their plain weights."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from swift_mega.verify import parity
 
 
 def pair(folder: Path, format: str, family: str = "llama", **changes: Any) -> tuple[Path, Path]:
-    """A quantised model and the plain float32 one that it means."""
+    """A quantised model and its plain float32 model."""
     make = tiny.make_chat if changes.pop("chat", False) else tiny.make
     source = make(folder / "source", family, **changes)
     meant = files.write(source, folder / "quantised", format)
@@ -53,18 +53,18 @@ def test_every_format_computes_what_its_weights_mean(tmp_path, cpu, format):
 
 @pytest.mark.parametrize("format", ["fp8", "gptq", "awq"])
 def test_ranks_with_a_part_of_a_key_head(tmp_path, cpu, format):
-    """12 of 48 rows of query, key and value on each rank: slices that begin and end within blocks and packed words."""
+    """12 of 48 rows of query, key and value on each rank: slices begin and end within blocks and packed words."""
     check(tmp_path, cpu, *pair(tmp_path, format, "llama_4_1", num_hidden_layers=1), "tp4")
 
 
 @pytest.mark.parametrize("layout", ["tp2-ep2-etp1-sp", "pp2"])
 def test_deepseek_in_fp8(tmp_path, cpu, layout):
-    """Latent attention, dense layers and experts, in FP8 blocks that divide few of them."""
+    """Latent attention, dense layers and experts, in FP8 blocks whose size divides few of their sizes."""
     check(tmp_path, cpu, *pair(tmp_path, "fp8", "deepseek_v3_moe"), layout)
 
 
 def test_settings_are_the_plain_models(tmp_path):
-    """The quantisation changes nothing of the model; not asked for, it is refused with the flag that asks."""
+    """The quantisation changes no setting of the model. Without --dequantize it is refused, and the error names the flag."""
     quantised, meant = pair(tmp_path, "fp8", num_hidden_layers=1)
     assert load_settings(quantised, dequantize=True) == load_settings(meant) == load_settings(meant, dequantize=True)
     with pytest.raises(UserError, match=r"is quantised: quantization_config=.*'fp8'.*; pass --dequantize true"):
@@ -99,7 +99,7 @@ def train(model: Path, rows: Path, output: Path, *changes: str) -> api.TrainResu
 
 
 def test_lora_on_a_quantised_model(chat, tmp_path):
-    """The same losses and adapter as on the plain weights; merged, a plain model that is the plain weights' merged one."""
+    """The same losses and adapter as on the plain weights; the merged model equals the merged model of the plain weights."""
     quantised, meant, rows = chat
     asked = train(quantised, rows, tmp_path / "a", "model.dequantize=true", "export.merge_lora=true")
     plain = train(meant, rows, tmp_path / "b", "export.merge_lora=true")
@@ -113,7 +113,7 @@ def test_lora_on_a_quantised_model(chat, tmp_path):
 
 
 def test_a_quantised_model_trained_whole(chat, tmp_path):
-    """In bfloat16, from FP8; what is written is a plain model that transformers loads."""
+    """In bfloat16, from FP8. The written model is plain, and transformers loads it."""
     quantised, meant, rows = chat
     done = train(quantised, rows, tmp_path, "model.dequantize=true", "tuner.type=full", "model.dtype=bfloat16")
     assert done.losses[-1] < done.losses[0]
@@ -134,7 +134,7 @@ def test_what_is_wrong_stops_training_before_ranks_start(chat, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
 def test_to_megatron_and_back(chat, tmp_path, dtype):
-    """The dequantised weights to the bit, of the dtype that was asked for or that config.json names."""
+    """The dequantised weights bit for bit, in the requested dtype or the one that config.json names."""
     quantised, meant, _ = chat
     flags = ["--torch_dtype", dtype] if dtype else []
     there = [
@@ -169,7 +169,7 @@ def test_the_way_back_needs_no_flag(tmp_path, capsys):
 
 
 def test_verify_a_quantised_model(chat, capsys):
-    """The layouts dequantise their slices; Hugging Face has the whole."""
+    """The layouts dequantise their slices; Hugging Face gets the whole plain model."""
     quantised, _, _ = chat
     assert main(["verify", "--model", str(quantised), "--layouts", "tp2", "--dequantize", "true"]) == 0
     assert "every layout equals Hugging Face" in capsys.readouterr().out
@@ -177,7 +177,7 @@ def test_verify_a_quantised_model(chat, capsys):
 
 
 def test_merging_is_in_float32(chat, tmp_path):
-    """base + delta is rounded once, not the base first: into the dtype that config.json names."""
+    """base + delta is rounded once, into the dtype that config.json names; the base is not rounded before."""
     quantised, meant, rows = chat
     adapter = train(meant, rows, tmp_path / "run").checkpoint
     files.set_config(quantised, dtype="bfloat16")
@@ -201,7 +201,7 @@ def test_merging_is_in_float32(chat, tmp_path):
 
 
 def test_companions_of_a_plain_model_are_left_alone(tmp_path):
-    """Nothing is rewritten where there is nothing to drop."""
+    """Nothing is rewritten where there is no quantisation to remove."""
     text = '{"hidden_size":   4}'
     (tmp_path / "config.json").write_text(text)
     drop_quantization(tmp_path)

@@ -1,7 +1,8 @@
-"""Rows cut for Transformer Engine's context parallelism, whose kernels need CUDA: with a definition of them in their place, over gloo.
+"""Rows split for Transformer Engine's context parallelism, whose kernels need CUDA: a definition of them takes their place, over gloo.
 
-What is proven is all that is ours: that examples are padded, cut and glued as Transformer Engine wants, that labels and positions go with
-them, and what its attention is called with. Then logits, loss and gradients are Hugging Face's, and three steps those of one rank.
+The tests show that our part is correct: examples are padded, split and joined as Transformer Engine requires, labels and positions are
+split in the same way, and its attention gets the right arguments. Then logits, loss and gradients equal Hugging Face's, and three steps
+equal those of one rank.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, of which ranks are forks."""
+    """Installed in this process, which ranks are forks of."""
     monkeypatch.setattr(specs, "te_attention", lambda te: StandIn)
 
 

@@ -1,4 +1,4 @@
-"""An epoch is each row once, whatever the batch, the ranks and the layout: the tokens and the weights say so.
+"""An epoch is each row once, whatever the batch, the ranks and the layout: tokens and weights show it.
 
 The oracle of a short last step is the same rows in a batch of exactly that size, on one rank.
 """
@@ -59,7 +59,7 @@ def weights_equal(one: api.TrainResult, other: api.TrainResult, tolerance: float
 
 @pytest.fixture(scope="module")
 def one_step(models: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> api.TrainResult:
-    """All rows in one batch that they fill."""
+    """Weights and loss after one step on one batch with all rows."""
     batch = f"train.global_batch_size={ROWS}"
     return run(models / "llama", rows, tmp_path_factory.mktemp("one"), batch, "train.steps=1")
 
@@ -76,7 +76,7 @@ def one_step(models: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_few_rows_are_one_step(
     models: Path, rows: Path, tmp_path: Path, one_step: api.TrainResult, changes: list[str], nproc: int
 ) -> None:
-    """7 rows, batches of 16 or more: one step of each row once, its loss and its weights those of a batch of 7."""
+    """7 rows with batches of 16 or more: one step with each row once. Its loss and weights equal those of a batch of 7."""
     done = run(models / "llama", rows, tmp_path, "train.epochs=1", *changes, nproc=nproc)
     assert done.losses == pytest.approx(one_step.losses, abs=1e-5)
     assert (done.tokens, trained_tokens(done)) == (one_step.tokens, trained_tokens(one_step))
@@ -86,7 +86,7 @@ def test_few_rows_are_one_step(
 def test_the_last_of_several_steps_is_short(
     models: Path, rows: Path, tmp_path: Path, one_step: api.TrainResult
 ) -> None:
-    """Two epochs of 7 in batches of 4: 14 examples in 4 steps, the last of 2, on 1 and on 2 ranks."""
+    """Two epochs of 7 rows in batches of 4: 14 examples in 4 steps, the last with 2, on 1 and on 2 ranks."""
     changes = ("train.epochs=2", "train.global_batch_size=4", "train.micro_batch_size=2")
     one = run(models / "llama", rows, tmp_path / "one", *changes)
     two = run(models / "llama", rows, tmp_path / "two", *changes, nproc=2)
@@ -97,7 +97,7 @@ def test_the_last_of_several_steps_is_short(
 
 
 def test_experts_and_ranks_of_padding_alone(models: Path, rows: Path, tmp_path: Path) -> None:
-    """Expert-parallel ranks exchange tokens in every microbatch: a rank without rows takes part, and adds nothing."""
+    """Expert-parallel ranks exchange tokens in every microbatch: a rank without rows takes part and adds nothing to the result."""
     want = run(models / "mixtral", rows, tmp_path / "one", f"train.global_batch_size={ROWS}", "train.steps=1")
     found = run(
         models / "mixtral",
@@ -116,7 +116,7 @@ def test_experts_and_ranks_of_padding_alone(models: Path, rows: Path, tmp_path: 
 def test_steps_that_repeat_rows_say_so(
     models: Path, rows: Path, tmp_path: Path, one_step: api.TrainResult, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A number of steps is done to its end, over the same rows again where they are too few."""
+    """All steps of train_iters are done, with repeated rows where there are too few."""
     done = run(models / "llama", rows, tmp_path / "a", "train.steps=1", "train.global_batch_size=21")
     assert "train.steps=1 goes over the 7 examples 3 times" in capfd.readouterr().out
     assert done.tokens == 3 * one_step.tokens

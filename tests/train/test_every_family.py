@@ -1,7 +1,7 @@
-"""Every family equals Hugging Face on one rank, full and LoRA, and when it is cut over tensor, expert and pipeline ranks.
+"""Every family equals Hugging Face on one rank, full and LoRA, and when it is split over tensor, expert and pipeline ranks.
 
-In float64: float32 rounds some families' gradients by 1e-5, more or less by the processor. What is left of the difference is what
-transformers computes in float32 in any dtype (its norms and softmaxes). test_layouts.py is in float32.
+In float64, because float32 rounds some families' gradients by about 1e-5, depending on the processor. The remaining difference comes from
+what transformers computes in float32 in any dtype (its norms and softmaxes). test_layouts.py is in float32.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ STAGED = (
     "falcon",
     "glm4_moe",
 )
-"""Families cut over pipeline ranks by default, two of every kind of them: what a stage holds does not depend on more."""
+"""Families with pipeline ranks by default, two of every kind: the contents of a stage do not depend on more."""
 
 
 @dataclasses.dataclass
 class Benches:
-    """The bench of each family, full, which the tests of it share. Pipelines need eight examples, others four."""
+    """The bench of each family, full, shared by the tests of the family. Pipelines need eight examples, others four."""
 
     work: Path
     cpu: Device
@@ -61,7 +61,7 @@ def benches(tmp_path_factory: pytest.TempPathFactory, cpu: Device, request: pyte
 
 
 def measured(bench: Bench, *others: Bench) -> None:
-    """One rank: what Hugging Face says and what this rank says, of every bench in turn."""
+    """One rank: the results of Hugging Face and of this rank, for every bench in turn."""
     for one in (bench, *others):
         one.make_reference()
         parity.measure(one.run(ONE), one.cpu, one.layout(ONE, 1), one.rows, one.folder / "single")
@@ -87,7 +87,7 @@ CUT = [(family, layout) for family in tiny.FAMILIES for layout in ("tp2-sp", "pp
     [pytest.param(*case, marks=pytest.mark.full) if case[1] == "pp2" and case[0] not in STAGED else case for case in CUT],
 )  # fmt: skip
 def test_every_family_is_cut(benches: Benches, family: str, layout: str) -> None:
-    """Tensor, sequence and pipeline parallelism of every family; experts are cut with the ranks there are."""
+    """Tensor, sequence and pipeline parallelism of every family; with experts, expert parallelism on the same ranks."""
     one = benches.full(family)
     if not (one.folder / "reference").exists():
         run_ranks(1, one.make_reference)

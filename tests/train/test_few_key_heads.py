@@ -1,4 +1,4 @@
-"""More tensor ranks than key heads: a rank's rows of linear_qkv end within a group, and everything is what Hugging Face computes."""
+"""More tensor ranks than key heads: a rank's rows of linear_qkv end within a group, and all results equal Hugging Face's."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import bench, check, check_steps
 
 CASES = [
-    # As many of each kind as two ranks allow; what four ranks add is below.
+    # With two ranks as many of each kind as possible; cases that need four ranks are below.
     *((f"{name}_4_1", "tp2") for name in ("hunyuan", "olmo2")),
     *((f"{name}_4_1", "tp2-sp") for name in ("llama_bias", "qwen3", "olmo2")),
     *((f"{name}_4_1", "tp2-ep2-etp1-sp") for name in ("mixtral", "gpt_oss")),
@@ -26,7 +26,7 @@ CASES = [
     ("llama_bias_8_2", "tp4"),  # two queries of a group on each rank; biases of all linears
     ("qwen2_4_1", "tp2-sp"),
     ("qwen3_4_2", "tp4-sp"),  # norms of heads, whole on every rank
-    ("phi3_4_1", "tp2"),  # one Hugging Face tensor, one after another
+    ("phi3_4_1", "tp2"),  # queries, keys and values joined in one Hugging Face tensor, one after another
     ("olmo2_4_1", "tp4"),  # norms of all heads together
     ("olmo2_8_2", "tp4-sp"),
     ("hunyuan_4_2", "tp4"),  # norms of heads after the rotation
@@ -54,13 +54,13 @@ def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -
 
 @pytest.mark.parametrize("recompute, tuner", RECOMPUTED)
 def test_recompute(work: Path, cpu: Device, recompute: str, tuner: str) -> None:
-    """Ranks gather the same things twice, in the same order."""
+    """Ranks gather the same tensors twice, in the same order."""
     check(work, cpu, "llama_4_1", tuner, "tp2-sp", layers=2, recompute=recompute)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_distributed_optimizer(work: Path, cpu: Device, tuner: str) -> None:
-    """State cut over data ranks, communication hidden: factors that are gathered are waited for first."""
+    """Optimizer state sharded over data ranks, communication overlapped: gathered LoRA factors are waited for first."""
     parallel, world = parse_layout("tp2-dp2-sp")
     parallel = dataclasses.replace(
         parallel, distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000
@@ -70,7 +70,7 @@ def test_distributed_optimizer(work: Path, cpu: Device, tuner: str) -> None:
 
 
 def test_a_norm_for_each_key_head_is_refused(tmp_path: Path) -> None:
-    """Cohere's, whose weights are [key heads, head_dim]."""
+    """Cohere's norms, whose weights are [key heads, head_dim]."""
     shape = load_settings(tiny.make(tmp_path, "cohere_qk_norm")).shape
     with pytest.raises(
         UserError, match=r"parallel.tensor=8 is more than the model's 4 key-value heads.*parallel.tensor=4"

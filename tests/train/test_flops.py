@@ -1,4 +1,4 @@
-"""The work of a token, against the matrices of transformers' own model, and against what is published of real ones."""
+"""The FLOPs of a token, against the matrices of transformers' own model, and against published numbers of real models."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,8 @@ CHOSEN = ("num_experts_per_tok", "moe_k")
 
 
 def counted(directory: Path) -> int:
-    """Numbers in transformers' matrices that a token passes: of stacked experts [experts, ...] its share, of embeddings none."""
+    """The numbers in transformers' matrices that a token is multiplied by: for stacked experts [experts, ...] their share, for
+    embeddings none."""
     from transformers import AutoModelForCausalLM
 
     config = hf_config(directory)
@@ -44,7 +45,7 @@ def test_every_family_counts_what_transformers_holds(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize(
     "name, billions",
-    # what the makers say is active per token, embeddings included or not: hence the tolerance
+    # The makers' numbers of active parameters per token, with embeddings or without: hence the tolerance.
     [("qwen3moe", 3.3), ("deepseek_v3", 37.0), ("deepseek_v2lite", 2.4), ("deepseek_v2", 21.0), ("kimi_k2", 32.0), ("mixtral", 12.9),
      ("hunyuan_a13b", 13.0)],
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Dropout and recomputed modules in layers that are joined here, as in Megatron's own; oracles are transformers and plain runs."""
+"""Dropout and recomputed modules, in layers whose parts are joined by our code and in Megatron's own; the oracles are transformers and
+runs without them."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +23,8 @@ from swift_mega.verify import parity
 PLAIN = ("llama", "starcoder2")
 JOINED = ("gemma2", "glm4", "cohere", "granite", "falcon_new", "phi")
 RECOMPUTED = ("llama", "starcoder2", "gemma2", "cohere", "phi", "falcon_new")
-"""Megatron's layer, with biases, norms after, in parallel with a norm for both, the same with biases, and with a norm each."""
+"""Megatron's layer; with biases; with norms after the branches; parallel branches with one norm for both; the same with biases; and
+with a norm each."""
 RATE = 0.25
 
 
@@ -78,7 +80,8 @@ def dropouts(
 
 
 def branches(training: Training) -> list[float]:
-    """Shares of what attention, and the MLP, add that are zero; the rest is 1 / (1 - rate) times what is added without dropout."""
+    """The shares of zeros in the outputs of attention and of the MLP. The other values are 1 / (1 - rate) times the output without
+    dropout."""
     layer, shares = training.part.chunks[0].decoder.layers[0], []
     for silent in (layer.mlp.linear_fc2, layer.self_attention.linear_proj):
         kept = [(parameter, parameter.detach().clone()) for parameter in silent.parameters()]
@@ -109,7 +112,8 @@ def layer_of(layer: Any, training: Training, x: Tensor) -> Tensor:
 
 
 def same_as_transformers(training: Training, model: Path, fields: dict[str, float]) -> None:
-    """One seed, one order of draws (embedding, attention, MLP), one mask each: hidden states are transformers' in training."""
+    """With one seed, one order of random draws (embedding, attention, MLP) and one mask for each, hidden states equal transformers' in
+    training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model, **fields)
@@ -130,7 +134,7 @@ def same_as_transformers(training: Training, model: Path, fields: dict[str, floa
 
 
 def test_recomputed_modules(models: dict[str, Path], tmp_path: Path, cpu: Device) -> None:
-    """With dropout, over two ranks that share tokens: each module runs twice, and gradients are the same bits."""
+    """With dropout, over two ranks that share tokens: each module runs twice, and gradients have the same bits."""
     for name, calls in run_ranks(2, recomputed, cpu, models).items():
         assert calls == {"mlp": (2, 4), "layernorm": (2, 4)}, (name, calls)
 

@@ -1,7 +1,7 @@
-"""Every layout computes what Hugging Face does, and trains what one rank does; full and LoRA, on the real Megatron over gloo.
+"""Every layout computes what Hugging Face does and takes the steps of one rank; full and LoRA, on the real Megatron over gloo.
 
-Gradients and logits are compared with transformers (and PEFT) in float32. Three optimizer steps are compared with one rank, whose
-own steps are compared with torch's AdamW on the Hugging Face model.
+Gradients and logits are compared with transformers (and PEFT) in float32. Three optimizer steps are compared with one rank, whose steps
+are compared with torch's AdamW on the Hugging Face model.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ CASES = [
     ("qwen3_moe_mixed", "tp2-ep2-etp2-sp"),
     ("mixtral", "ep2-dp4"),
     ("mixtral", "tp2-etp1-sp"),  # tensor ranks with the same whole experts
-    # parameters that tensor ranks hold whole and see the gradient of in part, or that they cut, outside Megatron's own linears
+    # parameters outside Megatron's own linears: whole on tensor ranks with partial gradients, or sharded
     *((family, "tp2") for family in ("cohere_qk_norm", "hunyuan", "apertus", "phi_tied")),
     ("phi", "tp2-pp2-sp"),
-    ("gpt_oss", "tp2-ep2-etp1-dp2-sp"),  # biases of experts, sinks cut by heads
+    ("gpt_oss", "tp2-ep2-etp1-dp2-sp"),  # biases of experts, sinks sharded by heads
     ("granitemoeshared", "tp2-ep2-etp2-sp"),  # stacked experts, a shared one
-    ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias of the choice
-    ("qwen3_next", "tp2-ep2-etp2-sp"),  # gated delta nets, cut by key heads
+    ("ernie4_5_moe", "tp2-ep2-etp1-sp"),  # a bias in the choice of experts
+    ("qwen3_next", "tp2-ep2-etp2-sp"),  # gated delta nets, sharded by key heads
     ("qwen3_next_dense", "pp2"),
-    # the norm after the state is whole on every rank, which sees the gradient of its own heads
+    # the norm after the state is whole on every rank, which has the gradient of its own heads only
     ("qwen3_next_dense", "tp2"),
 ]
 RECOMPUTED = [
@@ -75,19 +75,19 @@ def test_layout(work: Path, cpu: Device, family: str, layout: str, tuner: str) -
 @pytest.mark.full
 @pytest.mark.parametrize("tuner", ["full", "lora"])
 def test_eight_ranks(work: Path, cpu: Device, tuner: str) -> None:
-    """Delta nets over tensor and pipeline ranks at once; the default cases have each of both."""
+    """Delta nets over tensor and pipeline ranks together; the default cases have each of the two alone."""
     check(work, cpu, "qwen3_next", tuner, "tp4-pp2-etp1-sp")
 
 
 @pytest.mark.parametrize("family, layout, tuner, recompute", covering(RECOMPUTED, of_layouts(kind)))
 def test_recompute(work: Path, cpu: Device, family: str, layout: str, tuner: str, recompute: Any) -> None:
-    """Recomputing activations changes nothing: also for adapters below a frozen embedding."""
+    """Recomputing activations changes nothing, also for adapters after a frozen embedding."""
     check(work, cpu, family, tuner, layout, recompute=recompute)
 
 
 @pytest.mark.parametrize("family, layout, tuner, overlap", covering(CUT_OPTIMIZERS, of_layouts(kind)))
 def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str, tuner: str, overlap: str) -> None:
-    """Optimizer state cut over data ranks trains what one rank does, with communication hidden or not."""
+    """Optimizer state sharded over data ranks gives the steps of one rank, with communication overlapped or not."""
     parallel, world = parse_layout(layout)
     hidden = overlap == "overlap"
     parallel = dataclasses.replace(
@@ -108,7 +108,7 @@ def test_distributed_optimizer(work: Path, cpu: Device, family: str, layout: str
     ids=lambda change: "=".join(map(str, *change.items())),
 )  # fmt: skip
 def test_uneven_stages(work: Path, cpu: Device, change: dict[str, Any]) -> None:
-    """Stages of unequal length hold the layers that the layout says, and train the same."""
+    """Stages of unequal length have the layers of the layout, and give the same steps."""
     parallel = schema.Parallel(pipeline=2, distributed_optimizer=False, **change)
     one = bench(work, cpu, "llama_tied", "full")
     found, losses, trained = one.both("uneven", parallel, 2)
@@ -118,11 +118,13 @@ def test_uneven_stages(work: Path, cpu: Device, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_one_rank_steps_equal_torch(work: Path, cpu: Device, family: str) -> None:
-    """Three steps of one rank are torch's AdamW on the Hugging Face model: clipping, weight decay, loss per token, padding row and all."""
+    """Three steps of one rank equal torch's AdamW on the Hugging Face model, with clipping, weight decay, loss per token and the
+    padding token's row."""
     one = bench(work, cpu, family, "full")
     losses, weights = run_ranks(1, torch_steps, one.model, one.rows)
     assert one.one[0] == pytest.approx(losses, abs=2e-6)
-    assert weights.keys() - one.one[1].entries.keys() <= {"lm_head.weight"}  # the embedding again, where they are tied
+    # The head is a copy of the embedding, where they are tied.
+    assert weights.keys() - one.one[1].entries.keys() <= {"lm_head.weight"}
     for name in weights.keys() & one.one[1].entries.keys():
         torch.testing.assert_close(one.one[1].read(name), weights[name], atol=1e-5, rtol=0)
 
@@ -142,7 +144,7 @@ def torch_steps(model: Path, rows: parity.Rows) -> tuple[list[float], dict[str, 
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        found = parity._backward(network, rows)  # order of rows does not matter on one device
+        found = parity._backward(network, rows)  # the order of rows does not matter on one device
         torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIM.clip_grad)
         optimizer.step()
         losses.append(float(found["loss"]))

@@ -1,4 +1,4 @@
-"""A whole run through the API: data in, checkpoints out, in SWIFT's output layout; and what stops it before ranks start."""
+"""A whole run through the API, from data to checkpoints, in SWIFT's output layout; and what stops it before ranks start."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_lora_run_leaves_swifts_layout(lora_run: api.TrainResult) -> None:
 
 
 def test_adapter_and_merged_model_are_the_same_model(lora_run: api.TrainResult, model: Path) -> None:
-    """What PEFT computes with the adapter, transformers computes with the merged model, and it is not the base."""
+    """PEFT with the adapter and transformers with the merged model give the same logits, which differ from the base's."""
     assert lora_run.merged is not None
     adapted = logits(model, lora_run.checkpoint)
     torch.testing.assert_close(logits(lora_run.merged, None), adapted, atol=1e-4, rtol=0)
@@ -123,14 +123,14 @@ def test_trained_adapter_gives_megatrons_logits(lora_run: api.TrainResult, model
 
 
 def test_training_goes_on_from_an_adapter(lora_run: api.TrainResult, model: Path, rows: Path, tmp_path: Path) -> None:
-    """--adapters starts where the adapter stands: the first loss is near the last one, far from the base model's."""
+    """--adapters continues from the adapter: the first loss is near its last one, far from the base model's."""
     run = recipe(model, rows, tmp_path, f"model.adapters={lora_run.checkpoint}", "train.steps=1", "data.packing=true")
     again = api.train(run, nproc=1)
     assert abs(again.losses[0] - lora_run.losses[-1]) < abs(lora_run.losses[0] - lora_run.losses[-1]) / 2
 
 
 def test_layouts_train_alike(model: Path, rows: Path, tmp_path: Path) -> None:
-    """The loss curve of a run is that of one rank, whatever the layout; so are the files."""
+    """In every layout, the loss curve and the files of a run equal those of one rank."""
     one = api.train(recipe(model, rows, tmp_path / "one", "train.steps=4", "optim.eps=1e-4"), nproc=1)
     two = api.train(
         recipe(model, rows, tmp_path / "two", "train.steps=4", "optim.eps=1e-4", "parallel.tensor=2"), nproc=4
@@ -142,7 +142,7 @@ def test_layouts_train_alike(model: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_tiles_and_chunks_train_alike(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Whole training with everything overlapped over data ranks: the loss curve is the same, and the run says what it does not tile."""
+    """A whole run with all communication over data ranks overlapped: the loss curve is the same, and the run says what it does not tile."""
     model = tiny.make_chat(tmp_path / "model", "qwen2_moe", max_position_embeddings=512)
     shared = ("tuner.type=full", "train.steps=4", "optim.eps=1e-4", "data.split_dataset_ratio=0.1")
     shared += (
@@ -194,7 +194,7 @@ def test_full_run_in_bfloat16(model: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_offloaded_run(model: Path, rows: Path, tmp_path: Path) -> None:
-    """Inputs of layers and the optimizer's state on the host, evaluations and checkpoints between steps: the same run."""
+    """Inputs of layers and the optimizer's state on the host, with evaluations and checkpoints between steps: the same run."""
     changes = (
         "tuner.type=full",
         "model.dtype=bfloat16",
@@ -305,9 +305,9 @@ def test_a_loss_that_is_no_number_stops_the_run(model: Path, rows: Path, tmp_pat
 
 @pytest.mark.parametrize("name", ["llama", "starcoder2_plain"])
 def test_flops_count_weights(tmp_path: Path, cpu: Device, name: str) -> None:
-    """6 per weight and token where weights are trained, 4 where they are frozen; embeddings are looked up, not multiplied.
+    """6 per weight and token where weights are trained, 4 where they are frozen. Embeddings are lookups, not products.
 
-    An MLP has three linears where it is gated, else two.
+    A gated MLP has three linears, another MLP two.
     """
     model = tiny.make(tmp_path, name)
     settings = load_settings(str(model))
@@ -328,7 +328,7 @@ def test_verify_passes_and_fails(model: Path) -> None:
 
 
 def test_one_rank_needs_no_process_group(model: Path, rows: Path, tmp_path: Path) -> None:
-    """A notebook's process is left as it was."""
+    """A notebook's process is not changed."""
     api.train(recipe(model, rows, tmp_path, "train.steps=1"), nproc=1)
     assert not torch.distributed.is_initialized()
     assert run_ranks(2, torch.distributed.get_world_size) == 2
@@ -338,7 +338,7 @@ def test_one_rank_needs_no_process_group(model: Path, rows: Path, tmp_path: Path
 def test_dropout_of_adapters_differs_by_step_and_not_by_rank(
     model: Path, rows: Path, tmp_path: Path, sequence: bool
 ) -> None:
-    """Dropout changes the loss of a step that starts from a trained adapter, and replicas stay equal (the run would drift apart)."""
+    """Dropout changes the loss of a step after a trained adapter; replicas stay equal (otherwise the run would diverge)."""
     base = ["train.steps=3", "parallel.tensor=2", f"parallel.sequence={str(sequence).lower()}", "tuner.rank=4"]
     plain = api.train(recipe(model, rows, tmp_path / "plain", *base), nproc=2)
     dropped = api.train(recipe(model, rows, tmp_path / "dropped", *base, "tuner.dropout=0.5"), nproc=2)
@@ -347,7 +347,7 @@ def test_dropout_of_adapters_differs_by_step_and_not_by_rank(
 
 
 def test_a_balancing_loss_is_logged_beside_the_loss(rows: Path, tmp_path: Path) -> None:
-    """Without its coefficient, and not in `loss`, which a large coefficient leaves as it is in the first step."""
+    """Without its coefficient, and not in `loss`: a large coefficient does not change `loss` of the first step."""
     moe = tiny.make_chat(tmp_path / "model", "qwen3_moe")
     want = ["train.steps=1", "model.router_aux_loss_coefficient=5", "model.megatron.moe_z_loss_coeff=3"]
     losses = []

@@ -1,4 +1,4 @@
-"""A run's files say exactly what it was told: read back as JSON, TensorBoard events and pixels."""
+"""A run's files have exactly the recorded numbers: read back as JSON, TensorBoard events and pixels."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ QUIET = schema.Monitor(report_to=(), progress=False)
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that moves only when a test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -35,7 +35,7 @@ class Clock:
 
 
 def lines(directory: RunDirectory) -> list[dict]:
-    """logging.jsonl by a parser that refuses NaN and Infinity."""
+    """logging.jsonl, read by a parser that refuses NaN and Infinity."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -119,7 +119,7 @@ def test_smoothing_is_the_weighted_mean_written_out():
 
 
 def test_a_line_has_every_number_exactly(tmp_path):
-    """Two steps of 4 s on 2 ranks, 1000 tokens each, at 3e9 operations a token on a device of 1e12 a second."""
+    """Two steps of 4 s on 2 ranks, with 1000 tokens each, at 3e9 operations per token on a device with 1e12 per second."""
 
     class Known(Device):
         def peak_flops(self) -> float:
@@ -247,7 +247,7 @@ def test_tensorboard_reads_back_what_was_given(tmp_path):
 
 
 def test_plots_are_drawn_and_show_the_curve(tmp_path):
-    """The falling line's pixels are high on the left and low on the right."""
+    """The pixels of the falling line are high on the left and low on the right."""
     from matplotlib.image import imread
 
     directory = RunDirectory(tmp_path)

@@ -1,4 +1,4 @@
-"""Nobody raises alone: what one rank finds between two collectives is the error of all ranks, in its own words."""
+"""No rank raises alone: an error that one rank finds between two collectives is raised on all ranks, with the same words."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from swift_mega.train.monitor import Monitor
 
 
 def said_by_all(action: Callable[[], object]) -> list[str]:
-    """What each rank raised. A rank that went on, or that waits for one that raised, never gets here."""
+    """The error of each rank. If a rank went on, or waits for one that raised, this does not return."""
     try:
         action()
     except AgreedError as error:
@@ -43,7 +43,7 @@ def said_by_all(action: Callable[[], object]) -> list[str]:
 
 
 def load_what_is_cut_short(directory: Path) -> list[str]:
-    """The first of two data replicas reads; the other waits for what it sends."""
+    """The first of two data replicas reads; the other waits for its data."""
     from swift_mega.device.device import setup
 
     layout = plan_layout(schema.Parallel(), load_settings(directory).shape, 2)
@@ -67,7 +67,7 @@ def run_with(recipe: list[str], *changes: str) -> list[str]:
 
 
 def train_where_rank_0_cannot_write(recipe: list[str], folder: Path) -> dict[str, list[str]]:
-    """Everything that only rank 0 does; a file on one machine that another has not."""
+    """All work of rank 0 alone, and a file on one machine that another machine does not have."""
     found = {}
     mine = recipe[1] if dist.get_rank() == 0 else "data.dataset=/nowhere/rows.jsonl"
     found["rows"] = run_with([recipe[0], mine, *recipe[2:]], f"train.output_dir={folder / 'rows'}")
@@ -90,7 +90,7 @@ def train_where_rank_0_cannot_write(recipe: list[str], folder: Path) -> dict[str
 
 
 def wait_on_the_host(folder: Path) -> tuple[list[int], list[str]]:
-    """A rank that comes later than a collective may take; and machines that do not find one another."""
+    """A rank that comes later than the timeout of a collective; and machines that do not find each other."""
     here = dist.get_rank()
     again = {"backend": "gloo", "rank": here, "world_size": 2, "timeout": timedelta(seconds=1)}
     dist.destroy_process_group()
@@ -160,7 +160,7 @@ def one_has_a_problem(rank: int) -> list[str]:
 
 
 def record_where_one_rank_is_full(folder: Path) -> list[str]:
-    """The last stage of two holds the norm and the head; what it cannot write is asked for by nobody before the end."""
+    """The last of two stages has the norm and the head. It cannot write, and no other rank asks for these files before the end."""
     from swift_mega.device.device import setup
     from swift_mega.verify import distance as compare
     from swift_mega.verify.states import Side
@@ -183,7 +183,8 @@ def record_where_one_rank_is_full(folder: Path) -> list[str]:
     )
     states = folder / "states"
     if dist.get_rank() == 0:
-        (states / "prompt1" / f"{shape.layers + 1}.safetensors").mkdir(parents=True)  # in the way of the last stage
+        # Blocks the file of the last stage.
+        (states / "prompt1" / f"{shape.layers + 1}.safetensors").mkdir(parents=True)
     dist.barrier()
     return said_by_all(lambda: compare.record(side, setup(), [[1, 2, 3], [4, 5, 6], [7, 8]], torch.float32, states))
 

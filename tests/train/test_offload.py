@@ -1,4 +1,4 @@
-"""Layer inputs on the host: nothing changes by a bit, they are what moves, and nothing of them is left when a step is over."""
+"""Layer inputs on the host: every bit of the result is the same, only layer inputs are copied, and nothing of them is left after a step."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Counted(offload.Bus):
-    """Remembers what left for the host."""
+    """Records the tensors that were copied to the host."""
 
     made: ClassVar["list[Counted]"] = []
 
@@ -55,7 +55,7 @@ class Counted(offload.Bus):
 
 
 def one_step(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) -> list[dict[str, Any]]:
-    """What every rank computed, and moved: loss, gradients, bytes of each tensor that left, what of it is still there."""
+    """The results and copies of every rank: loss, gradients, bytes of each tensor copied to the host, and how many of them still exist."""
     offload.Bus = Counted  # type: ignore[misc]  # of this rank's process alone
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)
@@ -86,7 +86,7 @@ def one_step(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows)
 
 
 def expected(layout: Layout, stage: int, tokens: list[int], part: Any) -> list[int]:
-    """Bytes of every layer's input but the first one's of a later stage, which the schedule holds."""
+    """Bytes of every layer's input, except the first input of a later stage, which the schedule keeps."""
     inputs = sum(
         len(layout.layers_of(stage, virtual)) - (0 if stage == virtual == 0 else 1) for virtual in range(layout.virtual)
     )
@@ -122,7 +122,7 @@ def check(
     "family, layout, tuner", covering(both_tuners(("llama", name) for name in LAYOUTS), of_layouts(kind))
 )
 def test_layouts(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
-    """Loss and gradients are the same bits; what left are the layers' inputs; an evaluation moves nothing."""
+    """Loss and gradients have the same bits; the layers' inputs are copied; an evaluation copies nothing."""
     check(work, cpu, tuner, layout, family)
 
 
@@ -133,5 +133,5 @@ def test_families(work: Path, cpu: Device, family: str, layout: str) -> None:
 
 
 def test_inputs_that_tensor_ranks_share(work: Path, cpu: Device) -> None:
-    """Megatron's distribute_saved_activations: each rank saves its part, and fills in the rest after it is back."""
+    """Megatron's distribute_saved_activations: each rank saves its part, and the parts are gathered after the copy back."""
     check(work, cpu, "full", "tp2", megatron={"distribute_saved_activations": True})

@@ -1,4 +1,4 @@
-"""When copies happen, who waits for whom, and what is on the device meanwhile: against stand-ins for CUDA's streams."""
+"""When copies happen, which stream waits for which, and which tensors are on the device meanwhile: with stand-ins for CUDA's streams."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Place:
-    """A tensor that a pending copy reads or writes; it does not keep the memory, as a pending copy on CUDA does not."""
+    """A tensor that a pending copy reads or writes. Like a pending copy on CUDA, it does not keep the memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.storage = StorageWeakRef(tensor.untyped_storage())
@@ -31,7 +31,7 @@ class Place:
 
 
 class Computing:
-    """The stream that computes; what it is given happens at once."""
+    """The stream that computes: its work happens at once."""
 
     def __init__(self, side: "Side") -> None:
         self.side = side
@@ -41,7 +41,7 @@ class Computing:
 
 
 class Side:
-    """A stream whose copies happen as late as CUDA may do them: when somebody waits for one. Until then targets hold NaN."""
+    """A stream whose copies happen as late as CUDA allows: when another stream waits for one. Until then targets have NaN."""
 
     def __init__(self) -> None:
         self.computing = Computing(self)
@@ -128,7 +128,7 @@ def test_every_wait_is_there(side: Side) -> None:
         each.backward()
     assert all(torch.equal(leaf.grad, expected) for leaf, expected in zip(leaves, want, strict=True))
     side.run(len(side.copies))
-    # The last input of the second microbatch had not left the device when it was wanted.
+    # The last input of the second microbatch was still on the device when it was needed.
     assert len(side.copies) == 2 * LAYERS + 2 * LAYERS - 1
 
 
@@ -168,7 +168,7 @@ def test_the_stand_in_sees_a_missing_wait(
 
 
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What moves, in order, by the bytes that name it: ("out" | "back", first number of the tensor)."""
+    """The copies in order, each identified by its bytes: ("out" | "back", first number of the tensor)."""
     log: list[Any] = []
     bus = offload.Bus
 
@@ -187,7 +187,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 class Growing(Block):
-    """Inputs of layers differ in size: 1, 2, 3, … numbers."""
+    """A block in which the inputs of layers have different sizes: 1, 2, 3, … numbers."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         for number in range(self.layers):
@@ -197,12 +197,13 @@ class Growing(Block):
 
 
 def test_one_layer_ahead(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last input is still there; each of the others sets out when the one behind it is taken. Two are on the device, no more."""
+    """The last input is still on the device. The copy back of each other input starts when the input of the next layer is taken. At
+    most two are there."""
     log, take = logged(monkeypatch), offload.Parked.take
     on_device: list[int] = []
 
     def watched(self: offload.Parked) -> Tensor:
-        tensor, parked, there = take(self), self, 1  # what was taken, and what of the chain is there
+        tensor, parked, there = take(self), self, 1  # the taken tensor, and the number of inputs on the device
         while (parked := parked.before) is not None:  # type: ignore[assignment]
             there += parked.on_device is not None
         log.append(("taken", tensor.numel()))
@@ -220,7 +221,7 @@ def test_one_layer_ahead(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forward_holds_one(cpu: Device) -> None:
-    """Of what the layers have saved so far, the latest alone is on the device."""
+    """Of the inputs saved so far, only the latest is on the device."""
     block = Block()
     bus = offload.offload_layer_inputs([Chunk(block)], CPU)
     result = block(torch.randn(3, requires_grad=True) * 1)
@@ -234,7 +235,7 @@ def test_forward_holds_one(cpu: Device) -> None:
 
 
 def test_what_stays_on_the_device(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters and their views, numbers that are not floating, and what a pipeline stage received."""
+    """Parameters and their views, tensors that are not floating point, and what a pipeline stage received."""
 
     class Mixed(Block):
         def __init__(self) -> None:
@@ -242,7 +243,7 @@ def test_what_stays_on_the_device(cpu: Device, monkeypatch: pytest.MonkeyPatch) 
             self.weight = torch.nn.Parameter(torch.randn(4, 3))
 
         def forward(self, hidden: Tensor) -> Tensor:
-            hidden = hidden.sin()  # saves what was received
+            hidden = hidden.sin()  # saves the received tensor
             rows = torch.tensor([1, 0])
             return (hidden[rows] @ self.weight.t()[:3, :3]) * self.weight[0]
 
@@ -256,7 +257,7 @@ def test_what_stays_on_the_device(cpu: Device, monkeypatch: pytest.MonkeyPatch) 
 def test_saved_twice_moves_once(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     class Square(Block):
         def forward(self, hidden: Tensor) -> Tensor:
-            return hidden * hidden * hidden[0]  # the first row is another view: it moves by itself
+            return hidden * hidden * hidden[0]  # the first row is another view: it is copied separately
 
     log, start = logged(monkeypatch), torch.randn(3, 2)
     want = gradient(Square(), start)
@@ -279,7 +280,7 @@ def test_a_kept_graph_is_walked_again(cpu: Device) -> None:
 
 @pytest.mark.parametrize("why", ["eval", "no_grad", "final norm", "error"])
 def test_nothing_else_moves(cpu: Device, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    """Not in an evaluation, not what the final norm saves, and not what is saved outside the block, even after an error in it."""
+    """Nothing in an evaluation, nothing that the final norm saves, and nothing saved outside the block, even after an error in it."""
 
     class Failing(torch.nn.Module):
         def forward(self, hidden: Tensor) -> Tensor:

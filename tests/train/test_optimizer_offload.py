@@ -1,4 +1,4 @@
-"""AdamW's state and step on the host: by Megatron's own offloading, weights become, to the last bit, what they become without it."""
+"""AdamW's state and step on the host, by Megatron's own offloading: the weights have the same bits as without it."""
 
 import dataclasses
 from pathlib import Path
@@ -48,7 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) -> dict[str, Any]:
-    """The first rank's losses, gradient norms and trained weights, and who stepped how many numbers at which rate."""
+    """The first rank's losses, gradient norms and trained weights, and how many numbers each optimizer stepped at which rate."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=STEPS)
     found: dict[str, Any] = {"losses": [], "norms": [], "rates": []}
@@ -93,21 +93,21 @@ def numbers(optimizer: torch.optim.Optimizer) -> int:
 def test_steps_are_those_without_it(
     work: Path, cpu: Device, family: str, tuner: str, layout: str, dtype: str, cut: bool, fraction: float
 ) -> None:
-    """Three steps at three rates, clipped; the optimizers on both sides were told each rate."""
+    """Three steps at three learning rates, with clipping. The optimizers on device and host got each rate."""
     parallel, world = parse_layout(layout)
     parallel = dataclasses.replace(parallel, distributed_optimizer=cut)
     compare(bench(work, cpu, family, tuner, layers=2), parallel, world, dtype, fraction)
 
 
 def test_overlapped_communication(work: Path, cpu: Device) -> None:
-    """Parameters that are gathered while the next forward pass runs are those that came from the host."""
+    """The parameters gathered during the next forward pass are those that were copied from the host."""
     parallel = schema.Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
     compare(bench(work, cpu, "llama", "full", layers=2), parallel, 2, "bfloat16", 1.0)
 
 
 @pytest.mark.parametrize("layout", ["dp1", "dp2", pytest.param("tp2", marks=pytest.mark.full)])
 def test_gradients_summed_in_bfloat16(work: Path, cpu: Device, layout: str) -> None:
-    """Half the bytes, and steps near those of a float32 sum. On the host too, where bfloat16 gradients are clipped before they widen."""
+    """Half the bytes, and steps near those of a float32 sum. On the host, bfloat16 gradients are clipped before they become float32."""
     parallel, world = parse_layout(layout)
     one, narrow = bench(work, cpu, "llama", "full", layers=2), dataclasses.replace(parallel, gradients_in_float32=False)
     moved = dataclasses.replace(FALLING, cpu_offload=True)

@@ -1,4 +1,4 @@
-"""--resize_vocab and --new_special_tokens: rows as transformers makes them, in conversion and training alike."""
+"""--resize_vocab and --new_special_tokens: the same new rows as transformers makes, in conversion and in training."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,8 @@ def resize(source: Path, output: Path, **settings: object) -> Checkpoint:
 
 @pytest.mark.parametrize("family", HEADS)
 def test_rows_are_those_of_transformers(small, tmp_path, family):  # noqa: F811
-    """Old rows bit for bit; new ones by transformers' own function under our seed, or the mean; its resized model loads what we wrote."""
+    """Old rows have the same bits. New rows equal those of transformers' own function with our seed, or the mean. Its resized model
+    loads the result."""
     from transformers import AutoModelForCausalLM
 
     source = tiny.make(tmp_path / "hf", family, vocab_size=VOCAB, num_hidden_layers=2)
@@ -61,7 +62,7 @@ def test_rows_are_those_of_transformers(small, tmp_path, family):  # noqa: F811
 
 
 def test_training_makes_them_too(small, tmp_path):  # noqa: F811
-    """Tensor ranks that make the rows themselves train as one rank does that starts from a model converted before."""
+    """Tensor ranks that make the rows themselves train like one rank that starts from a converted model."""
     data = rows(tmp_path / "rows.jsonl", "fine <in>", "now <new>", "and <other>", "<new> <other>")
     shared = [
         "--dataset",
@@ -98,7 +99,7 @@ def test_training_makes_them_too(small, tmp_path):  # noqa: F811
 
 
 def test_new_special_tokens(small, tmp_path):  # noqa: F811
-    """By name and from a file; the tokenizer that is written has each as one token, and the model a row for it."""
+    """By name and from a file. In the written tokenizer each is one token, and the model has a row for it."""
     (tmp_path / "tokens.txt").write_text("<|one|> <|two|>\n<|three|>\n")
     words = [
         "convert",

@@ -1,4 +1,4 @@
-"""A run removes what it wrote, and nothing else: other runs' checkpoints and records, and folders of the user's, stay as they are."""
+"""A run removes only what it wrote itself: other runs' checkpoints and records, and folders of the user, do not change."""
 
 import json
 import resource
@@ -70,7 +70,7 @@ def test_only_its_own_checkpoints_are_removed(place: Path, capfd: pytest.Capture
 
 
 def test_what_a_run_reads_is_not_moved(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Training that goes on from out/checkpoint-1 would write over it, and over the records beside it."""
+    """A run that continues from out/checkpoint-1 would overwrite it and the records beside it."""
     assert sft(place, "on", "--train_iters", "1") == 0
     before = names(place / "on")
     assert sft(place, "on", "--train_iters", "1", "--adapters", str(place / "on" / "checkpoint-1")) == 2
@@ -79,7 +79,7 @@ def test_what_a_run_reads_is_not_moved(place: Path, capfd: pytest.CaptureFixture
 
 
 def test_folders_of_earlier_runs_count_on(tmp_path: Path) -> None:
-    """Whatever else is called so; a folder that no run wrote to keeps its images and args.json."""
+    """Among other folders with such names; a folder that no run wrote to keeps its images and args.json."""
     directory = RunDirectory(tmp_path, False)
     (tmp_path / "images").mkdir()
     assert directory.put_aside(["checkpoint-1"], []) is None and names(tmp_path) == ["images"]
@@ -108,7 +108,7 @@ def test_an_earlier_run_that_cannot_be_moved_is_an_error(tmp_path: Path, monkeyp
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """A file system that writes the first `size` bytes of a file and then refuses, as a full one does: also in forked ranks."""
+    """Simulates a full file system, also in forked ranks: the first `size` bytes of a file are written, the rest is refused."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -118,7 +118,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_record_is_whole_or_not_there(tmp_path: Path) -> None:
-    """Half a record is cut off; once there is room, it comes before the next one."""
+    """An incomplete record is removed from the file. Once there is room, it is written before the next one."""
     path = tmp_path / "log"
     path.write_bytes(b"0" * 10)
     file = Appended(path)
@@ -134,7 +134,7 @@ def test_a_record_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_run_outlives_its_plots(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A plot that has no room is told of; the run goes on, and its checkpoint is there."""
+    """A plot without room is reported; the run continues, and its checkpoint is there."""
     with largest_file(15_000):
         assert sft(place, "plots", "--train_iters", "2") == 0
     told = capfd.readouterr().err
@@ -148,7 +148,7 @@ def test_a_run_outlives_its_plots(place: Path, capfd: pytest.CaptureFixture[str]
 def test_a_run_does_not_outlive_its_checkpoints(
     place: Path, size: int, said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One line and status 2, and nothing half written; no line of the log is in part."""
+    """One line and status 2, no incomplete output, and no incomplete line in the log."""
     with largest_file(size):
         assert sft(place, f"full{size}", "--train_iters", "2") == 2
     told = capfd.readouterr().err
@@ -160,7 +160,8 @@ def test_a_run_does_not_outlive_its_checkpoints(
 
 
 def test_float64_says_what_it_needs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Megatron's distributed optimizer and clipping know float32 at most: an error before a rank starts, and a run with what it names."""
+    """Megatron's distributed optimizer and clipping support float32 at most: an error before a rank starts. A run with the named
+    settings works."""
     wide = ("--train_iters", "1", "--torch_dtype", "float64")
     for more in ((), ("--use_distributed_optimizer", "false"), ("--clip_grad", "0")):
         assert sft(place, "wide", *wide, *more) == 2

@@ -1,4 +1,4 @@
-"""A model whose MLPs and norms are computed by tiles of tokens is the same model: loss and every gradient, in every layout."""
+"""A model whose MLPs and norms are computed in tiles of tokens gives the same loss and gradients, in every layout."""
 
 import dataclasses
 from pathlib import Path
@@ -23,14 +23,14 @@ from tests.largest import Largest
 from tests.pairs import both_tuners, covering, kind, of_layouts
 
 ONE = schema.Parallel(distributed_optimizer=False)
-TILE = 5  # rows have 5 to 48 tokens: several tiles, the last one short
+TILE = 5  # rows have 5 to 48 tokens: several tiles, and a short last one
 CASES = [
     *(("llama", layout) for layout in ("single", "tp2-sp", "tp2", "tp2-pp2-sp", "cp2", "dp2")),
     *(("gpt2", layout) for layout in ("single", "tp2-sp")),  # biases
     ("apertus", "tp2"),  # an activation with parameters
     ("gemma2", "tp2-sp"),  # norms after MLP and attention
-    ("falcon", "tp2"),  # MLP beside attention
-    ("cohere", "tp2-sp"),  # likewise, without RMSNorm
+    ("falcon", "tp2"),  # MLP parallel to attention
+    ("cohere", "tp2-sp"),  # the same, without RMSNorm
     *(("deepseek_v3_moe", layout) for layout in ("single", "tp2-ep2-etp1-sp")),  # dense layers, shared experts, latents
     *(("qwen2_moe", layout) for layout in ("ep2", "tp2-ep2-etp2-sp")),  # a gate on the shared experts
 ]
@@ -51,7 +51,7 @@ def run_of(
     megatron: Any = None,
     **train: Any,
 ) -> schema.Run:
-    """bare: without the values of an adapter."""
+    """bare: without the initial values of an adapter."""
     model = work / family
     if not model.exists():
         tiny.make(model, family, num_hidden_layers=2)
@@ -100,24 +100,25 @@ def check(work: Path, cpu: Device, family: str, tuner: str, layout: str, *, name
 
 @pytest.mark.parametrize("family, layout, tuner", covering(both_tuners(CASES), of_layouts(kind)))
 def test_tiles_change_nothing(work: Path, cpu: Device, family: str, layout: str, tuner: str) -> None:
-    """Loss and every gradient by tiles equal those of all tokens at once, in float64; with data ranks overlapped in small buckets."""
+    """Loss and every gradient with tiles equal those without, in float64; also with data ranks and overlapped communication in small
+    buckets."""
     check(work, cpu, family, tuner, layout)
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "tp2-pp2-sp"])
 def test_with_recomputed_layers(work: Path, cpu: Device, layout: str) -> None:
-    """Tiles of a layer that is itself computed anew."""
+    """Tiles in a layer that is itself recomputed."""
     check(work, cpu, "llama", "full", layout, name="-full", recompute="full")
 
 
 def test_with_inputs_of_layers_on_the_host(work: Path, cpu: Device) -> None:
-    """Tiles of a recomputed layer whose input was moved away and back."""
+    """Tiles in a recomputed layer whose input was copied to the host and back."""
     check(work, cpu, "llama", "full", "tp2-sp", name="-offload", recompute="full", offload_activations=True)
 
 
 @pytest.mark.parametrize("family, module", [("llama", "mlp"), ("qwen2_moe", "shared_experts")])
 def test_with_recomputed_modules(work: Path, cpu: Device, family: str, module: str) -> None:
-    """Megatron's own recomputation of an MLP around its tiles."""
+    """Megatron's own recomputation of an MLP, with tiles inside."""
     layout = "tp2-sp" if family == "llama" else "ep2"
     megatron = {"recompute_modules": [module]}
     check(work, cpu, family, "lora", layout, name=f"-{module}", recompute="selective", megatron=megatron)
@@ -126,7 +127,7 @@ def test_with_recomputed_modules(work: Path, cpu: Device, family: str, module: s
 def built(
     work: Path, cpu: Device, family: str, layout: str, tuner: str = "full", dropout: float = 0.0, **train: Any
 ) -> Any:
-    """In a rank: a run's training, with the groups it needs."""
+    """In a rank: the training of a run, and its groups."""
     parallel, world = parse_layout(layout)
     run = run_of(
         work, family, tuner, dataclasses.replace(parallel, distributed_optimizer=False), tile_mlp=True, **train
@@ -138,7 +139,7 @@ def built(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
 def test_what_a_layer_keeps(work: Path, cpu: Device, ranks: Any, family: str) -> None:
-    """Input and normalised input, whatever lies inside; and no tensor is larger than those, forward or backward."""
+    """Only input and normalised input are kept. No tensor is larger than these, forward or backward."""
     tiny.make(work / f"{family}-kept", family)
     ranks(1, keeps_two_tensors, work, cpu, f"{family}-kept")
 
@@ -168,7 +169,7 @@ def keeps_two_tensors(work: Path, cpu: Device, family: str) -> None:
 
 @pytest.mark.parametrize("layout", ["single", "tp2-sp"])
 def test_dropout_is_the_same_when_a_tile_is_computed_again(work: Path, cpu: Device, ranks: Any, layout: str) -> None:
-    """Gradients are those of the numbers that the forward pass dropped, and what is drawn next is as if nothing was drawn twice."""
+    """The recomputed tile drops the same numbers as in the forward pass, and later random numbers are as if nothing was recomputed."""
     tiny.make(work / f"llama-{layout}", "llama")
     ranks(parse_layout(layout)[1], drops_the_same, work, cpu, f"llama-{layout}", layout)
 
@@ -205,7 +206,7 @@ def drops_the_same(work: Path, cpu: Device, family: str, layout: str) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_tiled_is_refused(work: Path, family: str, megatron: dict[str, Any], message: str) -> None:
-    """Before ranks start; without tile_mlp nothing is said."""
+    """Refused before ranks start; without tile_mlp there is no message."""
     model = load_settings(tiny.make(work / f"{family}-refused", family))
     with pytest.raises(UserError) as caught:
         check_tiles(model, schema.Train(tile_mlp=True), megatron)
@@ -214,7 +215,7 @@ def test_what_cannot_be_tiled_is_refused(work: Path, family: str, megatron: dict
 
 
 def test_what_is_left_out_is_said(work: Path) -> None:
-    """A model with dense MLPs or shared experts beside routed ones is tiled in part."""
+    """With routed experts, only dense MLPs and shared experts are tiled."""
     some = load_settings(tiny.make(work / "deepseek-note", "deepseek_v3_moe"))
     note = check_tiles(some, schema.Train(tile_mlp=True), {})
     assert (

@@ -1,4 +1,4 @@
-"""What a model was trained in goes with it: its chat template, and the token that ends a reply, into every output and `infer`."""
+"""The chat template of training, and the token that ends a reply, are in every output of a model and in `infer`."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def _train(home: Path, output: str, *changes: str) -> api.TrainResult:
 
 @pytest.fixture(scope="module")
 def full(home: Path) -> api.TrainResult:
-    """Trained long enough to know its row by heart."""
+    """Trained until it reproduces its row."""
     return _train(home, "full", "tuner.type=full", "train.steps=50", "optim.lr=0.02", "optim.schedule=constant")
 
 
@@ -68,7 +68,7 @@ def _ids(home: Path, *tokens: str) -> list[int]:
 
 
 def test_a_trained_model_stops_where_its_turns_end(home: Path, full: api.TrainResult, capsys: Any) -> None:
-    """transformers' own generate stops by the exported generation_config, and `infer` answers the same."""
+    """transformers' own generate stops by the exported generation_config, and `infer` gives the same answer."""
     assert GenerationConfig.from_pretrained(full.checkpoint).eos_token_id == _ids(home, EOS, END)
     words = AutoTokenizer.from_pretrained(full.checkpoint)
     network = AutoModelForCausalLM.from_pretrained(full.checkpoint)
@@ -81,13 +81,13 @@ def test_a_trained_model_stops_where_its_turns_end(home: Path, full: api.TrainRe
     assert capsys.readouterr().out == "hello\n"
     stale = json.loads((full.checkpoint / "generation_config.json").read_text()) | {"eos_token_id": _ids(home, EOS)[0]}
     (full.checkpoint / "generation_config.json").write_text(json.dumps(stale))
-    # Without a word of it in the files, the template itself says where replies end.
+    # Without an entry in the files, the template itself says where replies end.
     assert main(["infer", "--model", str(full.checkpoint), "--prompt", "hi", "--max_new_tokens", "30"]) == 0
     assert capsys.readouterr().out == "hello\n"
 
 
 def test_the_trained_template_goes_into_adapter_and_merge(home: Path, lora: api.TrainResult) -> None:
-    """The adapter, the merge of the run, and a later export; a byte order mark of the file is no part of the template."""
+    """In the adapter, the merge at the end of the run, and a later export. The file's byte order mark is not part of the template."""
     assert of_adapter(lora.checkpoint).chat_template == MINE
     assert (
         main(["export", "--adapters", str(lora.checkpoint), "--merge_lora", "true", "--output", str(home / "m")]) == 0
@@ -100,7 +100,7 @@ def test_the_trained_template_goes_into_adapter_and_merge(home: Path, lora: api.
 
 
 def test_infer_asks_in_the_trained_template(home: Path, lora: api.TrainResult) -> None:
-    """The adapter's, unless another is given; and training that goes on from it stays in its template."""
+    """infer uses the adapter's template unless another one is given. Further training of the adapter keeps its template."""
     asked = [{"role": "user", "content": "hi"}]
     model, adapter, file = str(home / "model"), str(lora.checkpoint), str(home / "mine.jinja")
     assert api.infer(model=model, adapters=adapter).prompt(asked) == "[user] hi<|im_end|>[assistant] "
@@ -120,7 +120,7 @@ def test_infer_without_a_template_is_one_error(home: Path, tmp_path: Path, capsy
 
 
 def test_what_is_said_of_ends_when_training_starts(home: Path, tmp_path: Path) -> None:
-    """A new stop token; one that has no loss; an end of ordinary text; and nothing where nothing changes."""
+    """A new stop token; a stop token without loss; an end of ordinary text; and no message where nothing changes."""
     content = "{% if m.role == 'user' %}{{ m.content }}{% else %}"
     marked = content + "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
     templates = {
@@ -128,7 +128,7 @@ def test_what_is_said_of_ends_when_training_starts(home: Path, tmp_path: Path) -
         "{% for m in messages %}" + marked + "<|im_end|>{% endfor %}": f"1 replies end with {END}",
         "{% for m in messages %}{{ m.content }}\n### End\n{% endfor %}": "1 replies end with ordinary text",
         "{% for m in messages %}{{ m.content }}</s>{% endfor %}": "",
-        # Asked with <think> by default; a reply without one follows the prompt of the other mode.
+        # By default the prompt has <think>; a reply without reasoning follows the prompt of the other mode.
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] "
         "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}": "1 replies follow the prompt "
         "that enable_thinking=false gives, not the default one",
@@ -142,8 +142,8 @@ def test_what_is_said_of_ends_when_training_starts(home: Path, tmp_path: Path) -
 
 
 def test_infer_on_our_own_fp8(home: Path) -> None:
-    """Read as plain weights, of the dtype in config.json, the answers' logits are those of the files that `convert` dequantises;
-    as transformers runs FP8 without a GPU, they are the same in bfloat16."""
+    """Read as plain weights in the dtype of config.json, the logits of the answers equal those of the files that `convert`
+    dequantises. In bfloat16 they equal transformers' FP8 without a GPU."""
     for dtype in ("float32", "bfloat16"):
         api.convert(source=str(home / "model"), to="hf", output=str(home / dtype), dtype=dtype)
     api.quantize(model=str(home / "float32"), output=str(home / "fp8"))
@@ -160,7 +160,7 @@ def test_infer_on_our_own_fp8(home: Path) -> None:
 
 
 def test_prompts_of_verify_and_compare_are_rows(home: Path) -> None:
-    """Rows give the numbers of the texts that the template makes of them."""
+    """Rows give the same numbers as the texts that the template renders from them."""
     (home / "rows.jsonl").write_text('{"query": "hi\u2028", "response": "hello"}\n', encoding="utf-8")
     model = str(home / "model")
     assert api.compare(model, model, prompts=str(home / "rows.jsonl")).prompts == 1

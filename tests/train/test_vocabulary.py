@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the embedding has rows: refused where a row uses one, in every verb, before a rank starts."""
+"""A tokenizer with more tokens than the embedding has rows: every verb refuses a row that uses such a token, before a rank starts."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import prepare
 
 VOCAB = 400
-"""Of the model; the tokenizer has some more: <new> and <other> are beyond."""
+"""Of the model. The tokenizer has more: <new> and <other> are beyond it."""
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 400 rows whose tokenizer's last tokens have none."""
+    """A model of 400 rows, which has no rows for the tokenizer's last tokens."""
     folder = tmp_path_factory.mktemp("small")
     made = tiny.tokenizer(tiny.CHATML, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
     made.add_tokens([f"<t{n}>" for n in range(VOCAB - 1 - len(made))], special_tokens=True)
@@ -42,7 +42,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
 
 @pytest.mark.parametrize("verb", ["sft", "pt"])
 def test_training_is_refused_before_a_rank_starts(small, tmp_path, capfd, verb):
-    """At TP 2, where Megatron's padding has a row for the token and would train it. file:line, the token, and what to do."""
+    """At TP 2, where Megatron's padding has a row for the token and would train it. The error has file:line, the token and the remedy."""
     data = rows(tmp_path / "rows.jsonl", "fine <in>", "not <new>")
     said = refused(
         capfd,

@@ -1,4 +1,4 @@
-"""A training step reads few values of the device: each read lets a GPU run dry."""
+"""A training step reads few values from the device, because during each read a GPU runs out of work."""
 
 from collections import Counter
 from pathlib import Path
@@ -34,7 +34,7 @@ def _batch(vocab: int) -> list[Microbatch]:
 
 
 def counted(run: schema.Run, device: Device) -> Counter[str]:
-    """One rank: the waits of a second step, after one that made the optimizer's state."""
+    """One rank: the waits of a second step; the first step makes the optimizer's state."""
     assert run.model.path is not None
     settings = load_settings(run.model.path)
     training = build_training(
@@ -59,10 +59,10 @@ def _tensors(training: Training) -> list[Any]:
 
 
 LAYERS = 2
-# The number of trained tokens, by which Megatron divides the gradients; their norm; and what the step answers.
+# The number of trained tokens, by which Megatron divides the gradients; the norm of the gradients; and the result of the step.
 A_STEP = 3
-# In every MoE layer and microbatch how many tokens go to each expert, which Megatron's dispatcher fetches as two tensors, and two
-# selections by mask in the permutation of 0.16. And once the losses of routers.
+# In every MoE layer and microbatch: the number of tokens of each expert, which Megatron's dispatcher fetches as two tensors, and two
+# selections by mask in the permutation of 0.16. Once per step: the losses of routers.
 A_LAYER, ROUTER_LOSSES = 4, 1
 CASES = {
     ("llama", "lora", "float32"): A_STEP,
@@ -73,7 +73,8 @@ CASES = {
 
 @pytest.mark.parametrize(("family", "tuner", "dtype"), CASES)
 def test_a_step_waits_for_few_values(family: str, tuner: str, dtype: str, tmp_path: Path, cpu: Device) -> None:
-    """However many microbatches and chunks of the loss there are. Old code read one for each chunk, and one for each parameter."""
+    """Their number does not depend on the number of microbatches and of chunks of the loss. Older code read one value for each chunk
+    and one for each parameter."""
     model = tiny.make(tmp_path / "model", family, num_hidden_layers=LAYERS)
     run = schema.Run(
         model=schema.Model(

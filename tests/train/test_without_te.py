@@ -1,6 +1,6 @@
-"""A CUDA device without Transformer Engine: Megatron's local modules are built, and give the numbers of the CPU's run.
+"""A CUDA device without Transformer Engine: Megatron's local modules are built, and give the same numbers as on the CPU.
 
-The device is a stand-in, CUDA by name and the CPU by its tensors, so what is shown is which modules are chosen, not what GPUs compute.
+The device is a stand-in, CUDA by name with CPU tensors. So the test shows which modules are chosen, not what GPUs compute.
 """
 
 from pathlib import Path
@@ -28,11 +28,12 @@ LAYOUTS = {
     "gpt_oss": "ep2",
     "qwen3_next": "single",
 }
-TWO_LAYERS = {family: {"num_hidden_layers": 2} for family in LAYOUTS if family != "qwen3_next"}  # which names its four
+# Not qwen3_next, whose config.json names its four layers.
+TWO_LAYERS = {family: {"num_hidden_layers": 2} for family in LAYOUTS if family != "qwen3_next"}
 
 
 def measured(run: schema.Run, where: Device, layout: Layout, rows: parity.Rows, output: Path) -> list[str]:
-    """Writes logits and gradients of one rank; returns what a run says at its start."""
+    """Writes logits and gradients of one rank; returns the lines that a run prints at its start."""
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, where, groups, steps=1)
     parity.write_measured(training, rows, output)
@@ -49,7 +50,7 @@ def both(run: schema.Run, cpu: Device, layout: Layout, rows: parity.Rows, folder
 @pytest.mark.skipif(transformer_engine().version is not None, reason="Transformer Engine is installed")
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_the_same_numbers(tmp_path: Path, cpu: Device, ranks: Any, family: str) -> None:
-    """In bfloat16, for which Transformer Engine's modules would be taken where it is installed; within bfloat16's rounding."""
+    """In bfloat16, where Transformer Engine's modules would be used if it were installed; within the rounding of bfloat16."""
     model = tiny.make(tmp_path / "model", family, dtype=torch.bfloat16, **TWO_LAYERS.get(family, {}))
     shape = load_settings(model).shape
     parallel, world = parse_layout(LAYOUTS[family])

@@ -1,4 +1,4 @@
-"""Dropout of adapters: the same numbers where ranks hold the same activations, others where they hold different ones."""
+"""Dropout of adapters: the same mask where ranks have the same activations, different masks where they have different ones."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from swift_mega.tuners.lora import Adapter
 from swift_mega.verify import parity
 
 Masks = dict[str, list[list[bool]]]
-"""By linear, the first of what is dropped in each of its calls."""
+"""By linear: the first values of the mask of each of its calls."""
 
 
 def dropped(model: Path, device: Device, layout_name: str) -> list[tuple[Coordinate, Masks]]:
-    """What every rank drops in two microbatches."""
+    """The masks of every rank in two microbatches."""
     parallel, world = parse_layout(layout_name)
     layout = plan_layout(parallel, load_settings(model).shape, world)
     run = schema.Run(
@@ -59,7 +59,7 @@ def dropped(model: Path, device: Device, layout_name: str) -> list[tuple[Coordin
 
 
 def test_dense(ranks: Any, tmp_path: Path, cpu: Device) -> None:
-    """Column linears are given the same tokens on all tensor ranks, row linears each rank's own features."""
+    """Column-parallel linears get the same tokens on all tensor ranks; row-parallel linears get each rank's own features."""
     model = tiny.make(tmp_path, "llama", num_hidden_layers=2)
     for name, own in (("tp2-dp2", "data"), ("tp2-cp2-ring", "context")):
         calls = []
@@ -93,7 +93,7 @@ def test_stages(ranks: Any, tmp_path: Path, cpu: Device) -> None:
 
 
 def test_experts(ranks: Any, tmp_path: Path, cpu: Device) -> None:
-    """Ranks that share an expert are given the same tokens, of all their data ranks; `down_proj` each its own features."""
+    """Ranks that share an expert get the same tokens, from all their data ranks; `down_proj` gets each rank's own features."""
     model = tiny.make(tmp_path, "qwen3_moe", num_hidden_layers=1)
     calls = []
     for where, masks in ranks(4, dropped, model, cpu, "ep2-etp2"):
@@ -106,7 +106,7 @@ def test_experts(ranks: Any, tmp_path: Path, cpu: Device) -> None:
 
 
 def check(calls: list[tuple[Any, ...]]) -> None:
-    """Masks are equal where all that comes before them is, and nowhere else."""
+    """Masks are equal where all coordinates before them are equal, and nowhere else."""
     by_place: dict[Any, Any] = {}
     for *place, mask in calls:
         assert by_place.setdefault(tuple(place), mask) == mask, place

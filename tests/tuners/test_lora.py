@@ -36,7 +36,7 @@ def _adapter(pack: Pack, rows: int, chosen: tuple[bool, ...]) -> Adapter:
 
 
 def _separate(adapter: Adapter, pack: Pack, x: Tensor, out: Tensor) -> Tensor:
-    """Each part's outputs are picked out of the fused ones by number, and get their own adapter's result."""
+    """Selects each part's outputs in the fused output by index, and adds the result of the part's own adapter."""
     numbers = pack.split(torch.arange(out.shape[-1]), HEADS)
     for name, places in zip(adapter.names, numbers, strict=True):
         if name in adapter.up:
@@ -48,12 +48,12 @@ def _separate(adapter: Adapter, pack: Pack, x: Tensor, out: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("pack", "rows", "chosen"),
     [
-        (QKV, 48, (True, True, True)),  # three groups: query, key, value interleave
+        (QKV, 48, (True, True, True)),  # three groups: query, key and value alternate
         (QKV, 48, (True, False, True)),
         (QKV, 48, (False, True, False)),
-        (QKV, 16, (True, True, True)),  # one group: they lie one above the other
+        (QKV, 16, (True, True, True)),  # one group: one after another
         (GATED_QKV, 48, (True, True, True)),
-        (GATED_QKV, 24, (True, True, True)),  # one group: they lie one above the other, but queries not in their order
+        (GATED_QKV, 24, (True, True, True)),  # one group: one after another, but the queries in another order
         (GATED_QKV, 24, (True, False, False)),
         (GATED_QKV, 24, (False, True, True)),
         (GATE_UP, 20, (True, True)),
@@ -63,7 +63,7 @@ def _separate(adapter: Adapter, pack: Pack, x: Tensor, out: Tensor) -> Tensor:
     ],
 )
 def test_fused_equals_separate_adapters(pack, rows, chosen, view):
-    """view: the linear's output is part of another tensor, which must stay as it is."""
+    """view: the linear's output is a view of another tensor, which must not change."""
     torch.manual_seed(0)
     adapter = _adapter(pack, rows, chosen)
     x = torch.randn(TOKENS, 1, INPUT, dtype=torch.float64, requires_grad=True)
@@ -83,7 +83,7 @@ def test_fused_equals_separate_adapters(pack, rows, chosen, view):
 
 
 def test_frozen_input_gets_no_gradient():
-    """The first layer's input is a frozen embedding's: nothing is computed for it."""
+    """The first layer's input comes from a frozen embedding: no gradient is computed for it."""
     adapter = _adapter(COLUMN, 20, (True,))
     x, out = torch.randn(TOKENS, 1, INPUT, dtype=torch.float64), torch.zeros(TOKENS, 1, 20, dtype=torch.float64)
     adapter(x, out).sum().backward()
@@ -91,7 +91,7 @@ def test_frozen_input_gets_no_gradient():
 
 
 def test_no_tokens():
-    """An expert may be given none."""
+    """An expert may get no token."""
     adapter = _adapter(COLUMN, 20, (True,))
     x = torch.zeros(0, INPUT, dtype=torch.float64, requires_grad=True)
     result = adapter(x, torch.zeros(0, 20, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Which linears get an adapter: Hugging Face's names, in Megatron's fused linears, checked on what PEFT itself would choose."""
+"""Which linears get an adapter: Hugging Face's names, in Megatron's fused linears, compared with PEFT's own choice."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def dense_modules() -> set[str]:
 
 
 def test_every_linear_of_a_dense_model(models):
-    """All linears but the head, which is what PEFT means by all-linear."""
+    """All linears but the head, which is PEFT's meaning of all-linear."""
     assert modules_of(family_of(models["llama"]), load_settings(models["llama"])) == dense_modules()
 
 
@@ -66,7 +66,7 @@ def test_names_of_mixtral(models):
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias"])
 def test_all_linear_is_what_peft_chooses(models, name):
-    """PEFT walks the modules of the transformers model; the two must agree, or a merged model would differ."""
+    """PEFT searches the modules of the transformers model. The two choices must agree; otherwise a merged model would differ."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def part_of(directory: Path, layout_name: str, cpu: Any) -> ModelPart:
 
 
 def chosen(directory: Path, layout: str, asked: list[tuple[str, ...]], cpu: Any) -> list[tuple[set[str], set[str]]]:
-    """In every rank: for each list of targets, what all ranks' `find_targets` choose, and what the tuner then exports."""
+    """In every rank: for each list of targets, the choice of `find_targets` on all ranks, and the names that the tuner then exports."""
     import torch.distributed as dist
 
     found = []
@@ -178,7 +178,7 @@ EXPERTS = {
     ],
 )
 def test_only_the_chosen_parts_of_fused_linears_get_factors(ranks, cpu, models, name, layout, cases):
-    """Also on a rank or a stage that holds none of the chosen linears; and what is exported is what is trained."""
+    """Also on a rank or a stage without any of the chosen linears. The exported parameters are the trained ones."""
     found = ranks(1 if layout == "single" else 2, chosen, models[name], layout, list(cases), cpu)
     for (targets, expected), (modules, exported) in zip(cases.items(), found, strict=True):
         assert modules == expected, targets

@@ -1,4 +1,4 @@
-"""Linears that get an adapter in every family, against what lies on disk; and stacked experts, against PEFT."""
+"""Linears that get an adapter in every family, against the tensors on disk; and stacked experts, against PEFT."""
 
 import re
 from pathlib import Path
@@ -15,13 +15,13 @@ from tests import tiny
 NO_LINEAR = re.compile(
     r".*(embed\w*|wte|wpe|lm_head|\.gate|\.gate\.wg|\.router|\.router\.layer|shared_expert_gate|\.[qk]_norm)"
 )
-"""Modules with a matrix that PEFT's all-linear passes by: embeddings, heads, routers, norms with a weight for each head."""
+"""Modules with a matrix that PEFT's all-linear does not include: embeddings, heads, routers, norms with a weight for each head."""
 STACKED = ("gpt_oss", "gpt_oss_tied", "granitemoe", "granitemoeshared")
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_all_linear_is_every_matrix_on_disk(tmp_path: Path, name: str) -> None:
-    """Neither a linear that the model does not have (of another size of the family, say) nor one left out."""
+    """No linear that the model does not have (only another size of the family, say), and none left out."""
     directory = tiny.make(tmp_path, name)
     matrices = {
         key.removesuffix(".weight")
@@ -34,7 +34,7 @@ def test_all_linear_is_every_matrix_on_disk(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", STACKED)
 def test_all_linear_is_what_peft_chooses(tmp_path: Path, name: str) -> None:
-    """Stacked experts are one tensor to PEFT, and no linear."""
+    """For PEFT, stacked experts are one tensor and not a linear."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,5 @@
-"""Two checkpoints side by side: what differs is found where it was put, and the numbers are those that transformers alone gives."""
+"""Comparison of two checkpoints: a difference is found where the test put it, and the numbers equal those computed with transformers
+alone."""
 
 import gc
 import json
@@ -30,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Three short ones, so that ranks have little to do."""
+    """Three short prompts, so that ranks have little work."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("The quick brown fox.\n\nWho are you?\ndef add(a, b):\n")
     return str(path)
@@ -56,7 +57,7 @@ def nudge(name: str, by: float = 1.01) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_equals_itself_and_transformers(models, prompts, family):
-    """Exactly in one engine; in the other within a hundredth of the tolerance."""
+    """Exactly equal in the same engine; in the other one within a hundredth of the tolerance."""
     model = str(models[family])
     same = api.compare(model, model, prompts=prompts)
     assert [d.point for d in same.distances] == list(POINTS) and same.passed and same.departs is None
@@ -99,7 +100,7 @@ def test_a_perturbed_tensor_is_found_where_it_is(models, prompts, tmp_path, fami
         ("qwen3_moe", "pp2"),
         ("deepseek_v3_moe", "tp2-sp"),
         ("deepseek_v3_moe", "ep2"),
-        # each of these is a part of one above, or the like for another family
+        # each of these is a part of one above, or a similar case of another family
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
@@ -113,7 +114,7 @@ def test_a_perturbed_tensor_is_found_where_it_is(models, prompts, tmp_path, fami
     ],
 )
 def test_a_converted_checkpoint_in_a_layout(models, prompts, tmp_path, family, layout):
-    """Converted on one rank, run in a layout, beside transformers on the source."""
+    """Converted on one rank, run in a layout, and compared with transformers on the source."""
     api.convert(source=str(models[family]), to="mcore", output=str(tmp_path / "mcore"))
     a, b = (
         Candidate(checkpoint=str(models[family]), engine="hf"),
@@ -125,7 +126,7 @@ def test_a_converted_checkpoint_in_a_layout(models, prompts, tmp_path, family, l
 
 
 def test_a_megatron_checkpoint_that_others_wrote(models, prompts, tmp_path):
-    """Without the Hugging Face side that we put beside it; its config is named."""
+    """Without our Hugging Face folder beside it; its config is given."""
     api.convert(source=str(models["llama"]), to="mcore", output=str(tmp_path / "mcore"))
     shutil.rmtree(tmp_path / "mcore" / "hf")
     model, bare = str(models["llama"]), str(tmp_path / "mcore")
@@ -138,7 +139,7 @@ def test_a_megatron_checkpoint_that_others_wrote(models, prompts, tmp_path):
 
 
 def test_a_copy_rounded_to_bfloat16(models, prompts, tmp_path):
-    """Rounded weights differ from the first point on in float32, and not at all where both are rounded."""
+    """Rounded weights differ from the first point on in float32. They do not differ where both sides are rounded."""
 
     def rounded(tensors: dict[str, torch.Tensor]) -> None:
         for name, value in tensors.items():
@@ -147,7 +148,7 @@ def test_a_copy_rounded_to_bfloat16(models, prompts, tmp_path):
     other = changed(models["llama"], tmp_path / "other", rounded)
     found = api.compare(str(models["llama"]), other, prompts=prompts, tolerance=1e-6)
     assert found.departs is not None and found.departs.point == "embedding"
-    assert 2**-11 < found.departs.relative <= 2**-8  # half a unit in the last of 8 bits, at most
+    assert 2**-11 < found.departs.relative <= 2**-8  # at most half a unit in the last of 8 bits
     both = api.compare(str(models["llama"]), other, prompts=prompts, dtype="bfloat16")
     assert max(d.relative for d in both.distances) == 0
     engines = api.compare(Candidate(checkpoint=other, engine="hf"), other, prompts=prompts, dtype="bfloat16")
@@ -155,7 +156,7 @@ def test_a_copy_rounded_to_bfloat16(models, prompts, tmp_path):
 
 
 def test_a_quantised_copy(models, prompts, tmp_path):
-    """FP8 departs at layer 0, since the embedding stays plain; from what its numbers mean it does not differ, in either engine."""
+    """FP8 differs from layer 0 on, because the embedding stays plain. It does not differ from its dequantised weights, in either engine."""
     model, quantised, plain = str(models["llama"]), str(tmp_path / "q"), str(tmp_path / "plain")
     api.quantize(model=model, output=quantised)
     with pytest.raises(UserError, match=r"q is quantised; pass --dequantize true"):
@@ -171,7 +172,7 @@ def test_a_quantised_copy(models, prompts, tmp_path):
 
 
 def test_swapped_heads_are_found_at_the_first_layer(models, prompts, tmp_path):
-    """The mistake that conversions make: heads in another order, here the queries of all layers."""
+    """A typical mistake of conversions: heads in another order, here the queries of all layers."""
 
     def swapped(tensors: dict[str, torch.Tensor]) -> None:
         for name, value in tensors.items():
@@ -186,7 +187,7 @@ def test_swapped_heads_are_found_at_the_first_layer(models, prompts, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_adapters(models, prompts, tmp_path, family):
-    """PEFT's model beside Megatron with the same adapter, and that beside the merged model."""
+    """PEFT's model against Megatron with the same adapter, and this against the merged model."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -223,7 +224,7 @@ def test_the_numbers(models, prompts, tmp_path, monkeypatch):
         with torch.no_grad():
             a, b = (network(rows, output_hidden_states=True) for network in networks)
         for name, one, two in zip(
-            # The last of the list is after the norm: layer 3's own output is not in it.
+            # The last one of the list is after the norm: the output of layer 3 is not in the list.
             [*POINTS[:4], "final norm", "logits"],
             [*a.hidden_states, a.logits],
             [*b.hidden_states, b.logits],
@@ -265,7 +266,7 @@ def test_the_numbers(models, prompts, tmp_path, monkeypatch):
 
 
 def test_what_is_not_finite_departs(models, prompts, tmp_path):
-    """NaN is beyond every tolerance, in the table, the picture, and JSON, which has no number for it."""
+    """NaN exceeds every tolerance, in the table, in the picture, and in JSON, which has no number for it."""
     other = changed(models["llama"], tmp_path / "other", nudge("model.layers.2.mlp.up_proj.weight", float("nan")))
     files = {"json": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png"), "scratch": str(tmp_path)}
     found = api.compare(str(models["llama"]), Candidate(checkpoint=other, engine="hf"), prompts=prompts, **files)
@@ -274,11 +275,11 @@ def test_what_is_not_finite_departs(models, prompts, tmp_path):
     points = json.loads((tmp_path / "out.json").read_text())["points"]
     assert points[3]["relative"] is None and points[1]["relative"] < 1e-5
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"other", "out.json", "out.png"}  # nothing is left over
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "out.json", "out.png"}  # no other file is left
 
 
 def test_a_family_that_is_not_known_here(tmp_path):
-    """OPT runs in transformers, and that is said once; without a tokenizer the tokens are random."""
+    """OPT runs in transformers, and one line says so; without a tokenizer the tokens are random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -337,7 +338,8 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
 
 
 def test_tokenizers(models, tmp_path):
-    """Two that differ are refused unless one is named; tokens beyond the vocabulary are, and a prompt that nobody can read."""
+    """Two different tokenizers are refused unless one is given. Tokens beyond the vocabulary are refused, and so is a prompt without
+    any tokenizer."""
     model = models["llama"]
     other, bare = tmp_path / "other", tmp_path / "bare"
     shutil.copytree(model, other)
@@ -351,7 +353,7 @@ def test_tokenizers(models, tmp_path):
     found = api.compare(str(model), str(other), tokenizer=str(model), prompts=str(text))
     assert found.passed and found.prompts == 1
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tok*", "chat*", "special*"))
-    assert api.compare(str(bare), str(model), prompts=str(text)).passed  # the side that has one speaks for both
+    assert api.compare(str(bare), str(model), prompts=str(text)).passed  # the only tokenizer serves both sides
     assert api.compare(str(bare), str(bare)).passed
     with pytest.raises(UserError, match=r"neither side has a tokenizer for .*text.txt; give --tokenizer DIR"):
         api.compare(str(bare), str(bare), prompts=str(text))
@@ -364,13 +366,13 @@ def test_tokenizers(models, tmp_path):
 
 
 def test_verify_knows_experts_in_float64(models):
-    """Its default dtype. transformers' grouped products of experts have no float64."""
+    """In its default dtype. transformers' grouped products of experts have no float64."""
     report = api.verify(str(models["qwen3_moe"]), ["single"])
     assert report.passed and report.dtype == "float64", report.table()
 
 
 def left_over(side: states.Side, cpu: Any, folder: Path) -> int:
-    """Weights of a side that are still there when it has run; this process may have had some before."""
+    """The number of weights of a side that still exist after its run, minus the number before."""
     before = weights_here()
     states.run_side(side, cpu, [[1, 2, 3]], torch.float32, lambda prompt, point, value: None, folder)
     return weights_here() - before
@@ -382,7 +384,7 @@ def weights_here() -> int:
 
 @pytest.mark.parametrize("engine", ["mcore", "hf"])
 def test_a_side_is_gone_before_the_next_one_comes(models, tmp_path, ranks, cpu, engine):
-    """Under torchrun both run in one process, which must never hold both."""
+    """Under torchrun both sides run in one process, which must never have both in memory."""
     given = Candidate(checkpoint=str(models["llama"]), engine=engine)
     assert ranks(1, left_over, comparison._side(given, "a", False, []), cpu, tmp_path) == 0
 
