@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import tiny
 from swift_mega.config import schema
-from swift_mega.convert.files.hf_files import Checkpoint
+from swift_mega.convert.source import Source
 from swift_mega.device.device import setup
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.modules.attention import segments
@@ -46,7 +46,7 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
     from transformer_engine.pytorch import DotProductAttention
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
 
-    groups, source, run = init(layout), Checkpoint(model), schema.Run()
+    groups, source, run = init(layout), Source(model), schema.Run()
     assert groups.row is not None
     part = made(run, groups, source, ON_TE, adapters=False)
     ours = dataclasses.replace(groups, layout=dataclasses.replace(layout, mesh=Mesh(1, layout.context)))
