@@ -74,17 +74,24 @@ def convert(
         plan(source=source, dtype=dtype, dequantize=dequantize)
         with resized(schema.Run(model=dataclasses.replace(rows, path=source))) as larger:
             assert larger.model.path is not None
-            convert(
-                source=larger.model.path,
-                to=to,
-                output=output,
-                parallel=parallel,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-            )
+            run = schema.Run(parallel=parallel or schema.Parallel())
+            _convert(run, larger.model.path, to, output, None, dtype, max_shard_size, overwrite)
         return
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
+    _convert(run, source, to, output, model, dtype, max_shard_size, overwrite)
+
+
+def _convert(
+    run: schema.Run,
+    source: str,
+    to: str,
+    output: str,
+    model: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    overwrite: bool,
+) -> None:
+    """`convert` of a source whose vocabulary stays. run: the layout, and whether quantised weights are read."""
     if run.parallel.context > 1:
         raise UserError(
             f"parallel.context={run.parallel.context}: context ranks have the same weights, so a checkpoint is the same for every "
@@ -92,47 +99,42 @@ def convert(
         )
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
-        model_source = _source(run, source, kind)
-        checkpoint = model_source.tensors
-        layout, minutes = _layout_for(run, model_source), run.parallel.distributed_timeout_minutes
-        if is_first_rank():
-            for note in model_source.settings.notes:
-                print(note)
-        say_of_source(model_source, kept=True)
-        wide = kind or widest(checkpoint, model_source.family)
-        if is_alone():
-            run_ranks(1, _whole_to_mcore, layout, wide, model_source, output, overwrite)
-        else:
-            run_ranks(
-                layout.world,
-                on_device,
-                _to_mcore,
-                run,
-                layout,
-                wide,
-                model_source,
-                output,
-                overwrite,
-                timeout_minutes=minutes,
-            )
+        _to_megatron(run, _source(run, source, kind), output, kind, overwrite)
     elif (Path(source) / "config.json").is_file() and not is_mcore(source):
-        model_source = _source(run, source, kind)
-        checkpoint = model_source.tensors
-        derived: Callable[[str], bool] = _nothing
-        if model_source.is_known:
-            plan(source=source, dtype=dtype, dequantize=dequantize)
-            derived = model_source.family.derived
-        say_of_source(model_source, kept=model_source.is_known)
-        if not model_source.is_known:
-            print(
-                f"model_type {model_source.config['model_type']} is not known: tensors are copied, not checked against it"
-            )
-        shard_bytes = parse_size(max_shard_size)
-        stream.restream(
-            checkpoint, output, dtype=kind, max_shard_bytes=shard_bytes, overwrite=overwrite, derived=derived
-        )
+        _rewrite(run, _source(run, source, kind), output, dtype, parse_size(max_shard_size), overwrite)
     else:
         _from_megatron(run, source, output, model, kind, parse_size(max_shard_size), overwrite)
+
+
+def _to_megatron(run: schema.Run, source: Source, output: str, kind: torch.dtype | None, overwrite: bool) -> None:
+    """A Hugging Face directory as a Megatron checkpoint in the run's layout. kind: as `convert`'s dtype."""
+    tensors, layout = source.tensors, _layout_for(run, source)
+    if is_first_rank():
+        for note in source.settings.notes:
+            print(note)
+    say_of_source(source, kept=True)
+    wide = kind or widest(tensors, source.family)
+    if is_alone():
+        run_ranks(1, _whole_to_mcore, layout, wide, source, output, overwrite)
+        return
+    minutes = run.parallel.distributed_timeout_minutes
+    run_ranks(layout.world, on_device, _to_mcore, run, layout, wide, source, output, overwrite, timeout_minutes=minutes)
+
+
+def _rewrite(
+    run: schema.Run, source: Source, output: str, dtype: str | None, shard_bytes: int, overwrite: bool
+) -> None:
+    """A Hugging Face directory as another one, of other dtype and file sizes."""
+    tensors = source.tensors
+    derived: Callable[[str], bool] = _nothing
+    if source.is_known:
+        plan(source=str(source.directory), dtype=dtype, dequantize=run.model.dequantize)
+        derived = source.family.derived
+    say_of_source(source, kept=source.is_known)
+    if not source.is_known:
+        print(f"model_type {source.config['model_type']} is not known: tensors are copied, not checked against it")
+    kind = getattr(torch, dtype) if dtype else None
+    stream.restream(tensors, output, dtype=kind, max_shard_bytes=shard_bytes, overwrite=overwrite, derived=derived)
 
 
 def _from_megatron(

@@ -46,7 +46,7 @@ def check_passthrough(
             )
         if key in HANDED_ON or key in ON_CUDA:
             _check_obeyed(key, asked)
-            if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, device, dtype)):
+            if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, asked, device, dtype)):
                 raise UserError(f"model.megatron.{key}={value!r} needs {lacking}, or leave it out")
         elif value != settings.megatron.get(key, fields[key].default):
             raise UserError(f"model.megatron.{key}={value!r} {_why_not(key)}")
@@ -59,7 +59,7 @@ def _check_obeyed(key: str, asked: Asked) -> None:
         )
 
 
-def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
+def _lacking(key: str, asked: Asked, device: Device, dtype: torch.dtype | None) -> str | None:
     """What a kernel of ON_CUDA needs and this machine lacks, with the remedy; None: nothing."""
     if device.kind != "cuda":
         return "CUDA, and ranks run on the CPU; start them where GPUs are"
@@ -69,6 +69,13 @@ def _lacking(key: str, device: Device, dtype: torch.dtype | None) -> str | None:
             return f"Transformer Engine, which {te.problem}; install it (README.md)"
         name = str(dtype).removeprefix("torch.")
         return f"layers of Transformer Engine, and a model in {name} has Megatron's; set model.dtype=bfloat16"
+    modules = asked.given.get("recompute_modules") or ()
+    if (
+        key == "bias_dropout_fusion"
+        and "layernorm" in modules
+        and not device.uses_transformer_engine(dtype or TE_DTYPES[0])
+    ):
+        return "layers of Transformer Engine, since recompute_modules has layernorm: without them layers are ours, which do not fuse"
     # Megatron's own output layer needs apex's kernel too, so Transformer Engine's kernel for its own layers is not enough.
     if key == "gradient_accumulation_fusion" and not wgrad_kernel():
         return "apex's kernel fused_weight_gradient_mlp_cuda, which is not installed; build apex with --cuda_ext"

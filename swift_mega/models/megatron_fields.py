@@ -91,7 +91,11 @@ def _activation_fusion(asked: Asked) -> str | None:
 
 
 def _dropout_fusion(asked: Asked) -> str | None:
-    return dropout_unfused(asked.settings) if asked.given["bias_dropout_fusion"] else None
+    if not asked.given["bias_dropout_fusion"]:
+        return None
+    if asked.settings.biases.mlp and "mlp" in (asked.given.get("recompute_modules") or ()):
+        return "recompute_modules has mlp and this model's MLPs have biases, so its layers are ours (models/modules/layer.py)"
+    return dropout_unfused(asked.settings)
 
 
 def _always(asked: Asked) -> str | None:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from swift_mega.ops import flex
 from swift_mega.ops.alibi import with_positions
-from swift_mega.ops.attention_kernels import HALF, Call, attention_kernel_name, choose
+from swift_mega.ops.attention_kernels import attention_kernel_name, choose
 from swift_mega.ops.blocks import Parts, Towards, backward, block, forward
 from swift_mega.ops.cpu_attention import row_attention
 from swift_mega.ops.flash import flash
+from swift_mega.ops.kernel import HALF, Call
 from swift_mega.ops.sinks import sink_gradient
 
 __all__ = ["attention", "attention_by_blocks", "attention_kernel_name"]

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swift_mega.ops.attention_kernels import Call, Kernel, kernel_for_blocks
+from swift_mega.ops.attention_kernels import kernel_for_blocks
 from swift_mega.ops.cpu_attention import gradients_of_keys, part_forward
 from swift_mega.ops.flash import backward_by_heads, padded
+from swift_mega.ops.kernel import Call, Kernel
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048

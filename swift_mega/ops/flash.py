@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swift_mega.ops.attention_kernels import Call, Kernel
+from swift_mega.ops.kernel import Call, Kernel
 from swift_mega.ops.sinks import add_sinks, sink_gradient
 
 AT_ONCE = 2 << 30

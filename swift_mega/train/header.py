@@ -28,8 +28,9 @@ def header(training: Training) -> list[str]:
 
 def _attention(training: Training) -> str:
     """The attention kernels of this stage's layers (ops/attention_kernels.py); most models use one."""
+    ring = training.part.layout.mesh.ring > 1
     layers = (layer for chunk in training.part.chunks for layer in chunk.modules() if isinstance(layer, CoreAttention))
-    names = dict.fromkeys(layer.kernel(training.device.device) for layer in layers)
+    names = dict.fromkeys(layer.kernel(training.device.device, ring=ring) for layer in layers)
     return " and ".join(names) or "none in this stage"
 
 

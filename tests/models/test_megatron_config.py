@@ -29,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
     work: Path = tmp_path_factory.mktemp("models")
     return {
         name: load_settings(tiny.make(work / name, name))
-        for name in ("llama", "mixtral", "olmo2", "gemma2", "apertus", "deepseek_v3_moe")
+        for name in ("llama", "llama_bias", "mixtral", "olmo2", "gemma2", "apertus", "deepseek_v3_moe")
     }
 
 
@@ -100,6 +100,11 @@ def test_refused(models: dict[str, Settings], cpu: Device, model: str, given: di
     ("model", "given", "said"),
     [
         ("gemma2", {"bias_dropout_fusion": True}, "layers are joined otherwise"),
+        (
+            "llama_bias",
+            {"bias_dropout_fusion": True, "recompute_modules": ["mlp"]},
+            "MLPs have biases, so its layers are ours",
+        ),
         ("apertus", {"bias_activation_fusion": True}, "activation has parameters"),
         ("llama", {"fp8_margin": 1}, "it needs fp8"),
         ("llama", {"moe_shared_expert_overlap": True}, "this model has no experts"),
@@ -107,7 +112,7 @@ def test_refused(models: dict[str, Settings], cpu: Device, model: str, given: di
 )
 def test_refused_on_cuda(models: dict[str, Settings], model: str, given: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        check_passthrough(given, models[model], schema.Train(), None)
+        check_passthrough(given, models[model], SELECTIVE, None)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,7 @@ def test_refused_on_cuda(models: dict[str, Settings], model: str, given: dict[st
         ({"fp8": "e4m3"}, torch.float32, "2.20", "layers of Transformer Engine, and a model in float32 has Megatron's; set model.dtype"),
         ({"gradient_accumulation_fusion": True}, torch.bfloat16, "2.20", "apex's kernel fused_weight_gradient_mlp_cuda, which is not"),
         ({"fp8": "e4m3", "fp8_margin": 1, "moe_router_fusion": True}, torch.bfloat16, "2.20", None),
+        ({"bias_dropout_fusion": True, "recompute_modules": ["layernorm"]}, torch.bfloat16, None, "since recompute_modules has layernorm"),
     ],
 )  # fmt: skip
 def test_kernels_that_are_not_there(
@@ -133,9 +139,9 @@ def test_kernels_that_are_not_there(
         monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
     where = Device(kind="cuda", device=devices.CPU, backend="gloo", name="as if")
     if said is None:
-        return check_passthrough(given, models["mixtral"], schema.Train(), where, dtype)
+        return check_passthrough(given, models["mixtral"], SELECTIVE, where, dtype)
     with pytest.raises(UserError) as error:
-        check_passthrough(given, models["mixtral"], schema.Train(), where, dtype)
+        check_passthrough(given, models["mixtral"], SELECTIVE, where, dtype)
     assert said in str(error.value)
 
 

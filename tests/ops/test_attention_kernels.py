@@ -19,16 +19,11 @@ from swift_mega.ops import blocks, flex
 from swift_mega.ops import flash as flash_module
 from swift_mega.ops.alibi import LONGEST, slopes, with_positions
 from swift_mega.ops.attention import attention, attention_kernel_name
-from swift_mega.ops.attention_kernels import (
-    TORCH_EFFICIENT,
-    TORCH_FLASH,
-    Choice,
-    choose,
-    efficient_runs,
-    flash_attn_2,
-    flash_attn_3,
-)
+from swift_mega.ops.attention_kernels import Choice, choose
 from swift_mega.ops.blocks import Block, Parts, Towards
+from swift_mega.ops.flash_attn_kernels import flash_attn_2, flash_attn_3
+from swift_mega.ops.kernel import Call
+from swift_mega.ops.torch_kernels import LSE_WASTE, TORCH_EFFICIENT, TORCH_FLASH, efficient_runs
 from tests.ops import kernel_stand_ins as stand_ins
 from tests.ops.test_attention import _dense as dense
 from tests.ops.test_sinks import dense as dense_with_sinks
@@ -98,14 +93,14 @@ def test_long_examples_beside_short_ones_make_no_large_log_sum_exp(bounds, runs)
     assert list(efficient_runs(bounds)) == runs
     for first, last in runs:
         longest = max(bounds[n + 1] - bounds[n] for n in range(first, last))
-        assert longest * (last - first) <= module.LSE_WASTE * (bounds[last] - bounds[first])
+        assert longest * (last - first) <= LSE_WASTE * (bounds[last] - bounds[first])
 
 
 def test_several_calls_of_the_memory_efficient_kernel(torch_operators):
     """One long example and many short ones: the results of two calls are merged."""
     bounds = (0, 40, *range(41, 61))
     assert len(list(efficient_runs(bounds))) > 1
-    call = module.Call(torch.tensor(bounds, dtype=torch.int32), None, 40, 40, 0.4, True, None, bounds=bounds)
+    call = Call(torch.tensor(bounds, dtype=torch.int32), None, 40, 40, 0.4, True, None, bounds=bounds)
     q, k, v = (torch.randn(60, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     want = dense(q, k, v, bounds, 0.4, None)
     out, lse = TORCH_EFFICIENT.forward(q, k, v, call)
@@ -338,8 +333,8 @@ def test_who_serves(monkeypatch):
     """The order of the table, with and without flash-attn, on several GPUs."""
     device, half = torch.device("cuda"), torch.bfloat16
     installed: dict[str, Any] = {"2": None, "3": None}
-    monkeypatch.setattr(module, "_installed_flash_attn_2", lambda: installed["2"])
-    monkeypatch.setattr(module, "_installed_flash_attn_3", lambda: installed["3"])
+    monkeypatch.setattr(module, "installed_flash_attn_2", lambda: installed["2"])
+    monkeypatch.setattr(module, "installed_flash_attn_3", lambda: installed["3"])
 
     def name(dtype: torch.dtype, capability: tuple[int, int] = (9, 0), head_dim: int = 128, **given: Any) -> str:
         module._kernels.cache_clear()
@@ -374,4 +369,9 @@ def test_names_for_the_header_of_a_run():
     cpu = torch.device("cpu")
     assert attention_kernel_name(cpu, torch.float32, 64) == "torch's CPU kernel, gradient by blocks of queries"
     assert attention_kernel_name(cpu, torch.float32, 64, softcap=True) == "tiles in torch"
-    assert attention_kernel_name(torch.device("cuda"), torch.float32, 64) == "torch memory-efficient"
+    cuda = torch.device("cuda")
+    assert attention_kernel_name(cuda, torch.float32, 64) == "torch memory-efficient"
+    # That op takes no blocks of keys, and neither does flex_attention.
+    assert attention_kernel_name(cuda, torch.float32, 64, ring=True) == "tiles in torch"
+    assert attention_kernel_name(cuda, torch.bfloat16, 64, ring=True) == "torch flash"
+    assert attention_kernel_name(cuda, torch.bfloat16, 64, softcap=True, ring=True) == "tiles in torch"

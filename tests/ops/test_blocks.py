@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swift_mega.ops.attention_kernels import TORCH_FLASH, flash_attn_2, flash_attn_3
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
+from swift_mega.ops.flash_attn_kernels import flash_attn_2, flash_attn_3
+from swift_mega.ops.torch_kernels import TORCH_FLASH
 from swift_mega.parallel.cut import cut_row
 from swift_mega.parallel.sequence import ring_steps
 from tests.ops import kernel_stand_ins as stand_ins

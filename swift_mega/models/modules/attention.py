@@ -191,8 +191,8 @@ class CoreAttention(MegatronModule):
         )
         return out.reshape(out.shape[0], 1, -1)
 
-    def kernel(self, device: torch.device) -> str:
-        """Name of the kernel that computes this layer's attention on a device; not where Transformer Engine does."""
+    def kernel(self, device: torch.device, *, ring: bool) -> str:
+        """Name of the kernel that computes this layer's attention on a device, not where Transformer Engine does. ring: over a ring."""
         config = self.config
         latent = config.multi_latent_attention
         head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
@@ -203,6 +203,7 @@ class CoreAttention(MegatronModule):
             softcap=self.softcap is not None,
             alibi=self.alibi is not None,
             sinks=self.softmax_offset is not None,
+            ring=ring,
         )
 
     def sharded_state_dict(
