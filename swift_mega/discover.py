@@ -15,9 +15,20 @@ def scan(folder: ModuleType, attribute: str) -> dict[str, Any]:
     return {name: getattr(module, attribute) for name, module in modules.items() if hasattr(module, attribute)}
 
 
-def choose(folder: ModuleType, attribute: str, name: str, *, setting: str) -> Any:
-    """The entry `name`. Where there is none: UserError that names the setting and the known entries."""
-    known = scan(folder, attribute)
-    if name not in known:
-        raise UserError(f"{setting}={name!r} is not known; known: {', '.join(sorted(known))}")
-    return known[name]
+def choose(folder: str, attribute: str, name: str, *, setting: str) -> Any:
+    """The entry `name` of a package: `attribute` of its module of that name, or of any module where `name` is dotted.
+
+    folder: name of the package. UserError that names the setting, and the known entries or what is wrong with the module.
+    """
+    module = name if "." in name else f"{folder}.{name}"
+    problem = f"module {module} has no {attribute}"
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError:
+        pass
+    except ImportError as error:
+        problem = f"{type(error).__name__}: {error}"
+    if "." in name:
+        raise UserError(f"{setting}={name!r} cannot be used ({problem}); name a module that Python finds, with {attribute}")
+    known = sorted(scan(importlib.import_module(folder), attribute))
+    raise UserError(f"{setting}={name!r} is not known; known: {', '.join(known)}, or the dotted name of a module of yours")

@@ -127,7 +127,7 @@ MISTAKES = [
     (["sft"], "sft: no model; give --model DIR, a Hugging Face directory"),
     (
         ["pt", "recipe.yaml", "lora_rank=4"],
-        "tuner.rank=4 (override) has no effect, since tuner.type=full has no adapter",
+        "lora_rank has no effect: tuner.rank is a setting of tuner.type=lora, and this run has tuner.type=full",
     ),
     # recipes
     (["sft", "absent.yaml"], "recipe absent.yaml does not exist"),

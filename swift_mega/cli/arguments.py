@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from swift_mega.config.load import Flag, Resolved, load, split_arguments
-from swift_mega.config.tree import Setting, find, unknown
+from swift_mega.config.load import Flag, Resolved, kinds_of, load, split_arguments
+from swift_mega.config.tree import Kinds, Setting, find, unknown
 from swift_mega.errors import UserError
 
 RECIPE_ENDINGS = (".yaml", ".yml")
@@ -98,24 +98,26 @@ class Arguments:
 def read_arguments(verb: Verb, tokens: Sequence[str]) -> Arguments:
     """Splits the words given to a verb; UserError for names that the verb does not have. Values of settings are converted later."""
     own = {option.name: option for option in verb.options}
+    recipes = [word for word in tokens if verb.recipe and word.endswith(RECIPE_ENDINGS) and Path(word).is_file()]
+    kinds = kinds_of(recipes, tokens, dict(verb.defaults))
 
     def kind(name: str) -> str | None:
         option = own.get(name.replace("-", "_"))
-        if option is None and find(name) is None:
-            raise unknown(name, flag=True, extra=own)
+        if option is None and find(name, kinds) is None:
+            raise unknown(name, flag=True, extra=own, kinds=kinds)
         return option.kind if option else None
 
-    positional, given = split_arguments(tokens, own=kind)
+    positional, given = split_arguments(tokens, own=kind, kinds=kinds)
     options: dict[str, tuple[str, ...]] = {}
     flags: list[Flag] = []
     for flag in given:
         option = own.get(flag.name.replace("-", "_"))
         if option is None:
-            _check_taken(verb, flag.name, f"--{flag.name}")
+            _check_taken(verb, flag.name, f"--{flag.name}", kinds)
             flags.append(flag)
             continue
         _add_option(options, option, flag)
-    recipe, overrides = _split_positional(verb, positional)
+    recipe, overrides = _split_positional(verb, positional, kinds)
     return Arguments(verb=verb, options=options, recipe=recipe, overrides=tuple(overrides), flags=tuple(flags))
 
 
@@ -130,7 +132,7 @@ def _add_option(options: dict[str, tuple[str, ...]], option: Option, flag: Flag)
     options[option.name] = words
 
 
-def _split_positional(verb: Verb, words: Sequence[str]) -> tuple[str | None, list[str]]:
+def _split_positional(verb: Verb, words: Sequence[str], kinds: Kinds) -> tuple[str | None, list[str]]:
     recipe: str | None = None
     overrides: list[str] = []
     for word in words:
@@ -138,7 +140,7 @@ def _split_positional(verb: Verb, words: Sequence[str]) -> tuple[str | None, lis
             name, equals, _ = word.partition("=")
             if not equals or not name or word.startswith("-"):
                 raise UserError(f"{verb.name}: {word!r} belongs to no option; swift-mega {verb.usage[0]}")
-            _check_taken(verb, name, name)
+            _check_taken(verb, name, name, kinds)
             overrides.append(word)
         elif recipe is not None:
             raise UserError(f"{verb.name}: two recipes, {recipe} and {word}; give one, and key=value for what differs")
@@ -151,10 +153,10 @@ def _split_positional(verb: Verb, words: Sequence[str]) -> tuple[str | None, lis
     return recipe, overrides
 
 
-def _check_taken(verb: Verb, name: str, shown: str) -> Setting:
-    found = find(name)
+def _check_taken(verb: Verb, name: str, shown: str, kinds: Kinds) -> Setting:
+    found = find(name, kinds)
     if found is None:
-        raise unknown(name, flag=False)
+        raise unknown(name, flag=False, kinds=kinds)
     if not verb.takes(found[0].key):
         raise UserError(f"{shown} sets {found[0].key}, which has no effect in {verb.name}; leave it out")
     return found[0]

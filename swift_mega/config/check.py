@@ -4,21 +4,15 @@ A setting that could not take effect is an error here; it is never skipped silen
 model and the ranks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from swift_mega.config.parse import size_in_bytes
-from swift_mega.config.schema import Run
+from swift_mega.config.schema import AT_LEAST_1, NOT_NEGATIVE, ABOVE_0, PROBABILITY, Limit, Run
 from swift_mega.config.tree import Setting, settings
 from swift_mega.errors import UserError
 
-Limit = tuple[str, Callable[[Any], bool]]
-
-AT_LEAST_1: Limit = ("a whole number of at least 1", lambda v: v >= 1)
-NOT_NEGATIVE: Limit = ("at least 0", lambda v: v >= 0)
-ABOVE_0: Limit = ("above 0", lambda v: v > 0)
-PROBABILITY: Limit = ("at least 0 and below 1", lambda v: 0 <= v < 1)
 SHARE: Limit = ("between 0 and 1", lambda v: 0 <= v <= 1)
 ABOVE_0_TO_1: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
 EPOCHS: Limit = ("above 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
@@ -30,8 +24,6 @@ LIMITS: dict[str, Limit] = {
     "data.split_dataset_ratio": PROBABILITY,
     "data.seed": NOT_NEGATIVE,
     "tuner.type": NOT_EMPTY,
-    "tuner.alpha": ABOVE_0,
-    "tuner.dropout": PROBABILITY,
     "optim.warmup_fraction": SHARE,
     "optim.warmup_steps": NOT_NEGATIVE,
     "optim.beta1": PROBABILITY,
@@ -45,10 +37,7 @@ LIMITS: dict[str, Limit] = {
     "export.max_shard_size": SIZE,
 }
 
-OF_ADAPTERS = (
-    *("tuner.rank", "tuner.alpha", "tuner.dropout", "tuner.rslora", "tuner.target_modules"),
-    *("model.adapters", "export.merge_lora"),
-)
+OF_ADAPTERS = ("model.adapters", "export.merge_lora")
 
 
 def check_range(setting: Setting, value: Any, *, where: str) -> None:
@@ -59,7 +48,7 @@ def check_range(setting: Setting, value: Any, *, where: str) -> None:
         if any(not item.strip() for item in value):
             raise UserError(f"{where}: a value is empty text")
         return
-    limit = LIMITS.get(setting.key) or {int: AT_LEAST_1, float: NOT_NEGATIVE}.get(setting.hint)
+    limit = setting.limit or LIMITS.get(setting.key) or {int: AT_LEAST_1, float: NOT_NEGATIVE}.get(setting.hint)
     if limit is not None and not limit[1](value):
         raise UserError(f"{where}={value}: expected {limit[0]}")
 
@@ -69,8 +58,8 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
     for broken, message in _contradictions(run):
         if broken:
             raise UserError(message)
-    if run.tuner.type == "full":
-        _refuse_changed(run, sources, OF_ADAPTERS, because="tuner.type=full has no adapter")
+    if not run.tuner.makes_adapter:
+        _refuse_changed(run, sources, OF_ADAPTERS, because=f"tuner.type={run.tuner.type} has no adapter")
     if not run.model.resize_vocab and not run.model.new_special_tokens:
         because = "no rows are added; set model.resize_vocab=true"
         _refuse_changed(run, sources, ("model.new_rows",), because=because)

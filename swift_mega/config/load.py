@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from swift_mega.config.check import check_range, check_together
 from swift_mega.config.parse import Given, Scalar, convert, from_words, read_recipe
 from swift_mega.config.schema import Run
-from swift_mega.config.tree import Setting, find, sections, settings, unknown
+from swift_mega.config.tree import DEFAULTS, Kinds, Setting, find, kinds_in, sections, settings, unknown
 from swift_mega.errors import UserError
 
 FLAG = re.compile(r"--|-[A-Za-z]")  # does not match a negative number
@@ -54,26 +55,40 @@ def load(
     defaults: what a command sets differently from the schema, by dotted key. All other sources override them.
     Raises UserError for unknown names (with the nearest known one), wrong types, impossible values and contradictions.
     """
+    kinds = kinds_of([path] if path is not None else [], [*overrides, *flags], defaults or {})
     layers = [
-        [_given(f"{key}={value}", source=defaults_source) for key, value in (defaults or {}).items()],
-        read_recipe(path) if path is not None else [],
-        [_given(text, source="override") for text in overrides],
-        _given_flags(flags),
+        [_given(f"{key}={value}", source=defaults_source, kinds=kinds) for key, value in (defaults or {}).items()],
+        read_recipe(path, kinds) if path is not None else [],
+        [_given(text, source="override", kinds=kinds) for text in overrides],
+        _given_flags(flags, kinds),
     ]
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in layers:
-        _apply(layer, values, sources)
-    run = _build(values)
-    for key in settings():
+        _apply(layer, values, sources, kinds)
+    run = _build(values, kinds)
+    for key in settings(kinds):
         if not any(known == key or known.startswith(key + ".") for known in sources):
             sources[key] = "default"
     check_together(run, sources)
     return Resolved(run=run, sources=sources)
 
 
+def kinds_of(recipes: Sequence[str], words: Sequence[str], defaults: Mapping[str, str]) -> Kinds:
+    """The tuner and the objective that a command names: they decide which other settings there are.
+
+    words: `key=value`, `--flag value` and `--flag=value`; they override recipes, which override `defaults`.
+    """
+    kinds = kinds_in(defaults.items())
+    for path in recipes:
+        kinds = kinds_in(((one.name, one.value.text) for one in read_recipe(path) if isinstance(one.value, Scalar)), kinds)
+    pairs = [tuple(word.removeprefix("--").split("=", 1)) for word in words if "=" in word]
+    flags = [(word[2:], after) for word, after in pairwise(words) if word.startswith("--") and "=" not in word]
+    return kinds_in(((name, value) for name, value in [*pairs, *flags] if not FLAG.match(value)), kinds)
+
+
 def split_arguments(
-    tokens: Sequence[str], *, own: Callable[[str], str | None] = lambda name: None
+    tokens: Sequence[str], *, own: Callable[[str], str | None] = lambda name: None, kinds: Kinds = DEFAULTS
 ) -> tuple[list[str], list[Flag]]:
     """Command-line tokens -> (positional words, flags). A flag takes as many words as its setting does.
 
@@ -89,9 +104,9 @@ def split_arguments(
             positional.append(token)
             continue
         name, equals, value = token[2:].partition("=")
-        kind = own(name) or _kind(name)
+        kind = own(name) or _kind(name, kinds)
         if kind is None:
-            raise unknown(name, flag=True)
+            raise unknown(name, flag=True, kinds=kinds)
         if equals:
             flags.append(Flag(name, (value,)))
             continue
@@ -109,31 +124,31 @@ def _take(rest: list[str], kind: str) -> list[str]:
     return words
 
 
-def _kind(name: str) -> str | None:
-    found = find(name)
+def _kind(name: str, kinds: Kinds) -> str | None:
+    found = find(name, kinds)
     if found is None:
         return None
     setting, inside = found
     return "switch" if setting.switch else "many" if setting.many and not inside else "one"
 
 
-def _given(text: str, *, source: str) -> Given:
+def _given(text: str, *, source: str, kinds: Kinds) -> Given:
     name, equals, word = text.partition("=")
     if not equals or not name:
         raise UserError(f"{text!r} is neither a recipe (.yaml) nor a setting: write key=value or --flag value")
-    found = find(name)
+    found = find(name, kinds)
     if found is None:
-        raise unknown(name, flag=False)
+        raise unknown(name, flag=False, kinds=kinds)
     return Given(name=name, value=from_words([word], found[0], inside=found[1]), where=name, source=source)
 
 
-def _given_flags(tokens: Sequence[str]) -> list[Given]:
-    positional, flags = split_arguments(tokens)
+def _given_flags(tokens: Sequence[str], kinds: Kinds) -> list[Given]:
+    positional, flags = split_arguments(tokens, kinds=kinds)
     if positional:
         raise UserError(f"{positional[0]!r} belongs to no flag: write --flag value, or key=value as an override")
     given: list[Given] = []
     for flag in flags:
-        found = find(flag.name)
+        found = find(flag.name, kinds)
         assert found is not None
         setting, inside = found
         words = flag.words or (("true",) if setting.switch else ())
@@ -144,13 +159,13 @@ def _given_flags(tokens: Sequence[str]) -> list[Given]:
     return given
 
 
-def _apply(layer: Sequence[Given], values: dict[str, Any], sources: dict[str, str]) -> None:
+def _apply(layer: Sequence[Given], values: dict[str, Any], sources: dict[str, str], kinds: Kinds) -> None:
     """Writes one layer's values over those of earlier layers. UserError where the layer gives a key two different values."""
     mine: dict[str, tuple[Given, Any]] = {}
     for given in layer:
-        found = find(given.name)
+        found = find(given.name, kinds)
         if found is None:
-            error = unknown(given.name, flag=False)
+            error = unknown(given.name, flag=False, kinds=kinds)
             raise UserError(f"{given.source}: {error}") if given.where != given.name else error
         setting, inside = found
         value = convert(setting, given.value, inside=inside, where=given.where)
@@ -179,15 +194,15 @@ def _spot(given: Given) -> str:
     return given.where
 
 
-def _build(values: Mapping[str, Any]) -> Run:
-    parts: dict[str, dict[str, Any]] = {name: {} for name in sections()}
+def _build(values: Mapping[str, Any], kinds: Kinds) -> Run:
+    parts: dict[str, dict[str, Any]] = {name: {} for name in sections(kinds)}
     for key, value in values.items():
         section, name, *inside = key.split(".", 2)
         if inside:
             parts[section].setdefault(name, {})[inside[0]] = value
         else:
             parts[section][name] = value
-    return Run(**{name: kind(**parts[name]) for name, kind in sections().items()})
+    return Run(**{name: kind(**parts[name]) for name, kind in sections(kinds).items()})
 
 
 def to_dict(run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, get_origin
 
 import yaml
 
-from swift_mega.config.tree import Setting, sections, settings, suggest
+from swift_mega.config.tree import DEFAULTS, Kinds, Setting, sections, settings, suggest
 from swift_mega.errors import UserError
 from swift_mega.text_files import parse_json, read_text
 
@@ -45,7 +45,7 @@ class Given:
     source: str
 
 
-def read_recipe(path: str) -> list[Given]:
+def read_recipe(path: str, kinds: Kinds = DEFAULTS) -> list[Given]:
     """The keys of a YAML file (they may be dotted) with their values and lines; sections are flattened. Raises UserError with file:line."""
     text = read_text(path, what=f"recipe {path}")
     try:
@@ -59,17 +59,20 @@ def read_recipe(path: str) -> list[Given]:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:{_line(root)}: a recipe is a mapping of settings (key: value), not a {_shape(root)}")
-    return _open(root, path, prefix="")
+    return _open(root, path, prefix="", tables=_nested(kinds))
 
 
-def _open(node: yaml.MappingNode, path: str, *, prefix: str) -> list[Given]:
+def _nested(kinds: Kinds) -> frozenset[str]:
+    """Names whose mappings are opened: sections, and settings that are tables."""
+    return frozenset([*sections(kinds), *(key for key, setting in settings(kinds).items() if setting.table)])
+
+
+def _open(node: yaml.MappingNode, path: str, *, prefix: str, tables: frozenset[str]) -> list[Given]:
     found: list[Given] = []
     for key, line, child in _pairs(node, path):
         name = prefix + key
-        if isinstance(child, yaml.MappingNode) and (
-            name in sections() or (name in settings() and settings()[name].table)
-        ):
-            found += _open(child, path, prefix=name + ".")
+        if isinstance(child, yaml.MappingNode) and name in tables:
+            found += _open(child, path, prefix=name + ".", tables=tables)
             continue
         value = _value(child, path)
         found.append(Given(name=name, value=value, where=f"{path}:{line}: {name}", source=f"{path}:{line}"))

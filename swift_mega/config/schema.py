@@ -4,15 +4,36 @@ A recipe (YAML), dotted overrides and SWIFT-style flags all fill this same tree 
 one default, wherever its value comes from. A field whose metadata has `flag` can also be set by these SWIFT names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 TIMEOUT_MINUTES = 60
 
 
-def setting(default: Any = None, *, flag: str = "", help: str = "", factory: Any = None, empty: bool = False) -> Any:
-    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: whether "" is a valid value."""
-    metadata = {"flag": tuple(flag.split()), "help": help, "empty": empty}
+Limit = tuple[str, Callable[[Any], bool]]
+"""What a value has to be, in words and as a predicate."""
+
+AT_LEAST_1: Limit = ("a whole number of at least 1", lambda v: v >= 1)
+NOT_NEGATIVE: Limit = ("at least 0", lambda v: v >= 0)
+ABOVE_0: Limit = ("above 0", lambda v: v > 0)
+PROBABILITY: Limit = ("at least 0 and below 1", lambda v: 0 <= v < 1)
+
+
+def setting(
+    default: Any = None,
+    *,
+    flag: str = "",
+    help: str = "",
+    factory: Any = None,
+    empty: bool = False,
+    limit: Limit | None = None,
+) -> Any:
+    """A field with its SWIFT flag names (space-separated, without dashes) and one line of help. empty: whether "" is a valid value.
+
+    limit: which values are possible; None: whole numbers of at least 1, other numbers of at least 0.
+    """
+    metadata = {"flag": tuple(flag.split()), "help": help, "empty": empty, "limit": limit}
     return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
@@ -155,25 +176,61 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised."""
+    """What is minimised.
 
-    name: str = setting("next_token", help="a module of swift_mega/objectives")
+    An objective with settings of its own derives its class of settings from this one, in its own file.
+    """
+
+    name: str = setting(
+        "next_token", help="a module of swift_mega/objectives, or the dotted name of a module of your own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuner:
+    """Which parameters are trained.
+
+    A tuner with settings of its own derives its class of settings from this one, in its own file.
+    """
+
+    type: str = setting(
+        flag="tuner_type train_type",
+        help="a module of swift_mega/tuners (lora, full), or the dotted name of a module of your own",
+    )
+    makes_adapter: ClassVar[bool] = False
+    """Whether a checkpoint of the run is an adapter, which can be loaded and merged; else it is a whole model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Tuner):
     """Which parameters are trained."""
 
-    type: str = setting("lora", flag="tuner_type train_type", help="a module of swift_mega/tuners: lora, full")
+    type: str = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Tuner):
+    """Which parameters are trained.
+
+    These are here and not in tuners/lora.py because LoRA is the default: with them, a command line is checked before torch is imported.
+    """
+
+    type: str = "lora"
     rank: int = setting(8, flag="lora_rank", help="inner dimension of an adapter")
     alpha: float = setting(
-        32.0, flag="lora_alpha", help="adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+        32.0,
+        flag="lora_alpha",
+        help="adapter output is scaled by alpha / rank (rslora: alpha / sqrt(rank))",
+        limit=ABOVE_0,
     )
-    dropout: float = setting(0.0, flag="lora_dropout", help="probability of dropping an adapter's input")
+    dropout: float = setting(
+        0.0, flag="lora_dropout", help="probability of dropping an adapter's input", limit=PROBABILITY
+    )
     rslora: bool = setting(False, flag="use_rslora", help="rank-stabilised scale, arXiv:2312.03732")
     target_modules: tuple[str, ...] = setting(
         ("all-linear",), flag="target_modules", help="Hugging Face names of linears (q_proj …) or all-linear"
     )
+    makes_adapter: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +330,7 @@ class Run:
     parallel: Parallel = field(default_factory=Parallel)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
-    tuner: Tuner = field(default_factory=Tuner)
+    tuner: Tuner = field(default_factory=Lora)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     export: Export = field(default_factory=Export)

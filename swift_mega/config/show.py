@@ -5,7 +5,7 @@ from typing import Any
 
 from swift_mega.config.check import value_of
 from swift_mega.config.load import Resolved
-from swift_mega.config.tree import settings
+from swift_mega.config.tree import Kinds, settings
 
 COMMENT_COLUMN = 56
 
@@ -14,7 +14,8 @@ def to_yaml(resolved: Resolved, *, only_changed: bool = False) -> str:
     """One line per setting, `key: value  # source`, under its section. Scalars are JSON, which YAML can read."""
     lines: list[str] = []
     section = ""
-    for key, setting in settings().items():
+    kinds = Kinds(tuner=resolved.run.tuner.type, objective=resolved.run.objective.name)
+    for key, setting in settings(kinds).items():
         value = value_of(resolved.run, key)
         if only_changed and value == setting.default:
             continue

@@ -2,17 +2,50 @@
 
 Everything that reads settings (recipe, overrides, flags, help, the `config` verb) goes through `settings()` and `find()`. So a field
 added to `schema` is at once a YAML key, an override, a flag and a line of help.
+
+The fields of the sections `tuner` and `objective` depend on the tuner and the objective (`Kinds`): each has a class of settings.
 """
 
 import difflib
 import types
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from swift_mega.config import schema
+from swift_mega.discover import choose
 from swift_mega.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """The tuner and the objective of a run, which decide what settings it has."""
+
+    tuner: str = "lora"
+    objective: str = "next_token"
+
+
+DEFAULTS = Kinds()
+KIND_KEYS = {"tuner": "tuner.type", "objective": "objective.name"}
+"""Section -> the setting that decides which other settings the section has."""
+LIGHT: dict[str, dict[str, type]] = {
+    "tuner": {"lora": schema.Lora, "full": schema.Full},
+    "objective": {"next_token": schema.Objective},
+}
+"""Classes of settings that are known without importing torch. Those of other kinds are in their own modules (`_settings_class`)."""
+
+
+def _settings_class(section: str, kind: str) -> type:
+    """The class of settings of a tuner or an objective: `Settings` of the class that its module has as TUNER or OBJECTIVE."""
+    if kind in LIGHT[section]:
+        return LIGHT[section][kind]
+    from swift_mega.device import device
+
+    # Before a module imports Megatron.
+    device.setup(starts_ranks=True)
+    made = choose(f"swift_mega.{section}s", section.upper(), kind, setting=KIND_KEYS[section])
+    return made.Settings  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +60,8 @@ class Setting:
     help: str
     empty: bool = False
     """Whether empty text is a valid value."""
+    limit: schema.Limit | None = None
+    """Which values are possible; None: as for every number of its type."""
 
     @property
     def section(self) -> str:
@@ -58,53 +93,76 @@ class Setting:
 
 
 @cache
-def settings() -> dict[str, Setting]:
+def settings(kinds: Kinds = DEFAULTS) -> dict[str, Setting]:
     """Dotted key -> setting, in the order of the schema."""
     found: dict[str, Setting] = {}
-    for section in fields(schema.Run):
-        kind = get_type_hints(schema.Run)[section.name]
+    for section, kind in sections(kinds).items():
         hints = get_type_hints(kind)
         for leaf in fields(kind):
+            key = f"{section}.{leaf.name}"
             hint, optional = _without_none(hints[leaf.name])
             default = leaf.default_factory() if leaf.default_factory is not MISSING else leaf.default
-            key = f"{section.name}.{leaf.name}"
+            # A class of settings gives the field of its kind another default, and nothing else.
+            metadata = leaf.metadata or _declared(kind, leaf.name)
+            if key == KIND_KEYS.get(section):
+                default = getattr(DEFAULTS, section)
             found[key] = Setting(
                 key=key,
                 hint=hint,
                 optional=optional,
                 default=default,
-                flags=leaf.metadata.get("flag", ()),
-                help=leaf.metadata.get("help", ""),
-                empty=leaf.metadata.get("empty", False),
+                flags=metadata.get("flag", ()),
+                help=metadata.get("help", ""),
+                empty=metadata.get("empty", False),
+                limit=metadata.get("limit"),
             )
     return found
 
 
+def _declared(kind: type, name: str) -> Mapping[str, Any]:
+    """Metadata of a field where a parent class declares it with any."""
+    for parent in kind.__mro__[1:]:
+        if is_dataclass(parent) and (found := {leaf.name: leaf.metadata for leaf in fields(parent)}.get(name)):
+            return found
+    return {}
+
+
 @cache
-def sections() -> dict[str, type]:
+def sections(kinds: Kinds = DEFAULTS) -> dict[str, type]:
     """Section name -> its dataclass."""
-    return get_type_hints(schema.Run)
+    chosen = {section: _settings_class(section, getattr(kinds, section)) for section in KIND_KEYS}
+    return {**get_type_hints(schema.Run), **chosen}
 
 
 @cache
-def _by_name() -> dict[str, Setting]:
-    names = dict(settings())
-    for setting in settings().values():
+def _by_name(kinds: Kinds = DEFAULTS) -> dict[str, Setting]:
+    names = dict(settings(kinds))
+    for setting in settings(kinds).values():
         for flag in setting.flags:
             assert flag not in names, f"two settings answer to --{flag}"
             names[flag] = setting
     return names
 
 
-def find(name: str) -> tuple[Setting, str] | None:
+def find(name: str, kinds: Kinds = DEFAULTS) -> tuple[Setting, str] | None:
     """The setting with this dotted key or flag name (dashes or underscores), and the key inside its table."""
-    names = _by_name()
+    names = _by_name(kinds)
     if (setting := names.get(name) or names.get(name.replace("-", "_"))) is not None:
         return setting, ""
-    for setting in settings().values():
+    for setting in settings(kinds).values():
         if setting.table and name.startswith(setting.key + ".") and name != setting.key + ".":
             return setting, name.removeprefix(setting.key + ".")
     return None
+
+
+def kinds_in(given: Iterable[tuple[str, str]], before: Kinds = DEFAULTS) -> Kinds:
+    """The kinds that (name, value) pairs choose, the last one of each; `before` where they choose none."""
+    keys = {key: section for section, key in KIND_KEYS.items()}
+    for name, value in given:
+        found = _by_name().get(name.replace("-", "_"))
+        if found is not None and found.key in keys and value.strip():
+            before = replace(before, **{keys[found.key]: value.strip()})
+    return before
 
 
 def suggest(name: str, candidates: Iterable[str]) -> str:
@@ -118,13 +176,22 @@ def suggest(name: str, candidates: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(near[:2])}?)" if near else ""
 
 
-def unknown(name: str, *, flag: bool, extra: Iterable[str] = ()) -> UserError:
+def unknown(name: str, *, flag: bool, extra: Iterable[str] = (), kinds: Kinds = DEFAULTS) -> UserError:
     """The error for a name of no setting. extra: other names that would have been valid here."""
-    if name in sections():
-        leaves = ", ".join(s.key for s in settings().values() if s.section == name)
+    if name in sections(kinds):
+        leaves = ", ".join(s.key for s in settings(kinds).values() if s.section == name)
         return UserError(f"{name} is a section, not a setting: it has {leaves}")
     dashes = "--" if flag else ""
-    candidates = [*extra, *_by_name()] if flag else [*settings(), *(n for n in _by_name() if n not in settings())]
+    for section, key in KIND_KEYS.items():
+        mine = getattr(kinds, section)
+        for other in LIGHT[section]:
+            if other != mine and (found := find(name, replace(kinds, **{section: other}))) is not None:
+                return UserError(
+                    f"{dashes}{name} has no effect: {found[0].key} is a setting of {key}={other}, and this run has {key}={mine}; "
+                    f"remove it, or set {key}={other}"
+                )
+    names = _by_name(kinds)
+    candidates = [*extra, *names] if flag else [*settings(kinds), *(n for n in names if n not in settings(kinds))]
     hint = suggest(name, candidates)
     if flag:
         hint = hint.replace("mean ", "mean --").replace(" or ", " or --")

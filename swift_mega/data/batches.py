@@ -29,7 +29,8 @@ _EPOCH = 3
 class Batches:
     """The microbatches of each step for one data rank.
 
-    A unit is an example or, with data.packing, a packed row of at most data.max_length tokens. epochs: passes over the units until the
+    A unit is an example or, with data.packing, a packed row of at most data.max_length tokens. together: so many examples that follow one
+    another (a pair: 2) are always in one unit, in their order; without packing they are one unit. epochs: passes over the units until the
     stream ends, rounded up to whole units; None: it does not end. once: one pass in order, for validation.
 
     micro_batch_size, global_batch_size: units. group: the number of a rank's microbatches in a step is a multiple of it.
@@ -53,12 +54,13 @@ class Batches:
         epochs: float | None = None,
         group: int = 1,
         once: bool = False,
+        together: int = 1,
     ) -> None:
         if not examples:
             raise UserError("no examples to make batches of: data.dataset gave none")
         _check_sizes(micro_batch_size, global_batch_size, data_size)
         self._examples = examples
-        self._units = _units(examples, settings, pad_each)
+        self._units = _units(examples, settings, pad_each, together)
         self._seed = settings.seed
         self._micro = micro_batch_size
         self._global = global_batch_size
@@ -100,7 +102,7 @@ class Batches:
     def _row(self, units: list[int]) -> Microbatch:
         examples = [self._examples[index] for unit in units for index in self._units[unit]]
         if not examples:
-            return padding_row(self._pad_to, pad_token=self._pad_token)
+            return padding_row(self._pad_to, pad_token=self._pad_token, numbers=self._examples[0].numbers)
         return collate(examples, self._pad_to, pad_each=self._pad_each, pad_token=self._pad_token)
 
     def _chosen(self, step: int) -> list[int]:
@@ -119,10 +121,16 @@ class Batches:
         return self._orders[epoch]
 
 
-def _units(examples: Sequence[Example], settings: Data, pad_each: int) -> list[list[int]]:
-    if settings.packing:
+def _units(examples: Sequence[Example], settings: Data, pad_each: int, together: int) -> list[list[int]]:
+    assert len(examples) % together == 0, (len(examples), together)
+    kept = [list(range(first, first + together)) for first in range(0, len(examples), together)]
+    if not settings.packing:
+        return kept
+    if together == 1:
         return pack_examples([len(example) for example in examples], settings.max_length, pad_each)
-    return [[index] for index in range(len(examples))]
+    sizes = [sum(rounded_up(len(examples[index]), pad_each) for index in some) for some in kept]
+    packed = pack_examples(sizes, settings.max_length, pad_each)
+    return [[index for number in numbers for index in kept[number]] for numbers in packed]
 
 
 def _check_sizes(micro: int, total: int, ranks: int) -> None:

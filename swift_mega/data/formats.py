@@ -2,12 +2,13 @@
 
 The columns decide the format; they are tried in the order messages, conversations, instruction, query, text. Columns that the format
 does not use are counted as ignored. A column that would change training but is not supported (images, tools, rejected_response, …)
-stops the run.
+stops the run, unless its objective reads that column (`fields`).
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from swift_mega.errors import UserError
@@ -68,6 +69,10 @@ class Row:
     turns: tuple[Turn, ...] = ()
     text: str | None = None
     where: str
+    rejected: str | None = None
+    """The reply that is worse than the last turn, of a row for preference training."""
+    numbers: tuple[tuple[str, float], ...] = ()
+    """(column, number) of the other columns that the objective reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +88,25 @@ Reply = Literal["required", "optional", "dropped"]
 """The last reply of a row: "required" for training, "optional" for prompts of a comparison, "dropped" for questions to answer."""
 
 
+REJECTED = "rejected_response"
+
+
 def to_row(
-    record: Mapping[str, Any], *, where: str, ignored: Counter[str], tags: Tags | None = None, reply: Reply = "required"
+    record: Mapping[str, Any],
+    *,
+    where: str,
+    ignored: Counter[str],
+    tags: Tags | None = None,
+    reply: Reply = "required",
+    fields: Sequence[str] = (),
 ) -> Row:
     """The row that `record` describes; names of unused columns are counted in `ignored`.
 
+    fields: columns that the run's objective reads beside the conversation: rejected_response is text, every other one a number.
     Raises a UserError that begins with `where` for a record that is not valid.
     """
     for name, what in _UNSUPPORTED.items():
-        if not _is_empty(record.get(name)):
+        if name not in fields and not _is_empty(record.get(name)):
             raise UserError(
                 f"{where}: column {name!r} is {what}, which is not supported yet and must not be dropped silently; "
                 "remove the column, or map another with data.columns"
@@ -99,10 +114,30 @@ def to_row(
     present = {name for name in record if not _is_empty(record[name])}
     try:
         row, used = _shape(record, present, where, ignored, tags or Tags(), reply)
+        if fields:
+            row = _with_fields(row, record, fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    ignored.update(present - used)
+    ignored.update(present - used - set(fields))
     return row
+
+
+def _with_fields(row: Row, record: Mapping[str, Any], fields: Sequence[str]) -> Row:
+    """The row with the columns that the objective reads. Every row must have them."""
+    numbers = []
+    for name in fields:
+        value = record.get(name)
+        if _is_empty(value):
+            raise UserError(f"column {name!r} is missing or empty, and the objective needs it; add it, or map one with data.columns")
+        if name == REJECTED:
+            if not row.turns:
+                raise UserError(f"column {name!r} is a second reply, and plain text has no first; write a conversation")
+            row = replace(row, rejected=_text(value, name))
+        elif isinstance(value, int | float) and math.isfinite(value):
+            numbers.append((name, float(value)))
+        else:
+            raise UserError(f"column {name!r} is {kind(value)}; write a number, or true or false")
+    return replace(row, numbers=tuple(numbers))
 
 
 def _shape(

@@ -4,14 +4,15 @@ Every loss is counted: an example that is too long, or has no trained token left
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swift_mega.config.schema import Data
+from swift_mega.data.batches import Batches
 from swift_mega.data.chat import Encoder
 from swift_mega.data.ends import Ends
 from swift_mega.data.formats import Row
-from swift_mega.data.pack import Example, pack_examples
+from swift_mega.data.pack import Example, rounded_up
 from swift_mega.data.report import Report, SplitReport
 from swift_mega.data.sources import load
 from swift_mega.errors import UserError
@@ -48,19 +49,22 @@ def prepare(
     pad_each: int = 1,
     vocab: int | None = None,
     before: Trained = UNCHANGED,
+    fields: Sequence[str] = (),
 ) -> Prepared:
     """All examples of a run, the same on every rank, in the order of the files.
 
     tokenizer: a fast transformers tokenizer (`chat.load_tokenizer`). pad_each: tokens; examples in packed rows are padded to a multiple.
     vocab: number of embeddings in the model; every token id has to be below it. None: not checked.
     before: how the adapter was trained that this run continues; its template stays in use unless the settings name another.
+    fields: columns that the run's objective reads beside the conversation (`formats.to_row`). With rejected_response every row gives two
+    examples, one after the other: with the preferred reply, and with the rejected one.
     Raises UserError where rows, template and settings do not fit together, or no example is left to train on.
     """
     if settings.max_length < 2:
         raise UserError(
             f"data.max_length={settings.max_length}: a token and the one that follows need 2; give at least 2"
         )
-    rows = load(settings)
+    rows = load(settings, fields)
     encoder = Encoder(
         tokenizer,
         chat_template=settings.chat_template,
@@ -107,10 +111,14 @@ def _encode(
     examples: list[Example] = []
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        for row, example in zip(chunk, encoder.encode(chunk), strict=True):
-            kept = _fit(example, row, settings, report)
-            if kept is not None:
-                examples.append(kept)
+        encoded = iter(encoder.encode([version for row in chunk for version in _versions(row)]))
+        for row in chunk:
+            versions, kept = [next(encoded) for _ in _versions(row)], list[Example]()
+            # A row is dropped, and counted, once.
+            while len(kept) < len(versions) and (fitted := _fit(versions[len(kept)], row, settings, report)) is not None:
+                kept.append(replace(fitted, numbers=dict(row.numbers)) if row.numbers else fitted)
+            if len(kept) == len(versions) and _pair_fits(kept, settings, report, pad_each):
+                examples += kept
         if progress is not None:
             progress(done + start + len(chunk), total)
     report.examples = len(examples)
@@ -118,8 +126,32 @@ def _encode(
     report.targets = sum(example.targets for example in examples)
     report.longest = max((len(example) for example in examples), default=0)
     if settings.packing and examples:
-        report.packed_rows = len(pack_examples([len(example) for example in examples], settings.max_length, pad_each))
+        report.packed_rows = Batches(
+            examples,
+            settings=settings,
+            micro_batch_size=1,
+            global_batch_size=1,
+            pad_each=pad_each,
+            together=len(_versions(rows[0])),
+        ).units
     return examples, report
+
+
+def _versions(row: Row) -> tuple[Row, ...]:
+    """The conversations of a row: itself, and with a rejected reply also the one that ends with it."""
+    if row.rejected is None:
+        return (row,)
+    return row, replace(row, turns=(*row.turns[:-1], replace(row.turns[-1], content=row.rejected)))
+
+
+def _pair_fits(pair: Sequence[Example], settings: Data, report: SplitReport, pad_each: int) -> bool:
+    """Whether examples that stay together fit into a packed row; counted as dropped where they do not."""
+    if len(pair) < 2 or not settings.packing:
+        return True
+    fits = sum(rounded_up(len(example), pad_each) for example in pair) <= rounded_up(settings.max_length, pad_each)
+    if not fits:
+        report.dropped[f"pair longer than a packed row of {settings.max_length}"] += 1
+    return bool(fits)
 
 
 def _fit(example: Example, row: Row, settings: Data, report: SplitReport) -> Example | None:
@@ -136,7 +168,7 @@ def _fit(example: Example, row: Row, settings: Data, report: SplitReport) -> Exa
             return None
         report.truncated += 1
         cut = slice(-limit, None) if settings.truncation == "left" else slice(limit)
-        example = Example(tokens=example.tokens[cut].copy(), trained=example.trained[cut].copy())
+        example = replace(example, tokens=example.tokens[cut].copy(), trained=example.trained[cut].copy())
     if example.targets == 0:
         report.dropped[_NO_LOSS] += 1
         return None

@@ -7,8 +7,8 @@ causal, so no real token sees it. Packing is then only the choice of the example
 fills typical data to more than 99 per cent.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,14 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One tokenised data row. tokens: [n] int32. trained: [n] bool, whether the model learns to predict this token."""
+    """One tokenised data row. tokens: [n] int32. trained: [n] bool, whether the model learns to predict this token.
+
+    numbers: what the objective reads of the data row beside its text, by column.
+    """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,6 +49,7 @@ class Microbatch:
     tokens: [t] int64. labels: [t] int64, the next token, -100 where it has no loss; the last token of an example has no label.
     positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, the begin of each example, then t.
     lengths: [n] int32, tokens of each example without the padding after it.
+    numbers: column -> [examples] float64, what the objective reads of the data beside text (`Example.numbers`).
 
     All tensors are on the host. For the forward pass, only tokens and positions are copied to the device. The number of labels and the
     begins of examples decide sizes of tensors, and the host would have to wait for the device to read them.
@@ -55,6 +60,12 @@ class Microbatch:
     positions: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples; padding at the end of the row is none."""
+        return int((self.lengths > 0).sum())
 
     @property
     def targets(self) -> int:
@@ -149,11 +160,18 @@ def collate(examples: Sequence[Example], pad_to: int = 1, *, pad_each: int = 1, 
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         lengths=torch.from_numpy(lengths.astype(np.int32)),
+        numbers={
+            name: torch.tensor([example.numbers[name] for example in examples], dtype=torch.float64)
+            for name in examples[0].numbers
+        },
     )
 
 
-def padding_row(pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
-    """The shortest row of padding only, for a rank that takes part in a step but has no example left."""
+def padding_row(pad_to: int = 1, *, pad_token: int = 0, numbers: Iterable[str] = ()) -> Microbatch:
+    """The shortest row of padding only, for a rank that takes part in a step but has no example left.
+
+    numbers: the columns of `Microbatch.numbers` that other rows have.
+    """
     length = int(rounded_up(2, pad_to))
     return Microbatch(
         tokens=torch.full((length,), pad_token, dtype=torch.int64),
@@ -161,4 +179,5 @@ def padding_row(pad_to: int = 1, *, pad_token: int = 0) -> Microbatch:
         positions=torch.zeros(length, dtype=torch.int64),
         cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
         lengths=torch.zeros(1, dtype=torch.int32),
+        numbers={name: torch.empty(0, dtype=torch.float64) for name in numbers},
     )

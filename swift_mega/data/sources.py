@@ -8,7 +8,7 @@ are chosen once for each file on disk (device and inode), even if data.dataset n
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ class Rows:
     ignored: dict[str, int] = field(default_factory=dict)
 
 
-def load(settings: Data) -> Rows:
+def load(settings: Data, fields: Sequence[str] = ()) -> Rows:
     """Reads, samples and splits every data set of `settings`; fills in placeholders and the default system message.
+
+    fields: columns that the run's objective reads beside the conversation (`formats.to_row`).
 
     Raises UserError (file:line, what was found, what would work) for data that cannot be used.
     """
@@ -53,7 +55,7 @@ def load(settings: Data) -> Rows:
             "them; unset the other"
         )
     ignored: Counter[str] = Counter()
-    sets = [_open_set(name, settings) for name in settings.dataset]
+    sets = [_open_set(name, settings, fields) for name in settings.dataset]
     held = _held(sets, ratio, settings.seed)
     train: list[Row] = []
     validation: list[Row] = []
@@ -62,7 +64,7 @@ def load(settings: Data) -> Rows:
         train += one.rows(_train(length, one.file.rows, chosen, ratio=ratio, key=(settings.seed, number)), ignored)
         if not any(one.reads_as(before) for before in sets[:number]):
             validation += one.rows(chosen.tolist(), ignored)
-    validation += _validation_sets(settings, sets, ignored)
+    validation += _validation_sets(settings, sets, ignored, fields)
     if ratio and not (train and validation):
         raise UserError(
             f"data.split_dataset_ratio={ratio} of {len(train) + len(validation)} rows leaves {len(train)} to train and "
@@ -92,6 +94,8 @@ class _Set:
     file: File
     records: list[tuple[str, dict[str, Any]]]
     identity: tuple[int, int]
+    fields: tuple[str, ...] = ()
+    """Columns that the run's objective reads."""
 
     def reads_as(self, other: "_Set") -> bool:
         """Whether `other` reads the same file into the same rows."""
@@ -106,7 +110,14 @@ class _Set:
     def _row(self, index: int, ignored: Counter[str], reply: Reply) -> Row:
         where, record = self.records[index]
         unused: Counter[str] = Counter()
-        row = to_row(_rename(record, self.file, where), where=where, ignored=unused, tags=self.file.tags, reply=reply)
+        row = to_row(
+            _rename(record, self.file, where),
+            where=where,
+            ignored=unused,
+            tags=self.file.tags,
+            reply=reply,
+            fields=self.fields,
+        )
         for source, target in self.file.columns.items():
             # A column with one of our own names may be mapped to an unused name, to make room for another column.
             if target in unused and source in record and source not in COLUMNS:
@@ -118,9 +129,9 @@ class _Set:
         return row
 
 
-def _open_set(name: str, settings: Data) -> _Set:
+def _open_set(name: str, settings: Data, fields: Sequence[str] = ()) -> _Set:
     file = find(name, settings)
-    _check_columns(file)
+    _check_columns(file, fields)
     records = list(read_records(file.path))
     for column in file.columns:
         if not any(column in record for _, record in records):
@@ -129,16 +140,17 @@ def _open_set(name: str, settings: Data) -> _Set:
                 f"{file.path}: data.columns maps {column!r}, which no row has; its columns are {', '.join(found)}"
             )
     status = file.path.stat()
-    return _Set(name=name, file=file, records=records, identity=(status.st_dev, status.st_ino))
+    return _Set(name=name, file=file, records=records, identity=(status.st_dev, status.st_ino), fields=tuple(fields))
 
 
-def _check_columns(file: File) -> None:
+def _check_columns(file: File, fields: Sequence[str]) -> None:
     """UserError where data.columns maps to a name that is not read, or maps two columns to one name: only one of them could be kept."""
     first: dict[str, str] = {}
     for source, target in file.columns.items():
-        if target not in COLUMNS:
+        if target not in (*COLUMNS, *fields):
             raise UserError(
-                f"data.columns maps {source!r} to {target!r}, which is no column of ours; choose among {', '.join(COLUMNS)}"
+                f"data.columns maps {source!r} to {target!r}, which is no column of ours; choose among "
+                f"{', '.join((*COLUMNS, *fields))}"
             )
         if target in first:
             raise UserError(
@@ -148,12 +160,14 @@ def _check_columns(file: File) -> None:
         first[target] = source
 
 
-def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str]) -> list[Row]:
+def _validation_sets(
+    settings: Data, trained: list[_Set], ignored: Counter[str], fields: Sequence[str]
+) -> list[Row]:
     """All rows of data.val_dataset; UserError for a file that is also in data.dataset."""
     names = {one.identity: one.name for one in trained}
     rows: list[Row] = []
     for number, name in enumerate(settings.val_dataset):
-        one = _open_set(name, settings)
+        one = _open_set(name, settings, fields)
         if one.identity in names:
             raise UserError(
                 f"data.val_dataset={name} is the file of data.dataset={names[one.identity]}: its rows would be trained and "
@@ -303,7 +317,10 @@ def _fill(rows: Rows, settings: Data) -> Rows:
         effect.add(turns[0].role != "system" or turns[0].content == settings.system)
         if settings.system is not None and turns[0].role != "system":
             turns = (Turn(role="system", content=settings.system), *turns)
-        return replace(row, turns=tuple(fill_turn(turn, row.where) for turn in turns))
+        rejected = row.rejected
+        if rejected is not None:
+            rejected = fill_turn(Turn(role="assistant", content=rejected), row.where).content
+        return replace(row, turns=tuple(fill_turn(turn, row.where) for turn in turns), rejected=rejected)
 
     filled = Rows(
         train=[fill_row(row) for row in rows.train],
