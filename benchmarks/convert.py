@@ -213,7 +213,7 @@ def _rank(source: str, target: str, layout: Any, said: str) -> None:
     startup = time.time() - float(os.environ["SWIFT_MEGA_BENCHMARK_BEGIN"])
     floor = _forget_peak()
     begin = time.perf_counter()
-    part = build_part(schema.Run(), device, groups, dtype=torch.bfloat16, adapters=False, source=Source(source))
+    part = build_part(schema.Run(), device, groups, dtype=torch.bfloat16, reads_inputs=False, source=Source(source))
     dist.barrier()
     loaded, load_peak = time.perf_counter(), _peak() - floor
     _forget_peak()

@@ -65,8 +65,9 @@ def work(choice: str, tokens: str, folder: str) -> None:
 
     from swift_mega.data.pack import Example, collate
     from swift_mega.parallel import groups
-    from swift_mega.train.build import build_training, layout_of
+    from swift_mega.train.build import layout_of
     from swift_mega.train.step import run_schedule, train_step
+    from swift_mega.train.wire import build_training
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -96,7 +97,7 @@ def _run(choice: str, folder: str) -> Any:
 
     return schema.Run(
         model=schema.Model(path=folder, dtype="float32"),
-        tuner=schema.Tuner(type="full"),
+        tuner=schema.Full(),
         train=schema.Train(**TRAIN[choice]),
     )
 

@@ -132,12 +132,13 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     from swift_mega.data.pack import Example, collate, pack_examples
     from swift_mega.export.checkpoint import save_checkpoint
     from swift_mega.parallel import groups
-    from swift_mega.train.build import build_training, layout_of
+    from swift_mega.train.build import layout_of
     from swift_mega.train.step import train_step
+    from swift_mega.train.wire import build_training
 
     run = schema.Run(
         model=schema.Model(path=str(model), dtype="float32"),
-        tuner=schema.Tuner(type="lora", rank=RANK, alpha=2 * RANK),
+        tuner=schema.Lora(rank=RANK, alpha=2 * RANK),
         optim=schema.Optim(
             lr=RATE, schedule="constant", weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, clip_grad=CLIP
         ),

@@ -29,6 +29,10 @@ def choose(folder: str, attribute: str, name: str, *, setting: str) -> Any:
     except ImportError as error:
         problem = f"{type(error).__name__}: {error}"
     if "." in name:
-        raise UserError(f"{setting}={name!r} cannot be used ({problem}); name a module that Python finds, with {attribute}")
+        raise UserError(
+            f"{setting}={name!r} cannot be used ({problem}); name a module that Python finds, with {attribute}"
+        )
     known = sorted(scan(importlib.import_module(folder), attribute))
-    raise UserError(f"{setting}={name!r} is not known; known: {', '.join(known)}, or the dotted name of a module of yours")
+    raise UserError(
+        f"{setting}={name!r} is not known; known: {', '.join(known)}, or the dotted name of a module of yours"
+    )

@@ -17,8 +17,9 @@ from swift_mega.config import schema
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device.device import Device
 from swift_mega.parallel import groups
-from swift_mega.train.build import Training, build_training, layout_of
+from swift_mega.train.build import layout_of
 from swift_mega.train.header import header
+from swift_mega.train.wire import Training, build_training
 
 DtypeName = Literal["bfloat16", "float32", "float64"]
 SIZES: dict[str, dict[str, int]] = {
@@ -123,7 +124,7 @@ def run_of(
     return schema.Run(
         model=schema.Model(path=str(model), dtype=dtype, adapters=(str(adapter),) if adapter else ()),
         optim=optim,
-        tuner=schema.Tuner(type=tuner, rank=8, alpha=16),
+        tuner=schema.Lora(rank=8, alpha=16) if tuner == "lora" else schema.Full(),
         train=schema.Train(**train),
         parallel=schema.Parallel(distributed_optimizer=False),
     )

@@ -143,7 +143,7 @@ def exported(bench: Bench, size: str, batch: Sequence[Microbatch], dtype: DtypeN
     run = run_of(model, dtype, "lora", adapter=random_adapter(bench, size))
     with bench.training(run) as training:
         train_step(training, batch)
-        loss = evaluate(training, [batch])
+        loss = evaluate(training, [batch]).loss
         save_checkpoint(
             training.tuner,
             training.part,

@@ -69,7 +69,7 @@ def once(bench: Bench, size: str, batch: Sequence[Microbatch], **train: Any) -> 
         def one_pass() -> float:
             for chunk in training.chunks:
                 chunk.zero_grad_buffer()
-            return run_schedule(training, batch, forward_only=False)[0]
+            return run_schedule(training, batch, forward_only=False).loss
 
         if bench.on_gpu:
             torch.cuda.reset_peak_memory_stats()

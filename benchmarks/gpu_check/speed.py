@@ -18,9 +18,9 @@ from benchmarks.gpu_check.bench import OPTIM, Bench, computed_by, examples, netw
 from benchmarks.gpu_check.lora import random_adapter
 from benchmarks.gpu_check.record import Stage
 from swift_mega.data.pack import Microbatch
-from swift_mega.train.build import Training
 from swift_mega.train.flops import flops_per_token
 from swift_mega.train.step import train_step
+from swift_mega.train.wire import Training
 
 LIMITS = {"bfloat16": (1e-2, 5e-2), "float32": (1e-4, 1e-3)}
 """Limits for the first step: (relative difference of the loss, of the gradient norm)."""

@@ -252,7 +252,7 @@ def _to_mcore(
 ) -> None:
     groups = parallel_groups.init(layout, timeout_minutes=run.parallel.distributed_timeout_minutes)
     try:
-        part = build_part(run, device, groups, dtype=kind, adapters=False, source=source)
+        part = build_part(run, device, groups, dtype=kind, reads_inputs=False, source=source)
         save_mcore(part, groups, output, source.tensors, overwrite=overwrite)
     finally:
         parallel_groups.close()

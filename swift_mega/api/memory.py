@@ -6,7 +6,6 @@ from swift_mega.memory.report import Plan, plan_run
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.build import parameter_dtype
 from swift_mega.train.preflight import check_run
-from swift_mega.tuners.targets import adapted_linears
 from swift_mega.tuners.tuner import find_tuner
 
 
@@ -20,5 +19,5 @@ def plan_memory(run: schema.Run, *, ranks: int, gpu_bytes: int, host_bytes: int 
     settings, family = source.settings, source.family
     layout = plan_layout(run.parallel, settings.shape, ranks)
     check_run(run, family, settings, parameter_dtype(run.model, "cuda"))
-    adapted = adapted_linears(family, settings, run.tuner.target_modules) if find_tuner(run.tuner).adapters else None
+    adapted = find_tuner(run.tuner).adapted_linears(family, settings)
     return plan_run(run, settings, layout, gpu_bytes=gpu_bytes, host_bytes=host_bytes, adapted=adapted)

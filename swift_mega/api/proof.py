@@ -147,7 +147,7 @@ def say_of_unused_gpus() -> None:
 def _verified_tuner(tuner: str, target_modules: Sequence[str], adapters: str | None, source: Source) -> schema.Tuner:
     """The tuner to verify; for a given adapter it has the adapter's rank, scale and targets."""
     if adapters is None:
-        return schema.Tuner(type=tuner, target_modules=tuple(target_modules))
+        return schema.Lora(target_modules=tuple(target_modules)) if tuner == "lora" else schema.Full()
     return tuner_of(adapters, source.family, source.settings)
 
 

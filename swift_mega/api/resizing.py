@@ -35,7 +35,7 @@ def resized(run: schema.Run, *, training: bool = False) -> Iterator[schema.Run]:
         yield run
         return
     assert run.model.path is not None
-    if training and run.tuner.type != "full":
+    if training and run.tuner.makes_adapter:
         raise UserError(
             f"model.resize_vocab and model.new_special_tokens make rows that an adapter does not hold "
             f"(tuner.type={run.tuner.type}), so its base would not have them; {CONVERT}, or set tuner.type=full"

@@ -28,9 +28,10 @@ from swift_mega.models.settings import Settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
-from swift_mega.train.build import parameter_dtype, source_of, warmup_steps
+from swift_mega.train.build import parameter_dtype, source_of
 from swift_mega.train.loop import TrainResult, make_batches, total_steps, train_rank
 from swift_mega.train.preflight import check_run
+from swift_mega.train.wire import warmup_steps
 from swift_mega.tuners.tuner import find_tuner
 
 DEVICE = devices.setup(starts_ranks=True)
@@ -116,11 +117,11 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     # Finds errors in the files before ranks start.
     source.open()
     companions(Path(run.model.path))
-    whole = run.tuner.type == "full"
+    whole = not run.tuner.makes_adapter
     say_of_source(source, kept=whole, trained=whole)
-    find_objective(run.objective)
+    objective = find_objective(run.objective)
     tokenizer = load_tokenizer(run.model.path)
-    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple, settings)
+    prepared = _prepare(run, tokenizer, layout.mesh.example_multiple, settings, objective.fields)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches, _ = make_batches(run, layout, 0, prepared, pad)
     steps = total_steps(run.train, batches)
@@ -134,7 +135,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     return run, layout, prepared, pad
 
 
-def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings) -> Prepared:
+def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings, fields: Sequence[str]) -> Prepared:
     """Tokenised examples; rank 0 shows progress and prints the report."""
     with tqdm(desc="tokenising", unit="rows", disable=not (is_first_rank() and run.monitor.progress)) as bar:
 
@@ -144,12 +145,18 @@ def _prepare(run: schema.Run, tokenizer: Any, pad_each: int, settings: Settings)
 
         before = of_adapter(run.model.adapters[0]) if run.model.adapters else UNCHANGED
         prepared = prepare(
-            run.data, tokenizer, progress=progress, pad_each=pad_each, vocab=settings.shape.vocab, before=before
+            run.data,
+            tokenizer,
+            progress=progress,
+            pad_each=pad_each,
+            vocab=settings.shape.vocab,
+            before=before,
+            fields=fields,
         )
     if is_first_rank():
         print(prepared.report, flush=True)
         # An adapter does not train the embedding.
-        pad = None if find_tuner(run.tuner).adapters else settings.pad_row
+        pad = settings.pad_row if find_tuner(run.tuner).trains_model else None
         if note := pad_row_note(prepared.train, pad, tokenizer, tied=settings.tied):
             print(note, flush=True)
     return prepared

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_mega.config.parse import size_in_bytes
-from swift_mega.config.schema import AT_LEAST_1, NOT_NEGATIVE, ABOVE_0, PROBABILITY, Limit, Run
+from swift_mega.config.schema import ABOVE_0, AT_LEAST_1, NOT_NEGATIVE, PROBABILITY, Limit, Run
 from swift_mega.config.tree import Setting, settings
 from swift_mega.errors import UserError
 

@@ -81,7 +81,9 @@ def kinds_of(recipes: Sequence[str], words: Sequence[str], defaults: Mapping[str
     """
     kinds = kinds_in(defaults.items())
     for path in recipes:
-        kinds = kinds_in(((one.name, one.value.text) for one in read_recipe(path) if isinstance(one.value, Scalar)), kinds)
+        kinds = kinds_in(
+            ((one.name, one.value.text) for one in read_recipe(path) if isinstance(one.value, Scalar)), kinds
+        )
     pairs = [tuple(word.removeprefix("--").split("=", 1)) for word in words if "=" in word]
     flags = [(word[2:], after) for word, after in pairwise(words) if word.startswith("--") and "=" not in word]
     return kinds_in(((name, value) for name, value in [*pairs, *flags] if not FLAG.match(value)), kinds)

@@ -3,7 +3,7 @@
 A rank reads only the slices that it needs. The first data replica reads them, and broadcasts them to the other replicas.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,17 +22,36 @@ from swift_mega.models.packs import Heads
 from swift_mega.parallel.agree import agree, attempt, gather
 from swift_mega.parallel.groups import Groups
 
+Prepare = Callable[[Held], Callable[[Tensor], None] | None]
+"""How a weight is kept (`Tuner.prepare`): None: as a parameter; else a function that takes this rank's value."""
 
-def load(part: ModelPart, checkpoint: TensorSource, groups: Groups) -> None:
+
+def as_parameter(held: Held) -> None:
+    """Keeps every weight as a parameter."""
+
+
+def load(part: ModelPart, checkpoint: TensorSource, groups: Groups, *, prepare: Prepare = as_parameter) -> None:
     """Fills every base parameter of `part` from `checkpoint`. Collective; a UserError is raised on all ranks.
+
+    prepare: says how each weight is kept. Where it returns a function, the parameter is emptied before anything is read, and the function
+    gets the value on the parameter's device; one such value exists at a time.
 
     The first data replica reads, and broadcasts to the others: the network is faster than every replica reading the files. The others
     wait for it in `agree`. A broadcast would time out where reading takes longer than the timeout of a collective.
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
     problem: str | None = None
-    mine = [(held, *_replicas(part, held, groups)) for held in part.held()]
+    keepers = {id(held.parameter): (keep, held.parameter.shape) for held in part.held() if (keep := prepare(held))}
+    kept = [held for held in part.held() if id(held.parameter) in keepers]
+    mine = [(held, *_replicas(part, held, groups)) for held in part.held() if id(held.parameter) not in keepers]
+    for held in kept:
+        held.parameter.data = held.parameter.new_empty(0)
     with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held, *_ in mine), "loading") as bar:
+        # Every replica reads these by itself, since they cannot all wait in memory for a broadcast.
+        for held in kept:
+            if problem is None:
+                said, broken = attempt(partial(_read_kept, part, checkpoint, held, *keepers[id(held.parameter)]))
+                problem = broken or said
         for held, _, first in mine:
             if first and problem is None:
                 said, broken = attempt(partial(_read, part, checkpoint, held))
@@ -43,6 +62,17 @@ def load(part: ModelPart, checkpoint: TensorSource, groups: Groups) -> None:
             if replicas.size() > 1:
                 dist.broadcast(held.parameter.data, group=replicas, group_src=0)
             bar.update(0 if first else held.parameter.nbytes)
+
+
+def _read_kept(
+    part: ModelPart, checkpoint: TensorSource, held: Held, keep: Callable[[Tensor], None], shape: torch.Size
+) -> str | None:
+    """Reads one weight, gives it to `keep` and empties the parameter; returns what `_read` does."""
+    held.parameter.data = held.parameter.new_empty(shape)
+    said = _read(part, checkpoint, held)
+    keep(held.parameter.data)
+    held.parameter.data = held.parameter.new_empty(0)
+    return said
 
 
 def _read(part: ModelPart, checkpoint: TensorSource, held: Held) -> str | None:

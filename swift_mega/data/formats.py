@@ -128,7 +128,9 @@ def _with_fields(row: Row, record: Mapping[str, Any], fields: Sequence[str]) -> 
     for name in fields:
         value = record.get(name)
         if _is_empty(value):
-            raise UserError(f"column {name!r} is missing or empty, and the objective needs it; add it, or map one with data.columns")
+            raise UserError(
+                f"column {name!r} is missing or empty, and the objective needs it; add it, or map one with data.columns"
+            )
         if name == REJECTED:
             if not row.turns:
                 raise UserError(f"column {name!r} is a second reply, and plain text has no first; write a conversation")

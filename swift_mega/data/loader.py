@@ -115,7 +115,9 @@ def _encode(
         for row in chunk:
             versions, kept = [next(encoded) for _ in _versions(row)], list[Example]()
             # A row is dropped, and counted, once.
-            while len(kept) < len(versions) and (fitted := _fit(versions[len(kept)], row, settings, report)) is not None:
+            while (
+                len(kept) < len(versions) and (fitted := _fit(versions[len(kept)], row, settings, report)) is not None
+            ):
                 kept.append(replace(fitted, numbers=dict(row.numbers)) if row.numbers else fitted)
             if len(kept) == len(versions) and _pair_fits(kept, settings, report, pad_each):
                 examples += kept

@@ -160,9 +160,7 @@ def _check_columns(file: File, fields: Sequence[str]) -> None:
         first[target] = source
 
 
-def _validation_sets(
-    settings: Data, trained: list[_Set], ignored: Counter[str], fields: Sequence[str]
-) -> list[Row]:
+def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str], fields: Sequence[str]) -> list[Row]:
     """All rows of data.val_dataset; UserError for a file that is also in data.dataset."""
     names = {one.identity: one.name for one in trained}
     rows: list[Row] = []

@@ -65,7 +65,7 @@ def load_adapter(
     on_every_rank(read)
 
 
-def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schema.Tuner:
+def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schema.Lora:
     """The tuner settings that fit a PEFT directory: rank, scale and targets.
 
     The targets are taken from the tensor names, since adapter_config.json may give a pattern, a list of layers, or nothing.
@@ -85,8 +85,7 @@ def tuner_of(directory: str | Path, family: Family, settings: Settings) -> schem
             "this model; give the model that it was trained on, or merge the adapter first (swift-mega export --merge_lora true) and "
             "give what is merged"
         )
-    return schema.Tuner(
-        type="lora",
+    return schema.Lora(
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),

@@ -238,13 +238,13 @@ def build(
     device: Device,
     config: TransformerConfig,
     vocab_divisible_by: int = 128,
-    adapters: bool = False,
+    reads_inputs: bool = False,
     tile: int | None = None,
 ) -> ModelPart:
     """This rank's chunks. Their parameters have no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
     te = device.uses_transformer_engine(config.params_dtype)
-    specs = layer_specs(settings, te=te, adapters=adapters, tile=tile, again=again)
+    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again)
     norm = norm_class(settings, te=te, tile=tile)
     chunks = []
     for virtual in range(layout.virtual):

@@ -27,16 +27,16 @@ from swift_mega.models.settings import Block, NormKind, Settings
 
 
 def layer_specs(
-    settings: Settings, *, te: bool, adapters: bool, tile: int | None = None, again: Sequence[str] = ()
+    settings: Settings, *, te: bool, reads_inputs: bool, tile: int | None = None, again: Sequence[str] = ()
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
-    adapters: adapters need the real input of linears. tile: of modules/tiles.py. again: modules that the backward pass recomputes.
+    reads_inputs: hooks need the real input of linears. tile: of modules/tiles.py. again: modules that the backward pass recomputes.
     Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
     backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
     norm, made, te_core = norm_class(settings, te=te, tile=tile), {}, te_attention(te)
-    spec = functools.partial(_te_spec if te else _local_spec, settings, norm, adapters=adapters)
+    spec = functools.partial(_te_spec if te else _local_spec, settings, norm, reads_inputs=reads_inputs)
     for moe, delta in set(settings.layer_kinds):
         made[moe, delta] = _joined(spec(moe=moe), settings, norm, te_core, moe=moe)
         if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
@@ -85,7 +85,7 @@ def bound(module: Any, **fixed: Any) -> type:
     return type(module.__name__, (module,), {"__init__": start})
 
 
-def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
+def _local_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -> ModuleSpec:
     """Megatron's own modules, with our experts (models/modules/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=settings.shape.experts if moe else None,
@@ -108,10 +108,10 @@ def _local_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) ->
     return spec
 
 
-def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> ModuleSpec:
+def _te_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -> ModuleSpec:
     """Transformer Engine's modules.
 
-    Norms are not fused into the linears where an adapter needs the normalised input, which a fused module does not return, and where the
+    Norms are not fused into the linears where a hook needs the normalised input, which a fused module does not return, and where the
     layer's connections differ from Megatron's.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -123,7 +123,7 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, adapters: bool) -> Mo
         qk_layernorm=settings.megatron.get("qk_layernorm", False),
         multi_latent_attention=is_latent(settings),
     )
-    if adapters or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
+    if reads_inputs or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         if not moe:

@@ -1,18 +1,17 @@
 """Next-token cross-entropy over the trained tokens: pretraining and supervised fine-tuning."""
 
-from torch import Tensor
-
 from swift_mega.data.pack import Microbatch
-from swift_mega.models.build import Decoder
-from swift_mega.objectives.objective import Head, Loss
+from swift_mega.objectives.objective import Loss, Objective, Output
 
 
-class NextToken:
+class NextToken(Objective):
     """Minus the mean log-probability of the labels, over the trained tokens."""
 
-    def loss(self, head: Head, chunk: Decoder, hidden: Tensor, batch: Microbatch) -> Loss:
-        labels = batch.labels
-        return Loss(-head.log_probabilities(chunk, hidden, labels).sum(), (labels >= 0).sum())
+    def weight(self, batch: Microbatch) -> float:
+        return batch.targets
+
+    def loss(self, output: Output) -> Loss:
+        return Loss(-output.log_probabilities().sum())
 
 
-OBJECTIVE = NextToken()
+OBJECTIVE = NextToken

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,28 @@ def context_attention(
     attend = gathered_attention if mesh.gather else ring_attention
     out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
     return heads_to_tokens(out, inner)
+
+
+class _SumOverContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
+        x = x.clone()
+        for group in groups:
+            dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def sum_over_context(x: Tensor, context: Context | None) -> Tensor:
+    """The sum of `x` over the context ranks of a row, on each of them. Collective.
+
+    What all of them compute from the sum is the same, and counts once. So the gradient of each rank's `x` is the gradient of the sum, and
+    is not summed over ranks: Megatron sums the parameters' gradients over context ranks.
+    """
+    return x if context is None else _SumOverContext.apply(x, (context.ulysses, context.ring))
 
 
 def gather_row(x: Tensor, context: Context | None, cu_seqlens: Sequence[int]) -> Tensor:

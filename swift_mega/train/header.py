@@ -7,7 +7,7 @@ import torch
 from swift_mega.device.backends import apex, flash_attn, transformer_engine
 from swift_mega.device.device import Device, unused_gpus
 from swift_mega.models.modules.attention import CoreAttention
-from swift_mega.train.build import Training
+from swift_mega.train.wire import Training
 
 HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex": "apex's"}
 

@@ -21,14 +21,16 @@ from swift_mega.errors import AgreedError
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.companions import Trained
 from swift_mega.export.merged import merge
+from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, attempt, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.layout import Layout, check_microbatches
-from swift_mega.train.build import Training, build_training, parameter_dtype
+from swift_mega.train.build import parameter_dtype
 from swift_mega.train.flops import flops_per_token
 from swift_mega.train.header import header
 from swift_mega.train.monitor import Monitor, RunDirectory
 from swift_mega.train.step import StepResult, evaluate, train_step
+from swift_mega.train.wire import Training, build_training, rewired
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def make_batches(
             once=once,
             epochs=epochs,
             group=layout.pipeline if layout.virtual > 1 else 1,
+            together=find_objective(run.objective).together,
         )
 
     train = make(prepared.train, False)
@@ -165,7 +168,7 @@ def _open_monitor(training: Training, directory: RunDirectory, steps: int) -> Mo
         settings=run.monitor,
         device=training.device,
         world=training.groups.layout.world,
-        flops_per_token=flops_per_token(training.part.settings, trained=not training.tuner.adapters),
+        flops_per_token=flops_per_token(training.part.settings, trained=training.tuner.trains_model),
         logging_steps=run.train.logging_steps,
         recorded=recorded,
     )
@@ -191,6 +194,7 @@ class Loop:
         losses, evaluations, tokens = [], [], 0
         train = self.training.run.train
         for step in range(1, self.steps + 1):
+            self.training = rewired(self.training, step)
             result = train_step(self.training, self.batches.batch(step - 1))
             losses.append(result.loss)
             tokens += result.tokens
@@ -211,7 +215,7 @@ class Loop:
                 learning_rate=result.learning_rate,
                 tokens=result.tokens,
                 trained_tokens=result.trained_tokens,
-                extra=result.router_losses,
+                extra={**result.router_losses, **result.metrics},
             )
         )
         # The same steps as those in which the monitor writes.
@@ -227,10 +231,10 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         assert self.validation is not None
         with self._paused():
-            loss = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps)])
-        self._record(lambda monitor: monitor.evaluation(step, loss))
+            means = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps)])
+        self._record(lambda monitor: monitor.evaluation(step, means.loss, extra=means.metrics))
         agree(self.unwritten)
-        return loss
+        return means.loss
 
     def _record(self, write: Callable[[Monitor], object]) -> None:
         """Rank 0 writes; an error is kept until the ranks agree on it."""
@@ -280,7 +284,7 @@ class Loop:
 
     def _merge(self, checkpoint: Path) -> Path | None:
         run = self.training.run
-        if not (run.export.merge_lora and self.training.tuner.adapters):
+        if not (run.export.merge_lora and run.tuner.makes_adapter):
             return None
         merged = merged_beside(checkpoint)
         assert run.model.path is not None

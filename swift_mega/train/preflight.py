@@ -11,7 +11,6 @@ from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.modules.tiles import check_tiles
 from swift_mega.models.settings import Settings
-from swift_mega.tuners.targets import check_targets
 from swift_mega.tuners.tuner import find_tuner
 
 
@@ -30,12 +29,16 @@ def _check_training(
     run: schema.Run, family: Family, settings: Settings, device: Device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     tuner = find_tuner(run.tuner)
-    if tuner.adapters:
-        check_targets(family, settings, run.tuner.target_modules)
-    elif run.model.adapters:
+    tuner.check(family, settings)
+    if run.model.adapters and not run.tuner.makes_adapter:
         raise UserError(
             f"model.adapters={list(run.model.adapters)} with tuner.type={run.tuner.type}, which trains the whole model; "
             "merge the adapter first (swift-mega export --merge_lora true), or set tuner.type=lora"
+        )
+    if tuner.own_optimizer and (run.parallel.distributed_optimizer or run.optim.cpu_offload):
+        key = "parallel.distributed_optimizer" if run.parallel.distributed_optimizer else "optim.cpu_offload"
+        raise UserError(
+            f"{key}=true with tuner.type={run.tuner.type}, whose own optimizer needs whole gradients on the device; set {key}=false"
         )
     if settings.longest is not None and run.data.max_length > settings.longest:
         raise UserError(
@@ -45,7 +48,7 @@ def _check_training(
     balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
     parse_size(run.export.max_shard_size)
     check_passthrough(run.model.megatron, settings, run.train, device, dtype)
-    if tuner.adapters and run.model.megatron.get("moe_router_enable_expert_bias"):
+    if not tuner.trains_model and run.model.megatron.get("moe_router_enable_expert_bias"):
         raise UserError(
             f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
             "adapter does not hold; leave it out, or set tuner.type=full"

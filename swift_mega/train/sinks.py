@@ -25,7 +25,16 @@ Record = dict[str, Any]
 
 # Keys of a record whose values are text about progress, so they are not drawn as curves.
 NOT_CURVES = frozenset({"iteration", "elapsed_time", "remaining_time"})
-PLOTS = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "eval_loss")
+NOT_DRAWN = NOT_CURVES | {
+    "tokens",
+    "trained_tokens",
+    "tflops",
+    "mfu",
+    "train_speed(s/it)",
+    "memory(GiB)",
+    "memory_allocated(GiB)",
+}
+"""Keys of a record that get no picture; all others do, an objective's metrics among them."""
 SMOOTHING = 0.9
 SECONDS_BETWEEN_DRAWINGS = 60.0
 # Drawing may take at most 1 / DRAWING_SHARE of the run's time.
@@ -180,9 +189,8 @@ class Plots:
         self._next = clock() + SECONDS_BETWEEN_DRAWINGS
 
     def write(self, group: str, step: int, record: Record) -> None:
-        for key in PLOTS:
-            value = record.get(key)
-            if value is not None and math.isfinite(value):
+        for key, value in record.items():
+            if key not in NOT_DRAWN and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = self._points.setdefault(key, ([], []))
                 steps.append(step)
                 values.append(float(value))
@@ -194,7 +202,8 @@ class Plots:
         begin = self._clock()
         self._folder.mkdir(exist_ok=True)
         for key, (steps, values) in self._points.items():
-            draw_curve(self._folder / f"{key if key.startswith('eval_') else f'train_{key}'}.png", key, steps, values)
+            name = key if key.startswith("eval_") else f"train_{key}"
+            draw_curve(self._folder / f"{name.replace('/', '_')}.png", key, steps, values)
         end = self._clock()
         self._next = end + max(SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE * (end - begin))
 

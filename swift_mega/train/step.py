@@ -1,11 +1,12 @@
 """One optimizer step, and one evaluation: microbatches through Megatron's schedule.
 
-The loss is a sum over tokens. Megatron divides the gradients once, by the number of trained tokens of the global batch. So the result
-does not depend on how examples are split into microbatches and over ranks. Losses of routers are means over microbatches
-(models/modules/balancing.py).
+The loss of a microbatch is a sum of terms. Gradients are divided once, by the weight of the global batch (its trained tokens, say), which
+the objective knows from the data. So the result does not depend on how examples are split into microbatches and over ranks. Losses of
+routers are means over microbatches (models/modules/balancing.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,19 +21,31 @@ from swift_mega.data.pack import Microbatch
 from swift_mega.device.device import send
 from swift_mega.models.modules.balancing import BALANCE, RouterLosses, Z, has_router_losses
 from swift_mega.models.modules.router import Router
+from swift_mega.objectives.objective import Head, Output
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.sequence import held_tokens
-from swift_mega.train.build import Training
+from swift_mega.train.wire import Training
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """The result of one step, the same on every rank."""
+class Means:
+    """Loss and metrics of one or more global batches, the same on every rank."""
 
     loss: float
-    """Mean over the trained tokens of the global batch, without the losses of routers."""
+    """Mean by the objective's weights, without the losses of routers."""
+    weight: float
+    """The objective's weight of the global batch."""
     trained_tokens: int
     tokens: int
+    """Tokens without padding."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's metrics (`Loss.metrics`), as means like the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult(Means):
+    """The result of one step, the same on every rank."""
+
     grad_norm: float | None
     learning_rate: float
     applied: bool
@@ -48,60 +61,157 @@ def train_step(training: Training, batch: Sequence[Microbatch]) -> StepResult:
         chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
     rate = training.optimizer.param_groups[0]["lr"] if training.optimizer.param_groups else 0.0
-    loss, trained, tokens = run_schedule(training, batch, forward_only=False)
+    means = run_schedule(training, batch, forward_only=False)
     router_losses = read_router_losses(training, batch)
     applied, grad_norm, _ = training.optimizer.step()
     training.scheduler.step(increment=1)
     return StepResult(
-        loss, trained, tokens, None if grad_norm is None else float(grad_norm), rate, bool(applied), router_losses
+        **vars(means),
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        learning_rate=rate,
+        applied=bool(applied),
+        router_losses=router_losses,
     )
 
 
-def evaluate(training: Training, batches: Sequence[Sequence[Microbatch]]) -> float:
-    """Mean loss over the trained tokens of all batches. Collective."""
-    for chunk in training.chunks:
+def evaluate(training: Training, batches: Sequence[Sequence[Microbatch]]) -> Means:
+    """Means over all batches. Collective."""
+    with _evaluating(training.chunks):
+        found = [run_schedule(training, batch, forward_only=True) for batch in batches]
+    weight = sum(means.weight for means in found)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * means.weight for value, means in zip(values, found, strict=True)) / (weight or 1)
+
+    return Means(
+        mean(means.loss for means in found),
+        weight,
+        sum(means.trained_tokens for means in found),
+        sum(means.tokens for means in found),
+        {name: mean(means.metrics[name] for means in found) for name in training.objective.metrics},
+    )
+
+
+@contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within it, chunks compute without dropout and without gradients."""
+    before = [chunk.training for chunk in chunks]
+    for chunk in chunks:
         chunk.eval()
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            loss, trained, _ = run_schedule(training, batch, forward_only=True)
-            total, count = total + loss * trained, count + trained
-    for chunk in training.chunks:
-        chunk.train()
-    return total / max(count, 1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, was in zip(chunks, before, strict=True):
+            chunk.train(was)
 
 
-def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_only: bool) -> tuple[float, int, int]:
-    """Runs all microbatches of one global batch. Returns (mean loss, trained tokens, tokens without padding), the same on every rank."""
-    chunks = training.chunks
-    iterators = [iter(batch) for _ in chunks]
+def run_schedule(training: Training, batch: Sequence[Microbatch], *, forward_only: bool) -> Means:
+    """Runs all microbatches of one global batch, after the frozen passes that the objective asks for. Collective."""
+    rows = _weigh(training, batch)
     if not forward_only:
-        start_router_losses(training, batch)
-    stores = get_forward_backward_func()(
-        forward_step_func=partial(_forward, training),
+        _start_router_losses(training, rows)
+    given = _run_passes(training, batch)
+    stores = _run(training.chunks, list(zip(batch, given, strict=True)), partial(_forward, training), forward_only)
+    return _reduce(training, stores, batch)
+
+
+def run_forward(
+    training: Training, batch: Sequence[Microbatch], ask: Callable[[Output], Any], *, weights: str = "policy"
+) -> list[Any]:
+    """What `ask` returns for each microbatch, on the last stage; [] on other stages. Without gradients and dropout. Collective.
+
+    weights: as in `Pass`.
+    """
+    chunks, head, reference = training.chunks, training.head, nullcontext()
+    if weights == "base" and training.base is not None:
+        chunks, head = training.base.part.chunks, training.base.head
+    elif weights == "base":
+        reference = training.tuner.reference(training.part)
+        assert reference is not None, "the objective has a pass of base weights, and load_training made none"
+    with reference, _evaluating(chunks):
+        return _run(chunks, [(row, {}) for row in batch], partial(_ask, training, head, ask), True, collect=True)
+
+
+Given = tuple[Microbatch, Mapping[str, Tensor]]
+"""A whole microbatch, and what frozen passes left of it."""
+
+
+def _run(
+    chunks: Sequence[Any], rows: Sequence[Given], step: Callable[..., Any], forward_only: bool, collect: bool = False
+) -> list[Any]:
+    """Megatron's schedule. collect: the function that `step` returns makes any value, not a loss."""
+    iterators = [iter(rows) for _ in chunks]
+    return get_forward_backward_func()(  # type: ignore[no-any-return]
+        forward_step_func=step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batch),
-        seq_length=max(len(row.tokens) for row in batch),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(rows),
+        seq_length=max(len(row.tokens) for row, _ in rows),
         micro_batch_size=1,
         forward_only=forward_only,
+        collect_non_loss_data=collect,
     )
-    return _reduce(training, stores, sum(int(row.lengths.sum()) for row in batch))
 
 
-def _forward(training: Training, rows: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    whole = next(rows)
+def _run_passes(training: Training, batch: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
+    """For each microbatch, what the objective's passes left of it (on the last stage)."""
+    given: list[dict[str, Tensor]] = [{} for _ in batch]
+    for each in training.objective.passes():
+        # Other stages have no results, and need none.
+        for mine, left in zip(given, run_forward(training, batch, each.ask, weights=each.weights), strict=False):
+            mine[each.name] = left
+    return given
+
+
+def _hidden(training: Training, whole: Microbatch, model: torch.nn.Module) -> tuple[Tensor, Microbatch]:
+    """The output of a chunk for a microbatch, and this context rank's part of it."""
     row = _to(held_part(whole, training.groups.row), training.device.device)
-    hidden = model(row.tokens, row.positions, row.cu_seqlens, training.groups.row, _padding(training, whole))
-    return hidden, partial(_loss, training, model, row)
+    return model(row.tokens, row.positions, row.cu_seqlens, training.groups.row, _padding(training, whole)), row
 
 
-def _loss(training: Training, model: Any, row: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    if training.run.parallel.overlap_param_gather:
+def _forward(training: Training, rows: Iterator[Given], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    whole, given = next(rows)
+    hidden, row = _hidden(training, whole, model)
+    return hidden, partial(_loss, training, model, row, given)
+
+
+def _loss(
+    training: Training, model: Any, row: Microbatch, given: Mapping[str, Tensor], hidden: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss = training.objective.loss(_output(training, training.head, model, hidden, row, given))
+    if set(loss.metrics) != set(training.objective.metrics):
+        raise RuntimeError(
+            f"{type(training.objective).__name__}.loss gives metrics {sorted(loss.metrics)}, and the class declares "
+            f"{sorted(training.objective.metrics)}"
+        )
+    sums = {"loss": loss.sum.detach(), **{name: value.detach() for name, value in loss.metrics.items()}}
+    if loss.by_example and training.groups.coordinate.context:
+        # The first context rank counts them.
+        sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+    # The second number would divide the gradients; `wire` does that by the weight of the global batch.
+    return loss.sum, torch.ones((), dtype=torch.int, device=loss.sum.device), sums
+
+
+def _ask(
+    training: Training, head: Head, ask: Callable[[Output], Any], rows: Iterator[Given], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
+    whole, given = next(rows)
+    hidden, row = _hidden(training, whole, model)
+
+    def answer(hidden: Tensor, non_loss_data: bool = True) -> Any:
+        return ask(_output(training, head, model, hidden, row, given))
+
+    return hidden, answer
+
+
+def _output(
+    training: Training, head: Head, model: Any, hidden: Tensor, row: Microbatch, given: Mapping[str, Tensor]
+) -> Output:
+    wrapped = isinstance(model, DistributedDataParallel)
+    if wrapped and training.run.parallel.overlap_param_gather:
         _await_head(training, model)
-    loss = training.objective.loss(training.head, model.module, hidden, row)
-    count = send(loss.count.to(torch.int), loss.sum.device)
-    return loss.sum, count, {"loss": loss.sum.detach(), "count": count}
+    return Output(head, model.module if wrapped else model, hidden, row, given)
 
 
 def _await_head(training: Training, model: DistributedDataParallel) -> None:
@@ -133,15 +243,25 @@ def _padding(training: Training, row: Microbatch) -> Tensor | None:
     return send(padding, training.device.device)
 
 
-def start_router_losses(training: Training, batch: Sequence[Microbatch]) -> None:
-    """Gives every router the factor trained tokens / microbatches: Megatron divides all gradients by the trained tokens of the
-    global batch, but losses of routers are means over microbatches. Collective.
+def _weigh(training: Training, batch: Sequence[Microbatch]) -> Tensor:
+    """Sets `training.weight` to the objective's weight of the global batch. Returns the number of microbatches in it that are not only
+    padding, on the device. Collective.
+    """
+    mine = [sum(training.objective.weight(row) for row in batch), _filled(batch)]
+    sums = _over_data(training, mine)
+    # A batch without a term has no gradients, which stay zero.
+    training.weight.copy_(sums[0].masked_fill(sums[0] == 0, 1))
+    return sums[1]
+
+
+def _start_router_losses(training: Training, rows: Tensor) -> None:
+    """Gives every router the factor weight / microbatches: all gradients are divided by the weight of the global batch, but losses of
+    routers are means over microbatches. rows: of `_weigh`.
     """
     if has_router_losses(training.part.config):
-        trained, rows = _over_data(training, [sum(row.targets for row in batch), _filled(batch)])
+        factor = float(training.weight / rows.clamp(min=1))
         for losses in _router_losses(training):
-            # Megatron divides by 1 where nothing is trained.
-            losses.start(max(trained, 1) / max(rows, 1))
+            losses.start(factor)
 
 
 def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[str, float]:
@@ -154,7 +274,7 @@ def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[
     sums = torch.stack([sum((zero + m.sums[name] for m in mine if name in m.sums), zero) for name in names])
     # Every tensor and context rank has the part of the sum that belongs to its own tokens.
     dist.all_reduce(sums, group=training.groups.world)
-    (rows,) = _over_data(training, [_filled(batch)])
+    rows = float(_over_data(training, [_filled(batch)])[0])
     layers = sum(training.part.settings.moe_layers)
     return dict(zip(names, (sums / (max(rows, 1) * layers)).tolist(), strict=True))
 
@@ -169,13 +289,13 @@ def _filled(batch: Sequence[Microbatch]) -> int:
     return sum(bool(row.lengths.sum()) for row in batch)
 
 
-def _over_data(training: Training, numbers: Sequence[int]) -> list[int]:
-    """Sums over data ranks, the same on every rank."""
+def _over_data(training: Training, numbers: Sequence[float]) -> Tensor:
+    """Sums over data ranks, the same on every rank: float64 on the device, which is exact for counts."""
     where, device = training.groups.coordinate, training.device.device
     counts = where.tensor == 0 and where.context == 0 and where.pipeline == 0
-    sums = torch.tensor([number * counts for number in numbers], dtype=torch.int64, device=device)
+    sums = send(torch.tensor([float(number) * counts for number in numbers], dtype=torch.float64), device)
     dist.all_reduce(sums, group=training.groups.world)
-    return [int(number) for number in sums.tolist()]
+    return sums
 
 
 def _to(row: Microbatch, device: torch.device) -> Microbatch:
@@ -183,18 +303,21 @@ def _to(row: Microbatch, device: torch.device) -> Microbatch:
     return replace(row, tokens=send(row.tokens, device), positions=send(row.positions, device))
 
 
-def _reduce(training: Training, stores: list[dict[str, Tensor]], tokens: int) -> tuple[float, int, int]:
-    """(mean loss, trained tokens, tokens without padding): sums over data ranks from the last stage, the same on every rank.
+def _reduce(training: Training, stores: list[dict[str, Tensor]], batch: Sequence[Microbatch]) -> Means:
+    """Means over the global batch: sums over data and context ranks from the last stage, divided by the batch's weight.
 
     Sums are float64, so counts stay exact and a sum over 1,000 ranks loses no digit of a float32.
     """
-    groups = training.groups
-    mine = torch.zeros(3, dtype=torch.float64, device=training.device.device)
+    groups, names = training.groups, ("loss", *training.objective.metrics)
+    mine = torch.zeros(len(names) + 3, dtype=torch.float64, device=training.device.device)
     if groups.is_last_stage and groups.coordinate.tensor == 0:
         for store in stores:
-            mine[0] += store["loss"].double()
-            mine[1] += store["count"].double()
-        mine[2] += tokens if groups.coordinate.context == 0 else 0
+            mine[: len(names)] += torch.stack([store[name].double() for name in names])
+        if groups.coordinate.context == 0:
+            counts = [sum(row.targets for row in batch), sum(int(row.lengths.sum()) for row in batch)]
+            mine[-3:-1] += send(torch.tensor(counts, dtype=torch.float64), mine.device)
     dist.all_reduce(mine, group=groups.world)
-    loss, count, seen = mine.tolist()
-    return loss / max(count, 1), int(count), int(seen)
+    mine[-1] = training.weight
+    *sums, trained, seen, weight = mine.tolist()
+    means = {name: total / weight for name, total in zip(names, sums, strict=True)}
+    return Means(means.pop("loss"), weight, int(trained), int(seen), means)

@@ -13,6 +13,7 @@ each rank takes the rows that its outputs need.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -22,11 +23,13 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 
 from swift_mega.config import schema
+from swift_mega.models import settings as model_settings
 from swift_mega.models.build import Held, ModelPart
-from swift_mega.models.family import Rule
+from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Fused, Heads, Pack
 from swift_mega.parallel.groups import EXPERT_INPUT
-from swift_mega.tuners.targets import ALL, Target, check_targets, find_targets, linear_names
+from swift_mega.tuners.targets import ALL, Target, adapted_linears, check_targets, find_targets, linear_names
+from swift_mega.tuners.tuner import Tuner
 
 
 def _thin(x: Tensor, narrow: Tensor) -> Tensor:
@@ -134,8 +137,11 @@ class _ExpertUp(torch.autograd.Function):
 class Adapter(nn.Module):
     """The adapter of one Megatron linear, or of one expert of a grouped linear. Its output is added to the linear's."""
 
+    off = False
+    """Whether the linear gives its own output alone (`Lora.reference`)."""
+
     def __init__(
-        self, target: Target, *, settings: schema.Tuner, heads: Heads, size: int, rank: int, sequence: bool
+        self, target: Target, *, settings: schema.Lora, heads: Heads, size: int, rank: int, sequence: bool
     ) -> None:
         """size, rank: of the mesh axis that shards the linear. sequence: activations are sharded by tokens (sequence parallelism)."""
         super().__init__()
@@ -212,6 +218,8 @@ class Adapter(nn.Module):
 
         `out` is changed in place, except for views and for experts that are sharded over expert-tensor ranks.
         """
+        if self.off:
+            return out
         if self.dropout and self.training:
             x = self._drop(x)
         down, up = tuple(self.down.values()), self._used(tuple(self.up.values()))
@@ -332,28 +340,24 @@ def _add(linear: Any, given: tuple[Any, ...], result: tuple[Tensor, Any]) -> tup
     )
 
 
-def _let_gradients_in(module: nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-    """Forward hook of a frozen embedding: its output requires a gradient.
-
-    Recomputation and pipeline stages propagate gradients only to inputs that require one.
-    """
-    return result.requires_grad_() if torch.is_grad_enabled() else result
-
-
-class Lora:
+class Lora(Tuner):
     """Freezes the model and adds adapters to the selected linears."""
 
-    adapters = True
+    Settings = schema.Lora
+    settings: schema.Lora
+    trains_model = False
+    reads_inputs = True
 
-    def __init__(self, settings: schema.Tuner) -> None:
-        self.settings = settings
+    def check(self, family: Family, settings: model_settings.Settings) -> None:
+        check_targets(family, settings, self.settings.target_modules)
+
+    def adapted_linears(self, family: Family, settings: model_settings.Settings) -> tuple[tuple[str, ...], ...] | None:
+        return adapted_linears(family, settings, self.settings.target_modules)
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
-        check_targets(part.family, part.settings, self.settings.target_modules)
+        self.check(part.family, part.settings)
         for chunk in part.chunks:
             chunk.requires_grad_(False)
-            if chunk.pre_process and (part.config.recompute_granularity or part.layout.pipeline > 1):
-                chunk.embedding.register_forward_hook(_let_gradients_in)
         for target in list(find_targets(part, self.settings.target_modules)):
             rank, size = part.tensor_axis(target.held)
             adapter = Adapter(
@@ -378,6 +382,18 @@ class Lora:
             target.linear.adapter.append(adapter)
         if target.index in (None, 0):
             target.linear.register_forward_hook(_add)
+
+    @contextmanager
+    def reference(self, part: ModelPart) -> Iterator[None]:
+        """Switches the adapters off: their linears give their own output, unchanged."""
+        adapters = [module for chunk in part.chunks for module in chunk.modules() if isinstance(module, Adapter)]
+        for adapter in adapters:
+            adapter.off = True
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.off = False
 
     def held(self, part: ModelPart) -> Iterator[Held]:
         for target in find_targets(part, self.settings.target_modules):

@@ -24,12 +24,13 @@ from swift_mega.device.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import Held
+from swift_mega.objectives.objective import Output
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, on_first_rank
 from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.layout import Layout
-from swift_mega.train.build import Training, build_training
-from swift_mega.train.step import run_schedule
+from swift_mega.train.step import run_forward, run_schedule
+from swift_mega.train.wire import Training, build_training
 from swift_mega.verify import transformers_side
 
 Rows = Sequence[Sequence[int]]
@@ -180,7 +181,7 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
     logits = collect_logits(training, mine)
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
-    loss, _, _ = run_schedule(training, mine, forward_only=False)
+    loss = run_schedule(training, mine, forward_only=False).loss
     agree(on_first_rank(lambda: output.mkdir(parents=True, exist_ok=True)))
     _write_logits(training, logits, loss, output)
     trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
@@ -203,38 +204,19 @@ def _gradient(held: Held) -> Tensor:
 
 
 def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[Tensor]]:
-    """Logits [tokens, vocab] of every example of this data rank, a list per microbatch; empty except on the last stage. Collective."""
-    collected: list[list[Tensor]] = []
-    plain = training.objective
-    training.objective = _Collect(collected, training.part.settings.shape.vocab, plain)
-    try:
-        for chunk in training.chunks:
-            chunk.eval()
-        with torch.no_grad():
-            run_schedule(training, rows, forward_only=True)
-    finally:
-        training.objective = plain
-        for chunk in training.chunks:
-            chunk.train()
-    return collected
+    """Logits [tokens, vocabulary] of each example of each microbatch, on the host of last-stage ranks; [] on other stages. Collective."""
+    return run_forward(training, rows, _logits_of_examples)
 
 
-@dataclass
-class _Collect:
-    """An objective that also keeps the logits over the whole vocabulary, split by example and without padding."""
-
-    into: list[list[Tensor]]
-    vocab: int
-    objective: Any
-
-    def loss(self, head: Any, chunk: Any, hidden: Tensor, batch: Microbatch) -> Any:
-        local = head.local_logits(chunk, hidden)
-        shards = [torch.empty_like(local) for _ in range(head.groups.layout.tensor)]
-        dist.all_gather(shards, local.contiguous(), group=head.groups.tensor)
-        bounds, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
-        whole = gather_row(torch.cat(shards, dim=-1)[:, : self.vocab], head.groups.row, bounds).cpu()
-        self.into.append([whole[start : start + length] for start, length in zip(bounds, lengths, strict=False)])
-        return self.objective.loss(head, chunk, hidden, batch)
+def _logits_of_examples(output: Output) -> list[Tensor]:
+    """Logits over the whole vocabulary, split by example and without padding. Collective."""
+    local, groups, batch = output.local_logits(), output.head.groups, output.batch
+    shards = [torch.empty_like(local) for _ in range(groups.layout.tensor)]
+    dist.all_gather(shards, local.contiguous(), group=groups.tensor)
+    bounds, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
+    vocab = output.head.part.settings.shape.vocab
+    whole = gather_row(torch.cat(shards, dim=-1)[:, :vocab], groups.row, bounds).cpu()
+    return [whole[start : start + length] for start, length in zip(bounds, lengths, strict=False)]
 
 
 def _write_logits(training: Training, collected: list[list[Tensor]], loss: float, output: Path) -> None:

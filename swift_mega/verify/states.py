@@ -121,14 +121,19 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
         source = Source(side.config, dequantize=side.dequantize, names=kinds or ())
         settings = source.settings
         config = transformer_config(settings, groups.layout, device=device, dtype=dtype, train=run.train, given={})
-        adapters = side.adapter is not None
         part = build(
-            source.family, settings, groups.layout, groups.coordinate, device=device, config=config, adapters=adapters
+            source.family,
+            settings,
+            groups.layout,
+            groups.coordinate,
+            device=device,
+            config=config,
+            reads_inputs=side.adapter is not None,
         )
         load_mcore(part, groups, side.checkpoint)
     else:
         source = Source(side.checkpoint, dequantize=dequantised_dtype(run.model, dtype) or False)
-        part = build_part(run, device, groups, dtype=dtype, adapters=side.adapter is not None, source=source)
+        part = build_part(run, device, groups, dtype=dtype, reads_inputs=side.adapter is not None, source=source)
     if side.adapter is not None:
         tuner = find_tuner(tuner_of(side.adapter, part.family, part.settings))
         tuner.attach(part, seed=run.train.seed)

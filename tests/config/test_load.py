@@ -251,7 +251,7 @@ CONTRADICTIONS = [
     (["train_iters=10", "num_train_epochs=2"], "train.steps=10 and train.epochs=2.0 both say how long to train"),
     (["val_dataset=a", "split_dataset_ratio=0.1"], "data.val_dataset and data.split_dataset_ratio=0.1 both say what"),
     (["global_batch_size=6", "micro_batch_size=4"], "train.global_batch_size=6 is not a multiple of train.micro_batch_size=4"),
-    (["tuner_type=full", "lora_rank=4"], "lora_rank has no effect: tuner.rank is a setting of tuner.type=lora, and this run has tuner.type=full"),
+    (["tuner_type=full", "lora_rank=4"], "lora_rank has no effect: tuner.rank is a setting of tuner.type=lora, and this run has"),
     (["tuner_type=full", "merge_lora=true"], "export.merge_lora=true (override) has no effect, since tuner.type=full"),
     (["tuner_type=full", "target_modules=a,b"], "target_modules has no effect: tuner.target_modules is a setting of tuner.type=lora, and"),
     (["recompute_num_layers=2"], "train.recompute_layers=2 (override) has no effect, since train.recompute=none; set it to"),

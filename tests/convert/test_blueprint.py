@@ -49,7 +49,7 @@ def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cp
     groups = parallel_groups.init(layout)
     checkpoint = Checkpoint(directory)
     run = schema.Run(parallel=schema.Parallel())
-    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
+    part = build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
     planned = {
         (share.slot.name, share.copy): share
         for share in blueprints.shares(blueprint, layout, layout.coordinate(dist.get_rank()))

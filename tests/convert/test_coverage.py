@@ -188,7 +188,7 @@ def messages(directories: list[Path], layout_name: str, cpu: Any) -> list[str]:
         mine = ""
         try:
             run = schema.Run(parallel=parallel)
-            build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
+            build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
         except UserError as error:
             mine = str(error)
         dist.all_gather_object(heard, mine)

@@ -200,7 +200,7 @@ def to_mcore(source: Path, output: Path, cpu: Any) -> str:
     """One of two ranks; the second may not write a file as long as its own. Returns the message that both ranks must have."""
     groups = parallel_groups.init(Layout(world=2, layers=(4,), tensor=2))
     run, checkpoint = schema.Run(parallel=schema.Parallel(tensor=2)), Checkpoint(source)
-    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
+    part = build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(source))
     if dist.get_rank() == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (MEGABYTE, MEGABYTE))

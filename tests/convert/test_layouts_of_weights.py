@@ -104,7 +104,7 @@ def part_of(name: str, directory: Path, dtype: torch.dtype, cpu: Any) -> tuple[M
     layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
     groups = parallel_groups.init(layout)
     run = schema.Run(parallel=parallel)
-    return build_part(run, cpu, groups, dtype=dtype, adapters=False, source=Source(directory)), groups
+    return build_part(run, cpu, groups, dtype=dtype, reads_inputs=False, source=Source(directory)), groups
 
 
 def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -> int:

@@ -32,7 +32,7 @@ def saved(layout_name: str, source: Path, output: Path, cpu: Any, **given: Any) 
     parallel, world = parse_layout(layout_name)
     groups = parallel_groups.init(plan_layout(parallel, load_settings(source).shape, world, training=False))
     run = schema.Run(parallel=parallel)
-    part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
+    part = build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(source))
     save(part, groups, output, source=source, **{"dtypes": torch.float32, "max_shard_bytes": 20_000, **given})
 
 
@@ -109,7 +109,7 @@ def test_a_failure_of_the_last_files_is_heard_by_all(ranks, cpu, source, tmp_pat
         parallel, world = parse_layout("tp2")
         groups = parallel_groups.init(plan_layout(parallel, load_settings(broken).shape, world))
         run = schema.Run(parallel=parallel)
-        part = build_part(run, cpu, groups, dtype=torch.float32, adapters=False, source=Source(broken))
+        part = build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(broken))
         dist.barrier()
         if dist.get_rank() == 0:
             os.symlink(broken / "gone", broken / "aaa")

@@ -69,7 +69,7 @@ def test_what_is_merged_is_what_is_computed(model, tmp_path, kind):
         assert api.compare(str(tmp_path / "merged"), Candidate(checkpoint=str(model), adapter=str(adapter))).passed
     run = schema.Run(model=schema.Model(path=str(model), adapters=(str(adapter),)))
     theirs = _continued(run, {"tuner.dropout": "--lora_dropout"}).tuner
-    assert theirs == schema.Tuner(type="lora", rank=4, alpha=8.0, target_modules=TARGETS[kind])
+    assert theirs == schema.Lora(rank=4, alpha=8.0, target_modules=TARGETS[kind])
     given = _continued(run, {"tuner.rank": "--lora_rank", "tuner.target_modules": "--target_modules"}).tuner
     assert (given.rank, given.alpha, given.target_modules) == (8, 8.0, ("all-linear",))
     assert _continued(run, None) == run

@@ -21,7 +21,7 @@ from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train.build import build_training
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 from tests import tiny
 
@@ -33,7 +33,7 @@ Logits = dict[int, Tensor]
 def run_of(model: Path, *adapters: Path, **tuner: Any) -> schema.Run:
     return schema.Run(
         model=schema.Model(path=str(model), dtype="float32", adapters=tuple(map(str, adapters))),
-        tuner=schema.Tuner(**{"rank": 4, "alpha": 8.0, **tuner}),
+        tuner=schema.Lora(**{"rank": 4, "alpha": 8.0, **tuner}),
     )
 
 

@@ -18,7 +18,7 @@ from swift_mega.export.merged import merge, read_adapter
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.train.build import build_training
+from swift_mega.train.wire import build_training
 from tests import tiny
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
@@ -283,7 +283,7 @@ def start(model: Path, made: Path, tuner: dict[str, Any], world: int, cpu: Any) 
     run = schema.Run(
         model=schema.Model(path=str(model), dtype="float32", adapters=(str(made),)),
         parallel=parallel,
-        tuner=schema.Tuner(**tuner),
+        tuner=schema.Full() if tuner.get("type") == "full" else schema.Lora(**tuner),
     )
     groups = parallel_groups.init(plan_layout(parallel, load_settings(model).shape, world))
     try:

@@ -52,7 +52,7 @@ def model(folder: Path, vocab: int, **changes: object) -> Path:
 def run_of(directory: Path, train: dict[str, object], tuner: str) -> schema.Run:
     return schema.Run(
         model=schema.Model(path=str(directory), dtype="float32"),
-        tuner=schema.Tuner(type=tuner, rank=4),
+        tuner=schema.Lora(rank=4) if tuner == "lora" else schema.Full(),
         train=schema.Train(**train),
     )
 
@@ -67,8 +67,8 @@ def live_peak(
     from swift_mega.device import device as devices
     from swift_mega.memory.live import LiveBytes
     from swift_mega.parallel import groups
-    from swift_mega.train.build import build_training
     from swift_mega.train.step import train_step
+    from swift_mega.train.wire import build_training
 
     with LiveBytes() as live:
         training = build_training(run_of(directory, train, tuner), devices.setup(), groups.init(layout), steps=10)

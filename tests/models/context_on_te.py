@@ -48,9 +48,9 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
 
     groups, source, run = init(layout), Source(model), schema.Run()
     assert groups.row is not None
-    part = made(run, groups, source, ON_TE, adapters=False)
+    part = made(run, groups, source, ON_TE, reads_inputs=False)
     ours = dataclasses.replace(groups, layout=dataclasses.replace(layout, mesh=Mesh(1, layout.context)))
-    found: dict[str, Any] = {"wrong": wrong(part, made(run, ours, source, setup(), adapters=False))}
+    found: dict[str, Any] = {"wrong": wrong(part, made(run, ours, source, setup(), reads_inputs=False))}
     core = part.chunks[0].decoder.layers[0].self_attention.core_attention
     engine = core.engine
     members = engine.cp_group if isinstance(engine.cp_group, list) else [engine.cp_group]

@@ -64,10 +64,10 @@ def cuda_answers() -> Iterator[None]:
         torch.cuda.is_available = truth
 
 
-def made(run: schema.Run, groups: Groups, source: Source, where: device.Device, *, adapters: bool) -> ModelPart:
+def made(run: schema.Run, groups: Groups, source: Source, where: device.Device, *, reads_inputs: bool) -> ModelPart:
     """This rank's part, filled from the Hugging Face directory."""
     with cuda_answers() if where is ON_TE else contextlib.nullcontext():
-        return build_part(run, where, groups, dtype=DTYPE, adapters=adapters, source=source)
+        return build_part(run, where, groups, dtype=DTYPE, reads_inputs=reads_inputs, source=source)
 
 
 def wrong(part: ModelPart, local: ModelPart) -> list[str]:
@@ -135,11 +135,11 @@ def same_files(one: Path, other: Path) -> list[str]:
 def compare(directory: Path, groups: Groups, run: schema.Run, *, adapters: bool) -> tuple[list[str], list[str]]:
     """What is wrong with one family in one layout, on this rank, and its classes. Collective."""
     source = Source(directory)
-    local = made(run, groups, source, CPU, adapters=adapters)
-    part = made(run, groups, source, ON_TE, adapters=adapters)
+    local = made(run, groups, source, CPU, reads_inputs=adapters)
+    part = made(run, groups, source, ON_TE, reads_inputs=adapters)
     found, kinds = wrong(part, local), classes(part)
     if adapters:
-        tuner = find_tuner(schema.Tuner(type="lora", rank=4, target_modules=("all-linear",)))
+        tuner = find_tuner(schema.Lora(rank=4, target_modules=("all-linear",)))
         for each in (local, part):
             tuner.attach(each, seed=run.train.seed)
         found += differences(list(tuner.held(part)), list(tuner.held(local)))

@@ -72,7 +72,7 @@ def test_key_heads_of_falcon(tmp_path):
 def test_an_example_has_no_more_tokens_than_there_are_positions(tmp_path):
     family, settings = family_of(write(tmp_path, "gpt2")), load_settings(tmp_path)
     assert (settings.positions, settings.longest, settings.rope) == (256, 256, None)
-    run = schema.Run(data=schema.Data(max_length=257), tuner=schema.Tuner(type="full"))
+    run = schema.Run(data=schema.Data(max_length=257), tuner=schema.Full())
     with pytest.raises(
         UserError, match=r"data\.max_length=257: this model's positions are right up to 256 tokens; set"
     ):
@@ -84,7 +84,7 @@ def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
     """The attributes with which Megatron knows how the first layer's parameters and the embeddings are sharded."""
     parallel, world = parse_layout("tp2-sp")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
-    part = build_part(schema.Run(), cpu, groups, dtype=torch.bfloat16, adapters=False, source=Source(directory))
+    part = build_part(schema.Run(), cpu, groups, dtype=torch.bfloat16, reads_inputs=False, source=Source(directory))
     found = {
         held.name.removeprefix("decoder.layers.0."): (
             held.parameter.tensor_model_parallel,

@@ -17,8 +17,8 @@ from swift_mega.models.megatron_config import check_passthrough
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.train.wire import Training, build_training
 from swift_mega.verify import parity
 
 CUDA = Device(kind="cuda", device=torch.device("cpu"), backend="gloo", name="stand-in")
@@ -95,7 +95,7 @@ def difference(model: Path, device: Device, activation: bool, residual: bool) ->
     run = schema.Run(
         model=schema.Model(path=str(model)),
         parallel=schema.Parallel(distributed_optimizer=False),
-        tuner=schema.Tuner(type="full"),
+        tuner=schema.Full(),
     )
     settings = load_settings(model)
     layout = plan_layout(run.parallel, settings.shape, 1)
@@ -114,5 +114,5 @@ def difference(model: Path, device: Device, activation: bool, residual: bool) ->
 def measured(training: Training, rows: list[Microbatch]) -> tuple[float, torch.Tensor]:
     (chunk,) = training.chunks
     chunk.zero_grad_buffer()
-    loss, *_ = run_schedule(training, rows, forward_only=False)
+    loss = run_schedule(training, rows, forward_only=False).loss
     return loss, torch.cat([p.main_grad.flatten() for p in chunk.parameters()]).clone()

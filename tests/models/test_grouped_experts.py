@@ -16,8 +16,8 @@ from swift_mega.models.modules import experts
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 
 CASES = {
@@ -67,7 +67,7 @@ def measured(
         model=schema.Model(path=str(model)),
         parallel=parallel,
         train=schema.Train(recompute=recompute),
-        tuner=schema.Tuner(type="lora", rank=4, target_modules=("all-linear",)),
+        tuner=schema.Lora(rank=4, target_modules=("all-linear",)),
     )
     settings = load_settings(model)
     planned = plan_layout(parallel, settings.shape, torch.distributed.get_world_size())
@@ -80,7 +80,7 @@ def measured(
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
     rows = parity.microbatches(parity.example_rows(settings.shape.vocab, examples=4), planned, 0)
     with Products() as products:
-        loss, *_ = run_schedule(training, rows, forward_only=False)
+        loss = run_schedule(training, rows, forward_only=False).loss
     gradient = torch.cat([p.main_grad.flatten() for p in trained]).clone()
     parallel_groups.close()
     return loss, gradient, products.grouped // len(rows)

@@ -19,8 +19,8 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.step import train_step
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 
 STEPS = 3
@@ -55,7 +55,7 @@ def settings(
         parallel=parallel,
         optim=OPTIM,
         train=schema.Train(**train),
-        tuner=schema.Tuner(type=tuner, rank=4, alpha=8.0, target_modules=("all-linear",)),
+        tuner=schema.Lora(rank=4, alpha=8.0) if tuner == "lora" else schema.Full(),
     )
 
 

@@ -27,8 +27,8 @@ from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.step import read_router_losses, run_schedule
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity, transformers_side
 
 BALANCE, Z = 0.7, 0.03
@@ -64,7 +64,7 @@ def recipe(model: Path, parallel: schema.Parallel, more: dict[str, Any] | None =
             path=str(model), router_aux_loss_coefficient=BALANCE, megatron={"moe_z_loss_coeff": Z, **(more or {})}
         ),
         parallel=dataclasses.replace(parallel, distributed_optimizer=False),
-        tuner=schema.Tuner(type="full", rank=4, alpha=8.0),
+        tuner=schema.Full(),
         train=schema.Train(**train),
     )
 
@@ -82,7 +82,7 @@ def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int)
             rows = microbatches(max(8, layout.row_multiple), each)[groups.coordinate.data :: layout.data]
             for chunk in training.chunks:
                 chunk.zero_grad_buffer()
-            loss, _, _ = run_schedule(training, rows, forward_only=False)
+            loss = run_schedule(training, rows, forward_only=False).loss
             found.append({"loss": loss, **read_router_losses(training, rows)})
             trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
             write_directory(

@@ -37,7 +37,7 @@ def alone_and_together(directory: Path, cpu: Device) -> None:
     """One rank: hidden states and every gradient of examples in one row, and of each example in a row of its own."""
     layout = plan_layout(schema.Parallel(), load_settings(directory).shape, 1)
     groups = parallel_groups.init(layout)
-    part = build_part(schema.Run(), cpu, groups, dtype=torch.float64, adapters=False, source=Source(directory))
+    part = build_part(schema.Run(), cpu, groups, dtype=torch.float64, reads_inputs=False, source=Source(directory))
     (chunk,) = part.chunks
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 131, (length,), generator=draw) for length in LENGTHS]

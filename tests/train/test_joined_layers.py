@@ -16,8 +16,8 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.train.wire import Training, build_training
 from swift_mega.verify import parity
 
 PLAIN = ("llama", "starcoder2")
@@ -34,7 +34,7 @@ def recipe(
     return schema.Run(
         model=schema.Model(path=str(model), megatron=megatron),
         train=schema.Train(**train),
-        tuner=schema.Tuner(type=tuner),
+        tuner=schema.Lora() if tuner == "lora" else schema.Full(),
         parallel=dataclasses.replace(parallel, distributed_optimizer=False),
     )
 

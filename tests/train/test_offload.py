@@ -17,8 +17,8 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout
 from swift_mega.train import offload
-from swift_mega.train.build import build_training
 from swift_mega.train.step import evaluate, run_schedule
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 from tests.pairs import both_tuners, covering, kind, of_layouts
 from tests.train.bench import bench, settings
@@ -60,12 +60,12 @@ def one_step(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows)
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)
     batches = parity.microbatches(rows, layout, groups.coordinate.data)
-    evaluated = evaluate(training, [batches])
+    evaluated = evaluate(training, [batches]).loss
     moved_by_evaluation = sum(len(bus.bytes) for bus in Counted.made)
     for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    loss, _, _ = run_schedule(training, batches, forward_only=False)
+    loss = run_schedule(training, batches, forward_only=False).loss
     gc.collect()
     trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
     found = {

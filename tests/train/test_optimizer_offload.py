@@ -13,8 +13,8 @@ from swift_mega.device.device import Device
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.step import train_step
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 from tests.pairs import all_pairs, covering
 from tests.train.bench import OPTIM, Bench, bench, settings

@@ -17,7 +17,7 @@ from swift_mega.models.modules.tiles import TiledNorm, check_tiles, tile_size
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
-from swift_mega.train.build import build_training
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 from tests.largest import Largest
 from tests.pairs import both_tuners, covering, kind, of_layouts
@@ -60,7 +60,7 @@ def run_of(
         model=schema.Model(path=str(model), dtype="float64", megatron=megatron or {}),
         parallel=parallel,
         train=schema.Train(**train),
-        tuner=schema.Tuner(type=tuner, rank=4, alpha=8.0, target_modules=("all-linear",)),
+        tuner=schema.Lora(rank=4, alpha=8.0) if tuner == "lora" else schema.Full(),
     )
     return (
         run

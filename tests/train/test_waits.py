@@ -17,8 +17,8 @@ from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
-from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import train_step
+from swift_mega.train.wire import Training, build_training
 from swift_mega.verify import parity
 
 ROWS = 3
@@ -81,7 +81,7 @@ def test_a_step_waits_for_few_values(family: str, tuner: str, dtype: str, tmp_pa
             path=str(model), dtype=dtype, router_aux_loss_coefficient=0.01 if family == "qwen3_moe" else 0.0
         ),
         train=schema.Train(loss_chunk_size=4),
-        tuner=schema.Tuner(type=tuner, rank=4, target_modules=("all-linear",)),
+        tuner=schema.Lora(rank=4) if tuner == "lora" else schema.Full(),
     )
     found = run_ranks(1, counted, run, cpu)
     print(*(f"{count:4} {where}" for where, count in found.most_common()), sep="\n")

@@ -16,8 +16,8 @@ from swift_mega.device.device import CPU, Device
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.header import header
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
 
 AS_IF = Device(kind="cuda", device=CPU, backend="gloo", name="as if")

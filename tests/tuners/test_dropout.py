@@ -13,8 +13,8 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import gather
 from swift_mega.parallel.layout import Coordinate, parse_layout, plan_layout
-from swift_mega.train.build import build_training
 from swift_mega.train.step import run_schedule
+from swift_mega.train.wire import build_training
 from swift_mega.tuners.lora import Adapter
 from swift_mega.verify import parity
 
@@ -29,7 +29,7 @@ def dropped(model: Path, device: Device, layout_name: str) -> list[tuple[Coordin
     run = schema.Run(
         model=schema.Model(path=str(model)),
         parallel=parallel,
-        tuner=schema.Tuner(rank=2, dropout=0.5, target_modules=("q_proj", "o_proj", "up_proj", "down_proj")),
+        tuner=schema.Lora(rank=2, dropout=0.5, target_modules=("q_proj", "o_proj", "up_proj", "down_proj")),
     )
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)

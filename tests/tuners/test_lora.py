@@ -27,7 +27,7 @@ def _adapter(pack: Pack, rows: int, chosen: tuple[bool, ...]) -> Adapter:
     parts = [f"model.layers.0.{name}.weight" for name in NAMES[pack]]
     held = SimpleNamespace(parameter=weight, rule=SimpleNamespace(pack=pack), expert=False, parts=parts)
     target: Any = SimpleNamespace(held=held, parts=chosen)
-    settings = schema.Tuner(rank=RANK, alpha=2 * RANK)
+    settings = schema.Lora(rank=RANK, alpha=2 * RANK)
     adapter = Adapter(target, settings=settings, heads=HEADS, size=1, rank=0, sequence=False)
     with torch.no_grad():
         for parameter in adapter.parameters():

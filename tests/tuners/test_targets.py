@@ -117,7 +117,7 @@ def part_of(directory: Path, layout_name: str, cpu: Any) -> ModelPart:
     parallel, world = parse_layout(layout_name)
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     run = schema.Run(parallel=parallel)
-    return build_part(run, cpu, groups, dtype=torch.float32, adapters=True, source=Source(directory))
+    return build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=True, source=Source(directory))
 
 
 def chosen(directory: Path, layout: str, asked: list[tuple[str, ...]], cpu: Any) -> list[tuple[set[str], set[str]]]:
@@ -133,7 +133,7 @@ def chosen(directory: Path, layout: str, asked: list[tuple[str, ...]], cpu: Any)
             for name, yes in zip(target.held.parts, target.parts, strict=True)
             if yes
         }
-        tuner = find_tuner(schema.Tuner(target_modules=targets, rank=2))
+        tuner = find_tuner(schema.Lora(target_modules=targets, rank=2))
         tuner.attach(part, seed=0)
         exported = {name for held in tuner.held(part) for name in held.parts}
         trainable = {id(p) for chunk in part.chunks for p in chunk.parameters() if p.requires_grad}

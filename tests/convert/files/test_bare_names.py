@@ -135,7 +135,7 @@ def planned(directory: Path, rank: int) -> dict[str, Tensor]:
 def held(directory: Path, cpu: object) -> dict[str, Tensor]:
     """What tensor rank 0 of two really has."""
     groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
-    part = build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
+    part = build_part(schema.Run(), cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
     parallel_groups.close()
     return {held.name: held.parameter.detach().clone() for held in part.held()}
 
@@ -164,9 +164,7 @@ def test_gradients_are_transformers(published, tuner):
 
 
 def random_adapter(model: Path, output: Path, cpu: object) -> Path:
-    run = schema.Run(
-        model=schema.Model(path=str(model), dtype="float32"), tuner=schema.Tuner(type="lora", rank=4, alpha=8.0)
-    )
+    run = schema.Run(model=schema.Model(path=str(model), dtype="float32"), tuner=schema.Lora(rank=4, alpha=8.0))
     layout = plan_layout(schema.Parallel(), load_settings(model).shape, 1)
     run_ranks(1, parity.random_adapter, run, cpu, layout, output)
     return output
@@ -215,7 +213,7 @@ def load(directory: Path, cpu: object) -> str:
     parallel, world = parse_layout("single")
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     try:
-        build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(directory))
+        build_part(schema.Run(), cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
     except UserError as error:
         return str(error)
     finally:

@@ -100,7 +100,7 @@ def written_and_read(source: Path, directory: Path, change: Callable[[State], No
     groups = parallel_groups.init(plan_layout(schema.Parallel(), load_settings(source).shape, 1))
 
     def part() -> ModelPart:
-        return build_part(schema.Run(), cpu, groups, dtype=torch.float32, adapters=False, source=Source(source))
+        return build_part(schema.Run(), cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(source))
 
     writer, reader = part(), part()
     state: State = {"model": writer.chunks[0].sharded_state_dict(metadata={"dp_cp_group": groups.data_context})}
