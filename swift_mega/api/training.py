@@ -28,7 +28,7 @@ from swift_mega.models.settings import Settings
 from swift_mega.objectives.objective import find_objective
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
-from swift_mega.train.build import parameter_dtype, source_of
+from swift_mega.train.build import parameter_dtype, source_of, source_of_run
 from swift_mega.train.loop import TrainResult, make_batches, total_steps, train_rank
 from swift_mega.train.preflight import check_run
 from swift_mega.train.wire import warmup_steps
@@ -98,7 +98,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     check_inputs(run, command="train")
     run = stack.enter_context(resized(run, training=True))
     assert run.model.path is not None
-    source = source_of(run.model)
+    source = source_of_run(run)
     settings = source.settings
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     dtype = parameter_dtype(run.model, DEVICE)

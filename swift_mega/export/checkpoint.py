@@ -31,6 +31,13 @@ def save_checkpoint(
     """
     config = tuner.adapter_config(part, str(Path(source).resolve()))
     if config is None:
+
+        def edit(staging: Path) -> None:
+            trained.write(staging)
+            if edits := tuner.config_edits():
+                path = staging / "config.json"
+                path.write_text(json.dumps({**json.loads(path.read_text()), **edits}, indent=2) + "\n")
+
         save(
             part,
             groups,
@@ -39,7 +46,7 @@ def save_checkpoint(
             dtypes=dtype,
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=True,
-            edit=trained.write,
+            edit=edit,
         )
         return
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from swift_mega.config.schema import Run
+from swift_mega.config.schema import Full, Lora, Run
 from swift_mega.errors import UserError
 
 
@@ -57,6 +57,14 @@ def choices_of(
     UserError for train.recompute=selective and for Transformer Engine's context parallelism, which have no formula.
     """
     train, optim, tuner = run.train, run.optim, run.tuner
+    if not isinstance(tuner, Lora | Full):
+        raise UserError(
+            f"tuner.type={tuner.type} has no memory formula; plan with lora, or with full as an upper limit"
+        )
+    if run.objective.name != "next_token":
+        raise UserError(
+            f"objective.name={run.objective.name} has no memory formula; plan with next_token, and add what it needs"
+        )
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")
     if run.parallel.cp.startswith("te:"):
@@ -66,8 +74,8 @@ def choices_of(
     return Choices(
         device=device,
         itemsize=_itemsize(run, device),
-        rank=tuner.rank if tuner.type == "lora" else None,
-        adapted=adapted if tuner.type == "lora" else None,
+        rank=tuner.rank if isinstance(tuner, Lora) else None,
+        adapted=adapted if isinstance(tuner, Lora) else None,
         vocab_divisible_by=run.model.vocab_divisible_by,
         distributed_optimizer=run.parallel.distributed_optimizer,
         gradients_in_float32=run.parallel.gradients_in_float32,

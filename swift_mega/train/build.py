@@ -24,7 +24,7 @@ from swift_mega.tuners.tuner import Tuner, find_tuner
 def layout_of(run: schema.Run, world: int) -> Layout:
     """The layout of a run, checked before ranks start; UserError where the model cannot have it. world: number of ranks."""
     assert run.model.path is not None
-    return plan_layout(run.parallel, source_of(run.model).settings.shape, world)
+    return plan_layout(run.parallel, source_of_run(run).settings.shape, world)
 
 
 def parameter_dtype(model: schema.Model, device: Device | Literal["cuda"]) -> torch.dtype:
@@ -45,6 +45,11 @@ def source_of(model: schema.Model, dtype: torch.dtype = torch.float32) -> Source
     """The model that a run names. dtype: of the model's weights; quantised weights are dequantised to it if model.dequantize is set."""
     assert model.path is not None
     return Source(model.path, dequantize=dequantised_dtype(model, dtype) or False)
+
+
+def source_of_run(run: schema.Run, dtype: torch.dtype = torch.float32) -> Source:
+    """The model that a run builds: `source_of`, in the shape that its tuner gives it (`Tuner.reshape`)."""
+    return find_tuner(run.tuner).reshape(source_of(run.model, dtype))
 
 
 def build_part(
@@ -115,9 +120,7 @@ def load_training(run: schema.Run, device: Device, groups: Groups) -> Loaded:
     assert run.model.path is not None
     tuner, objective = find_tuner(run.tuner), find_objective(run.objective)
     dtype = parameter_dtype(run.model, device)
-    source = source_of(run.model, dtype)
-    on_every_rank(source.open)
-    source = tuner.reshape(source)
+    source = on_every_rank(lambda: source_of_run(run, dtype))
     part = build_part(
         run, device, groups, dtype=dtype, reads_inputs=tuner.reads_inputs, source=source, prepare=tuner.prepare
     )

@@ -6,7 +6,7 @@ routers are means over microbatches (models/modules/balancing.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -123,12 +123,15 @@ def run_forward(
 
     weights: as in `Pass`.
     """
-    chunks, head, reference = training.chunks, training.head, nullcontext()
+    chunks: Sequence[Any] = training.chunks
+    head = training.head
+    reference: AbstractContextManager[None] = nullcontext()
     if weights == "base" and training.base is not None:
         chunks, head = training.base.part.chunks, training.base.head
     elif weights == "base":
-        reference = training.tuner.reference(training.part)
-        assert reference is not None, "the objective has a pass of base weights, and load_training made none"
+        without = training.tuner.reference(training.part)
+        assert without is not None, "the objective has a pass of base weights, and load_training made none"
+        reference = without
     with reference, _evaluating(chunks):
         return _run(chunks, [(row, {}) for row in batch], partial(_ask, training, head, ask), True, collect=True)
 
@@ -274,9 +277,9 @@ def read_router_losses(training: Training, batch: Sequence[Microbatch]) -> dict[
     sums = torch.stack([sum((zero + m.sums[name] for m in mine if name in m.sums), zero) for name in names])
     # Every tensor and context rank has the part of the sum that belongs to its own tokens.
     dist.all_reduce(sums, group=training.groups.world)
-    rows = float(_over_data(training, [_filled(batch)])[0])
+    *totals, rows = torch.cat([sums, _over_data(training, [_filled(batch)])]).tolist()
     layers = sum(training.part.settings.moe_layers)
-    return dict(zip(names, (sums / (max(rows, 1) * layers)).tolist(), strict=True))
+    return {name: total / (max(rows, 1) * layers) for name, total in zip(names, totals, strict=True)}
 
 
 def _router_losses(training: Training) -> Iterator[RouterLosses]:

@@ -2,12 +2,12 @@
 
 A tuner decides which parameters are trained and what a checkpoint of the run contains. Its methods are called in this order: `check`
 before ranks start; `reshape` before the model is built; `prepare` while its weights are loaded; `attach` once they are; `trainable` before
-every step; `optimizer` whenever DDP and optimizer are made; `reference` for frozen passes of an objective; `held` and `adapter_config` for
-every checkpoint.
+every step; `optimizer` whenever DDP and optimizer are made; `reference` for frozen passes of an objective; `held`, `config_edits` and
+`adapter_config` for every checkpoint.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -88,6 +88,10 @@ class Tuner(ABC):
     def reference(self, part: ModelPart) -> AbstractContextManager[None] | None:
         """Within it, `part` computes what the loaded model does, without the tuner. None: only a second copy of the model can."""
         return None
+
+    def config_edits(self) -> Mapping[str, Any]:
+        """Fields of config.json that differ in a checkpoint that is the whole model (after `reshape`)."""
+        return {}
 
     @abstractmethod
     def held(self, part: ModelPart) -> Iterator[Held]:

@@ -158,7 +158,7 @@ def one(work: Path, cpu: Device) -> dict[str, dict[str, float]]:
     """One rank's losses by family, and those of an adapter. The gradients are in work/NAME."""
     runs = [(recipe(tiny.make(work / f"{name}-model", name), schema.Parallel()), work / name) for name in FAMILIES]
     adapter = recipe(work / "mixtral-model", schema.Parallel())
-    adapter = dataclasses.replace(adapter, tuner=dataclasses.replace(adapter.tuner, type="lora"))
+    adapter = dataclasses.replace(adapter, tuner=schema.Lora(rank=4, alpha=8.0))
     again = dataclasses.replace(adapter, model=dataclasses.replace(adapter.model, adapters=(str(work / "adapter"),)))
     losses = run_ranks(1, measure_one, cpu, adapter, work / "adapter", [*runs, (again, work / "lora")])
     return dict(zip([*FAMILIES, "lora"], losses, strict=True))

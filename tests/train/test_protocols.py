@@ -25,7 +25,7 @@ from swift_mega.errors import UserError
 LAYOUTS = {"tp2": "parallel.tensor=2", "pp2": "parallel.pipeline=2", "cp2": "parallel.context=2"}
 RATE, DECAY, BETA = 0.01, 0.1, 0.3
 STEPS, BATCH = 5, 4
-LINE, LINE_OF_WEIGHTS = 1e-7, 1e-6
+LINE, LINE_OF_WEIGHTS = 1e-7, 1e-5
 """transformers' norms are in float32 in a float64 model: losses differ by 4e-9 of their value for that, in every layout alike."""
 
 
@@ -134,7 +134,7 @@ def test_an_objective_with_a_reference(layout: str, model: Path, rows: Path, tmp
         margin = torch.stack(margins)
         loss = oracle.step(-logsigmoid(margin).mean(), optimizer)
         assert line["loss"] == pytest.approx(loss, rel=LINE, abs=LINE)
-        assert line["rewards/margins"] == pytest.approx(float(margin.mean()), rel=LINE, abs=LINE)
+        assert line["rewards/margins"] == pytest.approx(float(margin.detach().mean()), rel=LINE, abs=LINE)
         assert line["rewards/accuracies"] == float((margin > 0).double().mean())
         assert line["logps/reference"] == pytest.approx(float(torch.stack(kept[0::2]).mean()), rel=LINE)
     assert logged(done)[0]["loss"] == pytest.approx(math.log(2), rel=1e-12)

@@ -132,7 +132,8 @@ def built(
     run = run_of(
         work, family, tuner, dataclasses.replace(parallel, distributed_optimizer=False), tile_mlp=True, **train
     )
-    run = dataclasses.replace(run, tuner=dataclasses.replace(run.tuner, dropout=dropout))
+    if dropout:
+        run = dataclasses.replace(run, tuner=dataclasses.replace(run.tuner, dropout=dropout))
     groups = parallel_groups.init(plan_layout(parallel, load_settings(work / family).shape, world), seed=1)
     return build_training(run, cpu, groups, steps=1)
 
