@@ -224,11 +224,10 @@ def _own(loaded: Loaded, config: OptimizerConfig, mine: Sequence[Held], expert: 
     }
     groups = [{"params": [held.parameter], "held": held, **rates, **marks} for held in mine]
     inner = loaded.tuner.optimizer(groups) if groups else None
-    state = lambda optimizer, config=None: None  # noqa: E731  # it makes its state in its first step
     if loaded.part.config.bf16:
-        made: Any = Float16OptimizerWithFloat16Params(inner, config, None, state)
+        made: Any = Float16OptimizerWithFloat16Params(inner, config, None, _no_state)
     else:
-        made = FP32Optimizer(inner, config, state)
+        made = FP32Optimizer(inner, config, _no_state)
     made.tp_group = parallel_state.get_tensor_model_parallel_group()
     made.grad_stats_parallel_group = (
         parallel_state.get_expert_tensor_model_pipeline_parallel_group()
@@ -236,6 +235,10 @@ def _own(loaded: Loaded, config: OptimizerConfig, mine: Sequence[Held], expert: 
         else parallel_state.get_model_parallel_group()
     )
     return made
+
+
+def _no_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Megatron's function that makes an optimizer's state early: a torch optimizer makes its own in its first step."""
 
 
 def _fuse(optimizer: Any) -> None:
