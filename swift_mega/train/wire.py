@@ -28,6 +28,9 @@ from swift_mega.parallel.groups import Groups
 from swift_mega.train.build import Loaded, load_training
 
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
 @dataclass
 class Training(Loaded):
     """The objects of a run on one rank."""
@@ -111,7 +114,9 @@ def _choose(held: Sequence[Held], patterns: Sequence[str], step: int) -> None:
     """Freezes the parameters that no pattern selects. UserError where a pattern selects no parameter of any rank."""
     hit = [0] * len(patterns)
     for one in held:
-        chosen = [fnmatchcase(one.name, pattern) for pattern in patterns]
+        # The head of a tied model is the embedding again, on another stage.
+        name = EMBEDDING if one.copy else one.name
+        chosen = [fnmatchcase(name, pattern) for pattern in patterns]
         hit = [before + now for before, now in zip(hit, chosen, strict=True)]
         one.parameter.requires_grad_(any(chosen))
     counts: list[Any] = [None] * dist.get_world_size()
