@@ -30,7 +30,7 @@ def choose(folder: str, attribute: str, name: str, *, setting: str) -> Any:
         problem = f"{type(error).__name__}: {error}"
     if "." in name:
         raise UserError(
-            f"{setting}={name!r} cannot be used ({problem}); name a module that Python finds, with {attribute}"
+            f"{setting}={name!r} cannot be used ({problem}); name a module on PYTHONPATH that has {attribute}"
         )
     known = sorted(scan(importlib.import_module(folder), attribute))
     raise UserError(

@@ -15,6 +15,7 @@ from swift_mega import __version__
 from swift_mega.cli.arguments import read_arguments
 from swift_mega.cli.help import overview, verb_help
 from swift_mega.cli.table import VERBS
+from swift_mega.config.load import kinds_of
 from swift_mega.config.tree import suggest
 from swift_mega.errors import AgreedError, UserError
 from swift_mega.launch.ended import Ended, signals_raise
@@ -75,7 +76,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(f"unknown verb {name!r}{suggest(name, VERBS)}; one of {', '.join(VERBS)}")
     verb = VERBS[name]
     if "--help" in rest or "-h" in rest:
-        print(verb_help(verb), end="")
+        print(verb_help(verb, kinds_of((), rest, {})), end="")
         return 0
     return verb.run(read_arguments(verb, rest))
 

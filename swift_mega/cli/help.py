@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 
 from swift_mega.cli.arguments import Option, Verb
-from swift_mega.config.tree import Setting, sections, settings
+from swift_mega.config.tree import DEFAULTS, Kinds, Setting, sections, settings
 
 WIDTH = 100
 INDENT = 30
@@ -25,22 +25,25 @@ def overview(verbs: Iterable[Verb]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def verb_help(verb: Verb) -> str:
-    """Usage, the verb's own options, then its settings by section, each with flags, type, default and help."""
+def verb_help(verb: Verb, kinds: Kinds = DEFAULTS) -> str:
+    """Usage, the verb's own options, then its settings by section, each with flags, type, default and help.
+
+    kinds: the tuner and the objective whose settings are shown.
+    """
     lines = [line for usage in verb.usage for line in _wrapped(f"usage: swift-mega {usage}", indent=8)]
     lines += ["", *_wrapped(verb.description)]
     if verb.options:
         lines += ["", "options:"]
         for option in verb.options:
             lines += _entry(_option_name(option), option.help)
-    taken = [setting for key, setting in settings().items() if verb.takes(key)]
+    taken = [setting for key, setting in settings(kinds).items() if verb.takes(key)]
     if verb.recipe:
         lines += ["", *_wrapped(RECIPE_HELP)]
     section = ""
     for setting in taken:
         if setting.section != section:
             section = setting.section
-            lines += ["", f"{section}: {(sections()[section].__doc__ or '').splitlines()[0]}"]
+            lines += ["", f"{section}: {(sections(kinds)[section].__doc__ or '').splitlines()[0]}"]
         lines += _setting_entry(setting, defaults=dict(verb.defaults))
     return "\n".join(lines) + "\n"
 
