@@ -326,7 +326,7 @@ def test_help_names_all_that_a_verb_takes(verb: str, capsys: pytest.CaptureFixtu
 
 def test_help_of_a_tuner_shows_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", "--tuner_type", "toys.layers", "--help"]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "--switch_every" in text and "[tuner.every: whole number; default 1]" in text and "--lora_rank" not in text
 
 
