@@ -9,10 +9,10 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from swift_mega.config.schema import Train
-from swift_mega.device.backends import TE_DTYPES, transformer_engine, wgrad_kernel
+from swift_mega.device.backends import TE_DTYPES, cannot_compile, transformer_engine, wgrad_kernel
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.fusions import COMPILED, cannot_compile, fused
+from swift_mega.models.fusions import COMPILED, fused
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.modules.experts import check_biases
