@@ -187,7 +187,7 @@ def ranks(source: Path, target: Path, count: int, folder: Path) -> dict[str, Any
 def load_and_save(source: str, target: str, count: int, said: str) -> None:
     """The body of `ranks`: starts the ranks as `swift-mega` does."""
     # Imported because its imports take most of the start.
-    from swift_mega import api  # noqa: F401
+    from swift_mega.api import conversion  # noqa: F401
     from swift_mega.config import schema
     from swift_mega.launch.torchrun import run_ranks
     from swift_mega.models.translate import load_settings
@@ -261,7 +261,7 @@ def command(arguments: Sequence[str | Path]) -> tuple[float, int]:
 
 def imports_peak() -> int:
     """Peak resident memory in bytes of the interpreter with all imports, which every command needs."""
-    return command([sys.executable, "-c", "from swift_mega import api"])[1]
+    return command([sys.executable, "-c", "from swift_mega.api import conversion"])[1]
 
 
 def touch(size: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = (
-    "tests/device", "tests/test_ranks.py",
+    "tests/device", "tests/test_ranks.py", "tests/test_api.py",
     "tests/launch/test_torchrun.py",  # forks, signals, gloo
     "tests/config/test_load.py",  # fields of TransformerConfig
     "tests/ops", "tests/parallel", "tests/memory", "tests/tuners", "tests/export",

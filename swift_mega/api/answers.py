@@ -1,4 +1,4 @@
-"""Text generation with a model: the function `infer`."""
+"""Text generation with a model: what `api.infer` returns."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from swift_mega.api.ready import DEVICE
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
-from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export import merged
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
@@ -20,8 +20,6 @@ from swift_mega.export.in_memory import load_merged
 from swift_mega.models.family import family_of
 from swift_mega.models.quantization import FLAG, quantization_of, stored_dtype
 from swift_mega.models.translate import hf_config
-
-DEVICE = devices.setup(starts_ranks=True)
 
 
 class Answerer:
@@ -108,14 +106,3 @@ class Answerer:
                 top_k=None,
             )
         return self.tokenizer.decode(made[0, asked.shape[1] :], skip_special_tokens=True).strip()
-
-
-def infer(
-    *, model: str, adapters: str | None = None, chat_template: str | None = None, dequantize: bool = False
-) -> Answerer:
-    """Opens a model; `.answer(messages)` generates a reply.
-
-    chat_template: a .jinja file that replaces the model's template. dequantize: read a quantised model as plain weights, in the dtype
-    of its config.json.
-    """
-    return Answerer(model, adapters, chat_template, dequantize)

@@ -1,17 +1,17 @@
 """Comparison of two checkpoints: the first point where their hidden states differ, and how well their logits agree."""
 
-import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from swift_mega.api.candidate import Candidate, Engine
 from swift_mega.api.proof import SENTENCES, say_of_unused_gpus
-from swift_mega.api.ranks import on_device
+from swift_mega.api.ready import DEVICE, on_device
 from swift_mega.convert.files.which_files import unread
 from swift_mega.convert.megatron.mcore import companions_of, is_mcore, iteration_directory
 from swift_mega.convert.megatron.padding import check_padding
@@ -19,7 +19,6 @@ from swift_mega.convert.source import Source
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
-from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
@@ -32,49 +31,24 @@ from swift_mega.verify import parity
 from swift_mega.verify.distance import Comparison
 from swift_mega.verify.states import Rows, Side
 
-DEVICE = devices.setup(starts_ranks=True)
-Engine = Literal["mcore", "hf"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One of the two checkpoints, as given by the user.
-
-    checkpoint: a Hugging Face directory or a Megatron checkpoint (torch_dist). model: directory with config and tokenizer of a Megatron
-    checkpoint that another program wrote. adapter: a PEFT LoRA directory. engine: the backend, "mcore" or "hf"; the default is "mcore",
-    or "hf" (transformers) where the model_type is not known. layout: of Megatron-core, written as for `verify`.
-    """
-
-    checkpoint: str
-    model: str | None = None
-    adapter: str | None = None
-    engine: Engine | None = None
-    layout: str | None = None
 
 
 def compare(
     a: Candidate | str,
     b: Candidate | str,
     *,
-    prompts: str | None = None,
-    tokenizer: str | None = None,
-    dtype: str = "float32",
-    tolerance: float | None = None,
-    top_k: int = 5,
-    dequantize: bool = False,
-    scratch: str | None = None,
-    json: str | None = None,
-    plot: str | None = None,
+    prompts: str | None,
+    tokenizer: str | None,
+    dtype: str,
+    tolerance: float | None,
+    top_k: int,
+    dequantize: bool,
+    scratch: str | None,
+    json: str | None,
+    plot: str | None,
 ) -> Comparison:
-    """Runs `a`, then `b`, on fixed sentences or on `prompts`; compares the outputs of each layer and of the final norm, and the logits.
-
-    prompts: a text file with one prompt a line, or a .jsonl data set, read as for training.
-    dtype: of both models: float32, float64 or bfloat16. tolerance: largest relative difference; default: by dtype (verify/distance.py).
-    top_k: number of the most likely tokens that are compared. dequantize: read quantised checkpoints as plain weights. scratch: an
-    existing folder that keeps the states of `a` during the run; on several machines, all must see it. json, plot: files to write.
-    Joins the ranks of torchrun if there are any. A layout with fewer ranks is then run several times in parallel, as data ranks.
-    """
+    """Does what `api.compare` says."""
     say_of_unused_gpus()
     one, other = (Candidate(checkpoint=c) if isinstance(c, str) else c for c in (a, b))
     if dtype not in comparing.TOLERANCES:

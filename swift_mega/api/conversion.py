@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from swift_mega.api.ranks import on_device
+from swift_mega.api.ready import on_device
 from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
 from swift_mega.config.parse import parse_size
@@ -47,24 +47,15 @@ def convert(
     source: str,
     to: str,
     output: str,
-    model: str | None = None,
-    parallel: schema.Parallel | None = None,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    dequantize: bool = False,
-    rows: schema.Model | None = None,
+    model: str | None,
+    parallel: schema.Parallel | None,
+    dtype: str | None,
+    max_shard_size: str,
+    overwrite: bool,
+    dequantize: bool,
+    rows: schema.Model | None,
 ) -> None:
-    """Converts to="mcore": a Hugging Face directory to a Megatron checkpoint in a layout; to="hf": either kind to a Hugging Face directory.
-
-    model: directory with config and tokenizer, for a Megatron checkpoint that another program wrote. dtype: of the result; the default is
-    the dtype of each source tensor, so a round trip is bit-exact. dequantize: read a quantised source as plain weights, in `dtype` or the
-    dtype of its config.json. rows: settings that enlarge the vocabulary (resize_vocab, new_special_tokens, new_rows); only for a Hugging
-    Face source. One process converts for all ranks of the layout; where torchrun or the caller started ranks, each does its part.
-
-    Raises UserError, and leaves no output, where a tensor is missing, not used, or has a wrong shape; also where the output exists and
-    `overwrite` is not set.
-    """
+    """Does what `api.convert` says."""
     if rows is not None and asks(rows):
         if is_mcore(source):
             raise UserError(
@@ -187,13 +178,8 @@ def _source(run: schema.Run, directory: str, kind: torch.dtype | None) -> Source
     return Source(directory, dequantize=dequantised_dtype(run.model, kind or stored_dtype(directory)) or False)
 
 
-def plan(
-    *, source: str, parallel: schema.Parallel | None = None, dtype: str | None = None, dequantize: bool = False
-) -> Plan:
-    """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone. No weight is read or written.
-
-    Raises the UserError that `convert` would raise.
-    """
+def plan(*, source: str, dtype: str | None, dequantize: bool, parallel: schema.Parallel | None = None) -> Plan:
+    """Does what `api.plan` says."""
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
     model_source = _source(run, source, kind)
@@ -291,19 +277,9 @@ def _to_hf(
 
 
 def export(
-    *,
-    model: str,
-    adapters: str,
-    output: str,
-    merge: bool = True,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    dequantize: bool = False,
+    *, model: str, adapters: str, output: str, merge: bool, max_shard_size: str, overwrite: bool, dequantize: bool
 ) -> None:
-    """Writes `model` with the PEFT adapter merged into its weights: computed in float32, stored in the model's dtypes.
-
-    dequantize: `model` is quantised; the output is plain.
-    """
+    """Does what `api.export` says."""
     if not merge:
         raise UserError("merge=False: an adapter is in PEFT's format already; nothing to export")
     say_of_source(Source(model))
@@ -311,18 +287,9 @@ def export(
 
 
 def quantize(
-    *,
-    model: str,
-    output: str,
-    block: tuple[int, int] = (128, 128),
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    dequantize: bool = False,
+    *, model: str, output: str, block: tuple[int, int], max_shard_size: str, overwrite: bool, dequantize: bool
 ) -> None:
-    """Writes `model` with the linear layers of attention and MLP in FP8, one scale per block: the format of DeepSeek's and Qwen's files.
-
-    block: rows and columns of a block. dequantize: `model` is quantised itself; FP8 weights with the same blocks are copied unchanged.
-    """
+    """Does what `api.quantize` says."""
     say_of_source(Source(model))
     quantized.quantize(
         model, output, block=block, max_shard_size=max_shard_size, overwrite=overwrite, dequantize=dequantize

@@ -1,5 +1,6 @@
 """The memory estimate of a run; needs no GPU."""
 
+from swift_mega.api.ready import DEVICE  # noqa: F401 - before Megatron
 from swift_mega.config import schema
 from swift_mega.convert.source import Source
 from swift_mega.memory.report import Plan, plan_run
@@ -9,11 +10,8 @@ from swift_mega.train.preflight import check_run
 from swift_mega.tuners.tuner import find_tuner
 
 
-def plan_memory(run: schema.Run, *, ranks: int, gpu_bytes: int, host_bytes: int | None = None) -> Plan:
-    """Memory by part of the rank that needs the most, and the longest packed row that fits. Reads only config.json of the model.
-
-    gpu_bytes: memory of one GPU. host_bytes: host memory of one rank; None: no limit. Raises the UserErrors that training would raise.
-    """
+def plan_memory(run: schema.Run, *, ranks: int, gpu_bytes: int, host_bytes: int | None) -> Plan:
+    """Does what `api.plan_memory` says."""
     assert run.model.path is not None
     source = Source(run.model.path, dequantize=run.model.dequantize, names=())
     settings, family = source.settings, source.family

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from swift_mega.api.ranks import on_device
+from swift_mega.api.ready import DEVICE, on_device
 from swift_mega.config import schema
 from swift_mega.convert.files import stream
 from swift_mega.convert.source import Source
@@ -28,8 +28,6 @@ from swift_mega.models.modules.engine import check_engine_runs
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train.header import layer_modules
 from swift_mega.verify import parity
-
-DEVICE = devices.setup(starts_ranks=True)
 
 LAYOUTS = (
     *("single", "tp2", "tp3", "tp2-sp", "tp3-sp", "pp2", "pp3", "pp2-vpp2", "tp2-pp2-sp", "tp3-pp2-sp", "dp2", "ep2"),
@@ -88,24 +86,17 @@ class Report:
 
 def verify(
     model: str,
-    layouts: Sequence[str] | None = None,
+    layouts: Sequence[str] | None,
     *,
-    tolerance: float = 1e-4,
-    prompts: str | None = None,
-    tuner: str = "full",
-    target_modules: Sequence[str] = ("all-linear",),
-    adapters: str | None = None,
-    dtype: str = "float64",
-    dequantize: bool = False,
+    tolerance: float,
+    prompts: str | None,
+    tuner: str,
+    target_modules: Sequence[str],
+    adapters: str | None,
+    dtype: str,
+    dequantize: bool,
 ) -> Report:
-    """Compares logits, loss and gradients of every layout with Hugging Face's, on fixed sentences or on `prompts`.
-
-    prompts: a text file with one prompt a line, or a .jsonl data set, read as for training.
-    tuner: "full" compares the gradients of all parameters. "lora" compares those of an adapter with PEFT's: the adapter in `adapters`,
-    or a random one on `target_modules`. dtype: of both sides. In float32 both sides round, and deep models with large activations can
-    differ by more than the tolerance although both are right; float64 shows differences between the programs.
-    dequantize: `model` is quantised; each layout dequantises its slices, and Hugging Face gets the whole model as plain float32 files.
-    """
+    """Does what `api.verify` says."""
     say_of_unused_gpus()
     source = Source(model, dequantize=dequantize)
     settings = source.settings

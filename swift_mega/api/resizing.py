@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from swift_mega.api.ready import DEVICE  # noqa: F401 - before Megatron
 from swift_mega.config import schema
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files.hf_files import some

@@ -9,16 +9,14 @@ from typing import Any
 from tqdm import tqdm
 
 from swift_mega.api.conversion import say_of_source
-from swift_mega.api.ranks import on_device
+from swift_mega.api.ready import DEVICE, on_device
 from swift_mega.api.resizing import resized
 from swift_mega.config import schema
 from swift_mega.config.check import check_inputs
-from swift_mega.config.load import Resolved, load
 from swift_mega.convert.files.hf_write import companions
 from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.loader import Prepared, prepare
 from swift_mega.data.vocabulary import pad_row_note
-from swift_mega.device import device as devices
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
@@ -33,13 +31,6 @@ from swift_mega.train.loop import TrainResult, make_batches, total_steps, train_
 from swift_mega.train.preflight import check_run
 from swift_mega.train.wire import warmup_steps
 from swift_mega.tuners.tuner import find_tuner
-
-DEVICE = devices.setup(starts_ranks=True)
-
-
-def load_recipe(path: str | None = None, overrides: Sequence[str] = (), flags: Sequence[str] = ()) -> Resolved:
-    """Settings from a YAML recipe, `key=value` overrides and SWIFT-style flags; `.run` of the result is the argument of `train`."""
-    return load(path, overrides, flags)
 
 
 def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run:
@@ -58,14 +49,8 @@ def _continued(run: schema.Run, sources: Mapping[str, str] | None) -> schema.Run
     )
 
 
-def train(run: schema.Run, *, nproc: int | None = None, sources: Mapping[str, str] | None = None) -> TrainResult:
-    """Trains with the settings of `run`, on `nproc` ranks of this machine (default: NPROC_PER_NODE or 1) or on the ranks of torchrun.
-
-    Raises UserError before ranks start where settings, model, data and layout do not fit together. Ranks of torchrun connect first, so
-    an error on one of them (a file that its machine does not have) ends all.
-    sources: where each setting comes from (`Resolved.sources`). When a run continues an adapter, tuner settings that the user did not set
-    are taken from the adapter.
-    """
+def train(run: schema.Run, *, nproc: int | None, sources: Mapping[str, str] | None) -> TrainResult:
+    """Does what `api.train` says."""
     world = world_size(nproc)
     if joined() and world > 1:
         return run_ranks(

@@ -1,25 +1,12 @@
-"""Files of the verbs: checks of outputs that must not be overwritten, base models of adapters, and questions to answer."""
+"""Files of the verbs: checks of outputs that must not be overwritten, and base models of adapters."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from swift_mega.config.check import check_model_directory
-from swift_mega.config.schema import Data
 from swift_mega.errors import UserError
 from swift_mega.text_files import read_object
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A data row to answer. record: the object in the file. where: file:line."""
-
-    record: dict[str, Any]
-    messages: list[dict[str, str]]
-    where: str
-
 
 # Every directory that swift-mega writes has one of these files; --overwrite must not delete a directory that has none of them.
 OURS = ("config.json", "adapter_config.json", "metadata.json", "latest_checkpointed_iteration.txt")
@@ -57,31 +44,6 @@ def model_of(adapters: str, model: str | None) -> str:
         check_model_directory(model, what=f"base_model_name_or_path in {config}, since --model is not given,")
     check_model_directory(model, what="--model")
     return model
-
-
-def read_questions(path: str, data: Data) -> list[Question]:
-    """The questions of a data set, read as for training: `messages` without the replies at the end, or `query` and `history`.
-
-    data: the default system message, columns, and values of placeholders. Raises UserError with file:line.
-    """
-    # This imports numpy, so it is imported only here: errors in a command are reported without it.
-    from swift_mega.data.sources import load_questions
-
-    return [
-        Question(
-            record=record,
-            messages=[{"role": turn.role, "content": turn.content} for turn in row.turns],
-            where=row.where,
-        )
-        for record, row in load_questions(path, data, reply="dropped")
-        if _is_asked(row)
-    ]
-
-
-def _is_asked(row: Any) -> bool:
-    if row.text is not None:
-        raise UserError(f"{row.where}: a document, in which nothing is asked; write messages, or query")
-    return True
 
 
 def check_answers(path: str, *, overwrite: bool, source: str) -> None:

@@ -4,14 +4,17 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swift_mega.cli.arguments import Arguments
-from swift_mega.cli.files import Question, check_answers, model_of, read_questions
+from swift_mega.cli.files import check_answers, model_of
 from swift_mega.config.check import check_model_directory
 from swift_mega.config.schema import Data
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import refuse_joined
+
+if TYPE_CHECKING:
+    from swift_mega.data.prompts import Prompt
 
 MAX_NEW_TOKENS = 256
 OF_ROWS = ("columns", "dataset_info", "model_name", "model_author")
@@ -37,7 +40,7 @@ def infer(arguments: Arguments) -> int:
     if prompt is not None and not prompt.strip():
         raise UserError("infer: --prompt is empty; write a question")
     _refuse_of_rows(run.data, asked=source is not None)
-    questions = read_questions(source, run.data) if source is not None else []
+    questions = _read(source, run.data) if source is not None else []
     if output is not None:
         check_answers(output, overwrite=arguments.switch("overwrite"), source=source or "")
     from swift_mega import api
@@ -71,7 +74,14 @@ def _refuse_of_rows(data: Data, *, asked: bool) -> None:
             raise UserError(f"infer: --{name} says how rows are read; give --input FILE.jsonl, or leave it out")
 
 
-def _answer_rows(questions: list[Question], output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
+def _read(source: str, data: Data) -> "list[Prompt]":
+    # This imports numpy, so it is imported only here: errors in a command are reported without it.
+    from swift_mega.data.prompts import read_questions
+
+    return read_questions(source, data)
+
+
+def _answer_rows(questions: "list[Prompt]", output: str | None, answer: Callable[[list[dict[str, str]]], str]) -> None:
     """Answers the rows one at a time, so the unfinished output file shows the progress."""
     if output is None:
         for question in questions:

@@ -25,7 +25,7 @@ from swift_mega.device.device import Device
 from swift_mega.models.build import build
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.settings import Settings, padded_vocabulary
+from swift_mega.models.settings import LayerKind, Settings, padded_vocabulary
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Coordinate, Layout, plan_layout
 
@@ -125,7 +125,7 @@ def _objects(
 
 def _kinds(settings: Settings) -> list[list[int]]:
     """The layer numbers of each kind; layers of one kind have the same parameters."""
-    found: dict[tuple[bool, bool], list[int]] = {}
+    found: dict[LayerKind, list[int]] = {}
     for layer, kind in enumerate(settings.layer_kinds):
         found.setdefault(kind, []).append(layer)
     return list(found.values())
@@ -143,7 +143,7 @@ def _only(settings: Settings, layers: Sequence[int]) -> Settings:
         ropes=tuple(settings.ropes[layer] for layer in layers),
         windows=tuple(settings.windows[layer] for layer in layers),
         moe_layers=tuple(settings.moe_layers[layer] for layer in layers),
-        delta_layers=tuple(settings.delta_layers[layer] for layer in layers) if settings.delta_layers else (),
+        edits=tuple(edit.only(layers) for edit in settings.edits),
     )
 
 

@@ -7,9 +7,13 @@ Megatron's local modules and torch's kernels do the same work.
 import functools
 import importlib
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -71,6 +75,22 @@ def apex() -> Package:
 def wgrad_kernel() -> bool:
     """Whether apex's kernel is installed that computes a weight's gradient and adds it to the sum of gradients in one product."""
     return _there("fused_weight_gradient_mlp_cuda")
+
+
+def cannot_compile() -> str | None:
+    """What torch.compile lacks on this machine for a kernel on CUDA; None: nothing."""
+    if not _there("triton"):
+        return "the package triton, which is not installed; install it"
+    if _c_compiler() is None:
+        return "a C compiler, and there is none on PATH; install gcc or clang, name one in CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h, which is missing; install Python's headers (python3-dev)"
+    return None
+
+
+def _c_compiler() -> str | None:
+    """The C compiler that Triton would use: the one that CC names, else clang or gcc on PATH; None: there is none."""
+    return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def _there(module: str) -> bool:

@@ -6,7 +6,6 @@ imported.
 
 import os
 import resource
-import shutil
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -85,11 +84,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def c_compiler() -> str | None:
-    """The C compiler that Triton would use: the one that CC names, else clang or gcc on PATH; None: there is none."""
-    return os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 
 
 def setup(*, starts_ranks: bool = False) -> Device:

@@ -16,12 +16,12 @@ from swift_mega.memory.choices import Choices
 from swift_mega.memory.weights import Widths, adapter_numbers, stage_numbers, widths
 from swift_mega.models.fusions import activation_unfused
 from swift_mega.models.settings import Settings
+from swift_mega.ops.cpu_attention import QUERY_BLOCK
+from swift_mega.ops.flash import AT_ONCE
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import key_copies
+from swift_mega.parallel.vocab import CHUNK_NUMBERS, CPU_COLUMNS, CPU_TOKENS, FEWEST_TOKENS, WIDE
 
-CHUNK_NUMBERS, CPU_TOKENS, CPU_COLUMNS, WIDE = 1 << 25, 256, 2048, 1024  # the constants of parallel/vocab.py
-QUERY_BLOCK = 96  # the constant of ops/cpu_attention.py
-AT_ONCE = 2 << 30  # the constant of ops/flash.py
 LONGEST = 1 << 34
 
 
@@ -348,7 +348,7 @@ class _Step:
             return w.vocab, self.t
         if self.frozen:
             if self.cuda:
-                return w.vocab, min(self.t, chunk or max(64, CHUNK_NUMBERS // w.vocab))
+                return w.vocab, min(self.t, chunk or max(FEWEST_TOKENS, CHUNK_NUMBERS // w.vocab))
             return min(CPU_COLUMNS, w.vocab), min(self.t, chunk or CPU_TOKENS)
         numbers = chunk * w.vocab if chunk else CHUNK_NUMBERS if self.cuda else CPU_TOKENS * CPU_COLUMNS
         columns = max(1, min(w.vocab, max(numbers // max(self.t, 1), WIDE)))

@@ -45,21 +45,16 @@ def widths(settings: Settings, layout: Layout, vocab_divisible_by: int = 128) ->
         gated=megatron["gated_linear_unit"],
         vocab=padded_vocabulary(shape.vocab, vocab_divisible_by, tensor) // tensor,
         rope=sum(len(rope.inverse_frequencies) for rope in settings.distinct_ropes),
-        query_norm=bool(
-            megatron.get("qk_layernorm") or settings.whole_qk_norm or settings.head_qk_norm or settings.late_qk_norm
-        ),
+        query_norm=bool(megatron.get("qk_layernorm")) or any(edit.normalises_queries for edit in settings.edits),
     )
 
 
 def _check(settings: Settings) -> None:
     found = {
         "a mixture of experts": bool(settings.shape.experts),
-        "latent attention": bool(settings.megatron.get("multi_latent_attention")),
-        "a gated delta net": settings.delta is not None,
+        **{edit.no_memory_formula: True for edit in settings.edits if edit.no_memory_formula is not None},
         "branches or norms joined otherwise than Llama's": settings.block != Block(),
-        "a soft-cap, sinks or ALiBi in attention": bool(
-            settings.scales.attention_softcap or settings.sinks or settings.alibi
-        ),
+        "a soft-cap in attention": settings.scales.attention_softcap is not None,
     }
     for what, there in found.items():
         if there:
@@ -76,7 +71,8 @@ def layer_numbers(settings: Settings, layout: Layout) -> int:
     kept_keys = settings.shape.kv_heads * settings.megatron["kv_channels"] / tensor
     inputs = round(w.query + 2 * kept_keys)
     norms = 2 * w.hidden * bool(settings.norm.weight) * (2 if settings.norm.bias else 1)
-    norms += 2 * settings.megatron["kv_channels"] if w.query_norm else 0
+    norms += 2 * settings.megatron["kv_channels"] if settings.megatron.get("qk_layernorm") else 0
+    norms += sum(edit.more_parameters(settings.shape, tensor) for edit in settings.edits)
     biases = inputs * bool(settings.megatron.get("add_qkv_bias")) + w.hidden * settings.biases.attention_output
     biases += (w.first + w.hidden) * settings.biases.mlp
     return w.hidden * (inputs + w.query + w.first + w.ffn) + norms + biases

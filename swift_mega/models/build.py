@@ -54,9 +54,8 @@ class Decoder(GPTModel):
             self.embedding.word_embeddings.register_forward_hook(hook)
         if self.pre_process and settings.scales.embedding != 1.0:
             self.embedding.register_forward_hook(functools.partial(_scale, settings.scales.embedding))
-        if self.pre_process and settings.embedding_norm:
-            self.embedding.norm = norm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
-            self.embedding.register_forward_hook(_normalise)
+        for edit in settings.edits:
+            edit.built(self, norm)
 
     def forward(
         self,
@@ -114,11 +113,6 @@ def _no_gradient_of(row: int, module: torch.nn.Module, given: tuple[Tensor], res
 def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
     """Forward hook of an embedding: multiplies its output by `factor` in the embedding's dtype, as Hugging Face does."""
     return result * torch.tensor(factor, dtype=result.dtype)
-
-
-def _normalise(module: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-    """Forward hook of an embedding: normalises its output, on each rank for its own tokens."""
-    return module.norm(result)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

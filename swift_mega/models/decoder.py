@@ -11,9 +11,10 @@ import torch
 
 from swift_mega.errors import UserError
 from swift_mega.models.family import Family
+from swift_mega.models.modules.router import Routing
 from swift_mega.models.packs import Heads
 from swift_mega.models.rules import RULES
-from swift_mega.models.settings import Rope, Routing, Settings
+from swift_mega.models.settings import Rope, Settings
 from swift_mega.parallel.layout import ModelShape
 
 READS = frozenset(
@@ -64,10 +65,6 @@ def translate(
         expert_ffn=None,
         vocab=config.vocab_size,
         head_dim=head_dim,
-        alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks"
-        if changes.get("alibi")
-        else None,
-        key_heads_alone="has a norm of its own that tensor ranks cannot share" if changes.get("head_qk_norm") else None,
     )
     found: dict[str, Any] = dict(
         shape=shape,
@@ -121,7 +118,7 @@ def moe(
         settings,
         megatron={**settings.megatron, **megatron},
         moe_layers=layers,
-        routing=routing,
+        edits=settings.edits if routing is None else (*settings.edits, dataclasses.replace(routing, layers=layers)),
         shape=dataclasses.replace(settings.shape, experts=experts, expert_ffn=ffn, shared_ffn=shared or None),
     )
 

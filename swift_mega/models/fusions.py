@@ -5,13 +5,10 @@ bias, dropout and residual. Its GELU kernel is always the tanh form, whatever th
 In experts the clamp comes before the bias (fusions/fused_bias_geglu.py, 0.16.1 and 0.19.2). So only silu(gate) * up is fused.
 """
 
-import sysconfig
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
 
-from swift_mega.device.device import Device, c_compiler
+from swift_mega.device.backends import cannot_compile
+from swift_mega.device.device import Device
 from swift_mega.models.settings import Block, Settings
 
 COMPILED = ("bias_activation_fusion", "bias_dropout_fusion")
@@ -56,14 +53,3 @@ def _biased_experts(settings: Settings) -> str | None:
 def _has_more_than_a_sum(settings: Settings, dropout: float) -> bool:
     """Whether there is a bias or dropout: a residual sum alone is one kernel already and need not be compiled."""
     return bool(dropout) or settings.biases.mlp or settings.biases.attention_output
-
-
-def cannot_compile() -> str | None:
-    """What torch.compile lacks on this machine for a kernel on CUDA; None: nothing."""
-    if find_spec("triton") is None:
-        return "the package triton, which is not installed; install it"
-    if c_compiler() is None:
-        return "a C compiler, and there is none on PATH; install gcc or clang, name one in CC"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "Python.h, which is missing; install Python's headers (python3-dev)"
-    return None

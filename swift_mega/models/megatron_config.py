@@ -9,14 +9,13 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from swift_mega.config.schema import Train
-from swift_mega.device.backends import TE_DTYPES, transformer_engine, wgrad_kernel
+from swift_mega.device.backends import TE_DTYPES, cannot_compile, transformer_engine, wgrad_kernel
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
-from swift_mega.models.fusions import COMPILED, cannot_compile, fused
+from swift_mega.models.fusions import COMPILED, fused
 from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.modules.experts import check_biases
-from swift_mega.models.modules.mla import check_cut, is_latent
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.layout import Layout
 
@@ -108,8 +107,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config. Later sources override earlier ones: family, layout, the device's safe choices, `given` (model.megatron)."""
     check_passthrough(given, settings, train, device, dtype)
-    if is_latent(settings):
-        check_cut(settings, layout.tensor)
+    for edit in settings.edits:
+        edit.check_layout(layout)
     check_biases(settings, layout.expert_tensor)
     fields: dict[str, Any] = dict(settings.megatron, layernorm_zero_centered_gamma=settings.norm.one_plus)
     fields.update(
@@ -126,9 +125,8 @@ def transformer_config(
     )
     if layout.mesh.engine:
         fields["cp_comm_type"] = layout.mesh.communication
-    if settings.whole_qk_norm or settings.head_qk_norm:
-        # Makes newer Megatron versions take the spec's norms. qk_layernorm would also sum the gradients of weights sharded by heads.
-        fields["qk_l2_norm"] = True
+    for edit in settings.edits:
+        fields.update(edit.megatron_fields())
     if train.recompute != "none":
         fields["recompute_granularity"] = train.recompute
     if train.recompute == "full":
@@ -137,7 +135,8 @@ def transformer_config(
     fields.update(fused(settings, device, dtype, given.get("hidden_dropout", 0.0)))
     fields.update(given)
     fields.update(balancing_fields(aux_loss, given, experts=bool(settings.shape.experts)))
+    kind = MLATransformerConfig if settings.megatron.get("multi_latent_attention") else TransformerConfig
     try:
-        return MLATransformerConfig(**fields) if is_latent(settings) else TransformerConfig(**fields)
+        return kind(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron refuses these settings: {error}; change the setting that it names") from error

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from swift_mega.models.edits import Edit
 from swift_mega.models.packs import Heads
 from swift_mega.parallel.layout import ModelShape
 
@@ -87,45 +88,11 @@ class Scales:
     """(b, n): queries at position p are multiplied by 1 + b log(1 + floor(p / n))."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """How a token's experts are chosen and weighted, where that is not Megatron's softmax over the logits.
+class LayerKind(NamedTuple):
+    """Which modules a layer has. moe: its MLP is a mixture of experts. edits: its own, in their order."""
 
-    bias: each expert has a constant in the checkpoint, without a gradient. It is added to the scores for the choice, not for the weights.
-    normalise: the weights are divided by max(their sum + `added`, `smallest`). All weights are then multiplied by `scale`.
-    groups: the experts form this many equal groups. They are chosen from `chosen_groups` of them only: those with the largest sum of their
-    `group_best` best scores.
-    """
-
-    score: Literal["softmax", "sigmoid"]
-    bias: bool = True
-    normalise: bool = True
-    added: float = 0.0
-    smallest: float = 0.0
-    scale: float = 1.0
-    groups: int = 1
-    chosen_groups: int = 1
-    group_best: int = 2
-    """2 in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), 1 in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
-    balanced_score: Literal["softmax", "sigmoid"] | None = None
-    """The score that the balancing loss uses; None: `score`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaNet:
-    """Sizes of a gated delta net (models/modules/gated_delta.py). A key head serves value_heads / key_heads value heads."""
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    taps: int
-    """Width of the convolution in tokens: each token and the taps - 1 before it."""
-
-    @property
-    def channels(self) -> tuple[int, int, int]:
-        """Query, key and value channels of one key head."""
-        return self.key_dim, self.key_dim, self.value_heads // self.key_heads * self.value_dim
+    moe: bool
+    edits: tuple[Edit, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,41 +114,28 @@ class Settings:
     block: Block = Block()
     biases: Biases = Biases()
     scales: Scales = Scales()
-    routing: Routing | None = None
-    """None: Megatron's own router chooses."""
+    edits: tuple[Edit, ...] = ()
+    """What the family changes in Megatron's layers beyond the fields here, in this order."""
     predict_layers: int = 0
     """Layers of multi-token prediction that a checkpoint has after the last layer. They are kept, not computed."""
     predict_prefix: str | None = None
     """Prefix of the names of their tensors, where they are not numbered as layers after the last one."""
-    delta: DeltaNet | None = None
-    delta_layers: tuple[bool, ...] = ()
-    """Per layer: whether a gated delta net replaces attention. Empty: no layer has one."""
     positions: int | None = None
     """Number of learned positions, whose vectors are added to the token embedding. None: no learned positions."""
-    alibi: tuple[float, ...] | None = None
-    """Per head: its slope. A score grows by the slope times the position of its key (ops/alibi.py). None: no ALiBi."""
     pad_row: int | None = None
     """The row of the embedding matrix (the padding token's) that gets no gradient from lookups. None: every row gets one."""
-    embedding_norm: bool = False
-    """The output of the embedding is normalised."""
-    whole_qk_norm: bool = False
-    """Queries and keys are normalised over all heads together, not per head."""
-    head_qk_norm: bool = False
-    """The LayerNorms of queries and keys have a weight for every head, not one that all heads share."""
-    late_qk_norm: bool = False
-    """Queries and keys are normalised after the rotation. These norms are inside Megatron's core attention."""
-
     activation: Callable[[Any], Any] | None = None
     """Builds the activation module of every MLP from Megatron's config. None: Megatron's activation_func, without parameters."""
     notes: tuple[str, ...] = ()
     """What config.json says and training does not do, one line each; a run prints each once."""
-    sinks: bool = False
-    """Each head has a learned logit that takes part in its softmax (ops/sinks.py)."""
 
     @property
-    def layer_kinds(self) -> tuple[tuple[bool, bool], ...]:
-        """Per layer: whether its MLP is a mixture of experts, and whether a gated delta net replaces attention."""
-        return tuple(zip(self.moe_layers, self.delta_layers or (False,) * len(self.moe_layers), strict=True))
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Per layer: which modules it has. Layers of one kind have the same parameters."""
+        return tuple(
+            LayerKind(moe, tuple(edit for edit in self.edits if edit.is_in(layer)))
+            for layer, moe in enumerate(self.moe_layers)
+        )
 
     @property
     def longest(self) -> int | None:
@@ -193,11 +147,7 @@ class Settings:
     def not_engine(self) -> str | None:
         """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can (modules/engine.py)."""
         reasons = {
-            "has attention sinks, which it takes in some of its kernels only": self.sinks,
             "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,
-            "has latent attention, whose values are not as wide as its keys": self.megatron.get(
-                "multi_latent_attention"
-            ),
             "turns tokens by the length of their example, to which it would add padding": any(
                 rope is not None and rope.long is not None for rope in self.ropes
             ),

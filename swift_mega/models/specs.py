@@ -1,4 +1,4 @@
-"""Megatron's layer specs with what a family varies.
+"""Megatron's layer specs with what a family varies: the fields of its settings, then its edits, which this file does not know.
 
 Only this file knows whether layers consist of Transformer Engine's modules or of Megatron's local ones. te: Transformer Engine's, as
 Device.uses_transformer_engine says.
@@ -6,7 +6,6 @@ Device.uses_transformer_engine says.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
@@ -15,12 +14,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from swift_mega.models.edits import Parts, attention_of, bound, mlp_of, submodules_of
 from swift_mega.models.modules.attention import CoreAttention
 from swift_mega.models.modules.experts import BiasedRow, GroupedExperts
-from swift_mega.models.modules.gated_delta import delta_net
 from swift_mega.models.modules.layer import Layer, NoNorm
-from swift_mega.models.modules.mla import is_latent, latent
-from swift_mega.models.modules.norm import HeadNorm, Norm, WholeNorm
+from swift_mega.models.modules.norm import Norm
 from swift_mega.models.modules.router import Router
 from swift_mega.models.modules.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 from swift_mega.models.settings import Block, NormKind, Settings
@@ -35,27 +33,26 @@ def layer_specs(
     Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
     backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
-    norm, made, te_core = norm_class(settings, te=te, tile=tile), {}, te_attention(te)
-    spec = functools.partial(_te_spec if te else _local_spec, settings, norm, reads_inputs=reads_inputs)
-    for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, te_core, moe=moe)
+    parts, made, te_core = _parts(settings, te=te, tile=tile), {}, te_attention(te)
+    spec = functools.partial(_te_spec if te else _local_spec, settings, parts.norm, reads_inputs=reads_inputs)
+    for kind in set(settings.layer_kinds):
+        made[kind] = _joined(spec(moe=kind.moe), settings, parts.norm, te_core, moe=kind.moe)
         if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
-            made[moe, delta].module = bound(Layer, block=settings.block, norm=norm)
+            made[kind].module = bound(Layer, block=settings.block, norm=parts.norm)
         if tile is not None:
-            _tile(made[moe, delta], tile, moe=moe)
-        if delta:
-            column, row = _linears(te)
-            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
+            _tile(made[kind], tile, moe=kind.moe)
+        for edit in kind.edits:
+            edit.edit(made[kind], parts)
     return [made[kind] for kind in settings.layer_kinds]
 
 
-def _linears(te: bool) -> tuple[type, type]:
-    """The column-parallel and the row-parallel linear, without a fused norm."""
+def _parts(settings: Settings, *, te: bool, tile: int | None) -> Parts:
+    norm = norm_class(settings, te=te, tile=tile)
     if not te:
-        return ColumnParallelLinear, RowParallelLinear
+        return Parts(shape=settings.shape, norm=norm, column=ColumnParallelLinear, row=RowParallelLinear)
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    return TEColumnParallelLinear, TERowParallelLinear
+    return Parts(shape=settings.shape, norm=norm, column=TEColumnParallelLinear, row=TERowParallelLinear)
 
 
 def te_attention(te: bool) -> type | None:
@@ -76,15 +73,6 @@ def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type
     return bound(Norm, kind=settings.norm) if tile is None else bound(TiledNorm, kind=settings.norm, tile=tile)
 
 
-def bound(module: Any, **fixed: Any) -> type:
-    """A class that builds `module` with `fixed` arguments: every place of a Megatron spec takes a class."""
-
-    def start(self: Any, *args: Any, **given: Any) -> None:
-        module.__init__(self, *args, **{**given, **fixed})
-
-    return type(module.__name__, (module,), {"__init__": start})
-
-
 def _local_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -> ModuleSpec:
     """Megatron's own modules, with our experts (models/modules/experts.py): its grouped ones need Transformer Engine."""
     spec = get_gpt_layer_local_spec(
@@ -92,19 +80,17 @@ def _local_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool
         moe_grouped_gemm=False,
         qk_layernorm=settings.megatron.get("qk_layernorm", False),
         normalization="RMSNorm",
-        multi_latent_attention=is_latent(settings),
+        multi_latent_attention=settings.megatron.get("multi_latent_attention", False),
     )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if settings.megatron.get("qk_layernorm", False):
-        attention = spec.submodules.self_attention.submodules
+        attention = attention_of(spec)
         attention.q_layernorm = attention.k_layernorm = norm
-    if is_latent(settings):
-        latent(spec.submodules.self_attention, settings, norm=norm, linear=ColumnParallelLinear)
     if moe:
-        experts = _mlp(spec)
+        experts = mlp_of(spec)
         if settings.biases.mlp:
-            _submodules(experts.experts).linear_fc2 = BiasedRow
-        experts.experts = bound(GroupedExperts, submodules=_submodules(experts.experts))
+            submodules_of(experts.experts).linear_fc2 = BiasedRow
+        experts.experts = bound(GroupedExperts, submodules=submodules_of(experts.experts))
     return spec
 
 
@@ -121,35 +107,25 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -
         num_experts=settings.shape.experts if moe else None,
         moe_grouped_gemm=moe,
         qk_layernorm=settings.megatron.get("qk_layernorm", False),
-        multi_latent_attention=is_latent(settings),
+        multi_latent_attention=settings.megatron.get("multi_latent_attention", False),
     )
     if reads_inputs or settings.block != Block() or settings.norm not in (NormKind(), NormKind(one_plus=True)):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         if not moe:
-            _mlp(spec).linear_fc1 = TEColumnParallelLinear
+            mlp_of(spec).linear_fc1 = TEColumnParallelLinear
     if settings.megatron.get("qk_layernorm", False):
-        attention = spec.submodules.self_attention.submodules
+        attention = attention_of(spec)
         attention.q_layernorm = attention.k_layernorm = norm
-    if is_latent(settings):
-        latent(spec.submodules.self_attention, settings, norm=norm, linear=TEColumnParallelLinear)
     return spec
 
 
 def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool) -> ModuleSpec:
-    """What a family varies, the same for both kinds of modules."""
-    attention, block = spec.submodules.self_attention.submodules, settings.block
+    """What the fields of the settings say, the same for both kinds of modules."""
+    attention, block = attention_of(spec), settings.block
     attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core)
     if moe:
-        _mlp(spec).router = bound(Router, routing=settings.routing)
-    if settings.whole_qk_norm:
-        attention.q_layernorm = bound(WholeNorm, heads=settings.shape.heads)
-        attention.k_layernorm = bound(WholeNorm, heads=settings.shape.kv_heads)
-    if settings.head_qk_norm:
-        attention.q_layernorm = bound(HeadNorm, heads=settings.shape.heads)
-        attention.k_layernorm = bound(HeadNorm, heads=settings.shape.kv_heads)
-    if settings.late_qk_norm:
-        attention.q_layernorm = attention.k_layernorm = NoNorm
+        mlp_of(spec).router = Router
     # Megatron's field is for all linears, and Megatron refuses it together with shared experts.
     mlp_bias = settings.megatron.get("add_bias_linear", False)
     if mlp_bias and not settings.megatron.get("add_qkv_bias"):
@@ -162,37 +138,23 @@ def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | No
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = NoNorm
         elif block.parallel and block.shared_norm:
             spec.submodules.pre_mlp_layernorm = NoNorm
-    spec.submodules.sharded_state_dict_keys_map = _names_in_checkpoints(settings, moe)
+    spec.submodules.sharded_state_dict_keys_map = _names_in_checkpoints(moe)
     return spec
 
 
 def _tile(spec: ModuleSpec, tile: int, *, moe: bool) -> None:
     """Computes the MLP, or the shared experts, `tile` tokens at a time. Both are classes, which every Megatron takes in these places."""
     if not moe:
-        spec.submodules.mlp = bound(TiledMLP, submodules=_mlp(spec), tile=tile)
+        spec.submodules.mlp = bound(TiledMLP, submodules=mlp_of(spec), tile=tile)
         return
-    experts = _mlp(spec)
-    experts.shared_experts = bound(TiledSharedExperts, submodules=_submodules(experts.shared_experts), tile=tile)
+    experts = mlp_of(spec)
+    experts.shared_experts = bound(TiledSharedExperts, submodules=submodules_of(experts.shared_experts), tile=tile)
 
 
-def _names_in_checkpoints(settings: Settings, moe: bool) -> dict[str, str]:
+def _names_in_checkpoints(moe: bool) -> dict[str, str]:
     """Names of a layer's norms in Megatron's checkpoints, fused or not: those of Megatron's layer with Transformer Engine on CUDA.
 
     Megatron's local layers use them too, except with experts or latent attention, where no linear takes a fused norm.
     """
     names = {} if moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-    if is_latent(settings):
-        for latent_norm, up in (("q_layernorm", "linear_q_up_proj"), ("kv_layernorm", "linear_kv_up_proj")):
-            names[f"self_attention.{latent_norm}."] = f"self_attention.{up}.layer_norm_"
-        return names
     return {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", **names}
-
-
-def _mlp(spec: ModuleSpec) -> Any:
-    """The submodules of a layer's MLP: its linears, or router and experts."""
-    return _submodules(spec.submodules.mlp)
-
-
-def _submodules(module: Any) -> Any:
-    """Submodules of a module's spec; newer Megatron versions have a partial function in its place."""
-    return module.keywords["submodules"] if isinstance(module, functools.partial) else module.submodules

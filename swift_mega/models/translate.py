@@ -57,6 +57,8 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
     _check_fit(directory, settings)
     windows = any(window is not None for window in settings.windows)
     shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
+    for edit in settings.edits:
+        shape = edit.limits(shape)
     notes = (*quantised, *settings.notes, *_notes(rates, unread, family, bool(raw.get("auto_map"))))
     pad_row = _pad_row(directory, config, settings.shape.vocab) if family.pad_without_gradient else None
     return dataclasses.replace(settings, notes=notes, shape=shape, pad_row=pad_row)

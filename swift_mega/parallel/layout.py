@@ -33,8 +33,8 @@ class ModelShape:
     expert_ffn: int | None = None
     shared_ffn: int | None = None
     """MLP size of the expert that every token passes, which tensor ranks shard like a dense MLP; None where there is none."""
-    linear_heads: int | None = None
-    """Key heads of linear attention; None where there is none."""
+    shared_counts: tuple[tuple[str, int], ...] = ()
+    """What else tensor ranks share evenly: (name in the plural, number), such as ("key heads of linear attention", 16)."""
     head_dim: int | None = None
     """Features of a head; None where it does not matter."""
     alone_in_a_row: str | None = None
@@ -285,7 +285,7 @@ def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     tensor = parallel.tensor
     cut = {"attention heads": shape.heads, "MLP columns": shape.ffn}
     cut["columns of the shared expert"] = shape.shared_ffn
-    cut["key heads of linear attention"] = shape.linear_heads
+    cut.update(shape.shared_counts)
     for what, count in cut.items():
         if count is not None and count % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide the model's {count} {what}")

@@ -25,6 +25,8 @@ from swift_mega.device.device import send
 
 # Logits of one chunk by default: 128 MiB in float32.
 CHUNK_NUMBERS = 1 << 25
+# Fewest tokens of such a chunk, however large the vocabulary is.
+FEWEST_TOKENS = 64
 # On the CPU logits should fit the cache: 2 MiB at once are 1.15 times faster than all columns at once.
 CPU_TOKENS, CPU_COLUMNS = 256, 2048
 # Fewest columns of a trained head's gradient that are worth a pass over all hidden states.
@@ -120,7 +122,7 @@ class _Cut:
 
     def chunks(self, tokens: int, rows: Tensor) -> Iterator[slice]:
         """Slices of the tokens that are computed at once where logits are not kept."""
-        fitting = CPU_TOKENS if rows.device.type == "cpu" else max(64, CHUNK_NUMBERS // max(len(rows), 1))
+        fitting = CPU_TOKENS if rows.device.type == "cpu" else max(FEWEST_TOKENS, CHUNK_NUMBERS // max(len(rows), 1))
         return _slices(tokens, self.chunk or fitting)
 
     def blocks(self, rows: Tensor) -> Iterator[slice]:

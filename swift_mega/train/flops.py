@@ -4,7 +4,7 @@ A token uses the weights of its own experts only. The embedding is a lookup and 
 tied to the embedding.
 """
 
-from swift_mega.models.settings import Settings
+from swift_mega.models.settings import LayerKind, Settings
 
 
 def flops_per_token(settings: Settings, *, trained: bool) -> float:
@@ -21,28 +21,17 @@ def weights_per_token(settings: Settings) -> int:
     """Number of elements in the matrices that one token is multiplied with; norms and biases do not count."""
     shape = settings.shape
     mlps = sum(_experts(settings) if moe else _mlp(settings, shape.ffn or 0) for moe in settings.moe_layers)
-    attention = sum(_delta(settings) if delta else _attention(settings) for _, delta in settings.layer_kinds)
+    attention = sum(_attention(settings, kind) for kind in settings.layer_kinds)
     return attention + mlps + shape.hidden * shape.vocab
 
 
-def _delta(settings: Settings) -> int:
-    """Weights of a gated delta net: queries, keys, values, gates, two rates per value head, convolution, output."""
-    delta, hidden = settings.delta, settings.shape.hidden
-    assert delta is not None
-    channels, values = delta.key_heads * sum(delta.channels), delta.value_heads * delta.value_dim
-    return hidden * (channels + values + 2 * delta.value_heads) + channels * delta.taps + values * hidden
-
-
-def _attention(settings: Settings) -> int:
-    shape, megatron = settings.shape, settings.megatron
-    hidden, heads, head_dim = shape.hidden, shape.heads, megatron["kv_channels"]
-    if not megatron.get("multi_latent_attention"):
-        gates = heads if megatron.get("attention_output_gate") else 0
-        return hidden * head_dim * (2 * (heads + shape.kv_heads) + gates)
-    query, latent, value = megatron["q_lora_rank"], megatron["kv_lora_rank"], megatron["v_head_dim"]
-    queries = hidden * heads * head_dim if query is None else query * (hidden + heads * head_dim)
-    down = hidden * (latent + megatron["qk_pos_emb_head_dim"])
-    return queries + down + latent * heads * (megatron["qk_head_dim"] + value) + heads * value * hidden
+def _attention(settings: Settings, kind: LayerKind) -> int:
+    shape = settings.shape
+    replaced = [weights for edit in kind.edits if (weights := edit.attention_weights(shape)) is not None]
+    if replaced:
+        return replaced[0]
+    gates = shape.heads if settings.megatron.get("attention_output_gate") else 0
+    return shape.hidden * settings.megatron["kv_channels"] * (2 * (shape.heads + shape.kv_heads) + gates)
 
 
 def _mlp(settings: Settings, ffn: int) -> int:

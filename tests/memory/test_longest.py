@@ -52,15 +52,3 @@ def test_what_a_plan_refuses(model, capsys, words, message):
 def test_a_plan_needs_a_model(capsys):
     assert main(["plan"]) == 2
     assert "plan: no model; give --model DIR" in capsys.readouterr().err
-
-
-def test_sizes_of_blocks_are_those_of_the_code() -> None:
-    from swift_mega.memory import memory
-    from swift_mega.ops import cpu_attention, flash
-    from swift_mega.parallel import vocab
-
-    for name, owner in (
-        ("AT_ONCE", flash), ("QUERY_BLOCK", cpu_attention), ("CHUNK_NUMBERS", vocab),
-        ("CPU_TOKENS", vocab), ("CPU_COLUMNS", vocab), ("WIDE", vocab),
-    ):  # fmt: skip
-        assert getattr(memory, name) == getattr(owner, name), name

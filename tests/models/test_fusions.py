@@ -9,6 +9,7 @@ import torch
 import tiny
 from swift_mega.config import schema
 from swift_mega.data.pack import Microbatch
+from swift_mega.device import backends
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.launch.torchrun import run_ranks
@@ -56,8 +57,8 @@ def test_a_machine_that_cannot_compile(
 ) -> None:
     """Nothing is fused by default. A fusion that is asked for is refused with what is missing."""
     settings = load_settings(models["llama"])
-    monkeypatch.setattr(fusions, "find_spec", lambda name: object())
-    monkeypatch.setattr(fusions, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path)))
+    monkeypatch.setattr(backends, "_there", lambda name: True)
+    monkeypatch.setattr(backends, "sysconfig", SimpleNamespace(get_path=lambda name: str(tmp_path)))
     monkeypatch.setenv("CC", "cc")
     missing = [
         r"Python\.h, which is missing",
@@ -66,7 +67,7 @@ def test_a_machine_that_cannot_compile(
     ]
     for spoil in (
         lambda: None, lambda: (monkeypatch.delenv("CC"), monkeypatch.setenv("PATH", "")),
-        lambda: monkeypatch.setattr(fusions, "find_spec", lambda name: None),
+        lambda: monkeypatch.setattr(backends, "_there", lambda name: False),
     ):  # fmt: skip
         spoil()
         assert not any(fusions.fused(settings, CUDA, torch.bfloat16, 0.1).values())

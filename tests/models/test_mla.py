@@ -8,8 +8,10 @@ import pytest
 
 import tiny
 from swift_mega.errors import UserError
-from swift_mega.models.modules.mla import check_cut, refuse_without_effect
+from swift_mega.models.modules.mla import refuse_without_effect
+from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
+from swift_mega.parallel.layout import Layout
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +44,20 @@ def test_impossible_configs(tmp_path: Path, config: dict[str, object], changes: 
     assert said in str(caught.value)
 
 
+def check(settings: Settings, tensor: int) -> None:
+    for edit in settings.edits:
+        edit.check_layout(Layout(world=tensor, layers=(settings.shape.layers,), tensor=tensor))
+
+
 def test_tensor_ranks_that_do_not_divide_the_latents(tmp_path: Path, config: dict[str, object]) -> None:
     """12 query and 16 + 4 key features: 4 divides both, 8 neither, 5 only the second."""
     settings = load_settings(write(tmp_path, config))
-    check_cut(settings, 4)
+    check(settings, 4)
     with pytest.raises(UserError, match=r"parallel\.tensor=8 does not divide q_lora_rank=12"):
-        check_cut(settings, 8)
+        check(settings, 8)
     settings = load_settings(write(tmp_path, config, q_lora_rank=None))
     with pytest.raises(UserError, match=r"kv_lora_rank \+ qk_rope_head_dim=20"):
-        check_cut(settings, 8)
+        check(settings, 8)
 
 
 @pytest.mark.parametrize(

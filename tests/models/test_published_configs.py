@@ -1,12 +1,16 @@
 """The config.json of published models, with their published values, are understood completely, and give the right counts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from swift_mega.errors import UserError
-from swift_mega.models.settings import Routing
+from swift_mega.models.modules.core_edits import Alibi
+from swift_mega.models.modules.gated_delta import DeltaNet
+from swift_mega.models.modules.norm import EmbeddingNorm, HeadQKNorm
+from swift_mega.models.modules.router import Routing
 from swift_mega.models.translate import load_settings
 from tests.models import published_dense, published_experts
 
@@ -283,8 +287,9 @@ def test_layers_differ_where_the_published_models_say(tmp_path: Path) -> None:
 def test_three_of_four_layers_of_qwen3_next_are_delta_nets(tmp_path: Path) -> None:
     """Every fourth layer has gated attention, with rotary embedding of 64 of 256 features."""
     settings = load_settings(write(tmp_path, "qwen3_next"))
-    assert settings.delta_layers == (True, True, True, False) * 12 and all(settings.moe_layers)
-    assert [rope is None for rope in settings.ropes] == list(settings.delta_layers)
+    (delta,) = settings.edits
+    assert isinstance(delta, DeltaNet) and delta.layers == (True, True, True, False) * 12 and all(settings.moe_layers)
+    assert [rope is None for rope in settings.ropes] == list(delta.layers)
     assert settings.rope is not None and len(settings.rope.inverse_frequencies) == 32
     assert settings.heads.channels == (128, 128, 256)
     assert settings.megatron["attention_output_gate"] and settings.norm.one_plus
@@ -300,7 +305,7 @@ def test_what_older_models_have_for_positions(tmp_path: Path) -> None:
     assert (made["gpt2"].positions, made["gpt2"].longest, made["gpt2"].rope) == (1024, 1024, None)
     assert [len(made[name].rope.inverse_frequencies) for name in ("pythia", "falcon7b", "falcon40b")] == [8, 32, 32]
     assert made["bloom"].rope is made["bloom"].longest is None
-    assert made["bloom"].alibi == tuple(2 ** -(head / 2) for head in range(1, 17))
+    assert made["bloom"].edits == (Alibi(slopes=tuple(2 ** -(head / 2) for head in range(1, 17))), EmbeddingNorm())
     assert (made["falcon7b"].block.shared_norm, made["falcon40b"].block.shared_norm) == (True, False)
     assert all(settings.tied == (name != "pythia") for name, settings in made.items())
 
@@ -322,7 +327,7 @@ def test_what_dense_models_say_of_positions_and_scales(tmp_path: Path) -> None:
     assert (ropes["phi35"].long_beyond, ropes["phi35"].long[0]) == (4096, 1.0)
     assert ropes["phi35"].scale == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
     assert made["ministral3"].scales.query_growth == (0.1, 16384)
-    assert made["commandrplus"].head_qk_norm and made["commandrplus"].tied
+    assert made["commandrplus"].edits == (HeadQKNorm(),) and made["commandrplus"].tied
 
 
 def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
@@ -333,7 +338,8 @@ def test_experts_are_chosen_as_published(tmp_path: Path) -> None:
     for name in ("deepseek_v2", "deepseek_v2lite", "kimi_k2", "glm45air", "dots1", "minimax_m2", "ernie45_21b"):
         (tmp_path / name).mkdir()
         made[name] = load_settings(write(tmp_path / name, name))
-    routing = {name: settings.routing for name, settings in made.items()}
+    routing = {name: dataclasses.replace(settings.edits[-1], layers=None) for name, settings in made.items()}
+    assert all(settings.edits[-1].layers == settings.moe_layers for settings in made.values())
     assert routing["deepseek_v2"] == Routing(
         score="softmax", bias=False, normalise=False, scale=16.0, groups=8, chosen_groups=3, group_best=1
     )

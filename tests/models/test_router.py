@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swift_mega.errors import UserError
-from swift_mega.models.modules.router import choose, refuse_without_effect
-from swift_mega.models.settings import Routing
+from swift_mega.models.modules.router import Routing, choose, refuse_without_effect
 
 APART = 1e-4
 """The smallest gap between chosen and not chosen scores. Sorts decide ties differently, and float32 makes ties of smaller gaps."""

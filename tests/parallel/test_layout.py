@@ -189,7 +189,7 @@ REFUSED: list[tuple[Parallel, ModelShape, int, str, str]] = [
     (Parallel(tensor=4), replace(DENSE, ffn=98), 4, "does not divide the model's 98 MLP columns", "parallel.tensor=2"),
     (
         Parallel(tensor=4),
-        replace(DENSE, linear_heads=6),
+        replace(DENSE, shared_counts=(("key heads of linear attention", 6),)),
         4,
         "does not divide the model's 6 key heads of linear attention",
         "parallel.tensor=2",

@@ -8,6 +8,8 @@ from typing import Any
 from swift_mega.models.activations import TANH_GELU
 from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.core_edits import Alibi
+from swift_mega.models.modules.norm import EmbeddingNorm
 from swift_mega.models.packs import VOCAB
 from swift_mega.models.rules import LAYER, fused_attention_rules, norm_rules, ungated_mlp_rules
 from swift_mega.models.settings import LAYER_NORM, Biases, Settings
@@ -26,8 +28,7 @@ def _translate(config: Any) -> Settings:
         norm=LAYER_NORM,
         biases=Biases(attention_output=True, mlp=True),
         ropes=(None,) * config.n_layer,
-        alibi=slopes(config.n_head),
-        embedding_norm=True,
+        edits=(Alibi(slopes=slopes(config.n_head)), EmbeddingNorm()),
     )
 
 

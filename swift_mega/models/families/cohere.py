@@ -5,6 +5,7 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, READS, rope, translate
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.norm import HeadQKNorm
 from swift_mega.models.packs import COLUMN
 from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, HF_LAYER, LAYER, attention_rules, norm_rules
 from swift_mega.models.settings import Biases, Block, NormKind, Scales, Settings
@@ -36,7 +37,7 @@ def translate_cohere(config: Any, **changes: Any) -> Settings:
 
 
 def _translate(config: Any) -> Settings:
-    return translate_cohere(config, head_qk_norm=bool(config.use_qk_norm))
+    return translate_cohere(config, edits=(HeadQKNorm(),) if config.use_qk_norm else ())
 
 
 FAMILY = Family(

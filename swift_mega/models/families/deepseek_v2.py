@@ -5,7 +5,8 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, vary
 from swift_mega.models.families import deepseek_v3
-from swift_mega.models.settings import Routing, Settings
+from swift_mega.models.modules.router import Routing
+from swift_mega.models.settings import Settings
 
 
 def _translate(config: Any) -> Settings:

@@ -9,9 +9,11 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, moe, rope, translate, vary
 from swift_mega.models.family import Rule
+from swift_mega.models.modules.mla import Latent
+from swift_mega.models.modules.router import Routing
 from swift_mega.models.packs import COLUMN, REPLICATED
 from swift_mega.models.rules import HF_LAYER, LAYER, expert_rules, norm_rules, shared_expert_rules
-from swift_mega.models.settings import Routing, Settings
+from swift_mega.models.settings import Settings
 
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF_LAYER + "self_attn."
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."
@@ -66,21 +68,22 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
             "features; remove head_dim"
         )
     yarn = config.rope_parameters if config.rope_parameters.get("rope_type", "default") != "default" else {}
-    latent = dict(
-        multi_latent_attention=True,
-        q_lora_rank=config.q_lora_rank,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_head_dim=config.qk_nope_head_dim,
-        qk_pos_emb_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        kv_channels=config.qk_nope_head_dim + config.qk_rope_head_dim,
-        # Megatron's rotation is not used. But Megatron computes the scale of the scores from these, as transformers does.
+    latent = Latent(
+        query=config.q_lora_rank,
+        latent=config.kv_lora_rank,
+        straight=config.qk_nope_head_dim,
+        turned=config.qk_rope_head_dim,
+        value=config.v_head_dim,
+    )
+    # Megatron's rotation is not used. But Megatron computes the scale of the scores from these, as transformers does.
+    scale = dict(
         rope_type="rope",
         rotary_scaling_factor=yarn.get("factor", 1.0),
         mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
     )
     turn = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
-    return translate_experts(translate(config, megatron=latent, ropes=(turn,) * layers), config, routing)
+    settings = translate(config, megatron={**latent.megatron, **scale}, edits=(latent,), ropes=(turn,) * layers)
+    return translate_experts(settings, config, routing)
 
 
 def translate_experts(settings: Settings, config: Any, routing: Routing) -> Settings:

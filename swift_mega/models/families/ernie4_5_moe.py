@@ -7,9 +7,10 @@ from typing import Any
 
 from swift_mega.models.decoder import DECODER, moe, rope, translate, vary
 from swift_mega.models.family import Rule
+from swift_mega.models.modules.router import Routing
 from swift_mega.models.packs import ONE_ROW
 from swift_mega.models.rules import HF_LAYER, LAYER, expert_rules, shared_expert_rules
-from swift_mega.models.settings import Routing, Settings
+from swift_mega.models.settings import Settings
 
 EXPERT, SHARED = HF_LAYER + "mlp.experts.{e}.", HF_LAYER + "mlp.shared_experts."
 

@@ -6,6 +6,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
 from swift_mega.models.decoder import DECODER, READS, moe, translate, windows
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.core_edits import Sinks
 from swift_mega.models.packs import (
     COLUMN,
     INTERLEAVED_GATE_UP,
@@ -32,7 +33,7 @@ def _translate(config: Any) -> Settings:
         },
         biases=Biases(attention_output=bias, mlp=True),
         windows=windows(config),
-        sinks=True,
+        edits=(Sinks(),),
     )
     return moe(
         settings,

@@ -8,6 +8,7 @@ from swift_mega.errors import UserError
 from swift_mega.models import decoder
 from swift_mega.models.decoder import DECODER, translate, vary
 from swift_mega.models.family import Rule
+from swift_mega.models.modules.core_edits import LateQKNorm
 from swift_mega.models.packs import REPLICATED
 from swift_mega.models.rules import HF_LAYER, LAYER
 from swift_mega.models.settings import Biases, Rope, Settings
@@ -36,7 +37,7 @@ def _translate(config: Any) -> Settings:
         config,
         megatron={"add_qkv_bias": bias, "qk_layernorm": True},
         biases=Biases(attention_output=bias),
-        late_qk_norm=True,
+        edits=(LateQKNorm(),),
         ropes=(rope(config, head_dim),) * config.num_hidden_layers,
     )
 

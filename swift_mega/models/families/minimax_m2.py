@@ -5,9 +5,11 @@ from typing import Any
 from swift_mega.errors import UserError
 from swift_mega.models.decoder import DECODER, moe, translate, vary
 from swift_mega.models.family import Rule
+from swift_mega.models.modules.norm import WholeQKNorm
+from swift_mega.models.modules.router import Routing
 from swift_mega.models.packs import REPLICATED
 from swift_mega.models.rules import HF_LAYER, LAYER, WHOLE_QK_NORM_RULES, expert_rules
-from swift_mega.models.settings import Routing, Settings
+from swift_mega.models.settings import Settings
 
 MOE = HF_LAYER + "block_sparse_moe."
 EXPERT = MOE + "experts.{e}."
@@ -21,7 +23,7 @@ def _translate(config: Any) -> Settings:
             "all that transformers computes"
         )
     return moe(
-        translate(config, whole_qk_norm=True),
+        translate(config, edits=(WholeQKNorm(),)),
         experts=config.num_local_experts,
         top_k=config.num_experts_per_tok,
         ffn=config.intermediate_size,

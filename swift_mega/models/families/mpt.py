@@ -6,6 +6,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.activations import ERF_GELU
 from swift_mega.models.decoder import translate
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.core_edits import Alibi
 from swift_mega.models.packs import FUSED_QKV, ROW, VOCAB
 from swift_mega.models.rules import LAYER, norm_rules, ungated_mlp_rules
 from swift_mega.models.settings import NormKind, Scales, Settings
@@ -36,7 +37,7 @@ def _translate(config: Any) -> Settings:
         megatron={"activation_func": ERF_GELU, "gated_linear_unit": False, **scale},
         norm=NormKind(kind="layer"),
         ropes=(None,) * config.n_layers,
-        alibi=slopes(config.n_heads),
+        edits=(Alibi(slopes=slopes(config.n_heads)),),
         scales=Scales(clip=attention.clip_qkv or None),
     )
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from swift_mega.models.decoder import READS, ropes_by_type, translate, windows
 from swift_mega.models.family import Family
+from swift_mega.models.modules.norm import WholeQKNorm
 from swift_mega.models.rules import DENSE_RULES, EMBEDDING_RULES, POST_NORM_RULES, WHOLE_QK_NORM_RULES, attention_rules
 from swift_mega.models.settings import Biases, Block, Settings
 
@@ -15,7 +16,7 @@ def _translate(config: Any) -> Settings:
         megatron={"add_qkv_bias": bias},
         biases=Biases(attention_output=bias),
         block=Block(pre_norms=False, post_norms=True),
-        whole_qk_norm=True,
+        edits=(WholeQKNorm(),),
         windows=windows(config) if sliding else (None,) * config.num_hidden_layers,
         ropes=ropes_by_type(
             config, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -3,6 +3,7 @@
 from typing import Any
 
 from swift_mega.models.decoder import DECODER, moe, translate, vary
+from swift_mega.models.modules.norm import WholeQKNorm
 from swift_mega.models.rules import HF_LAYER, WHOLE_QK_NORM_RULES, expert_rules
 from swift_mega.models.settings import Scales, Settings
 
@@ -11,7 +12,7 @@ EXPERT = HF_LAYER + "mlp.experts.{e}."
 
 def _translate(config: Any) -> Settings:
     return moe(
-        translate(config, whole_qk_norm=True, scales=Scales(clip=config.clip_qkv)),
+        translate(config, edits=(WholeQKNorm(),), scales=Scales(clip=config.clip_qkv)),
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
         ffn=config.intermediate_size,

@@ -10,6 +10,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.decoder import READS, moe, rope, translate
 from swift_mega.models.families import qwen2_moe
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.gated_delta import DeltaNet
 from swift_mega.models.packs import COLUMN, FUSED_BY_KEY_HEAD, GATED_QKV, QKV, REPLICATED, ROW
 from swift_mega.models.rules import (
     DENSE_RULES,
@@ -20,7 +21,7 @@ from swift_mega.models.rules import (
     QK_NORM_RULES,
     attention_rules,
 )
-from swift_mega.models.settings import Biases, DeltaNet, NormKind, Settings
+from swift_mega.models.settings import Biases, NormKind, Settings
 
 ATTENTION, LINEAR = LAYER + "self_attention.", HF_LAYER + "linear_attn."
 DELTA_RULES = (
@@ -41,6 +42,7 @@ def _translate(config: Any) -> Settings:
     layers, bias = config.num_hidden_layers, bool(config.attention_bias)
     linear = _linear_layers(config)
     delta = DeltaNet(
+        layers=linear,
         key_heads=config.linear_num_key_heads,
         value_heads=config.linear_num_value_heads,
         key_dim=config.linear_key_head_dim,
@@ -62,15 +64,12 @@ def _translate(config: Any) -> Settings:
         biases=Biases(attention_output=bias),
         norm=NormKind(one_plus=True),
         ropes=tuple(None if delta_here else turn for delta_here in linear),
-        delta=delta if any(linear) else None,
-        delta_layers=linear,
+        edits=(delta,) if any(linear) else (),
         predict_prefix="mtp.",
     )
     heads = dataclasses.replace(settings.heads, channels=delta.channels)
     shape = dataclasses.replace(
         settings.shape,
-        linear_heads=delta.key_heads if any(linear) else None,
-        alone_in_a_row="has gated delta nets, whose state goes from token to token" if any(linear) else None,
         key_heads_alone="belongs to queries with a gate, which Megatron does not share over tensor ranks",
     )
     settings = dataclasses.replace(settings, heads=heads, shape=shape)

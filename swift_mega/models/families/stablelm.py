@@ -9,6 +9,7 @@ from typing import Any
 
 from swift_mega.models.decoder import DECODER, READS, translate, whole_heads
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.modules.norm import HeadQKNorm
 from swift_mega.models.packs import PER_KEY_HEAD, PER_QUERY_HEAD, Pack
 from swift_mega.models.rules import HF_LAYER, LAYER
 from swift_mega.models.settings import LAYER_NORM, Block, Settings
@@ -21,7 +22,7 @@ def _translate(config: Any) -> Settings:
         epsilon="layer_norm_eps",
         megatron={"add_qkv_bias": bool(config.use_qkv_bias)},
         norm=LAYER_NORM,
-        head_qk_norm=bool(config.qk_layernorm),
+        edits=(HeadQKNorm(),) if config.qk_layernorm else (),
         block=Block(parallel=bool(config.use_parallel_residual)),
     )
 

@@ -100,12 +100,16 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         engine: Any = None,
+        alibi: tuple[float, ...] | None = None,
+        late_norm: bool = False,
+        sinks: bool = False,
         **given: Any,
     ) -> None:
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
 
         cp_comm_type: how context ranks communicate, where Transformer Engine does it; None: it does not.
         engine: its attention class for this case, TEDotProductAttention.
+        alibi, late_norm, sinks: of modules/core_edits.py.
         """
         super().__init__(config=config)
         rope = settings.ropes[layer_number - 1]
@@ -115,17 +119,17 @@ class CoreAttention(MegatronModule):
         self.clip = settings.scales.clip
         self.softcap = settings.scales.attention_softcap
         self.alibi: Tensor | None
-        self.register_buffer("alibi", _mine(settings.alibi), persistent=False)
+        self.register_buffer("alibi", _mine(alibi), persistent=False)
         self.scale = softmax_scale or config.kv_channels**-0.5
         if settings.scales.attention_by_layer:
             self.scale /= layer_number
-        self.late_norm = settings.late_qk_norm
+        self.late_norm = late_norm
         # Megatron sums gradients over tensor ranks by the names of its own norms, so ours have the same names.
         if self.late_norm:
             self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
             self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
         self.softmax_offset = None  # Megatron's name for attention sinks
-        if settings.sinks:
+        if sinks:
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
         self.engine = None

@@ -5,6 +5,8 @@ So each tensor rank has some key heads, every projection is column- or row-paral
 module cannot be built without flash-linear-attention, and before 0.19 it refuses rows of many examples. Only its linears are used here.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +19,54 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor
 
+from swift_mega.models.edits import Edit, Parts
 from swift_mega.models.modules.attention import Segments
-from swift_mega.models.settings import DeltaNet, Settings
 from swift_mega.ops.causal_conv import causal_conv
 from swift_mega.ops.gated_delta import gated_delta_rule
+from swift_mega.parallel.layout import ModelShape
 
 CUT = {"A_log": 0, "dt_bias": 0, "conv": 0}
 """The module's own parameters that are sharded over tensor ranks, and the sharded dim."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet(Edit):
+    """A gated delta net replaces attention. A key head serves value_heads / key_heads value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    """Width of the convolution in tokens: each token and the taps - 1 before it."""
+    no_memory_formula = "a gated delta net"
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Query, key and value channels of one key head."""
+        return self.key_dim, self.key_dim, self.value_heads // self.key_heads * self.value_dim
+
+    def edit(self, spec: Any, parts: Parts) -> None:
+        """Replaces the attention in a layer's spec; the input norm is not fused into a linear."""
+        spec.submodules.input_layernorm = parts.norm
+        spec.submodules.self_attention = ModuleSpec(
+            module=GatedDeltaNet, params={"delta": self, "column": parts.column, "row": parts.row}
+        )
+
+    def limits(self, shape: ModelShape) -> ModelShape:
+        return replace(
+            shape,
+            shared_counts=(*shape.shared_counts, ("key heads of linear attention", self.key_heads)),
+            alone_in_a_row="has gated delta nets, whose state goes from token to token",
+        )
+
+    def attention_linears(self) -> Collection[str]:
+        return "linear_delta_qkvz", "linear_delta_ba", "linear_delta_out"
+
+    def attention_weights(self, shape: ModelShape) -> int:
+        """Queries, keys, values, gates, two rates per value head, convolution, output."""
+        channels, values = self.key_heads * sum(self.channels), self.value_heads * self.value_dim
+        return shape.hidden * (channels + values + 2 * self.value_heads) + channels * self.taps + values * shape.hidden
 
 
 class GatedDeltaNet(MegatronModule):
@@ -110,11 +153,3 @@ class GatedDeltaNet(MegatronModule):
 
 def _parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-
-
-def delta_net(spec: ModuleSpec, settings: Settings, *, norm: type, column: Any, row: Any) -> None:
-    """Replaces the attention in a layer's spec by a gated delta net; the input norm is not fused into a linear."""
-    spec.submodules.input_layernorm = norm
-    spec.submodules.self_attention = ModuleSpec(
-        module=GatedDeltaNet, params={"delta": settings.delta, "column": column, "row": row}
-    )

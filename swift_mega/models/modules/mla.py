@@ -5,6 +5,8 @@ reasons. Positions are data here, and Megatron's rotation knows only lengths. An
 tensor rank, with some of the heads, has a part of its gradient, and Megatron's local modules keep one rank's part only.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +16,93 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
+from swift_mega.models.edits import Edit, Parts
 from swift_mega.models.modules.attention import Segments
 from swift_mega.models.modules.layer import NoNorm
-from swift_mega.models.settings import Settings
 from swift_mega.ops.rope import rotate
+from swift_mega.parallel.layout import Layout, ModelShape
 
 LINEARS = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
 WITHOUT_EFFECT = ("cache_mla_latents", "apply_rope_fusion")
 EPSILON = 1e-6
 """Epsilon of the latents' norms. DeepSeek's and Hugging Face's code use the default of the norm's class, whatever rms_norm_eps says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent(Edit):
+    """Latent attention replaces Megatron's own. Sizes are features: of the latents, and of parts of a head.
+
+    query: of the latent of queries; None: queries have none. latent: of the latent of keys and values. straight, turned: of the parts of a
+    query or key that are not rotated, and that are. value: of a value.
+    """
+
+    query: int | None
+    latent: int
+    straight: int
+    turned: int
+    value: int
+    no_memory_formula = "latent attention"
+
+    @property
+    def megatron(self) -> dict[str, Any]:
+        """The sizes as fields of Megatron's config."""
+        return dict(
+            multi_latent_attention=True,
+            q_lora_rank=self.query,
+            kv_lora_rank=self.latent,
+            qk_head_dim=self.straight,
+            qk_pos_emb_head_dim=self.turned,
+            v_head_dim=self.value,
+            kv_channels=self.straight + self.turned,
+        )
+
+    def edit(self, spec: Any, parts: Parts) -> None:
+        """Our module in Megatron's spec. Norms are not fused into the linears, which are all column-parallel.
+
+        In checkpoints the latents' norms have the names of Megatron's layer with Transformer Engine, where they are fused.
+        """
+        attention = spec.submodules.self_attention
+        attention.module = LatentAttention
+        submodules = attention.submodules
+        submodules.kv_layernorm = _with_epsilon(parts.norm)
+        submodules.q_layernorm = NoNorm if self.query is None else submodules.kv_layernorm
+        for name in LINEARS:
+            setattr(submodules, name, parts.column)
+        names = dict(spec.submodules.sharded_state_dict_keys_map)
+        del names["input_layernorm."]
+        for norm, up in (("q_layernorm", "linear_q_up_proj"), ("kv_layernorm", "linear_kv_up_proj")):
+            names[f"self_attention.{norm}."] = f"self_attention.{up}.layer_norm_"
+        spec.submodules.sharded_state_dict_keys_map = names
+
+    def limits(self, shape: ModelShape) -> ModelShape:
+        return replace(shape, not_engine="has latent attention, whose values are not as wide as its keys")
+
+    def check_layout(self, layout: Layout) -> None:
+        """UserError where the tensor size does not divide the widths of the latents."""
+        widths = {
+            "q_lora_rank": self.query or layout.tensor,
+            "kv_lora_rank + qk_rope_head_dim": self.latent + self.turned,
+        }
+        for name, width in widths.items():
+            if width % layout.tensor:
+                raise UserError(
+                    f"parallel.tensor={layout.tensor} does not divide {name}={width} of the model's latent attention; "
+                    "choose a tensor size that does"
+                )
+
+    def attention_linears(self) -> Collection[str]:
+        queries = ("linear_q_proj",) if self.query is None else ("linear_q_down_proj", "linear_q_up_proj")
+        return *queries, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"
+
+    def attention_weights(self, shape: ModelShape) -> int:
+        hidden, heads, head_dim = shape.hidden, shape.heads, self.straight + self.turned
+        queries = hidden * heads * head_dim if self.query is None else self.query * (hidden + heads * head_dim)
+        down = hidden * (self.latent + self.turned)
+        return queries + down + self.latent * heads * (self.straight + self.value) + heads * self.value * hidden
 
 
 class LatentAttention(MLASelfAttention):
@@ -112,21 +187,6 @@ def refuse_without_effect(config: TransformerConfig) -> None:
         raise UserError(f"model.megatron.{found[0]}: latent attention cannot use it here; remove it")
 
 
-def is_latent(settings: Settings) -> bool:
-    """Whether keys and values come from a latent."""
-    return bool(settings.megatron.get("multi_latent_attention", False))
-
-
-def latent(attention: ModuleSpec, settings: Settings, *, norm: type, linear: type) -> None:
-    """Puts our latent attention into Megatron's spec: norms are not fused into the linears, which are all column parallel."""
-    attention.module = LatentAttention
-    submodules = attention.submodules
-    submodules.kv_layernorm = _with_epsilon(norm)
-    submodules.q_layernorm = NoNorm if settings.megatron["q_lora_rank"] is None else submodules.kv_layernorm
-    for name in LINEARS:
-        setattr(submodules, name, linear)
-
-
 def _with_epsilon(norm: Any) -> type:
     """A class, as a spec requires, that builds `norm` with the latents' epsilon. Transformer Engine's is a factory, not a base class."""
 
@@ -134,25 +194,3 @@ def _with_epsilon(norm: Any) -> type:
         return norm(config=config, hidden_size=hidden_size, eps=EPSILON)
 
     return type("LatentNorm", (), {"__new__": make})
-
-
-def unused(settings: Settings) -> frozenset[str]:
-    """Linears of attention that the family has rules for and this model lacks."""
-    if not settings.megatron.get("multi_latent_attention"):
-        return frozenset()
-    without = settings.megatron["q_lora_rank"] is None
-    return frozenset({"linear_qkv", *(("linear_q_down_proj", "linear_q_up_proj") if without else ("linear_q_proj",))})
-
-
-def check_cut(settings: Settings, tensor: int) -> None:
-    """UserError where the tensor size does not divide the widths of the latents."""
-    widths = {
-        "q_lora_rank": settings.megatron["q_lora_rank"] or tensor,
-        "kv_lora_rank + qk_rope_head_dim": settings.megatron["kv_lora_rank"] + settings.megatron["qk_pos_emb_head_dim"],
-    }
-    for name, width in widths.items():
-        if width % tensor:
-            raise UserError(
-                f"parallel.tensor={tensor} does not divide {name}={width} of the model's latent attention; "
-                "choose a tensor size that does"
-            )

@@ -1,9 +1,11 @@
-"""The norms of the families: whole on every tensor rank, or sharded with the heads that they normalise.
+"""The norms of the families: whole on every tensor rank, or sharded with the heads that they normalise; and the edits that use them.
 
 A whole weight has the mark `sequence_parallel`, which Megatron's finalize_model_grads looks for: with sequence parallelism it sums the
 gradient over the tensor ranks. Megatron's own local norm refuses sequence parallelism.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from swift_mega.models.edits import Edit, Parts, attention_of, bound
 from swift_mega.models.settings import NormKind
 from swift_mega.ops.rmsnorm import rms_norm
+from swift_mega.parallel.layout import ModelShape
 
 
 class Norm(torch.nn.Module):
@@ -132,3 +136,76 @@ class _SumOverRanks(torch.autograd.Function):
         grad = grad.clone()
         torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
         return grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeQKNorm(Edit):
+    """Queries and keys are normalised over all heads together, not per head."""
+
+    no_memory_formula = None
+    normalises_queries = True
+
+    def edit(self, spec: Any, parts: Parts) -> None:
+        """A WholeNorm of the queries and one of the keys."""
+        _norm_heads(spec, WholeNorm, parts.shape)
+
+    def megatron_fields(self) -> Mapping[str, Any]:
+        return TAKES_OUR_NORMS
+
+    def more_parameters(self, shape: ModelShape, tensor: int) -> int:
+        return _numbers_of_heads(shape, tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadQKNorm(Edit):
+    """The LayerNorms of queries and keys have a weight for every head, not one that all heads share."""
+
+    no_memory_formula = None
+    normalises_queries = True
+
+    def edit(self, spec: Any, parts: Parts) -> None:
+        """A HeadNorm of the queries and one of the keys."""
+        _norm_heads(spec, HeadNorm, parts.shape)
+
+    def limits(self, shape: ModelShape) -> ModelShape:
+        return replace(shape, key_heads_alone="has a norm of its own that tensor ranks cannot share")
+
+    def megatron_fields(self) -> Mapping[str, Any]:
+        return TAKES_OUR_NORMS
+
+    def more_parameters(self, shape: ModelShape, tensor: int) -> int:
+        return _numbers_of_heads(shape, tensor)
+
+
+TAKES_OUR_NORMS = {"qk_l2_norm": True}
+"""Makes newer Megatron versions take the spec's norms. qk_layernorm would also sum the gradients of weights sharded by heads."""
+
+
+def _norm_heads(spec: Any, norm: type, shape: ModelShape) -> None:
+    attention = attention_of(spec)
+    attention.q_layernorm = bound(norm, heads=shape.heads)
+    attention.k_layernorm = bound(norm, heads=shape.kv_heads)
+
+
+def _numbers_of_heads(shape: ModelShape, tensor: int) -> int:
+    assert shape.head_dim is not None
+    return (shape.heads + shape.kv_heads) * shape.head_dim // tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingNorm(Edit):
+    """The output of the embedding is normalised, on each rank for its own tokens."""
+
+    no_memory_formula = "a norm after the embedding"
+
+    def built(self, chunk: Any, norm: Any) -> None:
+        """Adds the norm to the chunk that has the embedding."""
+        if chunk.pre_process:
+            config = chunk.config
+            chunk.embedding.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            chunk.embedding.register_forward_hook(_normalise)
+
+
+def _normalise(module: Any, given: tuple[Any, ...], result: Tensor) -> Tensor:
+    """Forward hook of an embedding: normalises its output."""
+    return module.norm(result)  # type: ignore[no-any-return]

@@ -5,7 +5,8 @@ dispatch stay Megatron's. The bias is a buffer with Megatron's own name for it, 
 model.megatron asks for Megatron's balancing without a loss (moe_router_enable_expert_bias), which changes it after every step.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -13,14 +14,43 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from swift_mega.errors import UserError
+from swift_mega.models.edits import Edit, Parts, bound, mlp_of
 from swift_mega.models.modules.balancing import RouterLosses
-from swift_mega.models.settings import Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Edit):
+    """How a token's experts are chosen and weighted, where that is not Megatron's softmax over the logits.
+
+    bias: each expert has a constant in the checkpoint, without a gradient. It is added to the scores for the choice, not for the weights.
+    normalise: the weights are divided by max(their sum + `added`, `smallest`). All weights are then multiplied by `scale`.
+    groups: the experts form this many equal groups. They are chosen from `chosen_groups` of them only: those with the largest sum of their
+    `group_best` best scores.
+    """
+
+    score: Literal["softmax", "sigmoid"]
+    bias: bool = True
+    normalise: bool = True
+    added: float = 0.0
+    smallest: float = 0.0
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    group_best: int = 2
+    """2 in DeepSeek-V3's report (arXiv:2412.19437, section 2.1.2), 1 in DeepSeek-V2's (arXiv:2405.04434, section 2.1.2)."""
+    balanced_score: Literal["softmax", "sigmoid"] | None = None
+    """The score that the balancing loss uses; None: `score`."""
+    no_memory_formula = None  # it has none for experts, however they are chosen
+
+    def edit(self, spec: Any, parts: Parts) -> None:
+        """Our router chooses the experts."""
+        mlp_of(spec).router = bound(Router, routing=self)
 
 
 class Router(TopKRouter):
     """Chooses `moe_router_topk` experts per token, as `routing` says, or as Megatron does where that is None."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, routing: Routing | None, **given: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, routing: Routing | None = None, **given: Any) -> None:
         super().__init__(config, *args, **given)
         self.choice = routing
         score = config.moe_router_score_function
