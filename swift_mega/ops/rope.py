@@ -1,4 +1,4 @@
-"""Rotary position embedding. Positions are given as data, one per token.
+"""Rotary position embedding. Positions are given as data: one per token, or one per axis and token (M-RoPE, arXiv:2409.12191).
 
 The rotation is orthogonal, so its backward is the rotation by the opposite angle: only the two tables are saved.
 """
@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 
-def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `positions` [tokens], each [tokens, 1, rotary_dim / 2]. Computed in float32 for every dtype, as in Hugging
-    Face.
+def tables(
+    positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype, axes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [tokens, 1, rotary_dim / 2]. Computed in float32 for every dtype, as in Hugging Face.
 
-    `scale` multiplies both (the attention factor of YaRN, arXiv:2309.00071).
+    positions: [tokens], or [axes, tokens]. axes: [rotary_dim / 2] int64, the axis that gives each rotated pair its position; it is read
+    only where positions have several axes. inverse_frequencies: [rotary_dim / 2], or [tokens, 1, rotary_dim / 2].
+    scale: multiplies both tables (the attention factor of YaRN, arXiv:2309.00071).
     """
-    angles = positions.float()[:, None, None] * inverse_frequencies
+    places = positions.float()
+    if positions.dim() == 2:
+        assert axes is not None, "positions of several axes, and no axis for each pair"
+        angles = places[axes].t()[:, None] * inverse_frequencies
+    else:
+        angles = places[:, None, None] * inverse_frequencies
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 

@@ -47,19 +47,26 @@ class Segments(PackedSeqParams):
 def segments(
     settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, context: Context | None = None
 ) -> Segments:
-    """Describes a packed row with tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
+    """Describes a packed row with tokens at `positions`, [tokens] or [axes, tokens]; cu_seqlens: [examples + 1] int32 on the host.
 
     context: the ranks that share the row; positions are then those of this rank's tokens, cu_seqlens is of the whole row.
 
     The frequencies of an example depend on its own length, not on the longest example in its row. So they are the same as without packing.
     """
     turns = tuple(
-        tables(positions, _frequencies(rope, cu_seqlens, context, positions.device), rope.scale, dtype)
+        tables(
+            positions,
+            _frequencies(rope, cu_seqlens, context, positions.device),
+            rope.scale,
+            dtype,
+            _axes(rope, positions),
+        )
         for rope in settings.distinct_ropes
     )
     growth = None
     if settings.scales.query_growth is not None:
         slope, length = settings.scales.query_growth
+        assert positions.dim() == 1, "no model has both several axes and queries that grow with the position"
         growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
     return Segments(
         bounds=tuple(cu_seqlens.tolist()),
@@ -74,6 +81,20 @@ def segments(
 def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     """[rotary_dim / 2], copied once and not for every microbatch; a model has few different rotations."""
     return torch.tensor(frequencies, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _axes_on_device(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[rotary_dim / 2] int64, copied once like the frequencies."""
+    return torch.tensor(axes, device=device)
+
+
+def _axes(rope: Rope, positions: Tensor) -> Tensor | None:
+    """[rotary_dim / 2]: the axis of each rotated pair; None where tokens have one position each."""
+    if positions.dim() == 1:
+        return None
+    assert rope.sections is not None and len(rope.sections) == len(positions), (rope.sections, positions.shape)
+    return _axes_on_device(rope.axes, positions.device)
 
 
 def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None, device: torch.device) -> Tensor:
