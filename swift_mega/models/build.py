@@ -23,11 +23,13 @@ from torch import Tensor
 
 from swift_mega.device.device import Device
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.kernels import te_layers
 from swift_mega.models.modules.activation import replace_activations
 from swift_mega.models.modules.attention import segments
 from swift_mega.models.packs import Heads
 from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.specs import layer_specs, norm_class
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -173,6 +175,7 @@ class ModelPart:
     layout: Layout
     coordinate: Coordinate
     chunks: list[Decoder]
+    kernels: Kernels = AUTO
 
     def held(self) -> Iterator[Held]:
         """Every base parameter (not the tuner's adapters), in a fixed order."""
@@ -260,15 +263,16 @@ def build(
     reads_inputs: bool = False,
     tile: int | None = None,
     decoder: type[Decoder] = Decoder,
+    kernels: Kernels = AUTO,
 ) -> ModelPart:
     """This rank's chunks. Their parameters have no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py.
 
-    decoder: the class of a chunk, for a model that embeds more than tokens.
+    decoder: the class of a chunk, for a model that embeds more than tokens. kernels: which form of each op runs.
     """
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
-    te = device.uses_transformer_engine(config.params_dtype)
-    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again)
-    norm = norm_class(settings, te=te, tile=tile)
+    te = te_layers(device, config.params_dtype, kernels)
+    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again, kernels=kernels)
+    norm = norm_class(settings, te=te, tile=tile, kernels=kernels)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)
@@ -287,7 +291,7 @@ def build(
             share_embeddings_and_output_weights=settings.tied,
         )
         chunks.append(chunk.to(device.device))
-    part = ModelPart(family, settings, config, layout, coordinate, chunks)
+    part = ModelPart(family, settings, config, layout, coordinate, chunks, kernels)
     _mark_cut(part)
     return part
 

@@ -24,10 +24,17 @@ from swift_mega.models.modules.norm import HeadNorm, Norm, WholeNorm
 from swift_mega.models.modules.router import Router
 from swift_mega.models.modules.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 from swift_mega.models.settings import Block, NormKind, Settings
+from swift_mega.ops.kernels import AUTO, Kernels
 
 
 def layer_specs(
-    settings: Settings, *, te: bool, reads_inputs: bool, tile: int | None = None, again: Sequence[str] = ()
+    settings: Settings,
+    *,
+    te: bool,
+    reads_inputs: bool,
+    tile: int | None = None,
+    again: Sequence[str] = (),
+    kernels: Kernels = AUTO,
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
@@ -35,17 +42,17 @@ def layer_specs(
     Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
     backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
-    norm, made, te_core = norm_class(settings, te=te, tile=tile), {}, te_attention(te)
+    norm, made, te_core = norm_class(settings, te=te, tile=tile, kernels=kernels), {}, te_attention(te)
     spec = functools.partial(_te_spec if te else _local_spec, settings, norm, reads_inputs=reads_inputs)
     for moe, delta in set(settings.layer_kinds):
-        made[moe, delta] = _joined(spec(moe=moe), settings, norm, te_core, moe=moe)
+        made[moe, delta] = _joined(spec(moe=moe), settings, norm, te_core, moe=moe, kernels=kernels)
         if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
             made[moe, delta].module = bound(Layer, block=settings.block, norm=norm)
         if tile is not None:
             _tile(made[moe, delta], tile, moe=moe)
         if delta:
             column, row = _linears(te)
-            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row)
+            delta_net(made[moe, delta], settings, norm=norm, column=column, row=row, kernels=kernels)
     return [made[kind] for kind in settings.layer_kinds]
 
 
@@ -67,13 +74,19 @@ def te_attention(te: bool) -> type | None:
     return TEDotProductAttention  # type: ignore[no-any-return]
 
 
-def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type:
+def norm_class(settings: Settings, *, te: bool, tile: int | None = None, kernels: Kernels = AUTO) -> type:
     """Transformer Engine's norm where it has this kind, else ours, which computes `tile` tokens at a time."""
-    if te and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
+    if te and has_te_norm(settings):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return bound(Norm, kind=settings.norm) if tile is None else bound(TiledNorm, kind=settings.norm, tile=tile)
+    fixed = {"kind": settings.norm, "kernels": kernels}
+    return bound(Norm, **fixed) if tile is None else bound(TiledNorm, **fixed, tile=tile)
+
+
+def has_te_norm(settings: Settings) -> bool:
+    """Whether Transformer Engine has the model's kind of norm."""
+    return settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer")
 
 
 def bound(module: Any, **fixed: Any) -> type:
@@ -136,10 +149,12 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool) -> ModuleSpec:
+def _joined(
+    spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool, kernels: Kernels
+) -> ModuleSpec:
     """What a family varies, the same for both kinds of modules."""
     attention, block = spec.submodules.self_attention.submodules, settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core)
+    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core, kernels=kernels)
     if moe:
         _mlp(spec).router = bound(Router, routing=settings.routing)
     if settings.whole_qk_norm:

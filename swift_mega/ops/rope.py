@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
+
 
 def tables(
     positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype, axes: Tensor | None = None
@@ -58,12 +60,12 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, kernels: Kernels = AUTO) -> Tensor:
     """Rotates the leading 2 * cos.shape[-1] features of x [tokens, heads, head_dim].
 
     Features i and i + half are rotated as a pair, as in GPT-NeoX; with `interleaved`, 2i and 2i + 1, as in GPT-J.
     """
-    return _Rotate.apply(x, cos, sin, interleaved)
+    return kernels.form(ROPE, x.device, x.dtype).run(x, cos, sin, interleaved)  # type: ignore[no-any-return]
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -73,3 +75,12 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     turned = (first * cos - second * sin, second * cos + first * sin)
     joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat((joined, x[..., 2 * half :]), dim=-1)
+
+
+ROPE = Op(
+    "rope",
+    (
+        Form("tuned", "gradient by the opposite rotation", _Rotate.apply),
+        Form("reference", "torch", rotate_reference),
+    ),
+)

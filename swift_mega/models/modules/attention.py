@@ -21,7 +21,8 @@ from swift_mega.device.device import send
 from swift_mega.models.modules.engine import attend, engine_attention
 from swift_mega.models.modules.norm import Norm
 from swift_mega.models.settings import Rope, Settings
-from swift_mega.ops.attention import attention, attention_kernel_name
+from swift_mega.ops.attention import attention
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.rope import rotate, tables
 from swift_mega.parallel.context import Context, context_attention
 from swift_mega.parallel.sequence import held_tokens
@@ -121,6 +122,7 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         engine: Any = None,
+        kernels: Kernels = AUTO,
         **given: Any,
     ) -> None:
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
@@ -129,6 +131,7 @@ class CoreAttention(MegatronModule):
         engine: its attention class for this case, TEDotProductAttention.
         """
         super().__init__(config=config)
+        self.kernels = kernels
         rope = settings.ropes[layer_number - 1]
         self.turn = None if rope is None else settings.distinct_ropes.index(rope)
         self.interleaved = rope is not None and rope.interleaved
@@ -143,8 +146,12 @@ class CoreAttention(MegatronModule):
         self.late_norm = settings.late_qk_norm
         # Megatron sums gradients over tensor ranks by the names of its own norms, so ours have the same names.
         if self.late_norm:
-            self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
-            self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
+            self.q_layernorm = Norm(
+                config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm, kernels=kernels
+            )
+            self.k_layernorm = Norm(
+                config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm, kernels=kernels
+            )
         self.softmax_offset = None  # Megatron's name for attention sinks
         if settings.sinks:
             heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -173,7 +180,7 @@ class CoreAttention(MegatronModule):
             query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
-            query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
+            query, key = (rotate(x, cos, sin, self.interleaved, self.kernels) for x in (query, key))
             # The backward pass keeps value, and a view would keep all of linear_qkv's output in memory.
             value = value.clone(memory_format=torch.contiguous_format)
         if row.growth is not None:
@@ -196,6 +203,7 @@ class CoreAttention(MegatronModule):
                 window=self.window,
                 softcap=self.softcap,
                 sinks=self.softmax_offset,
+                kernels=self.kernels,
             )
             return out.reshape(out.shape[0], 1, -1)
         out = attention(
@@ -209,23 +217,9 @@ class CoreAttention(MegatronModule):
             softcap=self.softcap,
             alibi=self.alibi,
             sinks=self.softmax_offset,
+            kernels=self.kernels,
         )
         return out.reshape(out.shape[0], 1, -1)
-
-    def kernel(self, device: torch.device, *, ring: bool) -> str:
-        """Name of the kernel that computes this layer's attention on a device, not where Transformer Engine does. ring: over a ring."""
-        config = self.config
-        latent = config.multi_latent_attention
-        head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
-        return attention_kernel_name(
-            device,
-            config.params_dtype,
-            head_dim,
-            softcap=self.softcap is not None,
-            alibi=self.alibi is not None,
-            sinks=self.softmax_offset is not None,
-            ring=ring,
-        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

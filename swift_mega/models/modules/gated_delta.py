@@ -21,6 +21,7 @@ from swift_mega.models.modules.attention import Segments
 from swift_mega.models.settings import DeltaNet, Settings
 from swift_mega.ops.causal_conv import causal_conv
 from swift_mega.ops.gated_delta import gated_delta_rule
+from swift_mega.ops.kernels import AUTO, Kernels
 
 CUT = {"A_log": 0, "dt_bias": 0, "conv": 0}
 """The module's own parameters that are sharded over tensor ranks, and the sharded dim."""
@@ -30,11 +31,19 @@ class GatedDeltaNet(MegatronModule):
     """hidden states [tokens / s, 1, hidden] -> (the same shape, no bias), like Megatron's attention."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, delta: DeltaNet, column: Any, row: Any, **given: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        delta: DeltaNet,
+        column: Any,
+        row: Any,
+        kernels: Kernels = AUTO,
+        **given: Any,
     ) -> None:
         """column, row: Megatron's column- and row-parallel linear; `given` is what Megatron passes to any attention."""
         super().__init__(config)
-        self.delta, self.ranks = delta, config.tensor_model_parallel_size
+        self.delta, self.ranks, self.kernels = delta, config.tensor_model_parallel_size, kernels
         self.key_heads, self.per_key = delta.key_heads // self.ranks, delta.value_heads // delta.key_heads
         self.value_heads = self.key_heads * self.per_key
         self.parts = (delta.key_dim, delta.key_dim, self.per_key * delta.value_dim)  # of one key head
@@ -68,7 +77,8 @@ class GatedDeltaNet(MegatronModule):
         """Projections [tokens, of this rank's heads] -> [tokens, value_heads * value_dim]."""
         tokens, value_dim = len(qkvz), self.delta.value_dim
         mixed, gate = qkvz.view(tokens, self.key_heads, -1).split((sum(self.parts), self.parts[2]), -1)
-        mixed = F.silu(causal_conv(mixed.reshape(tokens, -1), self.conv, cu_seqlens=row.starts))
+        mixed = causal_conv(mixed.reshape(tokens, -1), self.conv, cu_seqlens=row.starts, kernels=self.kernels)
+        mixed = F.silu(mixed)
         query, key, value = mixed.view(tokens, self.key_heads, -1).split(self.parts, -1)
         b, a = ba.view(tokens, self.key_heads, 2, self.per_key).unbind(2)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -82,6 +92,7 @@ class GatedDeltaNet(MegatronModule):
             b.reshape(tokens, -1).sigmoid(),
             bounds=row.bounds,
             cu_seqlens=row.starts,
+            kernels=self.kernels,
         )
         return self._gated(out, gate.reshape(tokens, -1, value_dim)).flatten(1)
 
@@ -112,9 +123,11 @@ def _parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
 
 
-def delta_net(spec: ModuleSpec, settings: Settings, *, norm: type, column: Any, row: Any) -> None:
+def delta_net(
+    spec: ModuleSpec, settings: Settings, *, norm: type, column: Any, row: Any, kernels: Kernels = AUTO
+) -> None:
     """Replaces the attention in a layer's spec by a gated delta net; the input norm is not fused into a linear."""
     spec.submodules.input_layernorm = norm
     spec.submodules.self_attention = ModuleSpec(
-        module=GatedDeltaNet, params={"delta": settings.delta, "column": column, "row": row}
+        module=GatedDeltaNet, params={"delta": settings.delta, "column": column, "row": row, "kernels": kernels}
     )
