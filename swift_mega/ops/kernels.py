@@ -76,7 +76,7 @@ class Chosen:
 @functools.lru_cache(maxsize=4096)
 def resolve(op: Op, asked: KernelForm, device: torch.device, dtype: torch.dtype, case: Hashable) -> Chosen:
     """The form of `op` that runs; UserError where a fused form is asked for and there is none, or it lacks something."""
-    passed_over = []
+    passed_over: list[str] = []
     for form in op.forms:
         if asked in ("auto", form.kind):
             lack = form.lacks(device, dtype, case)
