@@ -28,8 +28,8 @@ from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.parallel.sequence import held_tokens
-from swift_mega.train.build import Training, build_training
 from swift_mega.train.step import held_part
+from swift_mega.train.wire import Training, build_training
 from swift_mega.verify.parity import collect_logits, example_rows
 from tests import tiny
 
@@ -114,7 +114,7 @@ def training_of(directory: Path, cpu: Device, layout: Layout) -> Training:
     run = schema.Run(
         model=schema.Model(path=str(directory), dtype="float64"),
         parallel=schema.Parallel(distributed_optimizer=False),
-        tuner=schema.Tuner(type="full"),
+        tuner=schema.Full(),
     )
     return build_training(run, cpu, parallel_groups.init(layout), steps=1)
 

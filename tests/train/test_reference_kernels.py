@@ -15,17 +15,17 @@ from swift_mega.models import fusions
 from swift_mega.models.kernels import check_kernels, te_layers, uses
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.translate import load_settings
-from swift_mega.objectives.objective import Loss
+from swift_mega.objectives.objective import Loss, Output
 from swift_mega.ops import kernels as registry
 from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.train.build import build_training
 from swift_mega.train.header import header
 from swift_mega.train.step import run_schedule
+from swift_mega.train.wire import build_training
 from swift_mega.verify import parity
-from tests.ops.test_kernels import nodes
+from tests.ops.test_registry import nodes
 
 CUDA = Device(kind="cuda", device=CPU, backend="gloo", name="stand-in")
 OURS = {
@@ -55,18 +55,6 @@ MODELS: dict[str, tuple[str, set[str], set[str]]] = {
 }
 
 
-class Watched:
-    """An objective that also collects the autograd nodes behind every loss."""
-
-    def __init__(self, objective: Any) -> None:
-        self.objective, self.nodes = objective, set[str]()
-
-    def loss(self, *given: Any) -> Loss:
-        loss: Loss = self.objective.loss(*given)
-        self.nodes |= nodes(loss.sum)
-        return loss
-
-
 def step(
     directory: Path, cpu: Device, layout: Layout, form: str
 ) -> tuple[float, dict[str, Any], set[str], set[str], str]:
@@ -74,20 +62,26 @@ def step(
     run = schema.Run(
         model=schema.Model(path=str(directory), dtype="float64"),
         parallel=schema.Parallel(distributed_optimizer=False),
-        tuner=schema.Tuner(type="full"),
+        tuner=schema.Full(),
         train=schema.Train(kernels=form),
     )
     groups = parallel_groups.init(layout)
     training = build_training(run, cpu, groups, steps=1)
-    training.objective = watched = Watched(training.objective)
-    asked, resolve = set[str](), registry.resolve
+    asked, behind, resolve, loss_of = set[str](), set[str](), registry.resolve, training.objective.loss
+
+    def watched(output: Output) -> Loss:
+        found = loss_of(output)
+        behind.update(nodes(found.sum))
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.objective, "loss", watched)
         patch.setattr(registry, "resolve", lambda op, *given: asked.add(op.name) or resolve(op, *given))
         rows = parity.microbatches(parity.example_rows(131, examples=4), layout, groups.coordinate.data)
         for chunk in training.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        loss, _, _ = run_schedule(training, rows, forward_only=False)
+        loss = run_schedule(training, rows, forward_only=False).loss
     gradients = {
         held.name: held.parameter.main_grad.clone() for held in training.part.held() if held.parameter.requires_grad
     }
@@ -95,7 +89,7 @@ def step(
     listed = {use.op.name for use in uses(training.part.settings, layout.mesh, te=False)}
     assert asked | ({"attention_blocks"} if layout.mesh.ring > 1 else set()) == listed, "the header's list is the truth"
     parallel_groups.close()
-    return loss, gradients, watched.nodes & OURS, listed, line
+    return loss, gradients, behind & OURS, listed, line
 
 
 def both(directory: Path, cpu: Device, layout: Layout) -> Any:
