@@ -15,7 +15,7 @@ RUN = (
     "tests/ops", "tests/parallel", "tests/memory", "tests/tuners", "tests/export",
     "tests/models/test_engine.py", "tests/models/test_engine_on_te.py", "tests/models/test_te_spec.py",
     "tests/models/test_megatron_config.py", "tests/models/test_router.py", "tests/models/test_families.py",
-    "tests/models/test_fusions.py", "tests/models/test_grouped_experts.py",
+    "tests/models/test_fusions.py", "tests/models/test_grouped_experts.py", "tests/models/test_positions_of_axes.py",
     "tests/convert/megatron/test_mcore.py", "tests/convert/megatron/test_mcore_names.py", "tests/convert/megatron/test_megatron_lm.py",
     "tests/convert/megatron/test_torch_dist.py", "tests/convert/test_whole.py", "tests/convert/test_save.py",
     "tests/train", "tests/gpu",

@@ -131,8 +131,9 @@ def run_of(
 
 
 def computed_by(training: Training) -> str:
-    """Backends of layers, attention and optimizer, from the header of a run."""
-    return header(training)[0].removeprefix("computed by").strip()
+    """Backends of layers and optimizer, and the form of every op, from the header of a run."""
+    by, kernels = (line.partition(" ")[2].removeprefix("by").strip() for line in header(training)[:2])
+    return f"{by}; {kernels}"
 
 
 def packed(lengths: Sequence[int], vocab: int, seed: int = 0) -> Microbatch:

@@ -20,10 +20,12 @@ from swift_mega.data.vocabulary import pad_row_note
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
+from swift_mega.models.kernels import check_kernels
 from swift_mega.models.modules.engine import check_engine_runs
 from swift_mega.models.modules.tiles import check_tiles
 from swift_mega.models.settings import Settings
 from swift_mega.objectives.objective import find_objective
+from swift_mega.ops.kernels import kernels_of
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.layout import Layout, plan_layout
 from swift_mega.train.build import parameter_dtype, source_of, source_of_run
@@ -89,6 +91,8 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     dtype = parameter_dtype(run.model, DEVICE)
     check_engine_runs(layout.mesh, DEVICE, dtype)
     check_run(run, source.family, settings, dtype, DEVICE)
+    touch = DEVICE.kind == "cpu"  # GPUs are for the ranks, which check again
+    check_kernels(kernels_of(run.train), settings, layout.mesh, DEVICE, dtype, touch=touch)
     if layout.context > 1 and is_first_rank():
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"

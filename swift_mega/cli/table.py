@@ -18,6 +18,7 @@ PLANNED = (
     *("model.path", "model.dtype", "model.dequantize", "model.megatron", "model.vocab_divisible_by", "data.max_length"),
     *("tuner.type", "tuner.rank", "tuner.target_modules", "train.micro_batch_size", "train.global_batch_size"),
     *("train.recompute", "train.recompute_method", "train.recompute_layers", "train.tile_mlp", "train.mlp_tile_size"),
+    *("train.kernels", "train.kernels_by_op"),
     *("train.loss_chunk_size", "train.offload_activations", "optim.cpu_offload", "optim.offload_fraction"),
 )
 

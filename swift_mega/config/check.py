@@ -68,6 +68,9 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
         _refuse_changed(run, sources, keys, because=f"train.recompute={run.train.recompute}; set it to full")
     if not run.train.tile_mlp:
         _refuse_changed(run, sources, ("train.mlp_tile_size",), because="train.tile_mlp=false; set it to true")
+    if run.train.kernels_by_op.get("cross_entropy", run.train.kernels) == "reference":
+        because = "the reference form of the loss has all logits at once (train.kernels); set it to auto"
+        _refuse_changed(run, sources, ("train.loss_chunk_size",), because=because)
     if not run.optim.cpu_offload:
         because = "optim.cpu_offload=false; set it to true"
         _refuse_changed(run, sources, ("optim.offload_fraction",), because=because)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 TIMEOUT_MINUTES = 60
+KernelForm = Literal["auto", "fused", "reference"]
 
 
 Limit = tuple[str, Callable[[Any], bool]]
@@ -276,6 +277,15 @@ class Train:
         False,
         flag="deterministic deterministic_mode",
         help="repeat to the last bit: every op in its deterministic form, or an error that names the op which has none",
+    )
+    kernels: KernelForm = setting(
+        "auto",
+        flag="kernels",
+        help="form of every op (attention, norms, rotation, loss, …); auto: the best one there is; fused: refuse the run where an op has "
+        "no fused kernel; reference: plain torch, without Transformer Engine, for proofs and for finding a faulty kernel",
+    )
+    kernels_by_op: dict[str, KernelForm] = setting(
+        factory=dict, flag="kernels_by_op", help="form of single ops, by the names in a run's first lines"
     )
     recompute: Literal["none", "selective", "full"] = setting("none", flag="recompute_granularity")
     recompute_method: Literal["uniform", "block"] = setting("uniform", flag="recompute_method")

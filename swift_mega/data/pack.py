@@ -47,8 +47,8 @@ class Microbatch:
     """One packed row of t tokens: n examples one after another. Padding at the end of the row counts as one more example of length 0.
 
     tokens: [t] int64. labels: [t] int64, the next token, -100 where it has no loss; the last token of an example has no label.
-    positions: [t] int64, from 0 in each example; 0 in padding. cu_seqlens: [n + 1] int32, the begin of each example, then t.
-    lengths: [n] int32, tokens of each example without the padding after it.
+    positions: [t] int64, from 0 in each example; 0 in padding. Or [axes, t], for a model whose rotation has sections (`Rope.sections`).
+    cu_seqlens: [n + 1] int32, the begin of each example, then t. lengths: [n] int32, tokens of each example without the padding after it.
     numbers: column -> [examples] float64, what the objective reads of the data beside text (`Example.numbers`).
 
     All tensors are on the host. For the forward pass, only tokens and positions are copied to the device. The number of labels and the

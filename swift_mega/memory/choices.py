@@ -54,7 +54,7 @@ def choices_of(
 ) -> Choices:
     """The choices of a run. hidden: hidden size of the model. adapted: the field of Choices.
 
-    UserError for train.recompute=selective and for Transformer Engine's context parallelism, which have no formula.
+    UserError for train.recompute=selective, reference kernels and Transformer Engine's context parallelism, which have no formula.
     """
     train, optim, tuner = run.train, run.optim, run.tuner
     if not isinstance(tuner, Lora | Full):
@@ -67,6 +67,8 @@ def choices_of(
         )
     if train.recompute == "selective":
         raise UserError("train.recompute=selective has no memory formula; plan with none or full")
+    if "reference" in (train.kernels, *train.kernels_by_op.values()):
+        raise UserError("train.kernels=reference has no memory formula; plan with auto or fused")
     if run.parallel.cp.startswith("te:"):
         raise UserError(
             f"parallel.cp={run.parallel.cp} has no memory formula: Transformer Engine's attention was not read for it; plan with auto"

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from swift_mega.device.device import Device
 from swift_mega.models.family import Family, Rule
+from swift_mega.models.kernels import te_layers
 from swift_mega.models.modules.activation import replace_activations
 from swift_mega.models.modules.attention import segments
 from swift_mega.models.packs import Heads
 from swift_mega.models.settings import Settings, padded_vocabulary
 from swift_mega.models.specs import layer_specs, norm_class
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel.context import Context
 from swift_mega.parallel.layout import Coordinate, Layout
 
@@ -36,6 +38,7 @@ class Decoder(GPTModel):
     """A chunk of the model: Megatron's GPTModel on packed rows of tokens with their positions.
 
     The last chunk returns hidden states, not logits, so that [tokens, vocab] need not exist at once (parallel/vocab.py).
+    A model of more than text overrides `embed`, and gives its class to `build`.
     """
 
     def __init__(self, *, settings: Settings, norm: Any, **given: Any) -> None:
@@ -64,10 +67,13 @@ class Decoder(GPTModel):
         cu_seqlens: Tensor,
         context: Context | None = None,
         padding: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
-        """tokens, positions: [tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on the host, of the whole row.
+        """tokens: [tokens] int64, positions: [tokens] or [axes, tokens] int64, of this context rank; cu_seqlens: [examples + 1] int32 on
+        the host, of the whole row.
         context: the ranks that share the row; None: this rank has all of it.
         padding: [tokens] bool, True for tokens that a router's losses leave out; None: there are none.
+        more: what an `embed` needs beside tokens and positions.
 
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
@@ -75,10 +81,25 @@ class Decoder(GPTModel):
         assert len(tokens) * ranks == int(cu_seqlens[-1]), "another row than cu_seqlens speaks of"
         row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, context)
         if padding is not None:
-            padding = padding[None]
-            if self.config.sequence_parallel and not self.pre_process:  # Megatron scatters it in the first stage only
-                padding = scatter_to_sequence_parallel_region(padding.T.contiguous()).T.contiguous()
-        return super().forward(tokens[None], positions[None], None, packed_seq_params=row, padding_mask=padding)
+            # Megatron scatters it only where it computes the embedding itself.
+            padding = self.own_tokens(padding)[None]
+        embedded = self.embed(tokens, positions, **more) if self.pre_process else None
+        return super().forward(
+            tokens[None], positions[None], None, decoder_input=embedded, packed_seq_params=row, padding_mask=padding
+        )
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The input of the first layer, [tokens / s, 1, hidden]. tokens, positions, s: as in `forward`. Called in the first stage only.
+
+        An override may take more arguments, which `forward` passes on. It gets here the embedding of every token, with the family's
+        factor and norm, and without a gradient for the padding token's row. With `own_tokens` it finds the tokens of this tensor rank
+        among all, and puts other features in their place.
+        """
+        return self.embedding(input_ids=tokens[None], position_ids=positions[None])  # type: ignore[no-any-return]
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """[tokens, ...] -> [tokens / s, ...]: with sequence parallelism, the tokens whose residual stream this tensor rank has."""
+        return scatter_to_sequence_parallel_region(x.contiguous()) if self.config.sequence_parallel else x
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
         """Megatron's method for logits and loss. Every supported version of Megatron passes hidden_states by name."""
@@ -148,6 +169,7 @@ class ModelPart:
     layout: Layout
     coordinate: Coordinate
     chunks: list[Decoder]
+    kernels: Kernels = AUTO
 
     def held(self) -> Iterator[Held]:
         """Every base parameter (not the tuner's adapters), in a fixed order."""
@@ -234,18 +256,23 @@ def build(
     vocab_divisible_by: int = 128,
     reads_inputs: bool = False,
     tile: int | None = None,
+    decoder: type[Decoder] = Decoder,
+    kernels: Kernels = AUTO,
 ) -> ModelPart:
-    """This rank's chunks. Their parameters have no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py."""
+    """This rank's chunks. Their parameters have no values yet: convert/load.py fills every one. tile: of models/modules/tiles.py.
+
+    decoder: the class of a chunk, for a model that embeds more than tokens. kernels: which form of each op runs.
+    """
     again = config.recompute_modules if config.recompute_granularity == "selective" else ()
-    te = device.uses_transformer_engine(config.params_dtype)
-    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again)
-    norm = norm_class(settings, te=te, tile=tile)
+    te = te_layers(device, config.params_dtype, kernels)
+    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again, kernels=kernels)
+    norm = norm_class(settings, te=te, tile=tile, kernels=kernels)
     chunks = []
     for virtual in range(layout.virtual):
         layers = layout.layers_of(coordinate.pipeline, virtual)
         stage = virtual if layout.virtual > 1 else None
         index = virtual * layout.pipeline + coordinate.pipeline
-        chunk = Decoder(
+        chunk = decoder(
             settings=settings,
             norm=norm,
             config=config,
@@ -258,7 +285,7 @@ def build(
             share_embeddings_and_output_weights=settings.tied,
         )
         chunks.append(chunk.to(device.device))
-    part = ModelPart(family, settings, config, layout, coordinate, chunks)
+    part = ModelPart(family, settings, config, layout, coordinate, chunks, kernels)
     _mark_cut(part)
     return part
 

@@ -151,7 +151,7 @@ def rope(config: Any, head_dim: int, *, interleaved: bool = False, layer_type: s
     parameters = config.rope_parameters
     try:
         parameters = dict(parameters if layer_type is None else parameters[layer_type])
-        return _rope(config, parameters, head_dim, interleaved, layer_type)
+        return _with_sections(_rope(config, parameters, head_dim, interleaved, layer_type), parameters)
     except UserError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
@@ -186,6 +186,22 @@ def _rope(config: Any, parameters: Mapping[str, Any], head_dim: int, interleaved
     beyond = parameters["original_max_position_embeddings"]
     long, _ = made(config, torch.device("cpu"), seq_len=beyond + 1, **given)
     return dataclasses.replace(rope, long=tuple(long.tolist()), long_beyond=beyond)
+
+
+def _with_sections(rope: Rope, parameters: Mapping[str, Any]) -> Rope:
+    """The rotation, with the sections that config.json gives for positions on several axes (mrope_section of Qwen's models)."""
+    sections = parameters.get("mrope_section")
+    if sections is None:
+        return rope
+    rope = dataclasses.replace(
+        rope, sections=tuple(sections), sections_interleaved=bool(parameters.get("mrope_interleaved"))
+    )
+    pairs, last = len(rope.inverse_frequencies), len(sections) * max(sections[1:], default=0)
+    if min(sections) < 1 or sum(sections) != pairs or (rope.sections_interleaved and last > pairs):
+        raise UserError(
+            f"config.json: mrope_section={list(sections)} does not share out the {pairs} rotated pairs of a head; correct it"
+        )
+    return rope
 
 
 def ropes_by_type(config: Any, head_dim: int, *, interleaved: bool = False) -> tuple[Rope, ...]:

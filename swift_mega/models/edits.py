@@ -8,8 +8,10 @@ these know which edits there are, so a new kind of attention is one module and o
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from swift_mega.ops.kernels import Kernels, Use
 from swift_mega.parallel.layout import Layout, ModelShape
 
 
@@ -23,6 +25,8 @@ class Parts:
     column: type
     """The column-parallel linear, without a norm."""
     row: type
+    kernels: Kernels
+    """Which form of each op runs (ops/kernels.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,17 @@ class Edit:
     """What the memory formula (memory/memory.py) does not know, in words; None: it knows layers with this edit."""
     normalises_queries: ClassVar[bool] = False
     """Whether queries and keys are normalised, where Megatron's qk_layernorm does not say so. The memory formula reads it."""
+
+    replaces_attention: ClassVar[bool] = False
+    """Whether a layer with this edit has no attention."""
+    own_norm: ClassVar[bool] = False
+    """Whether it has norms of the model's kind that are ours even where the other norms are Transformer Engine's."""
+    attention_case: ClassVar[Mapping[str, bool]] = MappingProxyType({})
+    """Fields of AttentionCase (ops/attention.py) that it sets."""
+
+    def ops(self) -> Sequence[Use]:
+        """The ops of the registry (ops/kernels.py) that its own modules run."""
+        return ()
 
     def edit(self, spec: Any, parts: Parts) -> None:
         """Changes the spec (Megatron's ModuleSpec) of a layer that has this edit."""

@@ -13,7 +13,7 @@ from swift_mega.device.backends import TE_DTYPES, cannot_compile, transformer_en
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.fusions import COMPILED, fused
-from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
+from swift_mega.models.megatron_fields import FUSED, HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.modules.experts import check_biases
 from swift_mega.models.settings import Settings
@@ -59,7 +59,9 @@ def _check_obeyed(key: str, asked: Asked) -> None:
 
 
 def _lacking(key: str, asked: Asked, device: Device, dtype: torch.dtype | None) -> str | None:
-    """What a kernel of ON_CUDA needs and this machine lacks, with the remedy; None: nothing."""
+    """What a kernel of ON_CUDA needs and this machine or run lacks, with the remedy; None: nothing."""
+    if asked.train.kernels == "reference" and key in FUSED:
+        return "train.kernels=auto, since train.kernels=reference runs no fused kernel; set that"
     if device.kind != "cuda":
         return "CUDA, and ranks run on the CPU; start them where GPUs are"
     if key in WITH_TE and not device.uses_transformer_engine(dtype or TE_DTYPES[0]):
@@ -132,7 +134,8 @@ def transformer_config(
     if train.recompute == "full":
         fields.update(recompute_method=train.recompute_method, recompute_num_layers=train.recompute_layers)
     fields.update(device.safe_schedule(layout.virtual))
-    fields.update(fused(settings, device, dtype, given.get("hidden_dropout", 0.0)))
+    if train.kernels != "reference":
+        fields.update(fused(settings, device, dtype, given.get("hidden_dropout", 0.0)))
     fields.update(given)
     fields.update(balancing_fields(aux_loss, given, experts=bool(settings.shape.experts)))
     kind = MLATransformerConfig if settings.megatron.get("multi_latent_attention") else TransformerConfig

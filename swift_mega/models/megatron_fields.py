@@ -138,6 +138,9 @@ WITH_TE = _words("""
 """)
 """Those of ON_CUDA that are kernels of Transformer Engine."""
 
+FUSED = (*WITH_TE, "gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion")
+"""Those of ON_CUDA that are kernels, of Transformer Engine, apex or torch.compile."""
+
 OURS = _words("""
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size sequence_parallel params_dtype pipeline_dtype bf16 fp16

@@ -17,6 +17,8 @@ class Rope:
     longest: most tokens of an example for which the frequencies are right; None: no limit.
     interleaved: features 2i and 2i + 1 are rotated as a pair (GPT-J), not i and i + rotary_dim / 2 (GPT-NeoX).
     long: the frequencies for every token of an example that has more than `long_beyond` tokens (LongRoPE, arXiv:2402.13753).
+    sections: how many of the rotated pairs take their position from each axis, for tokens with positions on several axes (M-RoPE of
+    Qwen2-VL, arXiv:2409.12191); None: tokens have one position. sections_interleaved: pairs of the axes alternate (Qwen3-VL).
     """
 
     inverse_frequencies: tuple[float, ...]
@@ -25,6 +27,20 @@ class Rope:
     interleaved: bool = False
     long: tuple[float, ...] | None = None
     long_beyond: int = 0
+    sections: tuple[int, ...] | None = None
+    sections_interleaved: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """[rotary_dim / 2]: the axis of each rotated pair; empty without sections."""
+        sections = self.sections or ()
+        if not self.sections_interleaved:
+            return tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
+        axes = [0] * sum(sections)
+        for axis, pairs in enumerate(sections[1:], start=1):
+            for number in range(pairs):
+                axes[axis + number * len(sections)] = axis
+        return tuple(axes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,17 @@ from swift_mega.models.modules.norm import Norm
 from swift_mega.models.modules.router import Router
 from swift_mega.models.modules.tiles import TiledMLP, TiledNorm, TiledSharedExperts
 from swift_mega.models.settings import Block, NormKind, Settings
+from swift_mega.ops.kernels import AUTO, Kernels
 
 
 def layer_specs(
-    settings: Settings, *, te: bool, reads_inputs: bool, tile: int | None = None, again: Sequence[str] = ()
+    settings: Settings,
+    *,
+    te: bool,
+    reads_inputs: bool,
+    tile: int | None = None,
+    again: Sequence[str] = (),
+    kernels: Kernels = AUTO,
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
@@ -33,10 +40,10 @@ def layer_specs(
     Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
     backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
-    parts, made, te_core = _parts(settings, te=te, tile=tile), {}, te_attention(te)
+    parts, made, te_core = _parts(settings, te=te, tile=tile, kernels=kernels), {}, te_attention(te)
     spec = functools.partial(_te_spec if te else _local_spec, settings, parts.norm, reads_inputs=reads_inputs)
     for kind in set(settings.layer_kinds):
-        made[kind] = _joined(spec(moe=kind.moe), settings, parts.norm, te_core, moe=kind.moe)
+        made[kind] = _joined(spec(moe=kind.moe), settings, parts.norm, te_core, moe=kind.moe, kernels=kernels)
         if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
             made[kind].module = bound(Layer, block=settings.block, norm=parts.norm)
         if tile is not None:
@@ -46,13 +53,15 @@ def layer_specs(
     return [made[kind] for kind in settings.layer_kinds]
 
 
-def _parts(settings: Settings, *, te: bool, tile: int | None) -> Parts:
-    norm = norm_class(settings, te=te, tile=tile)
+def _parts(settings: Settings, *, te: bool, tile: int | None, kernels: Kernels) -> Parts:
+    norm = norm_class(settings, te=te, tile=tile, kernels=kernels)
     if not te:
-        return Parts(shape=settings.shape, norm=norm, column=ColumnParallelLinear, row=RowParallelLinear)
+        linears: dict[str, type] = {"column": ColumnParallelLinear, "row": RowParallelLinear}
+        return Parts(shape=settings.shape, norm=norm, kernels=kernels, **linears)
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
-    return Parts(shape=settings.shape, norm=norm, column=TEColumnParallelLinear, row=TERowParallelLinear)
+    linears = {"column": TEColumnParallelLinear, "row": TERowParallelLinear}
+    return Parts(shape=settings.shape, norm=norm, kernels=kernels, **linears)
 
 
 def te_attention(te: bool) -> type | None:
@@ -64,13 +73,19 @@ def te_attention(te: bool) -> type | None:
     return TEDotProductAttention  # type: ignore[no-any-return]
 
 
-def norm_class(settings: Settings, *, te: bool, tile: int | None = None) -> type:
+def norm_class(settings: Settings, *, te: bool, tile: int | None = None, kernels: Kernels = AUTO) -> type:
     """Transformer Engine's norm where it has this kind, else ours, which computes `tile` tokens at a time."""
-    if te and settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer"):
+    if te and has_te_norm(settings):
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm
-    return bound(Norm, kind=settings.norm) if tile is None else bound(TiledNorm, kind=settings.norm, tile=tile)
+    fixed = {"kind": settings.norm, "kernels": kernels}
+    return bound(Norm, **fixed) if tile is None else bound(TiledNorm, **fixed, tile=tile)
+
+
+def has_te_norm(settings: Settings) -> bool:
+    """Whether Transformer Engine has the model's kind of norm."""
+    return settings.norm.weight and settings.norm.bias == (settings.norm.kind == "layer")
 
 
 def _local_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -> ModuleSpec:
@@ -120,10 +135,12 @@ def _te_spec(settings: Settings, norm: type, *, moe: bool, reads_inputs: bool) -
     return spec
 
 
-def _joined(spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool) -> ModuleSpec:
+def _joined(
+    spec: ModuleSpec, settings: Settings, norm: type, te_core: type | None, *, moe: bool, kernels: Kernels
+) -> ModuleSpec:
     """What the fields of the settings say, the same for both kinds of modules."""
     attention, block = attention_of(spec), settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core)
+    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core, kernels=kernels)
     if moe:
         mlp_of(spec).router = Router
     # Megatron's field is for all linears, and Megatron refuses it together with shared experts.

@@ -74,6 +74,7 @@ class Head:
             bias=self.part.head_bias,
             softcap=self.part.settings.scales.logit_softcap,
             chunk=self.chunk,
+            kernels=self.part.kernels,
         )
 
 

@@ -12,10 +12,13 @@
 | CPU | bf16, fp16 | plain | torch's CPU kernel, one example at a time |
 | CPU | bf16, fp16 | window, sinks; ALiBi | like float32 on the CPU, with the same sums in float32; ALiBi converts to float32 |
 
-`attention_kernel_name` says which of these a layer gets. None of them builds a [tokens, tokens] matrix.
+`attention_kernel_name` says which of these a layer gets. None of them builds a [tokens, tokens] matrix. In the registry
+(ops/kernels.py), CUDA kernels and flex_attention are the fused form and the rest is the tuned one. The reference form is one softmax over
+all keys of an example, which autograd differentiates: it needs memory for a [length, length] matrix per head.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,14 +28,33 @@ from torch import Tensor
 
 from swift_mega.ops import flex
 from swift_mega.ops.alibi import with_positions
-from swift_mega.ops.attention_kernels import attention_kernel_name, choose
+from swift_mega.ops.attention_kernels import Choice, attention_kernel_name, choose
 from swift_mega.ops.blocks import Parts, Towards, backward, block, forward
 from swift_mega.ops.cpu_attention import row_attention
 from swift_mega.ops.flash import flash
 from swift_mega.ops.kernel import HALF, Call
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
 from swift_mega.ops.sinks import sink_gradient
 
-__all__ = ["attention", "attention_by_blocks", "attention_kernel_name"]
+__all__ = ["ATTENTION", "AttentionCase", "attention", "attention_by_blocks", "attention_kernel_name"]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What decides, besides device and dtype, how attention is computed; the arguments of `choose`."""
+
+    head_dim: int
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    longest: int = 0
+    deterministic: bool = False
+    """Whether torch's deterministic algorithms are on, which excludes some kernels."""
+
+    def choice(self, device: torch.device, dtype: torch.dtype) -> Choice:
+        """The kernel on CUDA."""
+        given = {"softcap": self.softcap, "alibi": self.alibi, "sinks": self.sinks}
+        return choose(device, dtype, self.head_dim, longest=self.longest, **given)
 
 
 def attention(
@@ -47,6 +69,7 @@ def attention(
     softcap: float | None = None,
     alibi: Tensor | None = None,
     sinks: Tensor | None = None,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """Attention of every token to itself and to the tokens before it in its own example.
 
@@ -60,8 +83,15 @@ def attention(
     Returns [tokens, heads, v_head_dim].
     """
     assert alibi is None or (softcap is None and sinks is None), "no model has both, and kernels differ in their order"
-    attend = _on_cpu if query.device.type == "cpu" else _on_cuda
-    return attend(
+    case = AttentionCase(
+        query.shape[-1],
+        softcap=softcap is not None,
+        alibi=alibi is not None,
+        sinks=sinks is not None,
+        longest=0 if alibi is None else max(end - start for start, end in pairwise(bounds)),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return kernels.form(ATTENTION, query.device, query.dtype, case).run(  # type: ignore[no-any-return]
         query,
         key,
         value,
@@ -101,14 +131,63 @@ def _on_cuda(
     if choice.flex:
         assert softcap is not None
         return flex.capped_attention(query, key, value, bounds=bounds, scale=scale, window=window, softcap=softcap)
-    if choice.kernel is None:
-        return _by_tiles(query, key, value, alibi, sinks, bounds=bounds, scale=scale, window=window, softcap=softcap)
+    assert choice.kernel is not None, "else the tuned form runs"
     if alibi is not None and not choice.kernel.alibi:
         query, key = with_positions(query, key, alibi, bounds=bounds, scale=scale)
         alibi = None
     left = None if window is None else window - 1
     call = Call(cu_seqlens, cu_seqlens, longest, longest, scale, True, left, softcap, alibi, bounds)
     return flash(choice.kernel, query, key, value, sinks, call)
+
+
+def _without_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    cu_seqlens: Tensor,
+    **row: Any,
+) -> Tensor:
+    if query.device.type == "cpu":
+        return _on_cpu(query, key, value, alibi, sinks, cu_seqlens=cu_seqlens, **row)
+    return _by_tiles(query, key, value, alibi, sinks, **row)
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    bounds: Sequence[int],
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`attention` by its definition, in plain torch: one softmax per head and example. Sums are in float32 or wider."""
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shared, outs = query.shape[1] // key.shape[1], []
+    for start, end in pairwise(bounds):
+        q, k, v = (x[start:end].transpose(0, 1).to(exact) for x in (query, key, value))
+        k, v = (x.repeat_interleave(shared, dim=0) for x in (k, v))
+        scores = q @ k.transpose(1, 2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = torch.arange(end - start, device=query.device)
+        distance = place[:, None] - place
+        if alibi is not None:
+            scores = scores - alibi.to(exact)[:, None, None] * distance
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((sinks.to(exact)[:, None, None].expand(-1, len(place), 1), scores), dim=-1)
+        weights = scores.softmax(-1)
+        outs.append(((weights if sinks is None else weights[..., 1:]) @ v).transpose(0, 1))
+    return torch.cat(outs).to(query.dtype)
 
 
 def _on_cpu(
@@ -211,3 +290,26 @@ class _ByBlocks(torch.autograd.Function):
         grad_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         grads = (sums.to(x.dtype) for sums, x in ((found.query, query), (found.key, key), (found.value, value)))
         return *grads, grad_sinks, None, None, None, None
+
+
+def _lacks(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> str | None:
+    if device.type == "cpu":
+        return "CUDA"
+    choice = case.choice(device, dtype)
+    return None if choice.flex or choice.kernel is not None else "a kernel for such heads in this dtype"
+
+
+def _name(device: torch.device, dtype: torch.dtype, case: AttentionCase) -> str:
+    if device.type != "cpu":
+        return case.choice(device, dtype).name
+    return attention_kernel_name(device, dtype, case.head_dim, softcap=case.softcap, sinks=case.sinks)
+
+
+ATTENTION = Op(
+    "attention",
+    (
+        Form("fused", _name, _on_cuda, _lacks),
+        Form("tuned", _name, _without_kernel),
+        Form("reference", "torch, one softmax per example", attention_reference),
+    ),
+)

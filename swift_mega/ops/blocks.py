@@ -14,7 +14,8 @@ in float32 (float64 for float64), whatever the dtype of the tensors. The gradien
 | CPU | all, without soft-cap | torch's CPU kernel forward, the products of ops/cpu_attention.py backward |
 | both | the rest | tiles in torch, in float32 (float64 for float64) |
 
-None of these builds a [tokens, tokens] matrix.
+None of these builds a [tokens, tokens] matrix. The tiles are the reference form (ops/kernels.py): products and a softmax in torch, with
+the formulas of the gradient written out, because autograd does not see the keys of other ranks.
 """
 
 import functools
@@ -26,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swift_mega.ops.attention_kernels import kernel_for_blocks
+from swift_mega.ops.attention_kernels import TILES, attention_kernel_name, kernel_for_blocks
 from swift_mega.ops.cpu_attention import gradients_of_keys, part_forward
 from swift_mega.ops.flash import backward_by_heads, padded
 from swift_mega.ops.kernel import Call, Kernel
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
 from swift_mega.ops.sinks import add_sinks
 
 QUERY_TILE, KEY_TILE = 128, 2048
@@ -139,13 +141,15 @@ def forward(
     *,
     scale: float,
     softcap: float | None = None,
+    kernels: Kernels = AUTO,
 ) -> None:
     """Adds to `parts` what the queries see of these keys.
 
     query: [tokens, heads, head_dim]; key: [keys, kv_heads, head_dim]; value: [keys, kv_heads, value_dim]; heads a multiple of kv_heads.
     softcap: scores s become c tanh(s / c).
     """
-    kernel = _kernel(query, softcap)
+    tiles = kernels.of(BLOCKS) == "reference"
+    kernel = None if tiles else _kernel(query, softcap)
     for group in call_groups(blocks):
         first, last = group[0], group[-1]
         q = query[first.q : last.q + last.queries]
@@ -156,7 +160,8 @@ def forward(
             continue
         for one in group:
             q, k, v = query[one.q : one.q + one.queries], key[one.k : one.k + one.keys], value[one.k : one.k + one.keys]
-            if softcap is None and query.shape[-1] == value.shape[-1] and query.device.type == "cpu":
+            fits = softcap is None and query.shape[-1] == value.shape[-1] and not tiles
+            if fits and query.device.type == "cpu":
                 parts.add(one.q, *part_forward(q, k, v, scale=scale, causal=one.causal, left=one.left))
                 continue
             for start, stop, first_key, last_key, hidden in _tiles(one, q):
@@ -186,12 +191,14 @@ def backward(
     *,
     scale: float,
     softcap: float | None = None,
+    kernels: Kernels = AUTO,
 ) -> None:
     """Adds the gradients due to these keys to `towards`. Shapes as in `forward`; out and lse are those of the whole softmax.
 
     grad: [tokens, heads, value_dim], the gradient of out.
     """
-    kernel = _kernel(query, softcap)
+    tiles = kernels.of(BLOCKS) == "reference"
+    kernel = None if tiles else _kernel(query, softcap)
     for group in call_groups(blocks):
         first, last = group[0], group[-1]
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
@@ -199,7 +206,7 @@ def backward(
             call = _call(group, query.device, scale, softcap)
             _kernel_backward(kernel, call, towards, grad, query, key, value, out, lse, rows, columns)
             continue
-        if softcap is None and query.device.type == "cpu":
+        if softcap is None and query.device.type == "cpu" and not tiles:
             _cpu_backward(towards, grad, query, key, value, out, lse, group, rows, columns, scale)
             continue
         for one in group:
@@ -416,3 +423,37 @@ def _kernel_backward(
         towards.query[rows, mine] += found[0][..., : query.shape[-1]]
         towards.key[columns, theirs] += found[1][..., : query.shape[-1]]
         towards.value[columns, theirs] += found[2][..., :value_dim]
+
+
+@dataclass(frozen=True)
+class BlocksCase:
+    """What decides, besides device and dtype, how attention to blocks is computed."""
+
+    head_dim: int
+    softcap: bool = False
+
+
+def _lacks_kernel(device: torch.device, dtype: torch.dtype, case: BlocksCase) -> str | None:
+    if device.type == "cpu":
+        return "CUDA"
+    found = kernel_for_blocks(device, dtype, case.head_dim, softcap=case.softcap)
+    return None if found is not None else "a kernel that takes blocks of such heads in this dtype"
+
+
+def _lacks_products(device: torch.device, dtype: torch.dtype, case: BlocksCase) -> str | None:
+    return None if device.type == "cpu" and not case.softcap else "the CPU, and scores without a soft-cap"
+
+
+def _name(device: torch.device, dtype: torch.dtype, case: BlocksCase) -> str:
+    return attention_kernel_name(device, dtype, case.head_dim, softcap=case.softcap, ring=True)
+
+
+BLOCKS = Op(
+    "attention_blocks",
+    (
+        Form("fused", _name, lacks=_lacks_kernel),
+        Form("tuned", _name, lacks=_lacks_products),
+        Form("reference", TILES),
+    ),
+)
+"""`forward` and `backward` read what is asked for it."""

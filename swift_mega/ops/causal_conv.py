@@ -8,13 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swift_mega.ops.gated_delta import places
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
 
 
-def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor, kernels: Kernels = AUTO) -> Tensor:
     """x [tokens, channels], weight [channels, 1, taps] (the last tap belongs to the token itself) -> [tokens, channels].
 
     cu_seqlens: [examples + 1] int32, the first token of each example and the end of the last.
     """
+    run = kernels.form(CAUSAL_CONV, x.device, x.dtype).run
+    return run(x, weight, cu_seqlens=cu_seqlens)  # type: ignore[no-any-return]
+
+
+def causal_conv_reference(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+    """`causal_conv` by torch's convolution."""
     before = weight.shape[-1] - 1
     examples = len(cu_seqlens) - 1
     counts = cu_seqlens.long().diff() + before
@@ -22,3 +29,6 @@ def causal_conv(x: Tensor, weight: Tensor, *, cu_seqlens: Tensor) -> Tensor:
     spread = x.new_zeros(len(x) + before * examples, x.shape[1]).index_copy(0, place, x)
     out = F.conv1d(spread.t()[None], weight, groups=x.shape[1])[0]
     return torch.index_select(out, 1, place - before).t()
+
+
+CAUSAL_CONV = Op("causal_conv", (Form("reference", "torch's", causal_conv_reference),))

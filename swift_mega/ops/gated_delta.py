@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
+
 CHUNK = 64
 EPSILON = 1e-6
 """Added to the squared length of queries and keys, as in flash-linear-attention."""
@@ -34,7 +36,15 @@ def _kernel() -> Callable[..., Any] | None:
 
 
 def gated_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    *,
+    bounds: Sequence[int],
+    cu_seqlens: Tensor,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """What every token reads from the state of its own example, after the token itself has been written.
 
@@ -44,10 +54,24 @@ def gated_delta_rule(
     bounds: first token of each example and the end of the last, on the host. cu_seqlens: the same as int32 on the device.
     Returns [tokens, heads, value_dim].
     """
+    run = kernels.form(GATED_DELTA, query.device, value.dtype).run
+    return run(query, key, value, decay, beta, bounds=bounds, cu_seqlens=cu_seqlens)  # type: ignore[no-any-return]
+
+
+def _lacks(device: torch.device, dtype: torch.dtype, case: None) -> str | None:
+    if device.type != "cuda":
+        return "CUDA"
     # The kernel refuses float32.
-    kernel = _kernel() if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) else None
-    if kernel is None:
-        return gated_delta_reference(query, key, value, decay, beta, bounds=bounds, cu_seqlens=cu_seqlens)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "bfloat16 or float16"
+    return "flash-linear-attention, which is not installed" if _kernel() is None else None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
+) -> Tensor:
+    kernel = _kernel()
+    assert kernel is not None
     out, _ = kernel(
         query[None],
         key[None],
@@ -64,7 +88,7 @@ def gated_delta_rule(
 def gated_delta_reference(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, *, bounds: Sequence[int], cu_seqlens: Tensor
 ) -> Tensor:
-    """`gated_delta_rule` in torch; shapes as there."""
+    """`gated_delta_rule` in torch, by chunks; shapes as there."""
     dtype, tokens = value.dtype, len(value)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     lengths = [end - start for start, end in pairwise(bounds)]
@@ -133,3 +157,12 @@ def places(cu_seqlens: Tensor, counts: Tensor, tokens: int) -> Tensor:
     lengths = cu_seqlens.long().diff()
     moved = shift.repeat_interleave(lengths, output_size=tokens)
     return torch.arange(tokens, device=cu_seqlens.device) + moved
+
+
+GATED_DELTA = Op(
+    "gated_delta",
+    (
+        Form("fused", "flash-linear-attention", _by_kernel, _lacks),
+        Form("reference", "torch, by chunks", gated_delta_reference),
+    ),
+)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
@@ -33,14 +35,28 @@ class _RmsNorm(torch.autograd.Function):
         return towards_x, towards_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels = AUTO) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight. x: [..., hidden], weight: [hidden], of one dtype; returns x's shape and dtype."""
-    # torch computes narrow dtypes in float32 inside.
-    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and x.dim() > 1:
-        return _RmsNorm.apply(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
+    plain = x.dtype == weight.dtype and x.dim() > 1
+    return kernels.form(RMS_NORM, x.device, x.dtype, plain).run(x, weight, eps)  # type: ignore[no-any-return]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` by torch."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _lacks(device: torch.device, dtype: torch.dtype, plain: bool) -> str | None:
+    # torch computes narrow dtypes in float32 inside.
+    able = plain and device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    return None if able else "the CPU, and float32 or float64 in input and weight"
+
+
+RMS_NORM = Op(
+    "rms_norm",
+    (
+        Form("tuned", "gradient in closed form", _RmsNorm.apply, _lacks),
+        Form("reference", "torch's", rms_norm_reference),
+    ),
+)
+"""Its case: whether input and weight have one dtype, and the input more than one dim."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding. Positions are given as data, one per token.
+"""Rotary position embedding. Positions are given as data: one per token, or one per axis and token (M-RoPE, arXiv:2409.12191).
 
 The rotation is orthogonal, so its backward is the rotation by the opposite angle: only the two tables are saved.
 """
@@ -8,14 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
 
-def tables(positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `positions` [tokens], each [tokens, 1, rotary_dim / 2]. Computed in float32 for every dtype, as in Hugging
-    Face.
 
-    `scale` multiplies both (the attention factor of YaRN, arXiv:2309.00071).
+def tables(
+    positions: Tensor, inverse_frequencies: Tensor, scale: float, dtype: torch.dtype, axes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, each [tokens, 1, rotary_dim / 2]. Computed in float32 for every dtype, as in Hugging Face.
+
+    positions: [tokens], or [axes, tokens]. axes: [rotary_dim / 2] int64, the axis that gives each rotated pair its position; it is read
+    only where positions have several axes. inverse_frequencies: [rotary_dim / 2], or [tokens, 1, rotary_dim / 2].
+    scale: multiplies both tables (the attention factor of YaRN, arXiv:2309.00071).
     """
-    angles = positions.float()[:, None, None] * inverse_frequencies
+    places = positions.float()
+    if positions.dim() == 2:
+        assert axes is not None, "positions of several axes, and no axis for each pair"
+        angles = places[axes].t()[:, None] * inverse_frequencies
+    else:
+        angles = places[:, None, None] * inverse_frequencies
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
@@ -50,12 +60,12 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, kernels: Kernels = AUTO) -> Tensor:
     """Rotates the leading 2 * cos.shape[-1] features of x [tokens, heads, head_dim].
 
     Features i and i + half are rotated as a pair, as in GPT-NeoX; with `interleaved`, 2i and 2i + 1, as in GPT-J.
     """
-    return _Rotate.apply(x, cos, sin, interleaved)
+    return kernels.form(ROPE, x.device, x.dtype).run(x, cos, sin, interleaved)  # type: ignore[no-any-return]
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -65,3 +75,12 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     turned = (first * cos - second * sin, second * cos + first * sin)
     joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat((joined, x[..., 2 * half :]), dim=-1)
+
+
+ROPE = Op(
+    "rope",
+    (
+        Form("tuned", "gradient by the opposite rotation", _Rotate.apply),
+        Form("reference", "torch", rotate_reference),
+    ),
+)

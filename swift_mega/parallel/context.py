@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.ops.attention import attention
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel.gathered import gathered_attention
 from swift_mega.parallel.mesh import Mesh, key_copies
 from swift_mega.parallel.ring import ring_attention
@@ -58,6 +59,7 @@ def context_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """Attention within the examples of a packed row whose tokens are sharded over the context ranks. Collective.
 
@@ -84,11 +86,22 @@ def context_attention(
             window=window,
             softcap=softcap,
             sinks=sinks,
+            kernels=kernels,
         )
         return heads_to_tokens(out, inner)
     steps = ring_steps(cu_seqlens, mesh.ring, context.ring.rank(), causal=causal, window=window)
     attend = gathered_attention if mesh.gather else ring_attention
-    out = attend(query, key, value, steps=steps, group=context.ring, scale=scale, softcap=softcap, sinks=sinks)
+    out = attend(
+        query,
+        key,
+        value,
+        steps=steps,
+        group=context.ring,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kernels=kernels,
+    )
     return heads_to_tokens(out, inner)
 
 

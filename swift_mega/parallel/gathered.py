@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.sinks import sink_gradient
 from swift_mega.parallel.sequence import Step
 
@@ -28,10 +29,11 @@ def gathered_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """Same arguments and result as `ring_attention`. Collective."""
     shown = _in_gathered(steps, group, len(key))
-    return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap)  # type: ignore[no-any-return]
+    return _Gathered.apply(query, key, value, sinks, shown, group, scale, softcap, kernels)  # type: ignore[no-any-return]
 
 
 def _in_gathered(steps: Sequence[Step], group: dist.ProcessGroup, keys: int) -> list[Block]:
@@ -54,26 +56,31 @@ class _Gathered(torch.autograd.Function):
         group: dist.ProcessGroup,
         scale: float,
         softcap: float | None,
+        kernels: Kernels,
     ) -> Tensor:
         parts = Parts(query, value.shape[-1])
-        forward(parts, query, _all(key, group), _all(value, group), shown, scale=scale, softcap=softcap)
+        forward(
+            parts, query, _all(key, group), _all(value, group), shown, scale=scale, softcap=softcap, kernels=kernels
+        )
         out, lse = parts.finished(sinks)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
-        ctx.given = shown, group, scale, softcap
+        ctx.given = shown, group, scale, softcap, kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse, *sinks = ctx.saved_tensors
-        shown, group, scale, softcap = ctx.given
+        shown, group, scale, softcap, kernels = ctx.given
         keys, values = (_all(x, group) for x in (key, value))
         towards = Towards(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, keys, values)))
-        backward(towards, gradients[0], query, keys, values, out, lse, shown, scale=scale, softcap=softcap)
+        backward(
+            towards, gradients[0], query, keys, values, out, lse, shown, scale=scale, softcap=softcap, kernels=kernels
+        )
         mine = [_summed(x, group) for x in (towards.key, towards.value)]
         towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         found = (towards.query.to(query.dtype), mine[0].to(key.dtype), mine[1].to(value.dtype), towards_sinks)
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 def _all(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swift_mega.ops.blocks import Parts, Towards, backward, forward
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.sinks import sink_gradient
 from swift_mega.parallel.sequence import Step
 
@@ -32,6 +33,7 @@ def ring_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks of the ring. Collective.
 
@@ -39,7 +41,7 @@ def ring_attention(
     steps: which keys of which rank its queries see, from `sequence.ring_steps`; the first step is the rank's own keys.
     sinks: [heads], as in ops.attention. Returns [tokens, heads, value_dim].
     """
-    return _Ring.apply(query, key, value, sinks, steps, group, scale, softcap)  # type: ignore[no-any-return]
+    return _Ring.apply(query, key, value, sinks, steps, group, scale, softcap, kernels)  # type: ignore[no-any-return]
 
 
 class _Ring(torch.autograd.Function):
@@ -54,24 +56,25 @@ class _Ring(torch.autograd.Function):
         group: dist.ProcessGroup,
         scale: float,
         softcap: float | None,
+        kernels: Kernels,
     ) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
         parts = Parts(query, value.shape[-1])
         here: tuple[Tensor, ...] = (key, value)
         for step, hops in zip(steps, _hops(steps), strict=True):
             coming = _Turn(here, group, hops) if hops else None
-            forward(parts, query, here[0], here[1], step.blocks, scale=scale, softcap=softcap)
+            forward(parts, query, here[0], here[1], step.blocks, scale=scale, softcap=softcap, kernels=kernels)
             here = coming.arrived() if coming else here
         out, lse = parts.finished(sinks)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *([] if sinks is None else [sinks]))
-        ctx.given = steps, group, scale, softcap
+        ctx.given = steps, group, scale, softcap, kernels
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse, *sinks = ctx.saved_tensors
-        steps, group, scale, softcap = ctx.given
+        steps, group, scale, softcap, kernels = ctx.given
         exact = lse.dtype
         towards_query = torch.zeros_like(query, dtype=exact)
         here: tuple[Tensor, ...] = (key, value)
@@ -82,7 +85,17 @@ class _Ring(torch.autograd.Function):
             if step.blocks or following is None:
                 towards = Towards(towards_query, *(torch.zeros_like(x, dtype=exact) for x in here))
                 backward(
-                    towards, gradients[0], query, here[0], here[1], out, lse, step.blocks, scale=scale, softcap=softcap
+                    towards,
+                    gradients[0],
+                    query,
+                    here[0],
+                    here[1],
+                    out,
+                    lse,
+                    step.blocks,
+                    scale=scale,
+                    softcap=softcap,
+                    kernels=kernels,
                 )
                 sums = (towards.key, towards.value)
             # Meanwhile the gradients that other ranks computed for these keys have travelled here.
@@ -101,6 +114,7 @@ class _Ring(torch.autograd.Function):
             sums[0].to(key.dtype),
             sums[1].to(value.dtype),
             towards_sinks,
+            None,
             None,
             None,
             None,

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from swift_mega.device.device import send
+from swift_mega.ops.kernels import AUTO, Form, Kernels, Op
+from swift_mega.parallel.vocab_reference import log_probabilities_reference
 
 # Logits of one chunk by default: 128 MiB in float32.
 CHUNK_NUMBERS = 1 << 25
@@ -45,6 +47,7 @@ def token_log_probabilities(
     chunk: int | None = None,
     columns: int | None = None,
     softcap: float | None = None,
+    kernels: Kernels = AUTO,
 ) -> Tensor:
     """log softmax(hidden @ weight.T + bias)[target] for every token, over the whole vocabulary; 0 where the target is negative.
 
@@ -65,6 +68,11 @@ def token_log_probabilities(
     hidden is summed over the group, so it is complete on every rank. Tokens with a negative target cost nothing.
     """
     cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
+    run = kernels.form(CROSS_ENTROPY, hidden.device, hidden.dtype).run
+    return run(hidden, weight, targets, bias, cut)  # type: ignore[no-any-return]
+
+
+def _in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, cut: "_Cut") -> Tensor:
     # Without this, needs_input_grad would be true for trained tensors also where no gradient is taken.
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -406,3 +414,12 @@ def _over_ranks(local_lse: Tensor, target_logits: Tensor, cut: _Cut) -> tuple[Te
     dist.all_gather(parts, mine, group=cut.group)
     every = torch.stack(parts)
     return every[:, 0].logsumexp(0), every[:, 1].sum(0)
+
+
+CROSS_ENTROPY = Op(
+    "cross_entropy",
+    (
+        Form("tuned", "in chunks, gradient of the hidden states in the forward pass", _in_chunks),
+        Form("reference", "torch, all logits at once", log_probabilities_reference),
+    ),
+)

@@ -11,9 +11,11 @@ from swift_mega.convert.source import Source
 from swift_mega.device.device import Device
 from swift_mega.export.adapters import load_adapter
 from swift_mega.models.build import ModelPart, build
+from swift_mega.models.kernels import check_kernels
 from swift_mega.models.megatron_config import transformer_config
 from swift_mega.models.modules.tiles import tile_size
 from swift_mega.objectives.objective import Head, Objective, find_objective
+from swift_mega.ops.kernels import kernels_of
 from swift_mega.parallel.agree import on_every_rank
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout, plan_layout
@@ -67,7 +69,8 @@ def build_part(
     reads_inputs: hooks need the real input of linears. prepare: how weights are kept (`Tuner.prepare`).
     """
     on_every_rank(source.open)
-    settings = source.settings
+    settings, kernels = source.settings, kernels_of(run.train)
+    on_every_rank(lambda: check_kernels(kernels, settings, groups.layout.mesh, device, dtype))
     config = transformer_config(
         settings,
         groups.layout,
@@ -87,6 +90,7 @@ def build_part(
         vocab_divisible_by=run.model.vocab_divisible_by,
         reads_inputs=reads_inputs,
         tile=tile_size(run.train, config.hidden_size),
+        kernels=kernels,
     )
     load(part, source.tensors, groups, prepare=prepare)
     return part

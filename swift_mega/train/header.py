@@ -6,39 +6,42 @@ import torch
 
 from swift_mega.device.backends import apex, flash_attn, transformer_engine
 from swift_mega.device.device import Device, unused_gpus
-from swift_mega.models.modules.attention import CoreAttention
+from swift_mega.models.build import ModelPart
+from swift_mega.models.kernels import te_layers, uses
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.train.wire import Training
 
 HOMES = {"torch": "torch's", "transformer_engine": "Transformer Engine's", "apex": "apex's"}
 
 
 def header(training: Training) -> list[str]:
-    """Lines that rank 0 prints: backends of layers, attention and optimizer, and the number of unused GPUs."""
-    device, config = training.device, training.part.config
-    te = training.part.layout.mesh.engine
-    attention = "Transformer Engine's" if te else _attention(training)
+    """Lines that rank 0 prints: backends of layers and optimizer, the form of every op, and the number of unused GPUs."""
+    device, part = training.device, training.part
+    layers = layer_modules(device, part.config.params_dtype, part.kernels)
     lines = [
-        f"computed by         layers: {layer_modules(device, config.params_dtype)}; attention: {attention}; optimizer: "
-        f"{optimizer_kernel(training.optimizer)}"
+        f"computed by         layers: {layers}; optimizer: {optimizer_kernel(training.optimizer)}",
+        f"kernels             train.kernels={part.kernels.asked}: {ops(part, device)}",
     ]
     if device.kind == "cuda":
         lines.append(f"optional packages   {transformer_engine()}; {flash_attn()}; {apex()}")
     return lines + ([f"GPUs                {unused}"] if (unused := unused_gpus()) else [])
 
 
-def _attention(training: Training) -> str:
-    """The attention kernels of this stage's layers (ops/attention_kernels.py); most models use one."""
-    ring = training.part.layout.mesh.ring > 1
-    layers = (layer for chunk in training.part.chunks for layer in chunk.modules() if isinstance(layer, CoreAttention))
-    names = dict.fromkeys(layer.kernel(training.device.device, ring=ring) for layer in layers)
-    return " and ".join(names) or "none in this stage"
+def ops(part: ModelPart, device: Device) -> str:
+    """Which form of each op runs, and what better forms need: "attention: torch flash (fused); rope: …"."""
+    mesh, kernels, dtype = part.layout.mesh, part.kernels, part.config.params_dtype
+    found = uses(part.settings, mesh, te=te_layers(device, dtype, kernels))
+    words = ["attention: Transformer Engine's"] if mesh.engine else []
+    return "; ".join(words + [f"{use.op.name}: {kernels.text(use, device.device, dtype)}" for use in found])
 
 
-def layer_modules(device: Device, dtype: torch.dtype) -> str:
+def layer_modules(device: Device, dtype: torch.dtype, kernels: Kernels = AUTO) -> str:
     """The backend of the layers (Transformer Engine or Megatron) for this dtype; on CUDA also the reason, where it is not TE."""
     te = transformer_engine()
-    if device.uses_transformer_engine(dtype):
+    if te_layers(device, dtype, kernels):
         return str(te)
+    if device.uses_transformer_engine(dtype):
+        return "Megatron's local modules (train.kernels=reference)"
     if device.kind == "cuda" and te.version is not None:
         return f"Megatron's local modules ({te} is for bfloat16 and float16, not {str(dtype).removeprefix('torch.')})"
     return "Megatron's local modules"

@@ -233,7 +233,7 @@ def held_part(row: Microbatch, context: Context | None) -> Microbatch:
     if context is None:
         return row
     held = held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
-    return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[held])
+    return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[..., held])
 
 
 def _padding(training: Training, row: Microbatch) -> Tensor | None:

@@ -27,7 +27,6 @@ from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.groups import Groups
 from swift_mega.train.build import Loaded, load_training
 
-
 EMBEDDING = "embedding.word_embeddings.weight"
 
 

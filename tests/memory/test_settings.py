@@ -52,8 +52,12 @@ CHANGES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "parallel.distributed_optimizer": ("false", (), 2),
     "parallel.gradients_in_float32": ("false", (), 1),
 }
-REFUSED = {"parallel.expert": "2", "parallel.expert_tensor": "2"}
-"""This model has no experts, and the formula does not support models with experts."""
+REFUSED = {
+    "parallel.expert": ("2", "expert"), "parallel.expert_tensor": ("2", "expert"),
+    "train.kernels": ("reference", "train.kernels=reference has no memory formula"),
+    "train.kernels_by_op": ('{"rope": "reference"}', "train.kernels=reference has no memory formula"),
+}  # fmt: skip
+"""This model has no experts, and the formula does not support models with experts, nor plain torch forms."""
 FREE = {
     "parallel.overlap_grad_reduce": "the same buffer, in buckets", "parallel.overlap_param_gather": "the same",
     "parallel.ddp_bucket_size": "the same", "parallel.distributed_timeout_minutes": "a time",
@@ -91,7 +95,7 @@ def test_a_setting_changes_the_answer(model: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("changes, said", [
-    *(([f"{key}={value}"], "expert") for key, value in REFUSED.items()),
+    *(([f"{key}={value}"], said) for key, (value, said) in REFUSED.items()),
     (["model.dtype=float32", "parallel.gradients_in_float32=false"], "gradients_in_float32=false sums gradients"),
     (["model.dtype=float64"], "set parallel.distributed_optimizer=false and optim.clip_grad=0"),
     (["tuner.target_modules=q_prj"], "'q_prj' names no linear"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from swift_mega.ops.kernels import resolve
 from tests.ops.kernel_stand_ins import OPERATORS
 
 
@@ -16,3 +17,11 @@ def torch_operators() -> Iterator[None]:
         library.impl(name, function, "CPU")
     yield
     library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def no_answers_of_another_test() -> Iterator[None]:
+    """The registry of kernels keeps its answers, and tests change what they depend on."""
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()

@@ -1,9 +1,12 @@
 """Rotary embedding equals complex multiplication in float64, value and gradient; its tables equal Hugging Face's."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
+from swift_mega.models.settings import Rope
 from swift_mega.ops.rope import rotate, rotate_reference, tables
 
 
@@ -40,6 +43,43 @@ def test_tables_of_packed_positions():
     angles = positions.double()[:, None, None] * frequencies.double()
     torch.testing.assert_close(cos.double(), 1.25 * angles.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(sin.double(), 1.25 * angles.sin(), rtol=0, atol=1e-5)
+
+
+FREQUENCIES = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 1, 1, 1, 2, 2, 2), (0, 1, 2, 0, 1, 2, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_axes_are_one_axis(axes, dtype):
+    """Bit for bit, also where every token has its own frequencies (LongRoPE)."""
+    positions = torch.randint(0, 4000, (9,))
+    for frequencies in (FREQUENCIES, torch.rand(9, 1, 8)):
+        one = tables(positions, frequencies, 1.25, dtype)
+        three = tables(positions.expand(3, -1), frequencies, 1.25, dtype, torch.tensor(axes))
+        assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_several_axes_equal_transformers(name):
+    """Rotated queries and keys of Qwen2-VL and Qwen2.5-VL, whose pairs are in sections, and of Qwen3-VL, whose pairs alternate."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    kinds = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VLText"}
+    alternate = name == "qwen3_vl"
+    sections = (4, 2, 2) if alternate else (2, 3, 3)
+    config = CONFIG_MAPPING[f"{name}_text"](hidden_size=64, num_attention_heads=4)
+    config.head_dim = 16
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    theirs = getattr(module, f"{kinds[name]}RotaryEmbedding")(config)
+    positions = torch.randint(0, 3000, (3, 1, 11))
+    query, key = (torch.randn(1, heads, 11, 16, dtype=torch.float64) for heads in (4, 2))
+    want = module.apply_rotary_pos_emb(query, key, *theirs(query, positions))
+    rope = Rope(tuple(theirs.inv_freq.tolist()), sections=sections, sections_interleaved=alternate)
+    cos, sin = tables(positions[:, 0], theirs.inv_freq, 1.0, torch.float64, torch.tensor(rope.axes))
+    for ours, expected in zip((query, key), want, strict=True):
+        got = rotate(ours[0].transpose(0, 1), cos, sin)
+        torch.testing.assert_close(got, expected[0].transpose(0, 1), rtol=0, atol=1e-12)
 
 
 def test_input_is_left_as_it_is():

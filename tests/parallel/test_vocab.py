@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel import vocab
 from swift_mega.parallel.vocab import cross_entropy, token_log_probabilities
 from tests.largest import Largest
@@ -54,6 +55,7 @@ def _cut_equals_dense(
     *,
     biased: bool = False,
     bias_alone: bool = False,
+    kernels: Kernels = AUTO,
 ) -> None:
     """padded: rows of the whole padded vocabulary, which the ranks share evenly. The padding has huge values, which must have no effect.
 
@@ -82,6 +84,7 @@ def _cut_equals_dense(
         columns=columns,
         softcap=softcap,
         bias=my_bias,
+        kernels=kernels,
     )
     close = {"rtol": 0, "atol": 1e-13}
     torch.testing.assert_close(got.detach(), value, **close)
@@ -101,6 +104,18 @@ def _cut_equals_dense(
 def test_value_and_gradients_equal_dense(ranks, size):
     """Vocabulary 29 on 1, 2, 3 ranks (padded; with 3 ranks and 48 rows one is all padding), whole and in chunks."""
     ranks(size, _all_cases, size)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_reference_form_equals_dense(ranks, size):
+    """In plain torch: the same values and gradients, with soft-cap and bias, also where a rank has padding only."""
+    ranks(size, _reference_cases)
+
+
+def _reference_cases() -> None:
+    for given in ({}, {"softcap": 2.0}, {"biased": True}, {"biased": True, "bias_alone": True}):
+        _cut_equals_dense(48, None, True, kernels=Kernels("reference"), **given)
+    _cut_equals_dense(48, None, False, kernels=Kernels("reference"))
 
 
 @pytest.mark.parametrize("size", [1, 2])

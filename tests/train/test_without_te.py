@@ -59,9 +59,10 @@ def test_the_same_numbers(tmp_path: Path, cpu: Device, ranks: Any, family: str) 
     here, there = ranks(world, both, run, cpu, layout, rows, tmp_path)
     found = parity.compare(family, tmp_path / "cpu", tmp_path / "cuda")
     assert found.logits < 0.05 and found.gradient < 0.05, found
-    assert "layers: Megatron's local modules; attention: " in here[0] and len(here) == 1
+    assert "layers: Megatron's local modules; optimizer: " in here[0] and len(here) == 2
+    assert here[1].startswith("kernels             train.kernels=auto: attention: ")
     assert here[0].split(";")[0] == there[0].split(";")[0] and "torch's AdamW" in there[0]
     assert (
-        there[1]
+        there[2]
         == "optional packages   Transformer Engine is not installed; flash-attn is not installed; apex is not installed"
     )

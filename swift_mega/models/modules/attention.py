@@ -21,7 +21,8 @@ from swift_mega.device.device import send
 from swift_mega.models.modules.engine import attend, engine_attention
 from swift_mega.models.modules.norm import Norm
 from swift_mega.models.settings import Rope, Settings
-from swift_mega.ops.attention import attention, attention_kernel_name
+from swift_mega.ops.attention import attention
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.rope import rotate, tables
 from swift_mega.parallel.context import Context, context_attention
 from swift_mega.parallel.sequence import held_tokens
@@ -47,19 +48,26 @@ class Segments(PackedSeqParams):
 def segments(
     settings: Settings, positions: Tensor, cu_seqlens: Tensor, dtype: torch.dtype, context: Context | None = None
 ) -> Segments:
-    """Describes a packed row with tokens at `positions` [tokens]; cu_seqlens: [examples + 1] int32 on the host.
+    """Describes a packed row with tokens at `positions`, [tokens] or [axes, tokens]; cu_seqlens: [examples + 1] int32 on the host.
 
     context: the ranks that share the row; positions are then those of this rank's tokens, cu_seqlens is of the whole row.
 
     The frequencies of an example depend on its own length, not on the longest example in its row. So they are the same as without packing.
     """
     turns = tuple(
-        tables(positions, _frequencies(rope, cu_seqlens, context, positions.device), rope.scale, dtype)
+        tables(
+            positions,
+            _frequencies(rope, cu_seqlens, context, positions.device),
+            rope.scale,
+            dtype,
+            _axes(rope, positions),
+        )
         for rope in settings.distinct_ropes
     )
     growth = None
     if settings.scales.query_growth is not None:
         slope, length = settings.scales.query_growth
+        assert positions.dim() == 1, "no model has both several axes and queries that grow with the position"
         growth = (1 + slope * (1 + (positions / length).floor()).log()).to(dtype)[:, None, None]
     return Segments(
         bounds=tuple(cu_seqlens.tolist()),
@@ -74,6 +82,20 @@ def segments(
 def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     """[rotary_dim / 2], copied once and not for every microbatch; a model has few different rotations."""
     return torch.tensor(frequencies, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _axes_on_device(axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[rotary_dim / 2] int64, copied once like the frequencies."""
+    return torch.tensor(axes, device=device)
+
+
+def _axes(rope: Rope, positions: Tensor) -> Tensor | None:
+    """[rotary_dim / 2]: the axis of each rotated pair; None where tokens have one position each."""
+    if positions.dim() == 1:
+        return None
+    assert rope.sections is not None and len(rope.sections) == len(positions), (rope.sections, positions.shape)
+    return _axes_on_device(rope.axes, positions.device)
 
 
 def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None, device: torch.device) -> Tensor:
@@ -103,6 +125,7 @@ class CoreAttention(MegatronModule):
         alibi: tuple[float, ...] | None = None,
         late_norm: bool = False,
         sinks: bool = False,
+        kernels: Kernels = AUTO,
         **given: Any,
     ) -> None:
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
@@ -112,6 +135,7 @@ class CoreAttention(MegatronModule):
         alibi, late_norm, sinks: of modules/core_edits.py.
         """
         super().__init__(config=config)
+        self.kernels = kernels
         rope = settings.ropes[layer_number - 1]
         self.turn = None if rope is None else settings.distinct_ropes.index(rope)
         self.interleaved = rope is not None and rope.interleaved
@@ -126,8 +150,12 @@ class CoreAttention(MegatronModule):
         self.late_norm = late_norm
         # Megatron sums gradients over tensor ranks by the names of its own norms, so ours have the same names.
         if self.late_norm:
-            self.q_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
-            self.k_layernorm = Norm(config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm)
+            self.q_layernorm = Norm(
+                config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm, kernels=kernels
+            )
+            self.k_layernorm = Norm(
+                config, config.kv_channels, config.layernorm_epsilon, kind=settings.norm, kernels=kernels
+            )
         self.softmax_offset = None  # Megatron's name for attention sinks
         if sinks:
             heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -156,7 +184,7 @@ class CoreAttention(MegatronModule):
             query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
         if self.turn is not None:
             cos, sin = row.turns[self.turn]
-            query, key = (rotate(x, cos, sin, self.interleaved) for x in (query, key))
+            query, key = (rotate(x, cos, sin, self.interleaved, self.kernels) for x in (query, key))
             # The backward pass keeps value, and a view would keep all of linear_qkv's output in memory.
             value = value.clone(memory_format=torch.contiguous_format)
         if row.growth is not None:
@@ -179,6 +207,7 @@ class CoreAttention(MegatronModule):
                 window=self.window,
                 softcap=self.softcap,
                 sinks=self.softmax_offset,
+                kernels=self.kernels,
             )
             return out.reshape(out.shape[0], 1, -1)
         out = attention(
@@ -192,23 +221,9 @@ class CoreAttention(MegatronModule):
             softcap=self.softcap,
             alibi=self.alibi,
             sinks=self.softmax_offset,
+            kernels=self.kernels,
         )
         return out.reshape(out.shape[0], 1, -1)
-
-    def kernel(self, device: torch.device, *, ring: bool) -> str:
-        """Name of the kernel that computes this layer's attention on a device, not where Transformer Engine does. ring: over a ring."""
-        config = self.config
-        latent = config.multi_latent_attention
-        head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim if latent else config.kv_channels
-        return attention_kernel_name(
-            device,
-            config.params_dtype,
-            head_dim,
-            softcap=self.softcap is not None,
-            alibi=self.alibi is not None,
-            sinks=self.softmax_offset is not None,
-            ring=ring,
-        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -1,6 +1,7 @@
 """Edits of our core attention (modules/attention.py): what some families compute between the projections of a layer."""
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from swift_mega.models.edits import Edit, Parts, attention_of, bound
@@ -14,6 +15,7 @@ class Alibi(Edit):
 
     slopes: tuple[float, ...]
     no_memory_formula = "ALiBi in attention"
+    attention_case = MappingProxyType({"alibi": True})
 
     def edit(self, spec: Any, parts: Parts) -> None:
         """Gives the slopes to the core attention, which takes those of its tensor rank."""
@@ -28,6 +30,7 @@ class Sinks(Edit):
     """Each head has a learned logit that takes part in its softmax (ops/sinks.py)."""
 
     no_memory_formula = "sinks in attention"
+    attention_case = MappingProxyType({"sinks": True})
 
     def edit(self, spec: Any, parts: Parts) -> None:
         """The core attention gets a parameter with the logits of its heads."""
@@ -43,6 +46,7 @@ class LateQKNorm(Edit):
 
     no_memory_formula = None
     normalises_queries = True
+    own_norm = True
 
     def edit(self, spec: Any, parts: Parts) -> None:
         """Moves the two norms into the core attention."""

@@ -5,7 +5,7 @@ So each tensor rank has some key heads, every projection is column- or row-paral
 module cannot be built without flash-linear-attention, and before 0.19 it refuses rows of many examples. Only its linears are used here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from swift_mega.models.edits import Edit, Parts
 from swift_mega.models.modules.attention import Segments
-from swift_mega.ops.causal_conv import causal_conv
-from swift_mega.ops.gated_delta import gated_delta_rule
+from swift_mega.ops.causal_conv import CAUSAL_CONV, causal_conv
+from swift_mega.ops.gated_delta import GATED_DELTA, gated_delta_rule
+from swift_mega.ops.kernels import AUTO, Kernels, Use
 from swift_mega.parallel.layout import ModelShape
 
 CUT = {"A_log": 0, "dt_bias": 0, "conv": 0}
@@ -40,17 +41,22 @@ class DeltaNet(Edit):
     taps: int
     """Width of the convolution in tokens: each token and the taps - 1 before it."""
     no_memory_formula = "a gated delta net"
+    replaces_attention = True
 
     @property
     def channels(self) -> tuple[int, int, int]:
         """Query, key and value channels of one key head."""
         return self.key_dim, self.key_dim, self.value_heads // self.key_heads * self.value_dim
 
+    def ops(self) -> Sequence[Use]:
+        return Use(CAUSAL_CONV), Use(GATED_DELTA)
+
     def edit(self, spec: Any, parts: Parts) -> None:
         """Replaces the attention in a layer's spec; the input norm is not fused into a linear."""
         spec.submodules.input_layernorm = parts.norm
         spec.submodules.self_attention = ModuleSpec(
-            module=GatedDeltaNet, params={"delta": self, "column": parts.column, "row": parts.row}
+            module=GatedDeltaNet,
+            params={"delta": self, "column": parts.column, "row": parts.row, "kernels": parts.kernels},
         )
 
     def limits(self, shape: ModelShape) -> ModelShape:
@@ -73,11 +79,19 @@ class GatedDeltaNet(MegatronModule):
     """hidden states [tokens / s, 1, hidden] -> (the same shape, no bias), like Megatron's attention."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, delta: DeltaNet, column: Any, row: Any, **given: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        delta: DeltaNet,
+        column: Any,
+        row: Any,
+        kernels: Kernels = AUTO,
+        **given: Any,
     ) -> None:
         """column, row: Megatron's column- and row-parallel linear; `given` is what Megatron passes to any attention."""
         super().__init__(config)
-        self.delta, self.ranks = delta, config.tensor_model_parallel_size
+        self.delta, self.ranks, self.kernels = delta, config.tensor_model_parallel_size, kernels
         self.key_heads, self.per_key = delta.key_heads // self.ranks, delta.value_heads // delta.key_heads
         self.value_heads = self.key_heads * self.per_key
         self.parts = (delta.key_dim, delta.key_dim, self.per_key * delta.value_dim)  # of one key head
@@ -111,7 +125,8 @@ class GatedDeltaNet(MegatronModule):
         """Projections [tokens, of this rank's heads] -> [tokens, value_heads * value_dim]."""
         tokens, value_dim = len(qkvz), self.delta.value_dim
         mixed, gate = qkvz.view(tokens, self.key_heads, -1).split((sum(self.parts), self.parts[2]), -1)
-        mixed = F.silu(causal_conv(mixed.reshape(tokens, -1), self.conv, cu_seqlens=row.starts))
+        mixed = causal_conv(mixed.reshape(tokens, -1), self.conv, cu_seqlens=row.starts, kernels=self.kernels)
+        mixed = F.silu(mixed)
         query, key, value = mixed.view(tokens, self.key_heads, -1).split(self.parts, -1)
         b, a = ba.view(tokens, self.key_heads, 2, self.per_key).unbind(2)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
@@ -125,6 +140,7 @@ class GatedDeltaNet(MegatronModule):
             b.reshape(tokens, -1).sigmoid(),
             bounds=row.bounds,
             cu_seqlens=row.starts,
+            kernels=self.kernels,
         )
         return self._gated(out, gate.reshape(tokens, -1, value_dim)).flatten(1)
 

@@ -113,7 +113,7 @@ class LatentAttention(MLASelfAttention):
         super().__init__(config, submodules, layer_number, **given)
         # The rotation moves here from the core attention, which would rotate the first features of whole heads.
         core = self.core_attention
-        self.turn, self.interleaved = core.turn, core.interleaved
+        self.turn, self.interleaved, self.kernels = core.turn, core.interleaved, core.kernels
         core.turn = self.rotary_pos_emb = None
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
@@ -147,8 +147,8 @@ class LatentAttention(MLASelfAttention):
         query = self._by_head(self._query(query_latent))
         key, value = self._by_head(self.linear_kv_up_proj(latent)[0]).split([straight, config.v_head_dim], -1)
         query, query_turned = query.split([straight, turned], -1)
-        shared = rotate(shared, cos, sin, self.interleaved).expand(-1, key.shape[1], -1)
-        query = torch.cat((query, rotate(query_turned, cos, sin, self.interleaved)), -1)
+        shared = rotate(shared, cos, sin, self.interleaved, self.kernels).expand(-1, key.shape[1], -1)
+        query = torch.cat((query, rotate(query_turned, cos, sin, self.interleaved, self.kernels)), -1)
         key = torch.cat((key, shared), -1)
         return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), query_latent, latent
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from swift_mega.models.edits import Edit, Parts, attention_of, bound
 from swift_mega.models.settings import NormKind
+from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.rmsnorm import rms_norm
 from swift_mega.parallel.layout import ModelShape
 
@@ -26,10 +27,17 @@ class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dim."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, kind: NormKind, **given: Any
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        kind: NormKind,
+        kernels: Kernels = AUTO,
+        **given: Any,
     ) -> None:
         super().__init__()
-        self.kind, self.eps, self.size = kind, eps, hidden_size
+        self.kind, self.eps, self.size, self.kernels = kind, eps, hidden_size, kernels
         self.weight = _parameter(config, hidden_size) if kind.weight else None
         self.bias = _parameter(config, hidden_size) if kind.bias else None
 
@@ -40,7 +48,9 @@ class Norm(torch.nn.Module):
             weight = weight + 1
         if self.kind.kind == "layer":
             return F.layer_norm(x, (self.size,), weight, self.bias, self.eps)
-        return F.rms_norm(x, (self.size,), None, self.eps) if weight is None else rms_norm(x, weight, self.eps)
+        if weight is None:
+            return F.rms_norm(x, (self.size,), None, self.eps)
+        return rms_norm(x, weight, self.eps, self.kernels)
 
 
 def _parameter(config: TransformerConfig, size: int) -> torch.nn.Parameter:
