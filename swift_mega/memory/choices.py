@@ -58,10 +58,10 @@ def choices_of(
     """
     train, optim, tuner = run.train, run.optim, run.tuner
     if train.recompute == "selective":
-        raise UserError("train.recompute=selective has no memory formula; plan with none or full")
+        raise UserError("train.recompute=selective has no memory formula; estimate with none or full")
     if run.parallel.cp.startswith("te:"):
         raise UserError(
-            f"parallel.cp={run.parallel.cp} has no memory formula: Transformer Engine's attention was not read for it; plan with auto"
+            f"parallel.cp={run.parallel.cp} has no memory formula, which is for our own attention only; estimate with auto"
         )
     return Choices(
         device=device,

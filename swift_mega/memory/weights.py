@@ -56,7 +56,7 @@ def _check(settings: Settings) -> None:
         "a mixture of experts": bool(settings.shape.experts),
         "latent attention": bool(settings.megatron.get("multi_latent_attention")),
         "a gated delta net": settings.delta is not None,
-        "branches or norms joined otherwise than Llama's": settings.block != Block(),
+        "branches or norms joined in another way than Llama's": settings.block != Block(),
         "a soft-cap, sinks or ALiBi in attention": bool(
             settings.scales.attention_softcap or settings.sinks or settings.alibi
         ),
@@ -64,7 +64,7 @@ def _check(settings: Settings) -> None:
     for what, there in found.items():
         if there:
             raise UserError(
-                f"the memory formula knows layers like Llama's and Qwen3's, and this model has {what}; measure a small run instead: "
+                f"the memory formula covers layers like Llama's and Qwen3's, and this model has {what}; measure a small run instead: "
                 "logging.jsonl names its memory"
             )
 

@@ -64,10 +64,12 @@ def translate(
         expert_ffn=None,
         vocab=config.vocab_size,
         head_dim=head_dim,
-        alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks"
+        alone_in_a_row="adds biases to scores by position (ALiBi), which is not supported over context ranks"
         if changes.get("alibi")
         else None,
-        key_heads_alone="has a norm of its own that tensor ranks cannot share" if changes.get("head_qk_norm") else None,
+        key_heads_alone="has its own norm, which cannot be split over tensor ranks"
+        if changes.get("head_qk_norm")
+        else None,
     )
     found: dict[str, Any] = dict(
         shape=shape,

@@ -193,12 +193,12 @@ class Settings:
     def not_engine(self) -> str | None:
         """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can (modules/engine.py)."""
         reasons = {
-            "has attention sinks, which it takes in some of its kernels only": self.sinks,
-            "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,
+            "has attention sinks, which only some of its kernels support": self.sinks,
+            "has soft-capped scores, which Megatron does not pass to it": self.scales.attention_softcap is not None,
             "has latent attention, whose values are not as wide as its keys": self.megatron.get(
                 "multi_latent_attention"
             ),
-            "turns tokens by the length of their example, to which it would add padding": any(
+            "rotates tokens by the length of their example, to which it would add padding": any(
                 rope is not None and rope.long is not None for rope in self.ropes
             ),
         }

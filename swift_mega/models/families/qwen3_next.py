@@ -71,7 +71,7 @@ def _translate(config: Any) -> Settings:
         settings.shape,
         linear_heads=delta.key_heads if any(linear) else None,
         alone_in_a_row="has gated delta nets, whose state goes from token to token" if any(linear) else None,
-        key_heads_alone="belongs to queries with a gate, which Megatron does not share over tensor ranks",
+        key_heads_alone="belongs to queries with a gate, which Megatron does not split over tensor ranks",
     )
     settings = dataclasses.replace(settings, heads=heads, shape=shape)
     moe_layers = tuple(
