@@ -365,9 +365,9 @@ def _compare(source: Path, target: Path) -> None:
     ):
         return
     ours, theirs = Checkpoint(source), Checkpoint(target)
-    assert ours.entries.keys() == theirs.entries.keys(), "other tensors came out than went in"
+    assert ours.entries.keys() == theirs.entries.keys(), "the output has other tensors than the input"
     for name in ours.entries:
-        assert ours.read(name).equal(theirs.read(name)), f"{name} is not what went in"
+        assert ours.read(name).equal(theirs.read(name)), f"{name} differs from the input"
 
 
 def _cleared(*folders: Path) -> None:
@@ -430,10 +430,10 @@ def main(given: Sequence[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1.0, 4.0], help="GB of weights (default 1 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="of every job (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every job (default 3)")
     parser.add_argument("--jobs", nargs="+", choices=("ranks", "resave", "mcore"), default=["ranks", "resave", "mcore"])
     parser.add_argument(
-        "--folder", type=Path, help="where the files go, three times the largest size; default: a temporary one"
+        "--folder", type=Path, help="folder for the files, three times the largest size; default: a temporary one"
     )
     parser.add_argument("--json", type=Path, help="writes every round to this file")
     parser.add_argument("--plot", type=Path, help="draws seconds and memory over size to this file")

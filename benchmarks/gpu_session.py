@@ -80,7 +80,7 @@ def _wait(process: "subprocess.Popen[bytes]", path: Path, stages: Sequence[str],
                 if path.is_file() and (name := _overdue(Record(path), stages, limit)):
                     process.kill()
                     process.wait()
-                    return f"{name} took more than {limit:g} s and was ended"
+                    return f"{name} took more than {limit:g} s and was killed"
     finally:
         # Still running after Ctrl-C.
         if process.poll() is None:
@@ -127,7 +127,7 @@ def refuse(lacking: Mapping[str, str], gpu: str | None, *, small: bool) -> str |
         found = ", ".join(f"{text} ({there} is installed)" for text, there in lacking.items())
         install = shlex.join([sys.executable, "-m", "pip", "install", *lacking])
         return (
-            f"{sys.executable} lacks {found}. With a network: {install}. Without one: bring their wheels along, pip install --no-index "
+            f"{sys.executable} lacks {found}. With a network: {install}. Without one: copy their wheels here, pip install --no-index "
             "--no-deps --target site *.whl, and set PYTHONPATH=site. Or name another interpreter: make gpu-check GPU_PYTHON=python3"
         )
     if gpu is None and not small:
@@ -213,12 +213,12 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=_stages, help=f"of {','.join(STAGES)}; default: all")
+    parser.add_argument("--stages", type=_stages, help=f"stages to run, of {','.join(STAGES)}; default: all")
     parser.add_argument(
         "--small", "--smoke", action="store_true", help="tiny models and short rows, also on a CPU; keeps no results"
     )
     parser.add_argument("--output", type=Path, help="results file; default: benchmarks/results/<gpu>-<date>.json")
-    parser.add_argument("--commit", help="of this tree, where it is a copy without git")
+    parser.add_argument("--commit", help="commit of this tree, where it is a copy without git")
     parser.add_argument("--docs", action="store_true", help="only write docs/gpu.md from the results files")
     parser.add_argument("--check-docs", action="store_true", help="exit with 1 where docs/gpu.md is not up to date")
     return parser.parse_args(given)

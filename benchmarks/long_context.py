@@ -41,13 +41,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument(
-        "--json", type=Path, help="writes what was found to this file; parts that it has and that are not run stay"
+        "--json", type=Path, help="writes the results to this file; results of parts that are not run stay in it"
     )
     parser.add_argument("--plot", type=Path, help="draws memory over tokens, and the longest rows, to this file")
     parser.add_argument(
-        "--tokens", type=int, default=8192, help="of the rows of b and c, a multiple of 16 (default 8192)"
+        "--tokens", type=int, default=8192, help="tokens of the rows of b and c, a multiple of 16 (default 8192)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of b and c, of which medians are printed (default 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of b and c, of which medians are printed (default 5)"
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="every part as small as can be, to see that all of it runs"
     )
@@ -57,7 +59,9 @@ def main(given: Sequence[str] | None = None) -> None:
         _smoke(arguments)
         return
     if arguments.tokens <= 0 or arguments.tokens % 16 or arguments.rounds < 1:
-        parser.error("--tokens is cut into 16 chunks at CP 8, and --rounds is at least 1")
+        parser.error(
+            "--tokens is split into 16 chunks at CP 8, so it must be a multiple of 16, and --rounds at least 1"
+        )
     found: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
         found = json.loads(arguments.json.read_text())

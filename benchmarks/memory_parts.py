@@ -201,7 +201,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "| | bytes a token | at none, MB | R² | farthest from the line | longest in 2 GB, by the formula | measured there, GB |",
+        "| | bytes per token | at none, MB | R² | largest distance from the line | longest in 2 GB, by the formula | measured there, GB |",
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for most in (Point(**one) for one in found["longest"]):
@@ -249,10 +249,10 @@ def plan() -> dict[str, Any]:
     }
     numbers = 8_030_261_248
     rows["+ the best tensor, pipeline and context sizes"] = {n: _best(settings, best, n, cut=True) for n in PUBLISHED}
-    rows["not there: gradients in host memory"] = {
+    rows["not implemented: gradients in host memory"] = {
         n: _best(settings, best, n, cut=True, spare=2 * numbers) for n in PUBLISHED
     }
-    rows["not there: weights and gradients in host memory"] = {
+    rows["not implemented: weights and gradients in host memory"] = {
         n: _best(settings, best, n, cut=True, spare=4 * numbers) for n in PUBLISHED
     }
     rows["LoRA of rank 8 with all of the settings above"] = {

@@ -351,10 +351,10 @@ def table(results: Sequence[Result], threads: int) -> str:
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, help="Hugging Face directory; default: SmolLM2, prepared where it is not there yet"
+        "--model", type=Path, help="Hugging Face directory; default: SmolLM2, prepared where it does not exist yet"
     )
     parser.add_argument(
-        "--threads", type=int, help="of each side; default: torch's own choice, which OMP_NUM_THREADS sets"
+        "--threads", type=int, help="threads of each side; default: torch's own choice, which OMP_NUM_THREADS sets"
     )
     parser.add_argument(
         "--scenario", choices=("unpacked", "mixed", "file"), action="append", help="default: unpacked and mixed"
@@ -363,7 +363,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--data", help="JSONL for the scenario `file`: mixed lengths, loss on the assistant's turns only"
     )
     parser.add_argument(
-        "--seconds", type=float, default=75, help="per scenario (default 75); three pairs of steps at least"
+        "--seconds", type=float, default=75, help="seconds per scenario (default 75); three pairs of steps at least"
     )
     parser.add_argument("--length", type=int, default=256, help="tokens of an unpacked example (default 256)")
     parser.add_argument("--examples", type=int, default=2, help="unpacked examples per step (default 2)")

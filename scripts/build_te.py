@@ -131,7 +131,7 @@ def pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    options.add_argument("folder", type=Path, help="where it is installed; what is there is replaced")
+    options.add_argument("folder", type=Path, help="directory to install into; existing files are replaced")
     folder = options.parse_args().folder
     if (reason := missing()) is not None:
         print(f"[te] Transformer Engine is not built here, and tests of its layers will be skipped: {reason}")

@@ -25,9 +25,9 @@ NAME, AUTHOR = "Mega", "the swift_mega team"
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="where everything goes")
+    options.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="folder for all outputs")
     options.add_argument(
-        "--smoke", action="store_true", help="two steps of a tiny random model; what it says is not judged"
+        "--smoke", action="store_true", help="two steps of a tiny random model; its answers are not checked"
     )
     arguments = options.parse_args()
     output, smoke = arguments.output, arguments.smoke
@@ -61,9 +61,9 @@ def main() -> int:
     assert trained.merged is not None
     proofs = prove(str(model), trained, output, "tp2-sp" if smoke else "tp3-sp")
 
-    heading("What was proven")
+    heading("Checks")
     rows = [
-        ("the model says its new name", "yes" if NAME in after[0] else "NO", smoke or NAME in after[0]),
+        ("the model answers with its new name", "yes" if NAME in after[0] else "NO", smoke or NAME in after[0]),
         (
             "loss, first and last step",
             f"{trained.losses[0]:.3f} -> {trained.losses[-1]:.3f}",

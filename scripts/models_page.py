@@ -14,22 +14,37 @@ from swift_mega.discover import scan  # noqa: E402
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """# Models
 
-Made by `python scripts/models_page.py` from the files in `swift_mega/models/families/`, one per
-family; the text is the family's own first lines.
+Made by `python scripts/models_page.py` from the files in `swift_mega/models/families/`, one for each family. The text beside a model type
+is the first paragraph of its file.
 
-For each family, tiny random models made by transformers are compared in `make test`: logits, loss and every gradient on one rank (all
-parameters, and LoRA on all linears beside PEFT) and on TP2 with sequence parallelism (with EP2 for experts); on PP2 two families of every
-kind there, the others in `make test-full`. All of that is in float64; further layouts and tuners are compared in float32. And every tensor
-comes back bit for bit from every layout. A field of config.json that a family does not know stops the run.
+## What is tested
 
-On CUDA a model in bfloat16 or float16 has Transformer Engine's modules where that is installed, and Megatron's local ones where not. One in
-float32 or float64 always has the latter: Transformer Engine multiplies float32 in TF32, with 10 bits of mantissa in place of 23, and it has
-no float64. Transformer Engine's modules are constructed, covered and filled at TP1 and TP2 (and TP2 with EP2 for experts), full
-and with LoRA, for every family, and compared with Megatron's local modules parameter by parameter; Megatron checkpoints of either kind
-fill the other (`make test-newest`, where nvcc is). Its kernels are not run. All linears are Transformer Engine's, experts in groups.
-Its norms lie inside the linears after them where a layer is joined as Megatron joins it and has RMSNorms, and stand alone in other layers
-and beside adapters; they are ours where it has no such norm: a LayerNorm without weight or bias, a norm over all heads together or with a
-weight for each head, one after the rotation. Attention, with all that families vary in it, and gated delta nets but for linears are ours.
+For each family, tiny random models are compared with transformers in float64: logits, loss and every gradient.
+
+- One rank: all parameters, and LoRA on all linears with PEFT as the reference.
+- TP2 with sequence parallelism, and EP2 where the model has experts.
+- PP2: two families of every kind in `make test`, the others in `make test-full`.
+
+Further layouts and tuners are compared in float32. Every tensor comes back bit for bit from every layout. A field of config.json that a
+family does not know stops the run.
+
+## Modules on CUDA
+
+A model in bfloat16 or float16 uses Transformer Engine's modules where Transformer Engine is installed, and Megatron's local modules
+elsewhere. A model in float32 or float64 always uses the local modules: Transformer Engine multiplies float32 in TF32, which has 10 bits
+of mantissa in place of 23, and it has no float64.
+
+- Linears: all are Transformer Engine's, and those of experts are its grouped linears.
+- Norms: fused into the linear that follows, if the layer has Megatron's structure and RMSNorms. In other layers, and beside adapters,
+  they are Transformer Engine's separate norms. Norms that it does not have are ours: a LayerNorm without weight or bias, a norm over all
+  heads together or with a weight for each head, and a norm after the rotation.
+- Attention, in all its variants, is ours. So are gated delta nets, except their linears.
+
+`make test-newest`, where nvcc is installed, tests this for every family, at TP1 and TP2 (with EP2 for experts), for full training and
+LoRA. It constructs Transformer Engine's modules, checks that rules cover every parameter, fills them, and compares each parameter with
+that of the local modules. Megatron checkpoints of either kind are loaded into the other. Transformer Engine's kernels are not run there.
+
+## Supported model types
 
 | model_type | what it is |
 |---|---|
@@ -37,13 +52,13 @@ weight for each head, one after the rotation. Attention, with all that families 
 
 
 LEFT_OUT = """
-## Left out, and why
+## Not supported, and why
 
 | model_type | |
 |---|---|
-| `bailing_moe` (Ling 1 and 2) | transformers has no model of this type to be equal to. |
+| `bailing_moe` (Ling 1 and 2) | transformers has no model of this type to compare with. |
 | `bailing_hybrid` (Ling 2.5 and Ring) | Most layers are Kimi delta attention, which neither Megatron-core nor this project has. |
-| `falcon` with `alibi`, `mpt` with fields of its experiments | Refused by the field's name. |
+| `falcon` with `alibi`, `mpt` with fields of its experiments | Refused with the name of the field. |
 """
 
 

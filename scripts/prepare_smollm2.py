@@ -87,7 +87,7 @@ def prepare(output: Path | None = None) -> Path:
     if is_current(target, marker):
         return target
     if target.exists() and not (target / MARKER).exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists and was not written by this script; name another output or move it away")
+        raise UserError(f"{target} exists and was not written by this script; name another output, or move it")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)

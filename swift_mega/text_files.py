@@ -74,7 +74,7 @@ def read_object(
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not an object; {remedy}")
+        raise UserError(f"{path} contains a {type(value).__name__}, not an object; {remedy}")
     return value
 
 

@@ -103,7 +103,7 @@ VERIFY = ["verify", "--model", "model"]
 COMPARE = ["compare", "--a", "model", "--b", "mcore"]
 
 MISTAKES = [
-    ([], "no verb; one of sft, pt, convert, export, infer, verify, compare, plan, config"),
+    ([], "no verb given; choose one of sft, pt, convert, export, infer, verify, compare, plan, config"),
     (["trian"], "unknown verb 'trian'"),
     (["convrt"], "unknown verb 'convrt' (did you mean convert?)"),
     (["--verbose"], "unknown verb '--verbose'"),
@@ -122,7 +122,7 @@ MISTAKES = [
     ([*SFT, "--nproc", "two"], "--nproc=two: expected a whole number of at least 1"),
     ([*SFT, "--nproc"], "--nproc needs a value"),
     ([*SFT, "--nproc", "1", "--nproc", "2"], "--nproc is given twice, with 1 and 2"),
-    ([*SFT, "-x"], "sft: '-x' belongs to no option"),
+    ([*SFT, "-x"], "sft: '-x' is no value of an option"),
     ([*SFT[:3]], "sft: no training data; give --dataset FILE.jsonl"),
     (["sft"], "sft: no model; give --model DIR, a Hugging Face directory"),
     (
@@ -145,9 +145,12 @@ MISTAKES = [
     ([*SFT[:3], "--dataset", "no.jsonl"], "data.dataset=no.jsonl: no such file no.jsonl"),
     (
         [*SFT[:3], "--dataset", "data.jsonl#0"],
-        "data.dataset=data.jsonl#0: after # comes how many rows to take, at least 1",
+        "data.dataset=data.jsonl#0: after # comes the number of rows to take, at least 1",
     ),
-    ([*SFT[:3], "--dataset", "data.jsonl#all"], "data.dataset=data.jsonl#all: after # comes how many rows to take"),
+    (
+        [*SFT[:3], "--dataset", "data.jsonl#all"],
+        "data.dataset=data.jsonl#all: after # comes the number of rows to take",
+    ),
     ([*SFT[:3], "--dataset", "model"], "data.dataset=model: a directory; name its .jsonl files"),
     (
         [*SFT, "--adapters", "adapter", "orphan"],
@@ -162,24 +165,27 @@ MISTAKES = [
     ([*SFT, "--chat_template", "no.jinja"], "data.chat_template=no.jinja: no such file"),
     ([*SFT, "--dataset_info", "no.json"], "data.dataset_info=no.json: no such file"),
     # convert
-    (["convert", "--model", "model", "--output", "o"], "convert: --to is missing; swift-mega convert --model DIR"),
+    (
+        ["convert", "--model", "model", "--output", "o"],
+        "convert: --to is missing; usage: swift-mega convert --model DIR",
+    ),
     ([*CONVERT], "convert: --output is missing"),
     (["convert", "--to", "gguf"], "--to=gguf: expected mcore | hf"),
     (["convert", "--to", "mcore", "--output", "o"], "convert --to mcore: --model DIR is missing"),
     ([*CONVERT, "--output", "o", "--mcore", "mcore"], "convert --to mcore reads --model; --mcore mcore has no effect"),
     (
         [*CONVERT, "--output", "o", "--max_shard_size", "1GB"],
-        "convert --to mcore: its files are cut by ranks, not by size",
+        "convert --to mcore: its files are split by ranks, not by size",
     ),
     ([*CONVERT, "--output", "o", "--lr", "1"], "--lr sets optim.lr, which has no effect in convert"),
     ([*CONVERT, "--output", "o", "lr=1"], "lr sets optim.lr, which has no effect in convert"),
-    ([*CONVERT, "--output", "o", "recipe.yaml"], "convert: 'recipe.yaml' belongs to no option"),
+    ([*CONVERT, "--output", "o", "recipe.yaml"], "convert: 'recipe.yaml' is no value of an option"),
     (
         [*CONVERT, "--output", "taken"],
         "--output=taken exists and is not empty; give another directory, or --overwrite true",
     ),
     ([*CONVERT, "--output", "precious", "--overwrite"], "--output=precious does not look like a model or checkpoint"),
-    ([*CONVERT, "--output", "data.jsonl"], "--output=data.jsonl: a file is there; give a directory"),
+    ([*CONVERT, "--output", "data.jsonl"], "--output=data.jsonl is a file; give a directory"),
     ([*CONVERT, "--output", "model", "--overwrite"], "--output=model is where model is read from"),
     ([*CONVERT, "--output", ".", "--overwrite"], "--output=. is where model is read from"),
     ([*CONVERT, "--output", "taken", "--overwrite", "x=1"], "unknown setting x"),
@@ -187,7 +193,7 @@ MISTAKES = [
     (["convert", "--to", "hf", "--output", "o", "--mcore", "absent"], "--mcore=absent: no such directory"),
     (
         ["convert", "--to", "hf", "--mcore", "mcore", "--dry_run", "true"],
-        "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore",
+        "--dry_run reports on a Hugging Face directory; give --model DIR, without --mcore",
     ),
     # export
     (["export", "--quant_method", "int3", "--model", "model"], "--quant_method=int3: expected fp8"),
@@ -216,7 +222,7 @@ MISTAKES = [
     # infer
     (["infer"], "infer: no model; give --model DIR, or --adapters DIR"),
     (["infer", "--adapters", "adapter", "adapter"], "infer: give one --adapters DIR, not 2"),
-    ([*INFER, "--prompt", "a", "--input", "data.jsonl"], "infer: --prompt and --input both say what to answer"),
+    ([*INFER, "--prompt", "a", "--input", "data.jsonl"], "infer: --prompt and --input both give the questions"),
     ([*INFER, "--output", "o.jsonl"], "infer: --output needs --input FILE.jsonl"),
     ([*INFER, "--input", "no.jsonl"], "data set no.jsonl does not exist"),
     ([*INFER, "--input", "data.jsonl", "--output", "data.jsonl"], "--output=data.jsonl exists; give another file"),
@@ -227,7 +233,7 @@ MISTAKES = [
     ),
     (
         [*INFER, "--input", "data.jsonl", "--output", "data.jsonl/o.jsonl"],
-        "--output=data.jsonl/o.jsonl: data.jsonl cannot be made",
+        "--output=data.jsonl/o.jsonl: data.jsonl cannot be created",
     ),
     ([*INFER, "--prompt", " "], "infer: --prompt is empty"),
     ([*INFER, "--prompt", "a", "--model_name", "M"], "infer: --model_name says how rows are read"),
@@ -243,7 +249,7 @@ MISTAKES = [
     ([*VERIFY, "--tolerance", "-1"], "--tolerance=-1: expected a number above 0"),
     ([*VERIFY, "--prompts", "no.txt"], "--prompts=no.txt: no such file"),
     ([*VERIFY, "--tuner", "dora"], "--tuner=dora: expected lora | full"),
-    (["compare", "--a", "model"], "compare: --b is missing; swift-mega compare --a DIR --b DIR"),
+    (["compare", "--a", "model"], "compare: --b is missing; usage: swift-mega compare --a DIR --b DIR"),
     ([*COMPARE[:3], "--b", "absent"], "--b=absent: no such directory; give a Hugging Face directory or"),
     ([*COMPARE, "--b_engine", "vllm"], "--b_engine=vllm: expected mcore | hf"),
     ([*COMPARE, "--a_layout", "pq2"], "--a_layout=pq2: expected sizes joined by dashes, such as tp2"),
@@ -278,7 +284,7 @@ QUESTION_MISTAKES = [
     ('{"messages": [{"role": "tool", "content": "x"}]}', "q.jsonl:1: turn 1: role 'tool' is tool use"),
     ('{"messages": [{"role": "narrator", "content": "x"}]}', "q.jsonl:1: turn 1: unknown role 'narrator'"),
     ('{"query": "a", "tools": ["t"]}', "q.jsonl:1: column 'tools' is tool use"),
-    ('{"text": "a"}', "q.jsonl:1: a document, in which nothing is asked"),
+    ('{"text": "a"}', "q.jsonl:1: a row of plain text has no question"),
     ('{"messages": ["a"]}', "q.jsonl:1: turn 1 is a string ('a')"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "q.jsonl:1: there is no question in it"),
 ]
@@ -409,7 +415,7 @@ def test_verify_files(api: Recorder, place: Path, capsys: pytest.CaptureFixture[
     write_headers(folder, planned)
     write_report(folder, planned, checksums(folder, planned, planned))
     assert main(["verify", "--model", "whole", "--files", "true"]) == 0
-    assert capsys.readouterr().out == "all 1 tensors are as report.json says\n"
+    assert capsys.readouterr().out == "all 1 tensors match report.json\n"
     raw = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(raw[:-1] + b"\x01")
     assert main(["verify", "--model", "whole", "--files", "true"]) == 1
@@ -618,7 +624,7 @@ def test_under_torchrun(api: Recorder, capsys: pytest.CaptureFixture[str], monke
     assert main([*SFT]) == 0
     assert main([*SFT, "--nproc", "3"]) == 2
     message = (
-        "swift-mega: rank 1: error: --nproc 3, but this process is one of 4 ranks started already; leave --nproc out\n"
+        "swift-mega: rank 1: error: --nproc 3, but this process is one of 4 ranks started already; remove --nproc\n"
     )
     assert capsys.readouterr().err == message
     for argv in ([*CONVERT, "--output", "o"], EXPORT, INFER, VERIFY):

@@ -58,9 +58,9 @@ def test_a_stage_costs_itself_alone(tmp_path: Path) -> None:
     }
     assert processes == 3
     assert "status -6" in record.stages["dies"]["error"]
-    assert record.stages["hangs"]["error"] == "hangs took more than 1 s and was ended"
+    assert record.stages["hangs"]["error"] == "hangs took more than 1 s and was killed"
     assert all(len(entry["checks"]) == 1 for entry in record.stages.values())
-    assert record.bad(record.stages) == [f"{name}: did not come to its end" for name in ("raises", "dies", "hangs")]
+    assert record.bad(record.stages) == [f"{name}: did not finish" for name in ("raises", "dies", "hangs")]
 
 
 def test_a_process_that_does_not_start_ends_the_session(tmp_path: Path) -> None:
@@ -134,9 +134,7 @@ def test_the_page_of_results(tmp_path: Path) -> None:
     made = page.page(page.newest(tmp_path))
     said = made[made.index("## NVIDIA X1, 2026-12-02") :]
     left_out = ", ".join(name for name in STAGES if name not in ("facts", "memory", "speed"))
-    assert (
-        f"0 of 1 checks ok; stages that did not come to their end: speed; stages that were not run: {left_out}." in said
-    )
+    assert f"0 of 1 checks ok; stages that did not finish: speed; stages that were not run: {left_out}." in said
     assert "| \\|formula / allocated - 1\\| | 0.25 | 0.05 | **BAD** |" in said
     assert "OutOfMemoryError: 3 GiB" in said and "Traceback" not in said
     assert "Not installed, so not shown: flash-attn." in said

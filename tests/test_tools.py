@@ -100,7 +100,7 @@ def test_compare_logits(model: Path, tmp_path: Path) -> None:
         tmp_path / "o.png",
     )
     assert parted.returncode == 1, parted.stderr
-    assert "layer 2 departs first" in parted.stdout
+    assert "first difference at layer 2" in parted.stdout
     assert json.loads((tmp_path / "o.json").read_text())["departs"] == "layer 2" and (tmp_path / "o.png").is_file()
     wrong = run(tool, "--a", model, "--b", tmp_path / "absent")
     assert (

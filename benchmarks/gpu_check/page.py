@@ -77,7 +77,7 @@ def _device(found: dict[str, Any]) -> str:
     failed = [name for name in stages if found["stages"][name]["state"] != "done"]
     left_out = [name for name in STAGES if name not in stages]
     said = f"{len(checks) - len(bad)} of {len(checks)} checks ok"
-    said += f"; stages that did not come to their end: {', '.join(failed)}" if failed else ""
+    said += f"; stages that did not finish: {', '.join(failed)}" if failed else ""
     said += f"; stages that were not run: {', '.join(left_out)}" if left_out else ""
     text = f"\n## {found['device']}, {found['date'][:10]}\n\n{said}.\n"
     return text + "".join(_stage(name, found["stages"][name]) for name in stages) + _absent(found)
@@ -94,7 +94,7 @@ def _stage(name: str, entry: dict[str, Any]) -> str:
         lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in entry["facts"].items()]
         lines.append("")
     if error := entry.get("error"):
-        lines += ["Did not come to its end:", "", "```", error.strip().splitlines()[-1], "```", ""]
+        lines += ["Did not finish:", "", "```", error.strip().splitlines()[-1], "```", ""]
     return "\n".join(lines)
 
 

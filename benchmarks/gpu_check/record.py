@@ -53,7 +53,7 @@ class Record:
             entry = self.stages[name]
             found += [f"{name}: {check['name']}" for check in entry["checks"] if not check["ok"]]
             if entry["state"] != "done":
-                found.append(f"{name}: did not come to its end")
+                found.append(f"{name}: did not finish")
         return found
 
 

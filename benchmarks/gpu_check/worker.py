@@ -75,7 +75,7 @@ def _usable(bench: "Bench") -> bool:
         bench.synchronize()
         bench.free()
     except RuntimeError as error:
-        print(f"the GPU does not answer in this process any more: {error}", flush=True)
+        print(f"the GPU no longer works in this process: {error}", flush=True)
         return False
     return True
 

@@ -35,7 +35,7 @@ class Answerer:
         family_of(model)
         self._model, self._adapters, self._dequantize = model, adapters, dequantize
         if dequantize and quantization_of(model) is None:
-            raise UserError(f"{FLAG}: {model} is not quantised; leave it out")
+            raise UserError(f"{FLAG}: {model} is not quantised; remove it")
         before = UNCHANGED
         if adapters is not None:
             merged.read_adapter(adapters)

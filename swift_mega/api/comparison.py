@@ -58,13 +58,13 @@ def compare(
     for path, ending in ((json, None), (plot, ".png")):
         _check_file(path, ending)
     if scratch is not None and not Path(scratch).is_dir():
-        raise UserError(f"--scratch={scratch}: no such directory; make it first")
+        raise UserError(f"--scratch={scratch}: no such directory; create it first")
     notes: list[str] = []
     sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
     for layout in (side.layout for side in sides if side.layout is not None):
         check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     if dequantize and not any(side.dequantize for side in sides):
-        raise UserError("--dequantize: neither side states a quantization_config, both are plain; leave it out")
+        raise UserError("--dequantize: neither side states a quantization_config, both are plain; remove it")
     _check_shapes(*sides)
     vocab = sides[0].vocab
     if not 1 <= top_k <= vocab:
@@ -127,7 +127,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         config = _config_of(path, given.model, letter)
     elif given.model is not None:
         raise UserError(
-            f"--{letter}_model={given.model} is the config of a Megatron checkpoint, and {path} is none; leave it out"
+            f"--{letter}_model={given.model} is the config of a Megatron checkpoint, and {path} is not one; remove it"
         )
     else:
         config = path
@@ -142,7 +142,9 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     if engine == "hf":
         _check_transformers(given, letter, files)
         if given.engine is None:
-            notes.append(f"model_type {source.config['model_type']} of {path} is not known here: transformers runs it")
+            notes.append(
+                f"model_type {source.config['model_type']} of {path} is not supported by swift_mega: transformers runs it"
+            )
     if given.adapter is not None:
         read_adapter(given.adapter)
     # The weights of a Megatron checkpoint are plain, also where the original model is quantised.
@@ -185,13 +187,13 @@ def _config_of(path: Path, model: str | None, letter: str) -> Path:
 def _check_transformers(given: Candidate, letter: str, files: bool) -> None:
     if files:
         raise UserError(
-            f"--{letter}_engine=hf: transformers cannot read the Megatron checkpoint {given.checkpoint}; leave it out, or convert it "
+            f"--{letter}_engine=hf: transformers cannot read the Megatron checkpoint {given.checkpoint}; remove it, or convert that "
             "to Hugging Face files first"
         )
     if given.layout not in (None, "single"):
         raise UserError(
-            f"--{letter}_layout={given.layout} cuts a model over Megatron's ranks, and transformers runs {given.checkpoint} on one; "
-            "leave it out"
+            f"--{letter}_layout={given.layout} splits a model over Megatron's ranks, and transformers runs {given.checkpoint} on one; "
+            "remove it"
         )
 
 
@@ -240,7 +242,7 @@ def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) ->
     homes = [side.config for side in sides if any((side.config / name).is_file() for name in TOKENIZER_FILES)]
     if not homes:
         if prompts is not None:
-            raise UserError(f"neither side has a tokenizer for {prompts}; give --tokenizer DIR, or leave --prompts out")
+            raise UserError(f"neither side has a tokenizer for {prompts}; give --tokenizer DIR, or remove --prompts")
         return None
     first, *rest = (load_tokenizer(home) for home in dict.fromkeys(homes))
     for other in rest:
@@ -248,7 +250,7 @@ def _tokenizer(sides: Sequence[Side], given: str | None, prompts: str | None) ->
             first(s)["input_ids"] != other(s)["input_ids"] for s in SENTENCES
         ):
             raise UserError(
-                f"the tokenizers of {homes[0]} and {homes[1]} differ; give the one to use for both with --tokenizer DIR"
+                f"the tokenizers of {homes[0]} and {homes[1]} differ; give --tokenizer DIR, which is used for both"
             )
     return first
 
@@ -263,7 +265,7 @@ def _rows(tokenizer: Any, prompts: str | None, vocab: int) -> list[list[int]]:
         if row:
             rows.append(row)
     if not rows:
-        raise UserError(f"--prompts={prompts}: no prompt with a token in it; give a text file with one prompt a line")
+        raise UserError(f"--prompts={prompts}: no prompt has a token; give a text file with one prompt a line")
     return rows
 
 

@@ -59,7 +59,7 @@ def convert(
     if rows is not None and asks(rows):
         if is_mcore(source):
             raise UserError(
-                f"{source} is a Megatron checkpoint, to which no rows are added; convert it to Hugging Face files first"
+                f"{source} is a Megatron checkpoint, to which rows cannot be added; convert it to Hugging Face files first"
             )
         # Checks that every tensor of the original model is read once.
         plan(source=source, dtype=dtype, dequantize=dequantize)
@@ -86,7 +86,7 @@ def _convert(
     if run.parallel.context > 1:
         raise UserError(
             f"parallel.context={run.parallel.context}: context ranks have the same weights, so a checkpoint is the same for every "
-            "context size; leave it out"
+            "context size; remove it"
         )
     kind = getattr(torch, dtype) if dtype else None
     if to == "mcore":
@@ -140,7 +140,9 @@ def _from_megatron(
     """Converts a Megatron checkpoint to a Hugging Face directory. model: as in `convert`. kind: `dtype` of `convert`."""
     iteration_directory(source)
     if run.model.dequantize:
-        raise UserError(f"dequantize=True, but the weights of {source} are Megatron's, which are plain; leave it out")
+        raise UserError(
+            f"dequantize=True, but the weights of {source} are Megatron's, which are plain; set dequantize=False"
+        )
     folder, kinds = companions_of(source, model)
     if kinds is None and kind is None:
         raise UserError(f"the dtypes of {source} are unknown, since {folder} has no weights; give --torch_dtype")

@@ -18,7 +18,9 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.errors import UserError
 from swift_mega.models.quantization import quantization_of
 
-CONVERT = "make the model first with swift-mega convert --to hf --resize_vocab true --output NEW, and give --model NEW"
+CONVERT = (
+    "create the model first with swift-mega convert --to hf --resize_vocab true --output NEW, and give --model NEW"
+)
 
 
 def asks(model: schema.Model) -> bool:
@@ -38,7 +40,7 @@ def resized(run: schema.Run, *, training: bool = False) -> Iterator[schema.Run]:
     assert run.model.path is not None
     if training and run.tuner.makes_adapter:
         raise UserError(
-            f"model.resize_vocab and model.new_special_tokens make rows that an adapter does not hold "
+            f"model.resize_vocab and model.new_special_tokens add rows that an adapter does not have "
             f"(tuner.type={run.tuner.type}), so its base would not have them; {CONVERT}, or set tuner.type=full"
         )
     if quantization_of(run.model.path) is not None:
@@ -68,7 +70,7 @@ def _make(model: schema.Model, view: Path, *, training: bool) -> None:
     if needed <= settings.shape.vocab and not model.new_special_tokens:
         raise UserError(
             f"model.resize_vocab=true, but the tokenizer's {needed} tokens have rows in {model.path} (vocab_size={settings.shape.vocab}); "
-            "leave it out"
+            "set it to false"
         )
     write_resized(view, stored, source.family, settings, needed, kind=model.new_rows)
 
@@ -87,7 +89,7 @@ def tokens_of(words: Sequence[str]) -> list[str]:
                 f"model.new_special_tokens={word} cannot be read: {error}; give a text file of tokens"
             ) from None
     if not found:
-        raise UserError(f"model.new_special_tokens={','.join(words)} names no token; write some into the file")
+        raise UserError(f"model.new_special_tokens={','.join(words)} names no token; write tokens into the file")
     return list(dict.fromkeys(found))
 
 
@@ -95,7 +97,7 @@ def _add(tokenizer: Any, tokens: list[str], view: Path) -> None:
     """Adds special tokens and writes the tokenizer to `view`; UserError where no token is new, or a reload gives another tokenizer."""
     known = tokenizer.get_vocab()
     if all(token in known for token in tokens):
-        raise UserError(f"model.new_special_tokens: the tokenizer has {some(tokens)} already; leave them out")
+        raise UserError(f"model.new_special_tokens: the tokenizer has {some(tokens)} already; remove them")
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.save_pretrained(view)
     again = load_tokenizer(view)
@@ -106,6 +108,6 @@ def _add(tokenizer: Any, tokens: list[str], view: Path) -> None:
     ]
     if broken or again.get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"the tokenizer with {some(tokens)} is another one when its files are read again ({some(broken) or 'other ids'}); save it with "
+            f"the tokenizer with {some(tokens)} changes when it is saved and read again ({some(broken) or 'other ids'}); save it with "
             "these tokens by transformers, and give that model"
         )

@@ -171,7 +171,7 @@ def about_ends(prepared: Prepared, tokenizer: Any, before: tuple[int, ...]) -> l
     if ends is not None and ends.untrained:
         lines.append(
             f"end of turn         {ends.untrained.total()} replies end with {named(ends.untrained)}, which has no loss (the template's "
-            "{% generation %} leaves it out): the model does not learn to stop"
+            "{% generation %} excludes it): the model does not learn to stop"
         )
     if ends is not None and ends.without:
         lines.append(

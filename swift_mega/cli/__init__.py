@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv:
-        raise UserError(f"no verb; one of {', '.join(VERBS)} (see swift-mega --help)")
+        raise UserError(f"no verb given; choose one of {', '.join(VERBS)} (see swift-mega --help)")
     name, *rest = argv
     if name in ("--help", "-h", "help"):
         print(overview(VERBS.values()), end="")
@@ -73,7 +73,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"swift-mega {__version__}")
         return 0
     if name not in VERBS:
-        raise UserError(f"unknown verb {name!r}{suggest(name, VERBS)}; one of {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {name!r}{suggest(name, VERBS)}; choose one of {', '.join(VERBS)}")
     verb = VERBS[name]
     if "--help" in rest or "-h" in rest:
         print(verb_help(verb, kinds_of((), rest, {})), end="")

@@ -91,7 +91,7 @@ class Arguments:
     def required(self, name: str) -> str:
         value = self.text(name)
         if value is None:
-            raise UserError(f"{self.verb.name}: --{name} is missing; swift-mega {self.verb.usage[0]}")
+            raise UserError(f"{self.verb.name}: --{name} is missing; usage: swift-mega {self.verb.usage[0]}")
         return value
 
 
@@ -139,7 +139,7 @@ def _split_positional(verb: Verb, words: Sequence[str], kinds: Kinds) -> tuple[s
         if not verb.recipe or word.startswith("-") or ("=" in word and not word.endswith(RECIPE_ENDINGS)):
             name, equals, _ = word.partition("=")
             if not equals or not name or word.startswith("-"):
-                raise UserError(f"{verb.name}: {word!r} belongs to no option; swift-mega {verb.usage[0]}")
+                raise UserError(f"{verb.name}: {word!r} is no value of an option; usage: swift-mega {verb.usage[0]}")
             _check_taken(verb, name, name, kinds)
             overrides.append(word)
         elif recipe is not None:
@@ -158,5 +158,5 @@ def _check_taken(verb: Verb, name: str, shown: str, kinds: Kinds) -> Setting:
     if found is None:
         raise unknown(name, flag=False, kinds=kinds)
     if not verb.takes(found[0].key):
-        raise UserError(f"{shown} sets {found[0].key}, which has no effect in {verb.name}; leave it out")
+        raise UserError(f"{shown} sets {found[0].key}, which has no effect in {verb.name}; remove it")
     return found[0]

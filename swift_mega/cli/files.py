@@ -21,7 +21,7 @@ def check_output(path: str, *, overwrite: bool, inputs: Sequence[str]) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"--output={path}: a file is there; give a directory")
+        raise UserError(f"--output={path} is a file; give a directory")
     if not any(output.iterdir()):
         return
     if not overwrite:
@@ -38,7 +38,7 @@ def model_of(adapters: str, model: str | None) -> str:
     check_model_directory(adapters, what="--adapters", file="adapter_config.json")
     if model is None:
         config = Path(adapters) / "adapter_config.json"
-        model = read_object(config, remedy="is the file whole?").get("base_model_name_or_path")
+        model = read_object(config, remedy="copy the file again").get("base_model_name_or_path")
         if not isinstance(model, str) or not model:
             raise UserError(f"{config} names no base model (base_model_name_or_path); give --model DIR")
         check_model_directory(model, what=f"base_model_name_or_path in {config}, since --model is not given,")
@@ -59,7 +59,7 @@ def check_answers(path: str, *, overwrite: bool, source: str) -> None:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output={path}: {output.parent} cannot be made: {error.strerror}; give another file"
+            f"--output={path}: {output.parent} cannot be created: {error.strerror}; give another file"
         ) from None
     if not os.access(output.absolute().parent, os.W_OK):
         raise UserError(f"--output={path}: {output.absolute().parent} cannot be written to; give another file")

@@ -17,7 +17,7 @@ def overview(verbs: Iterable[Verb]) -> str:
     lines = [
         "usage: swift-mega VERB …",
         "",
-        "Hugging Face checkpoints, trained by Megatron-core in any layout, and back.",
+        "Trains Hugging Face checkpoints with Megatron-core in any layout, and writes Hugging Face files.",
         "",
     ]
     lines += [f"  {verb.name:<10}{verb.summary}" for verb in verbs]

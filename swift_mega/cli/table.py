@@ -34,11 +34,14 @@ def _parallel_and(*keys: str) -> Callable[[str], bool]:
 NPROC = Option(
     name="nproc",
     value="N",
-    help="ranks to start on this machine; default NPROC_PER_NODE or 1. Under torchrun: none, it joins",
+    help="ranks to start on this machine; default NPROC_PER_NODE or 1. Not under torchrun, which has started them",
 )
-OUTPUT = Option(name="output", value="DIR", help="where to write; must be absent or empty")
+OUTPUT = Option(name="output", value="DIR", help="directory to write; must be absent or empty")
 OVERWRITE = Option(
-    name="overwrite", value="true|false", help="replace what is there, once the new files are complete", kind="switch"
+    name="overwrite",
+    value="true|false",
+    help="replace the existing files, once the new ones are complete",
+    kind="switch",
 )
 
 
@@ -47,16 +50,20 @@ def _side(letter: str, role: str) -> tuple[Option, ...]:
     return (
         Option(name=letter, value="DIR", help=f"{role}: a Hugging Face or a Megatron directory"),
         Option(
-            name=f"{letter}_model", value="DIR", help="config and tokenizer of a Megatron directory that others wrote"
+            name=f"{letter}_model",
+            value="DIR",
+            help="config and tokenizer for a Megatron directory that swift-mega did not write",
         ),
-        Option(name=f"{letter}_adapter", value="DIR", help="PEFT LoRA directory on top"),
+        Option(name=f"{letter}_adapter", value="DIR", help="directory of a PEFT LoRA adapter to apply"),
         Option(
             name=f"{letter}_engine",
             value="mcore|hf",
-            help="Megatron-core or transformers; default: mcore where it knows the model_type",
+            help="Megatron-core or transformers; default: mcore where the model_type is supported",
             choices=("mcore", "hf"),
         ),
-        Option(name=f"{letter}_layout", value="NAME", help="of Megatron's ranks, such as tp2-sp; default: single"),
+        Option(
+            name=f"{letter}_layout", value="NAME", help="layout of Megatron's ranks, such as tp2-sp; default: single"
+        ),
     )
 
 
@@ -64,7 +71,7 @@ _ALL = (
     Verb(
         name="sft",
         summary="fine-tune on conversations",
-        description="Fine-tune a Hugging Face model on conversations, in any layout, and leave Hugging Face files. "
+        description="Fine-tune a Hugging Face model on conversations, in any layout, and write Hugging Face files. "
         "Starts the ranks itself, or joins those of torchrun.",
         usage=("sft [recipe.yaml] [key=value …] [--flag value …] [--nproc N]",),
         options=(NPROC,),
@@ -74,7 +81,7 @@ _ALL = (
     ),
     Verb(
         name="pt",
-        summary="pretrain: every token is trained, all parameters are",
+        summary="pretrain: loss on every token, all parameters trained",
         description="As sft, with the loss on every token and all parameters trained, unless the settings say otherwise.",
         usage=("pt [recipe.yaml] [key=value …] [--flag value …] [--nproc N]",),
         options=(NPROC,),
@@ -95,17 +102,17 @@ _ALL = (
             "convert --model DIR --to hf --output DIR [--torch_dtype bfloat16] [--max_shard_size 5GB]",
         ),
         options=(
-            Option(name="to", value="mcore|hf", help="what to write", choices=("mcore", "hf")),
+            Option(name="to", value="mcore|hf", help="format to write", choices=("mcore", "hf")),
             Option(
                 name="mcore",
                 value="DIR",
-                help="the Megatron-core checkpoint to read (with --to hf); --model then names its config and tokenizer, where "
+                help="the Megatron-core checkpoint to read (with --to hf); --model then has its config and tokenizer, where "
                 "swift-mega did not write it",
             ),
             Option(
                 name="dry_run",
                 value="true|false",
-                help="only check, and show what each rank would hold and read",
+                help="only check, and show which parameters each rank would have and read",
                 kind="switch",
             ),
             OUTPUT,
@@ -131,9 +138,9 @@ _ALL = (
             Option(
                 name="output",
                 value="DIR",
-                help="where to write; default: the adapter's directory with -merged, the model's with -fp8",
+                help="directory to write; default: the adapter's directory with -merged, the model's with -fp8",
             ),
-            Option(name="quant_method", value="fp8", help="how the linears are stored", choices=("fp8",)),
+            Option(name="quant_method", value="fp8", help="format of the linears' weights", choices=("fp8",)),
             OVERWRITE,
         ),
         takes=_only("model.path", "model.adapters", "model.dequantize", "export.merge_lora", "export.max_shard_size"),
@@ -141,9 +148,9 @@ _ALL = (
     ),
     Verb(
         name="infer",
-        summary="ask the model, with or without an adapter",
+        summary="generate answers, with or without an adapter",
         description="Greedy answers by the Hugging Face model: to one prompt, to every row of a JSONL file, or in a "
-        "conversation on the terminal (clear starts anew, exit ends it).",
+        "conversation on the terminal (clear starts a new one, exit ends it).",
         usage=(
             "infer --model DIR [--adapters DIR] [--chat_template FILE.jinja] "
             "[--prompt TEXT | --input FILE.jsonl --output FILE.jsonl]",
@@ -151,8 +158,10 @@ _ALL = (
         options=(
             Option(name="prompt", value="TEXT", help="one question"),
             Option(name="input", value="FILE", help="JSONL rows with messages or query, read as training reads them"),
-            Option(name="output", value="FILE", help="the rows with their response; default: printed"),
-            Option(name="max_new_tokens", value="N", help=f"tokens of an answer at most; default {MAX_NEW_TOKENS}"),
+            Option(
+                name="output", value="FILE", help="file for the rows with their responses; default: they are printed"
+            ),
+            Option(name="max_new_tokens", value="N", help=f"most tokens of an answer; default {MAX_NEW_TOKENS}"),
             OVERWRITE,
         ),
         takes=_only(
@@ -173,7 +182,7 @@ _ALL = (
         ),
         options=(
             Option(name="layouts", value="NAME,…", help="layouts by name, such as tp2 or tp2-pp2-sp", kind="many"),
-            Option(name="tolerance", value="X", help="largest difference that passes"),
+            Option(name="tolerance", value="X", help="largest difference that is accepted"),
             Option(name="prompts", value="FILE", help="text file, one prompt a line, or a .jsonl data set"),
             Option(
                 name="files",
@@ -193,7 +202,7 @@ _ALL = (
     ),
     Verb(
         name="compare",
-        summary="find the layer where two checkpoints part",
+        summary="find the first layer where two checkpoints differ",
         description="Run two checkpoints on the same prompts and compare the output of every layer, of the final norm, and the "
         "logits. Exits with 1 where a point is beyond the tolerance, and names the first one.",
         usage=(
@@ -202,36 +211,36 @@ _ALL = (
         ),
         options=(
             *_side("a", "the reference"),
-            *_side("b", "the one that is measured"),
+            *_side("b", "the checkpoint that is compared with it"),
             Option(
                 name="prompts",
                 value="FILE",
                 help="text file, one prompt a line, or a .jsonl data set; default: a few sentences",
             ),
-            Option(name="tokenizer", value="DIR", help="the tokenizer for both; default: their own"),
+            Option(name="tokenizer", value="DIR", help="directory of the tokenizer for both; default: their own"),
             Option(
                 name="tolerance",
                 value="X",
-                help="largest relative difference that passes; default 1e-4, in float64 1e-5, in bfloat16 0.2",
+                help="largest relative difference that is accepted; default 1e-4, in float64 1e-5, in bfloat16 0.2",
             ),
             Option(name="top_k", value="N", help="how many of the likeliest tokens are compared; default 5"),
-            Option(name="scratch", value="DIR", help="folder for the states of A meanwhile"),
-            Option(name="json", value="FILE", help="where the numbers go"),
-            Option(name="plot", value="FILE.png", help="the difference by layer, as a picture"),
+            Option(name="scratch", value="DIR", help="folder for A's hidden states while B runs"),
+            Option(name="json", value="FILE", help="JSON file for the results"),
+            Option(name="plot", value="FILE.png", help="PNG file for a plot of the difference by layer"),
         ),
         takes=_only("model.dtype", "model.dequantize"),
         run=compare,
     ),
     Verb(
         name="plan",
-        summary="what a run would need of its GPUs, and the longest row that fits",
+        summary="estimate the GPU memory of a run, and the longest row that fits",
         description="The memory of the fullest rank, part by part, and the longest row of tokens that fits, by arithmetic: no "
         "GPU, no weights, only the model's config.json. Exits with 1 where rows of max_length tokens do not fit.",
         usage=("plan --model DIR [--ranks N] [--gpu_memory 80GB] [--max_length N] [--flag value …]",),
         options=(
             Option(name="ranks", value="N", help="GPUs; default: as many as tensor, pipeline and context sizes need"),
-            Option(name="gpu_memory", value="SIZE", help="of one GPU; default 80GB"),
-            Option(name="host_memory", value="SIZE", help="of the host for one rank; default: without end"),
+            Option(name="gpu_memory", value="SIZE", help="memory of one GPU; default 80GB"),
+            Option(name="host_memory", value="SIZE", help="host memory of one rank; default: unlimited"),
         ),
         takes=lambda key: key.startswith("parallel.") or key in PLANNED,
         run=plan,
@@ -242,7 +251,12 @@ _ALL = (
         description="Print every setting as YAML (again a recipe), with where its value came from.",
         usage=("config [recipe.yaml] [key=value …] [--flag value …] [--only changed]",),
         options=(
-            Option(name="only", value="changed", help="leave out settings at their default", choices=("changed",)),
+            Option(
+                name="only",
+                value="changed",
+                help="print only settings that differ from their default",
+                choices=("changed",),
+            ),
         ),
         takes=lambda key: True,
         recipe=True,

@@ -26,7 +26,7 @@ def infer(arguments: Arguments) -> int:
     run = arguments.resolved().run
     prompt, source, output = (arguments.text(name) for name in ("prompt", "input", "output"))
     if prompt is not None and source is not None:
-        raise UserError("infer: --prompt and --input both say what to answer; leave one out")
+        raise UserError("infer: --prompt and --input both give the questions; remove one")
     if output is not None and source is None:
         raise UserError("infer: --output needs --input FILE.jsonl")
     tokens = arguments.whole("max_new_tokens") or MAX_NEW_TOKENS
@@ -71,7 +71,9 @@ def _refuse_of_rows(data: Data, *, asked: bool) -> None:
     """UserError where settings for reading data rows are set but no file of questions is given: they would have no effect."""
     for name in OF_ROWS:
         if not asked and getattr(data, name) != getattr(Data(), name):
-            raise UserError(f"infer: --{name} says how rows are read; give --input FILE.jsonl, or leave it out")
+            raise UserError(
+                f"infer: --{name} says how rows are read, and there is no file of rows; give --input FILE.jsonl, or remove it"
+            )
 
 
 def _read(source: str, data: Data) -> "list[Prompt]":

@@ -47,20 +47,24 @@ def convert(arguments: Arguments) -> int:
     mcore, model = arguments.text("mcore"), run.model.path
     if to == "mcore":
         if mcore is not None:
-            raise UserError(f"convert --to mcore reads --model; --mcore {mcore} has no effect, leave it out")
-        _refuse_given(arguments, "max_shard_size", "convert --to mcore: its files are cut by ranks, not by size")
+            raise UserError(f"convert --to mcore reads --model; --mcore {mcore} has no effect; remove it")
+        _refuse_given(
+            arguments,
+            "max_shard_size",
+            "convert --to mcore: its files are split by ranks, not by size; remove --max_shard_size",
+        )
     source = mcore if to == "hf" and mcore is not None else model
     if source is None:
         raise UserError(
             f"convert --to {to}: {'--model DIR' if to == 'mcore' else '--mcore DIR (or --model DIR)'} is missing"
         )
     if source == mcore and not Path(source).is_dir():
-        raise UserError(f"--mcore={source}: no such directory")
+        raise UserError(f"--mcore={source}: no such directory; give a Megatron-core checkpoint")
     if model is not None:
         check_model_directory(model, what="--model")
     if source == mcore:
         _refuse_given(
-            arguments, "dequantize", "convert --mcore: Megatron's files hold plain weights; leave --dequantize out"
+            arguments, "dequantize", "convert --mcore: Megatron's files have plain weights; remove --dequantize"
         )
     overwrite = arguments.switch("overwrite")
     if output is not None:
@@ -70,11 +74,9 @@ def convert(arguments: Arguments) -> int:
 
     if dry:
         if run.model.resize_vocab or run.model.new_special_tokens:
-            raise UserError("--dry_run plans the model as it is; leave --resize_vocab and --new_special_tokens out")
+            raise UserError("--dry_run reads the model as it is; remove --resize_vocab and --new_special_tokens")
         if source == mcore:
-            raise UserError(
-                "--dry_run plans what is read from a Hugging Face directory; give --model DIR, without --mcore"
-            )
+            raise UserError("--dry_run reports on a Hugging Face directory; give --model DIR, without --mcore")
         found = api.plan(source=source, parallel=run.parallel, dtype=dtype, dequantize=run.model.dequantize)
         print(found.table())
         return 0
@@ -170,7 +172,7 @@ def verify(arguments: Arguments) -> int:
     if run.model.adapters:
         if tuner == "full":
             raise UserError(
-                "verify: --adapters compares an adapter's gradients, --tuner full those of the model; leave one out"
+                "verify: --adapters compares an adapter's gradients, --tuner full those of the model; remove one"
             )
         check_model_directory(run.model.adapters[0], what="--adapters", file="adapter_config.json")
         options["adapters"] = run.model.adapters[0]
@@ -223,13 +225,13 @@ def _side(arguments: Arguments, letter: str) -> dict[str, Any]:
 
 def _verify_files(directory: str) -> int:
     if not Path(directory).is_dir():
-        raise UserError(f"--model={directory}: no such directory")
+        raise UserError(f"--model={directory}: no such directory; give a Hugging Face directory")
     from swift_mega.convert.files.report import problems
 
     tensors, found = problems(directory)
     for line in found:
         print(f"FAIL {line}")
-    print(f"{len(found)} differences from report.json" if found else f"all {tensors} tensors are as report.json says")
+    print(f"{len(found)} differences from report.json" if found else f"all {tensors} tensors match report.json")
     return 1 if found else 0
 
 

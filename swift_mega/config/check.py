@@ -17,7 +17,7 @@ SHARE: Limit = ("between 0 and 1", lambda v: 0 <= v <= 1)
 ABOVE_0_TO_1: Limit = ("above 0 and at most 1", lambda v: 0 < v <= 1)
 EPOCHS: Limit = ("above 0 and at most 1,000,000", lambda v: 0 < v <= 1e6)
 SIZE: Limit = ("a size such as 500MB, 5GB or 512MiB", lambda v: size_in_bytes(v) is not None)
-NOT_EMPTY: Limit = ("something, not empty text", lambda v: v.strip() != "")
+NOT_EMPTY: Limit = ("text that is not empty", lambda v: v.strip() != "")
 
 # Limits that differ from those of the type: whole numbers are at least 1, other numbers are not negative.
 LIMITS: dict[str, Limit] = {
@@ -87,8 +87,8 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
     return [
         (
             parallel.overlap_param_gather and not parallel.distributed_optimizer,
-            "parallel.overlap_param_gather=true gathers what the distributed optimizer cut, but "
-            "parallel.distributed_optimizer=false: turn one of them round",
+            "parallel.overlap_param_gather=true gathers the parameters that the distributed optimizer shards, but "
+            "parallel.distributed_optimizer=false: set parallel.distributed_optimizer=true, or parallel.overlap_param_gather=false",
         ),
         (
             parallel.overlap_param_gather and not parallel.overlap_grad_reduce,
@@ -97,7 +97,7 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
         (
             parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce,
             f"parallel.ddp_bucket_size={parallel.ddp_bucket_size} has no effect without parallel.overlap_grad_reduce=true: "
-            "leave it out, or overlap",
+            "remove it, or set parallel.overlap_grad_reduce=true",
         ),
         (
             optim.min_lr > optim.lr,
@@ -106,16 +106,16 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
         (
             optim.warmup_steps > 0 and optim.warmup_fraction > 0,
             f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_fraction={optim.warmup_fraction} both say how long to "
-            "warm up: leave one out",
+            "warm up: remove one",
         ),
         (
             optim.schedule == "constant" and optim.min_lr > 0,
             f"optim.min_lr={optim.min_lr} has no effect with optim.schedule=constant: "
-            "leave it out, or use cosine or linear",
+            "remove it, or use cosine or linear",
         ),
         (
             optim.cpu_offload and run.model.dtype == "float64",
-            "optim.cpu_offload=true steps in float32, but model.dtype=float64: leave one out",
+            "optim.cpu_offload=true steps in float32, but model.dtype=float64: set optim.cpu_offload=false or model.dtype=float32",
         ),
         (
             optim.cpu_offload and run.model.dtype != "float32" and not parallel.distributed_optimizer,
@@ -125,8 +125,8 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
         ),
         (
             train.offload_activations and train.recompute != "full",
-            f"train.offload_activations=true with train.recompute={train.recompute}: everything that a layer saves would cross the bus, "
-            "which costs more time than it takes to compute it again; set train.recompute=full, which saves a layer's input only",
+            f"train.offload_activations=true with train.recompute={train.recompute}: everything that a layer saves would go to the host, "
+            "and copying it takes longer than computing it again; set train.recompute=full, which saves a layer's input only",
         ),
         (
             train.offload_activations and train.recompute_method == "block",
@@ -135,12 +135,12 @@ def _contradictions(run: Run) -> list[tuple[bool, str]]:
         ),
         (
             train.steps is not None and train.epochs is not None,
-            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train: leave one out",
+            f"train.steps={train.steps} and train.epochs={train.epochs} both say how long to train: remove one",
         ),
         (
             bool(data.val_dataset) and data.split_dataset_ratio > 0,
             f"data.val_dataset and data.split_dataset_ratio={data.split_dataset_ratio} both say what to validate on: "
-            "leave one out",
+            "remove one",
         ),
         (
             train.global_batch_size % train.micro_batch_size != 0,
@@ -195,14 +195,14 @@ def check_model_directory(path: str, *, what: str, file: str = "config.json") ->
         raise UserError(f"{what}={path}: not a directory")
     if not (Path(path) / file).is_file():
         raise UserError(
-            f"{what}={path}: holds no {file}, so it is not what a Hugging Face model or PEFT adapter looks like"
+            f"{what}={path}: holds no {file}, so it is no directory of a Hugging Face model or PEFT adapter"
         )
 
 
 def _check_dataset(key: str, entry: str, *, named: bool) -> None:
     path, mark, rows = entry.rpartition("#")
     if mark and (not rows.isdecimal() or len(rows) > 18 or int(rows) < 1) and not Path(entry).exists():
-        raise UserError(f"{key}={entry}: after # comes how many rows to take, at least 1, not {rows!r}")
+        raise UserError(f"{key}={entry}: after # comes the number of rows to take, at least 1, not {rows!r}")
     file = Path(path if mark and rows.isdecimal() else entry)
     if not file.exists() and not named:
         raise UserError(f"{key}={entry}: no such file {file}; data is JSONL on disk, or a name from data.dataset_info")

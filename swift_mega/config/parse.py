@@ -246,5 +246,5 @@ def parse_size(text: str) -> int:
     """Bytes of '500MB', '5GB', '1GiB' or a plain number."""
     size = size_in_bytes(text)
     if size is None:
-        raise UserError(f"size {text!r} is not understood; write it like 500MB, 5GB or 2GiB")
+        raise UserError(f"size {text!r} is not valid; write it like 500MB, 5GB or 2GiB")
     return size

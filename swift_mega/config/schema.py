@@ -40,19 +40,19 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which weights, and how Megatron holds them."""
+    """The model, its dtype and its vocabulary."""
 
     path: str | None = setting(flag="model model_name_or_path", help="Hugging Face directory of the model")
-    adapters: tuple[str, ...] = setting((), flag="adapters", help="PEFT directories to start the adapter from")
+    adapters: tuple[str, ...] = setting((), flag="adapters", help="PEFT directory of the adapter to start from")
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = setting(
         "auto",
         flag="torch_dtype",
-        help="weights while training; auto: bfloat16 on CUDA, float32 on CPU; float64: for proofs",
+        help="dtype of the weights in training; auto: bfloat16 on CUDA, float32 on CPU; float64: to compare exactly",
     )
     dequantize: bool = setting(
         False,
         flag="dequantize",
-        help="read a quantised checkpoint (FP8, MXFP4, GPTQ, AWQ, bitsandbytes) as plain weights; false: refuse it",
+        help="read a quantised checkpoint (FP8, MXFP4, GPTQ, AWQ, bitsandbytes) as plain weights; false: it is refused",
     )
     resize_vocab: bool = setting(
         False, flag="resize_vocab", help="add rows to embedding and output layer where the tokenizer has more tokens"
@@ -63,10 +63,14 @@ class Model:
         help="special tokens to add to the tokenizer, or a .txt file of them, with their rows",
     )
     new_rows: Literal["transformers", "mean"] = setting(
-        "transformers", flag="new_rows", help="added rows: drawn around the mean of the old ones, or that mean"
+        "transformers",
+        flag="new_rows",
+        help="values of added rows: random around the mean of the old rows, or that mean",
     )
     vocab_divisible_by: int = setting(
-        128, flag="make_vocab_size_divisible_by", help="rows; the vocabulary is padded to this times the tensor size"
+        128,
+        flag="make_vocab_size_divisible_by",
+        help="the vocabulary is padded to a multiple of this many rows times the tensor size",
     )
     router_aux_loss_coefficient: float = setting(
         0.0, flag="moe_aux_loss_coeff", help="weight of the load-balancing loss of an MoE model"
@@ -83,10 +87,10 @@ ContextKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the model and the batch are cut over ranks; sizes are numbers of ranks."""
+    """How the model and the batch are split over ranks; a size is a number of ranks."""
 
-    tensor: int = setting(1, flag="tensor_model_parallel_size tp", help="ranks that share each matrix")
-    pipeline: int = setting(1, flag="pipeline_model_parallel_size pp", help="stages")
+    tensor: int = setting(1, flag="tensor_model_parallel_size tp", help="ranks over which each matrix is split")
+    pipeline: int = setting(1, flag="pipeline_model_parallel_size pp", help="pipeline stages")
     virtual_pipeline: int = setting(
         1, flag="virtual_pipeline_model_parallel_size vpp", help="model chunks per stage (interleaved schedule)"
     )
@@ -95,27 +99,33 @@ class Parallel:
         help="layers of every chunk in model order, '7,8,8,7', or Megatron's own form 'Et*7|t*8|t*8|t*7L'",
     )
     first_stage_layers: int | None = setting(
-        flag="decoder_first_pipeline_num_layers", help="layers of the first stage, the rest is spread evenly"
+        flag="decoder_first_pipeline_num_layers",
+        help="layers of the first stage; the others are spread evenly over the other stages",
     )
     last_stage_layers: int | None = setting(flag="decoder_last_pipeline_num_layers", help="layers of the last stage")
-    sequence: bool = setting(False, flag="sequence_parallel sp", help="cut activations by tokens over the tensor ranks")
-    context: int = setting(1, flag="context_parallel_size", help="ranks that share the tokens of each row")
+    sequence: bool = setting(
+        False, flag="sequence_parallel sp", help="split activations by tokens over the tensor ranks"
+    )
+    context: int = setting(1, flag="context_parallel_size", help="ranks over which the tokens of each row are split")
     cp: ContextKind = setting(
         "auto",
         flag="cp",
-        help="how attention reaches tokens of other context ranks; auto: Ulysses as far as key heads allow, ring for the rest; "
+        help="attention over context ranks; auto: Ulysses with as many ranks as key heads allow, ring over the rest; "
         "te:…: Transformer Engine's own, on CUDA",
     )
     ulysses: int | None = setting(
         flag="ulysses_size",
-        help="ranks of the inner axis of cp=hybrid and te:a2a+p2p; default: as far as key heads allow",
+        help="ranks of the inner axis of cp=hybrid and te:a2a+p2p; default: as many as key heads allow",
     )
-    expert: int = setting(1, flag="expert_model_parallel_size ep", help="ranks that share the experts of a layer")
+    expert: int = setting(
+        1, flag="expert_model_parallel_size ep", help="ranks over which the experts of a layer are split"
+    )
     expert_tensor: int | None = setting(
-        flag="expert_tensor_parallel_size etp", help="ranks that share each expert's matrices; default: the tensor size"
+        flag="expert_tensor_parallel_size etp",
+        help="ranks over which each expert's matrices are split; default: the tensor size",
     )
     distributed_optimizer: bool = setting(
-        True, flag="use_distributed_optimizer", help="cut optimizer state over the data-parallel ranks"
+        True, flag="use_distributed_optimizer", help="shard optimizer state over the data-parallel ranks"
     )
     overlap_grad_reduce: bool = setting(
         False, flag="overlap_grad_reduce", help="reduce gradients during the backward pass"
@@ -126,26 +136,30 @@ class Parallel:
     gradients_in_float32: bool = setting(
         True,
         flag="accumulate_allreduce_grads_in_fp32",
-        help="sum gradients over microbatches and ranks in float32; false: in bfloat16 where weights are, in half the memory",
+        help="sum gradients over microbatches and ranks in float32; false: in bfloat16 with bfloat16 weights, in half the memory",
     )
     ddp_bucket_size: int | None = setting(
-        flag="ddp_bucket_size", help="numbers per bucket of overlapped communication; default: Megatron's"
+        flag="ddp_bucket_size", help="elements per bucket of overlapped communication; default: Megatron's"
     )
     distributed_timeout_minutes: int = setting(
         TIMEOUT_MINUTES,
         flag="distributed_timeout_minutes",
-        help="minutes after which a collective that a rank has not joined ends the run",
+        help="timeout in minutes of a collective that some rank has not joined; the run then ends",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is trained on."""
+    """Training and validation data."""
 
     dataset: tuple[str, ...] = setting((), flag="dataset", help="JSONL files; 'path#500' takes 500 rows")
-    val_dataset: tuple[str, ...] = setting((), flag="val_dataset", help="JSONL files of the validation split")
-    split_dataset_ratio: float = setting(0.0, flag="split_dataset_ratio", help="share of the rows kept for validation")
-    columns: dict[str, str] = setting(factory=dict, flag="columns", help="column of the file -> our column")
+    val_dataset: tuple[str, ...] = setting((), flag="val_dataset", help="JSONL files of validation data")
+    split_dataset_ratio: float = setting(
+        0.0, flag="split_dataset_ratio", help="fraction of the rows that is kept for validation"
+    )
+    columns: dict[str, str] = setting(
+        factory=dict, flag="columns", help="names of columns: in the file -> in swift_mega"
+    )
     dataset_info: str | None = setting(
         flag="custom_dataset_info dataset_info", help="dataset_info.json that names data sets"
     )
@@ -164,20 +178,20 @@ class Data:
         "delete", flag="truncation_strategy", help="what happens to an example of more than max_length tokens"
     )
     packing: bool = setting(
-        False, flag="packing", help="join examples into rows of max_length tokens, without attention across"
+        False, flag="packing", help="join examples into rows of max_length tokens, without attention between examples"
     )
     loss_on: Literal["assistant", "last", "all"] = setting(
-        "assistant", flag="loss_scale", help="tokens that are trained: replies, the last reply, or every token"
+        "assistant", flag="loss_scale", help="tokens with loss: those of replies, of the last reply, or all"
     )
     shuffle: bool = setting(
-        True, flag="dataset_shuffle train_dataloader_shuffle", help="shuffle the rows anew each epoch"
+        True, flag="dataset_shuffle train_dataloader_shuffle", help="shuffle the rows in each epoch"
     )
-    seed: int = setting(42, flag="data_seed", help="of the shuffle and the validation split")
+    seed: int = setting(42, flag="data_seed", help="seed of the shuffle and the validation split")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised.
+    """The loss that is minimised.
 
     An objective with settings of its own derives its class of settings from this one, in its own file.
     """
@@ -242,41 +256,45 @@ class Optim:
     min_lr: float = setting(0.0, flag="min_lr", help="learning rate at the end of the decay")
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", flag="lr_decay_style lr_scheduler_type")
     warmup_fraction: float = setting(
-        0.0, flag="lr_warmup_fraction warmup_ratio", help="share of the steps that warm up"
+        0.0, flag="lr_warmup_fraction warmup_ratio", help="fraction of the steps that warm up"
     )
     warmup_steps: int = setting(0, flag="lr_warmup_iters warmup_steps", help="steps that warm up")
     weight_decay: float = setting(0.1, flag="weight_decay")
     beta1: float = setting(0.9, flag="adam_beta1")
     beta2: float = setting(0.95, flag="adam_beta2")
     eps: float = setting(1e-8, flag="adam_eps")
-    clip_grad: float = setting(1.0, flag="clip_grad max_grad_norm", help="largest norm of the gradient; 0: no clipping")
+    clip_grad: float = setting(
+        1.0, flag="clip_grad max_grad_norm", help="the gradient's norm is clipped to this; 0: no clipping"
+    )
     cpu_offload: bool = setting(
         False, flag="optimizer_cpu_offload", help="keep AdamW's state, and take its step, in host memory"
     )
     offload_fraction: float = setting(
-        1.0, flag="optimizer_offload_fraction", help="share of the numbers whose state is in host memory"
+        1.0, flag="optimizer_offload_fraction", help="fraction of the elements whose state is in host memory"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """The loop."""
+    """The training loop: batches, steps, memory, checkpoints."""
 
-    output_dir: str = setting("output", flag="output_dir save", help="each run makes vN-YYYYMMDD-HHMMSS in it")
+    output_dir: str = setting("output", flag="output_dir save", help="each run creates vN-YYYYMMDD-HHMMSS in it")
     add_version: bool = setting(True, flag="add_version", help="false: write into output_dir itself")
     micro_batch_size: int = setting(
-        1, flag="micro_batch_size per_device_train_batch_size", help="examples (or packed rows)"
+        1,
+        flag="micro_batch_size per_device_train_batch_size",
+        help="examples (or packed rows) per microbatch of a rank",
     )
     global_batch_size: int = setting(16, flag="global_batch_size", help="examples (or packed rows) per optimizer step")
-    steps: int | None = setting(flag="train_iters max_steps", help="optimizer steps; default: epochs")
+    steps: int | None = setting(flag="train_iters max_steps", help="optimizer steps; default: as many as epochs need")
     epochs: float | None = setting(
         flag="num_train_epochs max_epochs", help="passes over the data; default 1 where steps is not set"
     )
-    seed: int = setting(42, flag="seed", help="of initial adapter values and dropout")
+    seed: int = setting(42, flag="seed", help="seed of initial adapter values and dropout")
     deterministic: bool = setting(
         False,
         flag="deterministic deterministic_mode",
-        help="repeat to the last bit: every op in its deterministic form, or an error that names the op which has none",
+        help="bit-identical results in every run: each op in its deterministic form, or an error that names an op without one",
     )
     kernels: KernelForm = setting(
         "auto",
@@ -293,16 +311,17 @@ class Train:
     tile_mlp: bool = setting(
         False,
         flag="tile_mlp",
-        help="compute MLPs and norms for a tile of tokens at a time, and again in the backward pass",
+        help="compute MLPs and norms for one tile of tokens at a time, and recompute them in the backward pass",
     )
     mlp_tile_size: int | None = setting(
         flag="mlp_tile_size", help="tokens of a rank in a tile of tile_mlp; default: the hidden size"
     )
     loss_chunk_size: int | None = setting(
-        flag="loss_chunk_size", help="tokens of a rank whose logits exist at once; default: as many as fit 128 MiB"
+        flag="loss_chunk_size",
+        help="tokens of a rank whose logits are in memory at once; default: as many as fit 128 MiB",
     )
     offload_activations: bool = setting(
-        False, flag="offload_activations", help="layer inputs wait for the backward pass in host memory"
+        False, flag="offload_activations", help="keep layer inputs in host memory until the backward pass"
     )
     eval_steps: int | None = setting(
         flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"
@@ -310,13 +329,13 @@ class Train:
     save_steps: int | None = setting(
         flag="save_interval save_steps", help="steps between checkpoints; default: at the end"
     )
-    save_total_limit: int | None = setting(flag="save_total_limit", help="checkpoints kept")
+    save_total_limit: int | None = setting(flag="save_total_limit", help="most checkpoints that are kept; default: all")
     logging_steps: int = setting(1, flag="log_interval logging_steps", help="steps between lines of logging.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The Hugging Face files that a run leaves."""
+    """The Hugging Face files that a run writes."""
 
     merge_lora: bool = setting(False, flag="merge_lora", help="write merged weights beside the adapter")
     max_shard_size: str = setting("5GB", flag="max_shard_size", help="bytes per safetensors file: 500MB, 5GB, …")
@@ -324,7 +343,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """Where numbers go besides logging.jsonl."""
+    """Where metrics are written besides logging.jsonl."""
 
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = setting(("tensorboard",), flag="report_to")
     wandb_project: str = setting("swift_mega", flag="wandb_project")
@@ -334,7 +353,7 @@ class Monitor:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that decides what a run does."""
+    """All settings of a run."""
 
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)

@@ -139,7 +139,7 @@ def _by_name(kinds: Kinds = DEFAULTS) -> dict[str, Setting]:
     names = dict(settings(kinds))
     for setting in settings(kinds).values():
         for flag in setting.flags:
-            assert flag not in names, f"two settings answer to --{flag}"
+            assert flag not in names, f"two settings have the flag --{flag}"
             names[flag] = setting
     return names
 

@@ -71,12 +71,12 @@ class Plan:
         ]
         if self.source_bytes is not None:
             lines.append(
-                f"coverage  all {self.tensors:,} tensors are there, none twice; {rest_of(self.carried, self.left)}"
+                f"coverage  all {self.tensors:,} tensors are found, none twice; {rest_of(self.carried, self.left)}"
             )
         lines += [f"note      {note}" for note in self.notes]
         if self.beside is not None:
             lines.append(f"beside    {self.beside}")
-        lines.append("check     every number is held by exactly one rank of a replica")
+        lines.append("check     every element is on exactly one rank of a replica")
         lines.append(
             f"{'stage':>5} {'ranks':>6} {'layers':>12} {'parameters/rank':>16} {'size/rank':>10} {'reads/rank':>11} {'runs':>7}"
         )
@@ -150,10 +150,10 @@ def rest_of(carried: Mapping[str, str], left: Mapping[str, str]) -> str:
     """A phrase on the tensors that the model does not compute with: carried or left out, and why."""
     said = [
         f"{count} {word} ({why})"
-        for found, word in ((carried, "kept as they are"), (left, "left out"))
+        for found, word in ((carried, "kept unchanged"), (left, "not copied"))
         for why, count in Counter(found.values()).items()
     ]
-    return "; ".join(said) or "nothing else is in the files"
+    return "; ".join(said) or "the files have no other tensors"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -54,14 +54,14 @@ def cause_of(found: Misfit) -> str:
 def _wrapped(found: Misfit) -> str | None:
     for pattern, whose in WRAPPERS.items():
         if any(re.match(pattern, name) for name in found.extra):
-            return f"the names are those of a wrapper, {whose}; save the model again without it"
+            return f"the names have the prefix of a wrapper, {whose}; save the model again without it"
     return None
 
 
 def _quantised(found: Misfit) -> str | None:
     if parts := [name for name in found.extra if QUANTISED.fullmatch(name)]:
         return (
-            f"{some(parts, 3)} are parts of quantised weights, and config.json states no quantization_config that they are of; use the "
+            f"{some(parts, 3)} are parts of quantised weights, and config.json states no quantization_config for them; use the "
             "config.json that belongs to these weights"
         )
     return None
@@ -69,7 +69,7 @@ def _quantised(found: Misfit) -> str | None:
 
 def _of_images(found: Misfit) -> str | None:
     if names := [name for name in found.extra if OF_IMAGES.fullmatch(name)]:
-        return f"{some(names, 2)} are of a model of images or sound, and only its decoder of text is supported; save that one alone"
+        return f"{some(names, 2)} belong to a model of images or audio, and only its text decoder is supported; save the text decoder alone"
     return None
 
 
@@ -90,17 +90,17 @@ def _headless(found: Misfit) -> str | None:
         return None
     if heads := [name for name in found.checkpoint.entries if OTHER_HEADS.fullmatch(name)]:
         return (
-            f"in place of the output layer {head} there is {some(heads, 2)}: this is a reward model or a classifier, no causal language "
-            "model; give the model that it was made from"
+            f"in place of the output layer {head} there is {some(heads, 2)}: this is a reward model or a classifier, not a causal language "
+            "model; give the model that it was trained from"
         )
     made = read_config(found.checkpoint.directory).get("architectures") or []
     if any(isinstance(name, str) and name.endswith("Model") and not name.endswith("HeadModel") for name in made):
         return (
             f"architectures={made} is the decoder without an output layer, and tie_word_embeddings is false: transformers would make "
-            f"{head} of random numbers; give the *ForCausalLM model, or set tie_word_embeddings=true where it was trained so"
+            f"{head} of random values; give the *ForCausalLM model, or set tie_word_embeddings=true where it was trained so"
         )
     return (
-        f"{head} is the output layer, which a model has of its own where tie_word_embeddings is false, as here; copy the weights "
+        f"{head} is the output layer, and config.json says tie_word_embeddings=false, so the files must have it; copy the weights "
         "again, or set tie_word_embeddings=true where the model was trained so"
     )
 
@@ -117,7 +117,7 @@ def _predicting(found: Misfit) -> str | None:
     for field in ("num_nextn_predict_layers", "num_mtp_layers"):
         if field in found.family.reads:
             return f"{said}; set {field}={count} in config.json, and they are kept unchanged"
-    return f"{said}, and nothing computes them for this model_type; take them out of the files"
+    return f"{said}, and nothing computes them for this model_type; remove them from the files"
 
 
 def _layers(found: Misfit) -> str | None:

@@ -119,7 +119,7 @@ def count_predicted(path: Path, settings: Settings, names: Collection[str]) -> s
     path.write_text(json.dumps({**config, **dict.fromkeys(counts, there)}, indent=2) + "\n")
     return (
         f"config.json says {said}, and {there or 'none'} of these layers of multi-token prediction {'is' if there == 1 else 'are'} in "
-        f"the files; what is written says {there}"
+        f"the files; the written config.json says {there}"
     )
 
 
@@ -142,7 +142,7 @@ def refuse_quantised(checkpoint: TensorSource, names: Iterable[str]) -> None:
     if strange:
         raise UserError(
             f"{checkpoint.directory}: {some(strange, 4)} are quantised; convert the checkpoint to bfloat16 or float32 "
-            f"with its own tools first, or pass {FLAG} where config.json says how they are"
+            f"with its own tools first, or pass {FLAG} where config.json states their format"
         )
 
 

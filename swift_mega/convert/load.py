@@ -94,7 +94,7 @@ def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice])
             check_finite(piece.name, checkpoint.read(piece.name, piece.axis, piece.start, piece.stop))
     except UserError as error:
         return f"{checkpoint.directory}: {error}"
-    return f"{checkpoint.directory}: {pieces[0].name} has numbers beyond the range of {value.dtype}; load it in a wider dtype"
+    return f"{checkpoint.directory}: {pieces[0].name} has values beyond the range of {value.dtype}; load it in a wider dtype"
 
 
 def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:

@@ -109,7 +109,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor]
 
 def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]:
     pack = held.rule.pack
-    assert pack.rows(part.heads) is None, f"{held.name}: shards that end within a group are known by one rank each"
+    assert pack.rows(part.heads) is None, f"{held.name}: shards that end within a group are written rank by rank"
     split = [pack.split(shard, part.settings.heads) for shard in shards]
     whole = [
         torch.cat(tensors, dim=pack.axis or 0) if len(tensors) > 1 else tensors[0]
@@ -354,7 +354,7 @@ def _kinds(
         return dict.fromkeys(shapes, dtypes)
     if unknown := [name for name in shapes if name not in dtypes]:
         raise UserError(
-            f"no dtype is known for {some(unknown)}, which the source of this checkpoint did not have; give "
+            f"no dtype is known for {some(unknown)}, which the source of this checkpoint does not have; give "
             "--torch_dtype bfloat16 or float32"
         )
     return {name: dtypes[name] for name in shapes}

@@ -57,7 +57,7 @@ class Batches:
         together: int = 1,
     ) -> None:
         if not examples:
-            raise UserError("no examples to make batches of: data.dataset gave none")
+            raise UserError("data.dataset has no examples, so there are no batches; name other files")
         _check_sizes(micro_batch_size, global_batch_size, data_size)
         self._examples = examples
         self._units = _units(examples, settings, pad_each, together)
@@ -136,12 +136,12 @@ def _units(examples: Sequence[Example], settings: Data, pad_each: int, together:
 def _check_sizes(micro: int, total: int, ranks: int) -> None:
     for name, value in (("micro_batch_size", micro), ("global_batch_size", total)):
         if value < 1:
-            raise UserError(f"train.{name}={value}: a number of examples; give at least 1")
+            raise UserError(f"train.{name}={value}: expected a number of examples, at least 1")
     unit = micro * ranks
     if total % unit:
         below, above = total // unit * unit, -(-total // unit) * unit
         near = f"{below} or {above}" if below else str(above)
         raise UserError(
-            f"train.global_batch_size={total} is no multiple of train.micro_batch_size={micro} times {ranks} data-parallel "
+            f"train.global_batch_size={total} is not a multiple of train.micro_batch_size={micro} times {ranks} data-parallel "
             f"ranks ({unit}); set it to {near}"
         )

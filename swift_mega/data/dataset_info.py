@@ -90,7 +90,7 @@ def _read_info(path: Path) -> dict[str, Callable[[], File]]:
         return {
             name: partial(_swift_file, path, index, entry) for index, entry in numbered if (name := _swift_name(entry))
         }
-    raise UserError(f"{what} holds {kind(content)}; write an object, or a list, of data sets")
+    raise UserError(f"{what} contains {kind(content)}; write an object, or a list, of data sets")
 
 
 def _swift_name(entry: Any) -> str | None:

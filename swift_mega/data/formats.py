@@ -108,7 +108,7 @@ def to_row(
     for name, what in _UNSUPPORTED.items():
         if name not in fields and not _is_empty(record.get(name)):
             raise UserError(
-                f"{where}: column {name!r} is {what}, which is not supported yet and must not be dropped silently; "
+                f"{where}: column {name!r} is {what}, which is not supported yet and is not dropped silently; "
                 "remove the column, or map another with data.columns"
             )
     present = {name for name in record if not _is_empty(record[name])}
@@ -256,7 +256,7 @@ def _role(name: Any, at: str, tags: Tags) -> str:
     role = tags.roles.get(name, _ROLES.get(name)) if isinstance(name, str) else None
     if role is None:
         if name in _TOOL_ROLES:
-            raise UserError(f"{at}: role {name!r} is tool use, which is not supported yet; leave such rows out")
+            raise UserError(f"{at}: role {name!r} is tool use, which is not supported yet; remove such rows")
         raise UserError(f"{at}: unknown role {name!r}; known are {', '.join(_ROLES)}")
     return role
 
@@ -278,7 +278,7 @@ def _row(turns: list[Turn], system: str | None, where: str, reply: Reply) -> Row
         expected = "assistant" if (index - first) % 2 else "user"
         if turn.role != expected:
             raise UserError(
-                f"turn {index + 1} is {turn.role} where {expected} is due (order: {', '.join(t.role for t in turns)}); "
+                f"turn {index + 1} is {turn.role} where {expected} is expected (order: {', '.join(t.role for t in turns)}); "
                 "turns go system (optional), then user and assistant in alternation"
             )
         if not turn.content.strip():
@@ -311,7 +311,7 @@ def _text(value: Any, name: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{name} holds half a surrogate pair ({value[error.start]!r} at character {error.start + 1}), which is no text; "
+                f"{name} has half a surrogate pair ({value[error.start]!r} at character {error.start + 1}), which is not text; "
                 "write the whole character"
             ) from error
     return value

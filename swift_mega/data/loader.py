@@ -62,7 +62,7 @@ def prepare(
     """
     if settings.max_length < 2:
         raise UserError(
-            f"data.max_length={settings.max_length}: a token and the one that follows need 2; give at least 2"
+            f"data.max_length={settings.max_length}: a trained token and the one before it need 2; give at least 2"
         )
     rows = load(settings, fields)
     encoder = Encoder(
@@ -85,7 +85,7 @@ def prepare(
             reasons = train_report.dropped if name == "train" else validation_report.dropped
             why = ", ".join(f"{count} dropped: {reason}" for reason, count in reasons.items()) or "no row was kept"
             raise UserError(
-                f"none of {len(given)} rows is left to {name} on ({why}); raise data.max_length={settings.max_length}, or "
+                f"none of {len(given)} rows can be used to {name} ({why}); raise data.max_length={settings.max_length}, or "
                 f"choose another data.truncation than {settings.truncation}"
             )
     ends = encoder.ends.tokens

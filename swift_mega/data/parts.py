@@ -15,8 +15,8 @@ from swift_mega.errors import UserError
 _END_OF_REASONING = re.compile(r"</[\w:-]+>|\[/[A-Z_]+\]|<\|[^|<>]*\|>")
 _REMEDY = "change the row, or give another template as data.chat_template"
 _SYSTEM_REMEDY = (
-    "the model would never see it: put it into the first user turn, leave the system text (--system) out, or give a template that "
-    "has a place for it as data.chat_template"
+    "the model would never see it: put it into the first user turn, remove the system text (--system), or give a template that "
+    "renders it as data.chat_template"
 )
 _TAKEN = "\0"
 

@@ -48,7 +48,7 @@ def load(settings: Data, fields: Sequence[str] = ()) -> Rows:
         raise UserError("data.dataset is empty: nothing to train on; name at least one JSONL file")
     ratio = settings.split_dataset_ratio
     if not 0 <= ratio < 1:
-        raise UserError(f"data.split_dataset_ratio={ratio}: a share of the rows; give at least 0 and less than 1")
+        raise UserError(f"data.split_dataset_ratio={ratio}: expected a fraction of the rows, at least 0 and below 1")
     if ratio and settings.val_dataset:
         raise UserError(
             f"data.split_dataset_ratio={ratio} and data.val_dataset are both set: the validation rows come from one of "
@@ -122,7 +122,7 @@ class _Set:
             # A column with one of our own names may be mapped to an unused name, to make room for another column.
             if target in unused and source in record and source not in COLUMNS:
                 raise UserError(
-                    f"{where}: data.columns maps {source!r} to {target!r}, which has no use beside the row's other columns "
+                    f"{where}: data.columns maps {source!r} to {target!r}, which is not used beside the row's other columns "
                     f"({', '.join(sorted(record))}); map it elsewhere, or map or remove those"
                 )
         ignored.update(unused)
@@ -149,7 +149,7 @@ def _check_columns(file: File, fields: Sequence[str]) -> None:
     for source, target in file.columns.items():
         if target not in (*COLUMNS, *fields):
             raise UserError(
-                f"data.columns maps {source!r} to {target!r}, which is no column of ours; choose among "
+                f"data.columns maps {source!r} to {target!r}, which is not a known column; choose among "
                 f"{', '.join((*COLUMNS, *fields))}"
             )
         if target in first:
@@ -169,7 +169,7 @@ def _validation_sets(settings: Data, trained: list[_Set], ignored: Counter[str],
         if one.identity in names:
             raise UserError(
                 f"data.val_dataset={name} is the file of data.dataset={names[one.identity]}: its rows would be trained and "
-                "validated on; name another file, or leave it out and set data.split_dataset_ratio"
+                "validated on; name another file, or remove it and set data.split_dataset_ratio"
             )
         nothing = np.zeros(0, dtype=np.int64)
         key = (settings.seed, (-1 - number) % 2**32)
@@ -241,7 +241,7 @@ def _read_lines(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]
 def _read_list(path: Path, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = _parse(content, str(path))
     if not rows:
-        raise UserError(f"{path} holds an empty list; write at least one row")
+        raise UserError(f"{path} has an empty list; write at least one row")
     for index, row in enumerate(rows):
         where = f"{path}[{index}]"
         yield where, _object(row, where)
@@ -299,7 +299,7 @@ def _fill(rows: Rows, settings: Data) -> Rows:
         for name in names:
             if values[name] is None:
                 raise UserError(
-                    f"{where}: the row holds {{{{{name}}}}}, and {option[name]} is not set; set it to what it stands for"
+                    f"{where}: the row has {{{{{name}}}}}, and {option[name]} is not set; set it to the text to put there"
                 )
         used.update(names)
         return (
@@ -328,11 +328,11 @@ def _fill(rows: Rows, settings: Data) -> Rows:
     if settings.system is not None and True not in effect:
         raise UserError(
             f"data.system={settings.system!r} has no effect: every conversation has a system text of its own (an empty one is one), or "
-            "there is none; leave it out"
+            "there is none; remove it"
         )
     for name, value in values.items():
         if value is not None and name not in used:
             raise UserError(
-                f"{option[name]}={value!r} is set, but no row holds {{{{{name}}}}}; unset it, or check the data set"
+                f"{option[name]}={value!r} is set, but no row has {{{{{name}}}}}; unset it, or check the data set"
             )
     return filled

@@ -149,8 +149,8 @@ class Template:
         except (jinja2.TemplateError, *_TEMPLATE_ACCIDENTS) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
-                f"{self._name} cannot render a conversation with the roles {roles}: {error}; bring the rows into the "
-                "form that it wants, or give another template as data.chat_template"
+                f"{self._name} cannot render a conversation with the roles {roles}: {error}; change the rows to the "
+                "form that it expects, or give another template as data.chat_template"
             ) from error
 
     def _all_marked(self, messages: Sequence[Message], text: str, **options: bool) -> Marked | None:
@@ -194,7 +194,7 @@ class Template:
             elif mark == CLOSE:
                 if start is None or len(inside) > 1 or (not inside and turn is None):
                     raise UserError(
-                        f"{self._name} has a {{% generation %}} block that holds {len(inside)} replies; put it around "
+                        f"{self._name} has a {{% generation %}} block that contains {len(inside)} replies; put it around "
                         "exactly one reply"
                     )
                 # A block without content, such as an end-of-text token alone, belongs to the reply before it.
@@ -259,8 +259,8 @@ class Template:
 
     def _other_prompt(self, turn: int, prompt: str, text: str) -> str:
         return (
-            f"{self._name} begins the reply of turn {turn + 1} otherwise than its own generation prompt does "
-            f"({difference(prompt, text)}), so the reply would be trained behind a text that is never asked with; begin the reply as "
+            f"{self._name} begins the reply of turn {turn + 1} in another way than its own generation prompt does "
+            f"({difference(prompt, text)}), so the reply would be trained after text that generation never starts from; begin the reply as "
             f"the prompt, which ends with {prompt[-20:]!r}, begins it (an empty reasoning block is enough), or give a template "
             "without that in its generation prompt as data.chat_template, which exports then carry"
         )

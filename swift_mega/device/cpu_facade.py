@@ -156,7 +156,7 @@ def _uneven_all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
     def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
         if len({each.shape for each in tensor_list}) <= 1:
             return original(tensor_list, tensor, group=group, async_op=async_op)
-        assert not async_op, "an uneven all_gather is done at once on the CPU"
+        assert not async_op, "an uneven all_gather has no async form on the CPU"
         padded = tensor.new_zeros((max(each.shape[0] for each in tensor_list), *tensor.shape[1:]))
         padded[: tensor.shape[0]] = tensor
         gathered = [torch.empty_like(padded) for _ in tensor_list]
@@ -174,7 +174,7 @@ def _uneven_reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if len({each.shape for each in input_list}) <= 1:
             return original(output, input_list, op=op, group=group, async_op=async_op)
-        assert not async_op, "an uneven reduce_scatter is done at once on the CPU"
+        assert not async_op, "an uneven reduce_scatter has no async form on the CPU"
         rows = torch.cat(input_list)
         dist.all_reduce(rows, op=op, group=group)
         output.copy_(rows.split([each.shape[0] for each in input_list])[dist.get_rank(group)])
@@ -247,7 +247,7 @@ PATCHES = (
     ),
     Patch(
         name="uneven collectives",
-        reason="expert tensor parallelism gathers unequal parts, which gloo has not, tensor_parallel/mappings.py:150, 193",
+        reason="expert tensor parallelism gathers unequal parts, which gloo does not support, tensor_parallel/mappings.py:150, 193",
         targets={
             "torch.distributed:all_gather": _uneven_all_gather,
             "torch.distributed:reduce_scatter": _uneven_reduce_scatter,
@@ -255,7 +255,7 @@ PATCHES = (
     ),
     Patch(
         name="MoE split sizes",
-        reason="sizes stay tensors where they are on the CPU already, mappings.py:444 wants numbers",
+        reason="sizes on the CPU stay tensors, and mappings.py:444 expects Python numbers",
         targets={
             _MOE + "moe_utils:maybe_move_tensor_to_cpu": replaced_by(_host_copy),
             _MOE + "token_dispatcher:maybe_move_tensor_to_cpu": replaced_by(_host_copy),

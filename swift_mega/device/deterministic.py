@@ -67,5 +67,5 @@ def _no_such_form(error: RuntimeError) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"train.deterministic=true: {op} has no deterministic form in torch {torch.__version__} on this device "
-        f"({where.filename}:{where.lineno}); leave train.deterministic out, or choose settings that do not use it"
+        f"({where.filename}:{where.lineno}); set train.deterministic=false, or choose settings that do not use it"
     )

@@ -15,12 +15,12 @@ WITHOUT_TE = (
     ),
     Patch(
         name="latent attention",
-        reason="says it has Transformer Engine where that is absent, and asks isinstance(…, None), multi_latent_attention.py:185",
+        reason="takes Transformer Engine as present where it is absent, and calls isinstance(…, None), multi_latent_attention.py:185",
         targets={"megatron.core.transformer.multi_latent_attention:HAVE_TE": replaced_by(False)},
     ),
     Patch(
         name="optimizer precision",
-        reason="asks whether no version of Transformer Engine is at least 2.1 (TypeError), optimizer/optimizer_config.py:383",
+        reason="compares the version of an absent Transformer Engine with 2.1 (TypeError), optimizer/optimizer_config.py:383",
         targets={
             "megatron.core.optimizer.optimizer_config:is_te_min_version": replaced_by(lambda *args, **options: False)
         },

@@ -38,7 +38,7 @@ def load_adapter(
             )
     if adapter.copies:
         raise UserError(
-            f"{directory} holds whole weights beside its factors ({some(sorted(adapter.copies.values()))}), which training does not start "
+            f"{directory} has whole weights beside its factors ({some(sorted(adapter.copies.values()))}), which training does not start "
             "from; merge it into the model first (swift-mega export --merge_lora true)"
         )
     wanted, entries = _gather_shapes(part, exported), adapter.checkpoint.entries
@@ -46,7 +46,7 @@ def load_adapter(
         targets = tuner_of(directory, part.family, part.settings).target_modules
         raise UserError(
             f"{directory} and tuner.target_modules differ in {len(odd)} factors: {some(odd)}; set target_modules to the adapter's: "
-            f"{' '.join(targets[:20])}{' …' if len(targets) > 20 else ''}, or leave it out"
+            f"{' '.join(targets[:20])}{' …' if len(targets) > 20 else ''}, or remove tuner.target_modules"
         )
     for name, shape in wanted.items():
         if entries[name].shape != shape:

@@ -108,7 +108,7 @@ def read_adapter(directory: str | Path) -> PeftAdapter:
             f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers; copy it again"
         ) from None
     if rank < 1 or not math.isfinite(alpha):
-        raise UserError(f"{path}: r={rank} and lora_alpha={alpha} are no rank and scale; copy it again")
+        raise UserError(f"{path}: r={rank} and lora_alpha={alpha} are not a valid rank and scale; copy it again")
     refuse_quantised(checkpoint, checkpoint.entries)
     for module in sorted(modules):
         down, up = (checkpoint.entries[f"{PREFIX}{module}.lora_{letter}.weight"].shape for letter in "AB")
@@ -143,7 +143,7 @@ def merge(
     adapter, target = read_adapter(adapters), Path(output)
     for source in (model, adapters):
         if Path(source).resolve().is_relative_to(target.resolve()):
-            raise UserError(f"output {target} holds {source}, which is read; choose another path")
+            raise UserError(f"output {target} contains {source}, the input; choose another path")
     sums, trained = Merge(base, adapter), of_adapter(adapters)
     base, kinds = sums.base, sums.dtypes
     planned = plan_files(
@@ -305,6 +305,6 @@ def _check_fit(entry: Entry, base: TensorSource, adapter: PeftAdapter, linear: _
         )
     if entry.dtype not in FLOATS:
         raise UserError(
-            f"{base.directory}: {linear.module} is quantised ({entry.dtype}); merge into the bfloat16 or float32 model it was "
+            f"{base.directory}: {linear.module} is quantised ({entry.dtype}); merge into the bfloat16 or float32 model that it was "
             f"made from, or pass {FLAG}"
         )

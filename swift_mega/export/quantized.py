@@ -25,7 +25,7 @@ def quantize(
     """
     target = Path(output)
     if Path(model).resolve().is_relative_to(target.resolve()):
-        raise UserError(f"output {target} holds {model}, which is read; choose another path")
+        raise UserError(f"output {target} contains {model}, the input; choose another path")
     source = Source(model, dequantize=dequantize)
     linears = fp8_linears(source.family, source.settings, source.tensors)
     with staged(target, overwrite=overwrite) as staging:

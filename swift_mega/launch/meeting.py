@@ -37,12 +37,12 @@ def _serve(host: str, port: int, world: int, waiting: float) -> Any:
         reason = str(error).splitlines()[0]
         if time.monotonic() - begin >= waiting:
             raise UserError(
-                f"MASTER_ADDR={host} MASTER_PORT={port}: not all of {world} ranks came within {waiting:.0f} s ({reason}); look at "
-                "what the other processes say, and whether they have the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE or NNODES"
+                f"MASTER_ADDR={host} MASTER_PORT={port}: not all of {world} ranks connected within {waiting:.0f} s ({reason}); see "
+                "the output of the other processes, and whether they have the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE or NNODES"
             ) from None
         raise UserError(
             f"MASTER_ADDR={host} MASTER_PORT={port}: the first rank cannot listen there ({reason}); MASTER_ADDR is the address of "
-            "its machine, and the port one that this user may open"
+            "its machine, and the port must be one that this user may open"
         ) from None
 
 
@@ -97,7 +97,7 @@ def _await_listener(host: str, port: int, waiting: float) -> None:
         except OSError as error:
             if time.monotonic() > until:
                 raise UserError(
-                    f"MASTER_ADDR={host} MASTER_PORT={port}: nobody answers there for {waiting:.0f} s ({error.strerror or error}); "
+                    f"MASTER_ADDR={host} MASTER_PORT={port}: no answer for {waiting:.0f} s ({error.strerror or error}); "
                     "both must be those of the first rank's machine, reachable from here, and its process must be running"
                 ) from None
             time.sleep(AGAIN_SECONDS)

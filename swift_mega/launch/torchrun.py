@@ -69,7 +69,7 @@ def world_size(nproc: int | None = None) -> int:
         world = whole(os.environ, "WORLD_SIZE", 1, least=1)
         if nproc is not None and nproc != world and nproc != whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1):
             raise UserError(
-                f"--nproc {nproc}, but this process is one of {world} ranks started already; leave --nproc out"
+                f"--nproc {nproc}, but this process is one of {world} ranks started already; remove --nproc"
             )
         return world
     refuse_copies(os.environ)

@@ -119,8 +119,8 @@ def _cause(ended: dict[Seat, Exit], folder: Path, logs: Path) -> Exception:
     silent = [seat for seat, end in ended.items() if end.signal is None and seat not in reports]
     for seat in sorted(silent, key=lambda s: s.rank):
         status = ended[seat].status
-        return RankError(f"rank {seat.rank} left with status {status} in the middle of its work{_tail(seat, logs)}")
-    assert failures, "a report of success, and then a status that says otherwise"
+        return RankError(f"rank {seat.rank} ended with status {status} before its work was complete{_tail(seat, logs)}")
+    assert failures, "a rank that reported success has failed"
     return RankError(_traceback(failures[0][2], failures[0][3]))
 
 
@@ -133,7 +133,7 @@ def _killed(seat: Seat, number: int, logs: Path) -> str:
     reason = ""
     if number == signal.SIGKILL:
         reason = (
-            "; most often this is the kernel, out of memory: use fewer ranks on this machine, a smaller "
+            "; most often the kernel does this when memory runs out: use fewer ranks on this machine, a smaller "
             "train.micro_batch_size or data.max_length, or train.recompute=full"
         )
     return f"rank {seat.rank} of {seat.world} was killed by signal {number} ({name}){reason}{_tail(seat, logs)}"

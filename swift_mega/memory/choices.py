@@ -59,19 +59,19 @@ def choices_of(
     train, optim, tuner = run.train, run.optim, run.tuner
     if not isinstance(tuner, Lora | Full):
         raise UserError(
-            f"tuner.type={tuner.type} has no memory formula; plan with lora, or with full as an upper limit"
+            f"tuner.type={tuner.type} has no memory formula; estimate with lora, or with full as an upper limit"
         )
     if run.objective.name != "next_token":
         raise UserError(
-            f"objective.name={run.objective.name} has no memory formula; plan with next_token, and add what it needs"
+            f"objective.name={run.objective.name} has no memory formula; estimate with next_token, and add what it needs"
         )
     if train.recompute == "selective":
-        raise UserError("train.recompute=selective has no memory formula; plan with none or full")
+        raise UserError("train.recompute=selective has no memory formula; estimate with none or full")
     if "reference" in (train.kernels, *train.kernels_by_op.values()):
-        raise UserError("train.kernels=reference has no memory formula; plan with auto or fused")
+        raise UserError("train.kernels=reference has no memory formula; estimate with auto or fused")
     if run.parallel.cp.startswith("te:"):
         raise UserError(
-            f"parallel.cp={run.parallel.cp} has no memory formula: Transformer Engine's attention was not read for it; plan with auto"
+            f"parallel.cp={run.parallel.cp} has no memory formula, which is for our own attention only; estimate with auto"
         )
     return Choices(
         device=device,

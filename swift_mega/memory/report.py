@@ -32,7 +32,7 @@ class Plan:
         needed = {name: value for name, value in self.memory.parts.items() if name != "host"}
         rows = [
             *((name, value, "") for name, value in needed.items()),
-            ("reserve", RESERVE, "CUDA, NCCL, libraries, fragments: a guess"),
+            ("reserve", RESERVE, "CUDA, NCCL, libraries, fragmentation: a guess"),
             ("together", self.memory.total + RESERVE, f"of {self.gpu_bytes / 2**30:.2f}: {verdict}"),
             ("host", self.memory.host, "of each rank"),
         ]

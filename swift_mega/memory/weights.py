@@ -53,13 +53,13 @@ def _check(settings: Settings) -> None:
     found = {
         "a mixture of experts": bool(settings.shape.experts),
         **{edit.no_memory_formula: True for edit in settings.edits if edit.no_memory_formula is not None},
-        "branches or norms joined otherwise than Llama's": settings.block != Block(),
+        "branches or norms joined in another way than Llama's": settings.block != Block(),
         "a soft-cap in attention": settings.scales.attention_softcap is not None,
     }
     for what, there in found.items():
         if there:
             raise UserError(
-                f"the memory formula knows layers like Llama's and Qwen3's, and this model has {what}; measure a small run instead: "
+                f"the memory formula covers layers like Llama's and Qwen3's, and this model has {what}; measure a small run instead: "
                 "logging.jsonl names its memory"
             )
 

@@ -78,7 +78,7 @@ class Decoder(GPTModel):
         Returns [tokens / s, 1, hidden], s the tensor size with sequence parallelism and 1 without it.
         """
         ranks = 1 if context is None else context.mesh.size
-        assert len(tokens) * ranks == int(cu_seqlens[-1]), "another row than cu_seqlens speaks of"
+        assert len(tokens) * ranks == int(cu_seqlens[-1]), "the tokens are not those of cu_seqlens"
         row = segments(self.settings, positions, cu_seqlens, self.config.params_dtype, context)
         if padding is not None:
             # Megatron scatters it only where it computes the embedding itself.

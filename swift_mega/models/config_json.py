@@ -16,7 +16,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(
-            f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that holds it"
+            f"{directory} has no config.json, so it is not a Hugging Face model; give the directory that has it"
         )
     config = read_object(path, remedy="copy it from the original checkpoint again")
     if not isinstance(config.get("model_type"), str):

@@ -135,7 +135,7 @@ class Family:
                 return rule, {key: int(value) for key, value in found.groupdict().items()}
         raise UserError(
             f"no rule of family {'/'.join(self.hf_types)} covers Megatron's parameter {name}; this combination of config fields "
-            f"builds a parameter that the family does not know: set model.megatron back, or add a rule to the family's file"
+            f"builds a parameter that the family does not know: remove settings of model.megatron, or add a rule to the family's file"
         )
 
 

@@ -30,18 +30,16 @@ def activation_unfused(settings: Settings) -> str | None:
     if settings.activation is not None:
         return "this model's activation has parameters, which the kernel does not read"
     if given.get("activation_func") is not torch.nn.functional.silu or not given.get("gated_linear_unit"):
-        return (
-            "of this model's activation Megatron has no kernel that computes the same (it has one of silu(gate) * up)"
-        )
+        return "Megatron has no fused kernel of this model's activation (it has one of silu(gate) * up)"
     if given.get("activation_func_clamp_value") is not None or given.get("glu_linear_offset"):
-        return "this model's gate is clamped or has an offset, which the kernel leaves out"
+        return "this model's gate is clamped or has an offset, which the kernel ignores"
     return _biased_experts(settings)
 
 
 def dropout_unfused(settings: Settings) -> str | None:
     """Why Megatron's fused sum of bias, dropout and residual would not run in every layer; None: it would."""
     if settings.block != Block():
-        return "this model's layers are joined otherwise (models/modules/layer.py)"
+        return "this model's layers are joined in another way (models/modules/layer.py)"
     return _biased_experts(settings)
 
 

@@ -46,7 +46,7 @@ def check_passthrough(
         if key in HANDED_ON or key in ON_CUDA:
             _check_obeyed(key, asked)
             if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, asked, device, dtype)):
-                raise UserError(f"model.megatron.{key}={value!r} needs {lacking}, or leave it out")
+                raise UserError(f"model.megatron.{key}={value!r} needs {lacking}, or remove the setting")
         elif value != settings.megatron.get(key, fields[key].default):
             raise UserError(f"model.megatron.{key}={value!r} {_why_not(key)}")
 
@@ -54,7 +54,7 @@ def check_passthrough(
 def _check_obeyed(key: str, asked: Asked) -> None:
     if reason := (HANDED_ON.get(key) or ON_CUDA[key])(asked):
         raise UserError(
-            f"model.megatron.{key}={asked.given[key]!r} cannot take effect: {reason}; leave it out, or correct it"
+            f"model.megatron.{key}={asked.given[key]!r} cannot take effect: {reason}; remove the setting, or correct it"
         )
 
 
@@ -63,7 +63,7 @@ def _lacking(key: str, asked: Asked, device: Device, dtype: torch.dtype | None) 
     if asked.train.kernels == "reference" and key in FUSED:
         return "train.kernels=auto, since train.kernels=reference runs no fused kernel; set that"
     if device.kind != "cuda":
-        return "CUDA, and ranks run on the CPU; start them where GPUs are"
+        return "CUDA, and ranks run on the CPU; start them on machines with GPUs"
     if key in WITH_TE and not device.uses_transformer_engine(dtype or TE_DTYPES[0]):
         te = transformer_engine()
         if te.version is None:
@@ -87,14 +87,14 @@ def _why_not(key: str) -> str:
     """The end of the error message for a field that is not passed on."""
     if key in MODEL:
         return (
-            "would train another model than config.json states, with which it is exported and run: this follows from the model; change "
-            "config.json, or leave it out"
+            "would train another model than config.json states, and config.json is exported: this follows from the model; change "
+            "config.json, or remove it"
         )
     if key in UNREAD:
         return f"would have no effect: {UNREAD[key]}"
     if key in REFUSED:
         return f"is refused: {REFUSED[key]}"
-    return "is refused: this field of a newer Megatron is not known here, nor whether all layers obey it; leave it out"
+    return "is refused: this field of a newer Megatron is not known here, nor whether all layers obey it; remove it"
 
 
 def transformer_config(

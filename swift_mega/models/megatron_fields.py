@@ -168,8 +168,8 @@ MODEL = _words("""
 """Fields that follow from config.json, with which a trained model is exported and run."""
 
 _ATTENTION = "attention here is not Megatron's (models/modules/attention.py), and "
-_WINDOWS = _ATTENTION + "takes windows from the model's config.json; leave it out"
-_ROTATIONS = _ATTENTION + "takes rotations from the model's config.json; leave it out"
+_WINDOWS = _ATTENTION + "takes windows from the model's config.json; remove it"
+_ROTATIONS = _ATTENTION + "takes rotations from the model's config.json; remove it"
 
 
 def _by_name(groups: Mapping[str, str]) -> dict[str, str]:
@@ -178,46 +178,46 @@ def _by_name(groups: Mapping[str, str]) -> dict[str, str]:
 
 def _no_effect() -> dict[str, str]:
     groups = {
-        _ATTENTION + "has no dropout; leave it out": "attention_dropout",
+        _ATTENTION + "has no dropout; remove it": "attention_dropout",
         _WINDOWS: "window_size window_attn_skip_freq",
-        _ATTENTION + "takes sinks from the model's config.json; leave it out": "softmax_type",
+        _ATTENTION + "takes sinks from the model's config.json; remove it": "softmax_type",
         _ROTATIONS: "no_rope_freq rotary_interleaved apply_rope_fusion fused_single_qkv_rope",
-        _ATTENTION + "takes its scale from the model's config.json; leave it out": "apply_query_key_layer_scaling",
-        _ATTENTION + "always has its softmax in float32; leave it out": "attention_softmax_in_fp32",
-        _ATTENTION + "chooses its kernels by device and dtype; leave it out": """
+        _ATTENTION + "takes its scale from the model's config.json; remove it": "apply_query_key_layer_scaling",
+        _ATTENTION + "always has its softmax in float32; remove it": "attention_softmax_in_fp32",
+        _ATTENTION + "chooses its kernels by device and dtype; remove it": """
             attention_backend masked_softmax_fusion flash_attention_version fp8_dot_product_attention fp8_multi_head_attention""",
         _ATTENTION
-        + "hands out no logits; leave it out": "qk_clip qk_clip_alpha qk_clip_threshold log_max_attention_logit",
+        + "does not return its scores; remove it": "qk_clip qk_clip_alpha qk_clip_threshold log_max_attention_logit",
         "it excludes recomputation; set train.offload_activations": """
             cpu_offloading cpu_offloading_num_layers _cpu_offloading_context cpu_offloading_activations cpu_offloading_weights
             cpu_offloading_double_buffering cpu_offloading_retain_pinned_cpu_buffers""",
         "activations are moved by train.offload_activations; set that": """
             fine_grained_activation_offloading offload_modules min_offloaded_tensor_size activation_offload_fraction
             delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks fine_grained_offloading_max_inflight_offloads""",
-        "every weight is read from the checkpoint; leave it out": """
+        "every weight is read from the checkpoint; remove it": """
             init_method output_layer_init_method init_method_std embedding_init_method embedding_init_method_std
             init_model_with_meta_device use_mup mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult
             mup_output_mult mup_width_mult""",
-        "the loss is computed here (parallel/vocab.py); leave it out": """
+        "the loss is computed here (parallel/vocab.py); remove it": """
             cross_entropy_loss_fusion cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit""",
-        "norms are Transformer Engine's or our own; leave it out": """
+        "norms are Transformer Engine's or our own; remove it": """
             persist_layer_norm memory_efficient_layer_norm fused_residual_rmsnorm""",
-        "it is of inference with Megatron; leave it out": """
+        "it belongs to inference with Megatron; remove it": """
             flash_decode inference_rng_tracker inference_sampling_seed symmetric_ar_type use_inference_optimized_layers
             inference_fuse_tp_communication mlp_chunks_for_prefill cache_mla_latents inference_cuda_graph_scope
             inference_disable_triton_nvls_kernels inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels
             inference_moe_token_dispatcher_type moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill""",
-        "layers of multi-token prediction are kept as they are, not trained; leave it out": """
+        "layers of multi-token prediction are kept as they are, not trained; remove it": """
             mtp_num_layers mtp_loss_scaling_factor mtp_standalone mtp_detach_heads mtp_grad_scale_func
             mtp_hybrid_override_pattern mtp_use_repeated_layer""",
-        "it is of another kind of layer than the supported models have; leave it out": """
+        "it belongs to kinds of layers that no supported model has; remove it": """
             is_hybrid_model mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path
             mamba_training_ssm_states_dtype heterogeneous_block_specs hetereogenous_dist_checkpoint dsa_indexer_n_heads
             dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss dsa_indexer_k_norm_epsilon
             dsa_indexer_k_norm_fp32 dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
             dsa_indexer_skip_topk_offset dsa_indexer_topk_freq dsa_kernel_backend
             experimental_attention_variant_loss_scale_func""",
-        "training here sets it, or has another way to do it; leave it out": """
+        "training here sets it, or has another way to do it; remove it": """
             timers barrier_with_L1_time finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
             moe_grad_scale_func test_mode config_logger_dir moe_per_layer_logging use_te_rng_tracker
             num_microbatches_with_partial_activation_checkpoints moe_enable_routing_replay""",
@@ -231,39 +231,39 @@ UNREAD = _no_effect()
 
 def _refused() -> dict[str, str]:
     groups = {
-        "which tokens an expert drops would depend on the tokens of a rank, so that layouts train different models; leave it out": """
+        "which tokens an expert drops would depend on the tokens of a rank, so that layouts train different models; remove it": """
             moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy moe_token_dropping
             moe_expert_rank_capacity_factor moe_router_quantile_balancing_ema""",
-        "the router's choice would be random, in validation too; leave it out": """
+        "the router's choice would be random, in validation too; remove it": """
             moe_input_jitter_eps moe_router_force_load_balancing moe_router_force_biased""",
         "set train.recompute=selective and model.megatron.recompute_modules=[moe]": "moe_layer_recompute",
-        "graphs want rows of one length, and rows here vary; leave it out": """
+        "graphs need rows of one length, and rows here vary; remove it": """
             enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_scope cuda_graph_modules cuda_graph_use_single_mempool
             cuda_graph_retain_backward_graph cuda_graph_warmup_steps""",
-        "its buffers and streams are set up by Megatron-LM's own start, which is not run here; leave it out": """
+        "its buffers and streams are set up by Megatron-LM's initialisation, which is not run here; remove it": """
             tp_comm_overlap tp_comm_bulk_wgrad tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
             tp_comm_split_ag tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs tp_comm_overlap_disable_qkv
             tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend use_ring_exchange_p2p overlap_p2p_comm_warmup_flush
             high_priority_a2a_comm_stream""",
-        "it needs a schedule that calls the parts of a layer, and gradients of weights after it; leave it out": """
+        "it needs a schedule that calls the parts of a layer, and weight gradients after it; remove it": """
             overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_early_attn_memory_release
             overlap_dispatch_backward_with_experts_wgrad""",
-        "its dispatcher of tokens is not among those that are tried here (alltoall); leave it out": """
+        "its token dispatcher is not tested here, only alltoall is; remove it": """
             moe_enable_deepep moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms moe_flex_dispatcher_num_sms
             moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing
             moe_hybridep_pad_uneven_dispatch_inputs moe_ncclep_static_shape moe_ncclep_zero_copy moe_permute_fusion_into_hybridep
             moe_paged_stash moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda
             moe_paged_stash_page_size""",
-        "weights of another form would be neither read nor written; leave it out": """
+        "weights in another format would be neither read nor written; remove it": """
             fp8_param fp4_param moe_single_grouped_bias moe_single_grouped_weight moe_mlp_glu_interleave_size
             moe_shared_expert_glu_interleave_size mla_down_proj_fusion tensor_parallel_num_weight_shards
             expert_tensor_parallel_num_weight_shards gtp_weight_remat_size expert_gtp_weight_remat_size""",
-        "it is not tried with the layers here; leave it out": """
+        "it is not tested with the layers here; remove it": """
             fp4 fp4_recipe fp4_quantizer_factory fp8_quantizer_factory fp8_output_proj activation_func_fp8_input_store use_kitchen
             use_kitchen_attention kitchen_attention_backend quant_recipe use_te_activation_func use_transformer_engine_op_fuser
             use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert moe_use_legacy_grouped_gemm mlp_chunks_for_training
             moe_router_padding_for_quantization moe_router_padding_for_fp8 fp32_residual_connection""",
-        "layers here do not obey it in all their parts; leave it out": """
+        "layers here do not obey it in all their parts; remove it": """
             batch_invariant_mode disable_bf16_reduced_precision_matmul async_tensor_model_parallel_allreduce""",
     }
     return _by_name(groups)

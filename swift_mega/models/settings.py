@@ -163,8 +163,8 @@ class Settings:
     def not_engine(self) -> str | None:
         """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can (modules/engine.py)."""
         reasons = {
-            "has soft-capped scores, which Megatron does not hand to it": self.scales.attention_softcap is not None,
-            "turns tokens by the length of their example, to which it would add padding": any(
+            "has soft-capped scores, which Megatron does not pass to it": self.scales.attention_softcap is not None,
+            "rotates tokens by the length of their example, to which it would add padding": any(
                 rope is not None and rope.long is not None for rope in self.ropes
             ),
         }

@@ -21,8 +21,8 @@ def check_transformers() -> None:
     have = tuple(int(number) for number in version.split(".")[:2])
     if have < LOWEST:
         raise UserError(
-            f"transformers {version} is installed, and models are read with {lowest} or newer: older ones take some config.json otherwise "
-            f"(MiniMax-M2 before 5.18: all 128 features of a head rotated in place of 64), and nothing would say so; {remedy}"
+            f"transformers {version} is installed, and models are read with {lowest} or newer: older ones misread some config.json "
+            f"(MiniMax-M2 before 5.18: all 128 features of a head rotated in place of 64), without an error; {remedy}"
         )
     if have >= BELOW:
         raise UserError(

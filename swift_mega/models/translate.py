@@ -71,7 +71,7 @@ def _pad_row(directory: str | Path, config: Any, vocab: int) -> int | None:
         return None
     if not -vocab <= pad < vocab:
         raise UserError(
-            f"{directory}/config.json: pad_token_id={pad} is beyond vocab_size={vocab}, and transformers makes no such embedding; "
+            f"{directory}/config.json: pad_token_id={pad} is beyond vocab_size={vocab}, and transformers refuses such an embedding; "
             "set pad_token_id to one of the tokens, or to null"
         )
     return pad % vocab  # type: ignore[no-any-return]
@@ -83,7 +83,7 @@ def _check_task(directory: str | Path, architectures: Any) -> None:
     if names and all(OTHER_TASK.fullmatch(name) for name in names):
         raise UserError(
             f"{directory}/config.json: architectures={names} is a model with the head of another task, such as a reward model or a "
-            "classifier, not a causal language model, and only those are supported; give the *ForCausalLM model that it was made from"
+            "classifier, not a causal language model, and only those are supported; give the *ForCausalLM model that it was trained from"
         )
 
 
@@ -91,7 +91,7 @@ def _check_rates(directory: str | Path, rates: Mapping[str, Any]) -> None:
     for key, rate in rates.items():
         if rate is not None and not (type(rate) in (int, float) and 0 <= rate < 1):
             raise UserError(
-                f"{directory}/config.json: {key}={rate!r} is no rate of dropout, 0 or more and below 1; correct it"
+                f"{directory}/config.json: {key}={rate!r} is not a dropout rate (0 or more and below 1); correct it"
             )
 
 
@@ -151,8 +151,8 @@ def _check_fit(directory: str | Path, settings: Settings) -> None:
         )
     if shape.experts is not None and per_token > shape.experts:
         raise UserError(
-            f"{directory}/config.json: num_experts_per_tok={per_token} is more than the {shape.experts} experts there "
-            "are; correct it"
+            f"{directory}/config.json: num_experts_per_tok={per_token} is more than the {shape.experts} experts of "
+            "the model; correct it"
         )
 
 
@@ -188,7 +188,9 @@ NEUTRAL = frozenset(
 
 
 DROPOUT = re.compile(r".*(dropout|pdrop|dropout_prob)")
-DROPOUT_NOTE = "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names"
+DROPOUT_NOTE = (
+    "training uses no dropout but that of an adapter and model.megatron.hidden_dropout; not used from config.json:"
+)
 MOST_NAMED = 12
 OTHER_TASK = re.compile(
     r".*(For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM|RewardModel(ing)?)|RewardModel"

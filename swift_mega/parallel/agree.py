@@ -42,7 +42,7 @@ def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     except RuntimeError as error:
         raise UserError(
-            f"ranks cannot connect over gloo, with which they wait for one another ({str(error).splitlines()[0]}); set "
+            f"ranks cannot connect over gloo, which they need to exchange errors ({str(error).splitlines()[0]}); set "
             "GLOO_SOCKET_IFNAME on every machine to the network interface that reaches the others (`ip addr` lists them)"
         ) from None
 
@@ -77,7 +77,7 @@ def attempt(action: Callable[[], Result], target: Path | None = None) -> tuple[R
 
 
 def _said(error: OSError) -> str:
-    remedy = "free the space" if error.errno in FULL else "mend that, and start again"
+    remedy = "free the space" if error.errno in FULL else "correct it, and start again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "give this user the right to it, or name another path"
+        remedy = "give this user permission for it, or name another path"
     return f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}"

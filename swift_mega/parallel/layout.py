@@ -244,13 +244,11 @@ def _mesh(parallel: Parallel, shape: ModelShape) -> tuple[Mesh, str]:
     if parallel.context == 1:
         for name, default in (("cp", "auto"), ("ulysses", None)):
             if (value := getattr(parallel, name)) != default:
-                raise UserError(
-                    f"parallel.{name}={value} says how context ranks work together, and parallel.context=1 has none"
-                )
+                raise UserError(f"parallel.{name}={value} has no effect with parallel.context=1")
         return WHOLE, ""
     if shape.alone_in_a_row is not None:
         raise UserError(
-            f"parallel.context={parallel.context} cuts rows of tokens, and this model {shape.alone_in_a_row}; set it to 1"
+            f"parallel.context={parallel.context} splits rows of tokens, and this model {shape.alone_in_a_row}; set it to 1"
         )
     if parallel.ulysses is not None and parallel.cp not in WITH_INNER:
         raise UserError(
@@ -271,12 +269,12 @@ def _check_sizes(parallel: Parallel, shape: ModelShape, world: int) -> None:
         if size is not None and size < 1:
             raise UserError(f"parallel.{name}={size} is not a number of ranks: it must be at least 1")
     if world < 1:
-        raise UserError(f"{world} ranks cannot hold a model: at least 1 is needed")
+        raise UserError(f"{world} ranks cannot run a model: at least 1 is needed")
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world % ranks:
         context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"{world} rank{'s' * (world != 1)} cannot be cut into copies of parallel.tensor={parallel.tensor} x "
+            f"{world} rank{'s' * (world != 1)} cannot be split into replicas of parallel.tensor={parallel.tensor} x "
             f"parallel.pipeline={parallel.pipeline}{context} = {ranks} ranks: start {_multiples_near(world, ranks)} ranks"
         )
 
@@ -292,7 +290,7 @@ def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     _check_key_heads(tensor, shape)
     if parallel.sequence and tensor == 1:
         raise UserError(
-            "parallel.sequence=true cuts activations over the tensor ranks, and parallel.tensor=1 has none: set "
+            "parallel.sequence=true splits activations over the tensor ranks, and parallel.tensor=1 has none: set "
             "parallel.sequence=false"
         )
 
@@ -324,9 +322,9 @@ def _check_experts(parallel: Parallel, shape: ModelShape, world: int) -> None:
     if not shape.experts:
         for name in ("expert", "expert_tensor"):
             if (getattr(parallel, name) or 1) > 1:
-                raise UserError(f"parallel.{name}={getattr(parallel, name)} cuts experts, and this model has none")
+                raise UserError(f"parallel.{name}={getattr(parallel, name)} splits experts, and this model has none")
         if parallel.expert_tensor is not None and parallel.expert_tensor != parallel.tensor:
-            raise UserError(f"parallel.expert_tensor={expert_tensor} cuts experts, and this model has none")
+            raise UserError(f"parallel.expert_tensor={expert_tensor} splits experts, and this model has none")
         return
     if shape.experts % expert:
         raise UserError(f"parallel.expert={expert} does not divide the model's {shape.experts} experts")
@@ -338,7 +336,7 @@ def _check_experts(parallel: Parallel, shape: ModelShape, world: int) -> None:
     if world % ranks:
         default = " (expert_tensor is the tensor size where it is not set)" if parallel.expert_tensor is None else ""
         raise UserError(
-            f"{world} rank{'s' * (world != 1)} cannot be cut into copies of expert_tensor={expert_tensor} x "
+            f"{world} rank{'s' * (world != 1)} cannot be split into replicas of expert_tensor={expert_tensor} x "
             f"expert={expert} x pipeline={parallel.pipeline} = {ranks} ranks{default}: start "
             f"{_multiples_near(world, math.lcm(ranks, parallel.tensor * parallel.pipeline * parallel.context))} ranks"
         )
@@ -348,11 +346,13 @@ def _check_overlap(parallel: Parallel, shape: ModelShape, world: int) -> None:
     data = world // (parallel.tensor * parallel.pipeline)  # context ranks reduce gradients like data ranks
     for name in ("overlap_grad_reduce", "overlap_param_gather"):
         if getattr(parallel, name) and data == 1:
-            raise UserError(f"parallel.{name}=true hides data-parallel communication, and there is no data parallelism")
+            raise UserError(
+                f"parallel.{name}=true overlaps data-parallel communication, and there is only one data rank"
+            )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         raise UserError(
             "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
-            "parallel.overlap_grad_reduce=true: parameters are gathered because the optimizer is cut"
+            "parallel.overlap_grad_reduce=true: it gathers the parameters that a sharded optimizer updates"
         )
 
 

@@ -81,18 +81,18 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
     UserError, with sizes that work, where the ranks cannot share the heads so.
     """
     if kind in ("te:p2p", "te:allgather"):
-        return Mesh(1, size, gather=kind == "te:allgather", engine=True), "as asked"
+        return Mesh(1, size, gather=kind == "te:allgather", engine=True), "as set"
     if kind in ("te:a2a", "te:a2a+p2p"):
-        return _of_engine(kind, size, heads, kv_heads, ulysses), "as asked"
+        return _of_engine(kind, size, heads, kv_heads, ulysses), "as set"
     if kind == "ring":
-        return Mesh(1, size), "as asked"
+        return Mesh(1, size), "as set"
     if kind == "allgather":
-        return Mesh(1, size, gather=True), "as asked"
+        return Mesh(1, size, gather=True), "as set"
     if kind == "ulysses":
         if heads % size:
             sizes = _either([n for n in range(2, heads + 1) if heads % n == 0])
             raise UserError(
-                f"parallel.cp=ulysses over {size} context ranks shares out heads, and {size} does not divide the {heads} query heads "
+                f"parallel.cp=ulysses over {size} context ranks splits heads, and {size} does not divide the {heads} query heads "
                 f"of a tensor rank; choose parallel.context={sizes}, or parallel.cp=auto"
             )
         return Mesh(size, 1), _copies(kv_heads, size)
@@ -100,8 +100,8 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
     if kind == "auto":
         inner = free[-1]
         return Mesh(inner, size // inner), (
-            f"{inner} is as far as {kv_heads} key head{'s' * (kv_heads != 1)} of a tensor rank can be shared among {size} without a copy"
-            + (f"; the ring does the other {size // inner}" if inner < size else "")
+            f"{inner} of {size} ranks can split {kv_heads} key head{'s' * (kv_heads != 1)} of a tensor rank without copies"
+            + (f"; a ring of {size // inner} for the rest" if inner < size else "")
         )
     fits = [n for n in range(2, size) if size % n == 0 and heads % n == 0]
     if not fits:
@@ -132,7 +132,7 @@ def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
         )
     if windows and kind in ("te:p2p", "te:a2a+p2p"):
         raise UserError(
-            f"parallel.cp={kind}: this model has sliding windows, which Transformer Engine knows over context ranks with te:a2a and "
+            f"parallel.cp={kind}: this model has sliding windows, which Transformer Engine supports over context ranks with te:a2a and "
             "te:allgather only; choose one of these, or parallel.cp=auto"
         )
 
@@ -140,7 +140,7 @@ def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
 def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | None) -> Mesh:
     """The mesh for Transformer Engine, which shares query and key heads evenly and makes no copies of a key head."""
     shared = math.gcd(heads, kv_heads)
-    has = f"the {heads} query and {kv_heads} key heads of a tensor rank, which Transformer Engine shares out without copies"
+    has = f"the {heads} query and {kv_heads} key heads of a tensor rank, which Transformer Engine splits without copies"
     if kind == "te:a2a":
         if shared % size:
             sizes = _either([n for n in range(2, shared + 1) if shared % n == 0])
@@ -166,9 +166,9 @@ def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | 
 def _copies(kv_heads: int, ulysses: int) -> str:
     copies = key_copies(kv_heads, ulysses)
     if copies == 1:
-        return "as asked"
+        return "as set"
     heads = f"{kv_heads} key head{'s' * (kv_heads != 1)}"
-    return f"as asked; each of {heads} of a tensor rank is sent {copies} times, since {ulysses} ranks share them"
+    return f"as set; each of {heads} of a tensor rank is sent {copies} times, since {ulysses} ranks share them"
 
 
 def _either(sizes: list[int]) -> str:

@@ -22,7 +22,7 @@ def chunk_layers(parallel: Parallel, layers: int) -> tuple[int, ...]:
     if parallel.pipeline_layout is not None:
         if uneven:
             raise UserError(
-                "parallel.pipeline_layout already says what first_stage_layers and last_stage_layers say: set one"
+                "parallel.pipeline_layout already gives what first_stage_layers and last_stage_layers give: set one"
             )
         return _explicit_layers(parallel.pipeline_layout, layers, stages, virtual)
     stage_layers = _uneven_stages(parallel, layers) if uneven else [layers / stages] * stages
@@ -30,7 +30,7 @@ def chunk_layers(parallel: Parallel, layers: int) -> tuple[int, ...]:
         if count % virtual or count < 1:
             raise UserError(
                 f"{layers} layers cannot be spread evenly over parallel.pipeline={stages} x parallel.virtual_pipeline="
-                f"{virtual}: stage {stage} would hold {count:g} layers in {virtual} chunk{'s' * (virtual > 1)}"
+                f"{virtual}: stage {stage} would have {count:g} layers in {virtual} chunk{'s' * (virtual > 1)}"
             )
     return tuple(int(count) // virtual for count in stage_layers) * virtual
 
@@ -39,7 +39,7 @@ def _uneven_stages(parallel: Parallel, layers: int) -> list[float]:
     """Layers of every stage where the first or the last is given; the remaining layers are spread over the other stages."""
     stages, first, last = parallel.pipeline, parallel.first_stage_layers, parallel.last_stage_layers
     if stages == 1:
-        raise UserError("first_stage_layers and last_stage_layers need stages, and parallel.pipeline=1")
+        raise UserError("first_stage_layers and last_stage_layers need several stages, and parallel.pipeline=1")
     given = {0: first, stages - 1: last}
     fixed = {stage: count for stage, count in given.items() if count is not None}
     left, others = layers - sum(fixed.values()), stages - len(fixed)

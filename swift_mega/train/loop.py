@@ -130,7 +130,7 @@ def _put_aside(run: schema.Run, directory: RunDirectory, steps: int) -> None:
     earlier = directory.put_aside(written, [Path(path) for path in (run.model.path, *run.model.adapters)])
     if earlier is not None:
         print(
-            f"earlier run         {directory.path} holds another run's files: those of the same names are now in {earlier.name}/"
+            f"earlier run         {directory.path} holds another run's files: its files with the same names were moved to {earlier.name}/"
         )
 
 
@@ -223,9 +223,9 @@ class Loop:
             agree(self.unwritten)
         if not math.isfinite(result.loss) or not result.applied:
             raise AgreedError(
-                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not a finite number, so nothing that follows "
-                "would be; "
-                f"lower optim.lr={self.training.run.optim.lr:g}, or look for damaged rows in the data of this step"
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, so no later step "
+                "can be; "
+                f"lower optim.lr={self.training.run.optim.lr:g}, or check the data of this step for damaged rows"
             )
 
     def _evaluate(self, step: int) -> float:

@@ -47,7 +47,7 @@ class RunDirectory:
                 raise PermissionError(13, "Permission denied")
         except (FileExistsError, NotADirectoryError):
             raise UserError(
-                f"train.output_dir {root} is, or lies below, a file, not a directory; name another output_dir"
+                f"train.output_dir {root} is a file, or a part of its path is a file; name another output_dir"
             ) from None
         except OSError as error:
             raise UserError(
@@ -92,7 +92,7 @@ class RunDirectory:
                 if source.resolve().is_relative_to(path.resolve()):
                     raise UserError(
                         f"{source} is read by this run, which would write its own {path.name} there; name another train.output_dir, or "
-                        "leave out train.add_version=false"
+                        "set train.add_version=true"
                     )
         if not there:
             return None

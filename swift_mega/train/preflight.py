@@ -42,7 +42,7 @@ def _check_training(
         )
     if settings.longest is not None and run.data.max_length > settings.longest:
         raise UserError(
-            f"data.max_length={run.data.max_length}: this model's positions are right up to {settings.longest} tokens; set "
+            f"data.max_length={run.data.max_length}: this model's positions are defined up to {settings.longest} tokens; set "
             f"data.max_length={settings.longest}"
         )
     balancing_fields(run.model.router_aux_loss_coefficient, run.model.megatron, experts=bool(settings.shape.experts))
@@ -50,8 +50,8 @@ def _check_training(
     check_passthrough(run.model.megatron, settings, run.train, device, dtype)
     if not tuner.trains_model and run.model.megatron.get("moe_router_enable_expert_bias"):
         raise UserError(
-            f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it moves weights of the model, which an "
-            "adapter does not hold; leave it out, or set tuner.type=full"
+            f"model.megatron.moe_router_enable_expert_bias=True with tuner.type={run.tuner.type}: it changes model weights, which an "
+            "adapter does not have; remove it, or set tuner.type=full"
         )
     check_tiles(settings, run.train, run.model.megatron)
 
@@ -62,10 +62,10 @@ def _check_dtype(run: schema.Run, dtype: torch.dtype) -> None:
     if not run.parallel.gradients_in_float32 and dtype != torch.bfloat16:
         raise UserError(
             f"parallel.gradients_in_float32=false sums gradients in the dtype of the weights, and that is {name}; set "
-            "model.dtype=bfloat16, or leave it out"
+            "model.dtype=bfloat16, or parallel.gradients_in_float32=true"
         )
     if dtype == torch.float64 and (run.parallel.distributed_optimizer or run.optim.clip_grad):
         raise UserError(
-            "model.dtype=float64: Megatron's distributed optimizer and its clipping of gradients know float32 at most; set "
+            "model.dtype=float64: Megatron's distributed optimizer and its clipping of gradients support float32 at most; set "
             "parallel.distributed_optimizer=false and optim.clip_grad=0, or model.dtype=float32"
         )

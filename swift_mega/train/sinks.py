@@ -46,7 +46,7 @@ def check(settings: schema.Monitor) -> None:
     if "wandb" in settings.report_to and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "monitor.report_to names wandb, which is not installed; run `pip install wandb`, "
-            "or leave it out: monitor.report_to=[tensorboard]"
+            "or set monitor.report_to=[tensorboard]"
         )
 
 
@@ -167,7 +167,7 @@ class Wandb:
         except wandb.errors.Error as error:
             raise UserError(
                 f"wandb could not start run {name!r} of project {settings.wandb_project!r} ({error}); "
-                "run `wandb login`, set WANDB_MODE=offline, or leave wandb out of monitor.report_to"
+                "run `wandb login`, set WANDB_MODE=offline, or remove wandb from monitor.report_to"
             ) from None
 
     def write(self, group: str, step: int, record: Record) -> None:

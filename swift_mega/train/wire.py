@@ -284,7 +284,7 @@ def warmup_steps(optim: schema.Optim, steps: int) -> int:
     warmup = optim.warmup_steps or round(optim.warmup_fraction * steps)
     if warmup >= steps and warmup > 0:
         raise UserError(
-            f"optim.warmup_steps={warmup} leaves nothing of {steps} steps to train at the full rate; choose fewer than {steps}"
+            f"optim.warmup_steps={warmup} leaves none of the {steps} steps at the full rate; choose fewer than {steps}"
         )
     return warmup
 

@@ -150,18 +150,18 @@ class Comparison:
             )
         lines += ["", f"top-1   {agreed.top_1} of {agreed.positions} positions agree"]
         if agreed.first is not None:
-            lines.append(f"        first other token at {agreed.first}")
+            lines.append(f"        first different token at {agreed.first}")
         lines.append(
             f"top-{agreed.k:<3} {100 * agreed.top_k / (agreed.k * agreed.positions):.2f}% of the tokens are in both"
         )
-        lines.append(f"KL      {agreed.divergence / agreed.positions:.1e} nats a position")
+        lines.append(f"KL      {agreed.divergence / agreed.positions:.1e} nats per position")
         of = f"({self.dtype}, {self.prompts} prompts; relative: rms(B - A) / rms(A) of a token)"
         if departs is None:
             return "\n".join([*lines, f"A and B are equal within {self.tolerance:g} at every point {of}"])
         return "\n".join(
             [
                 *lines,
-                f"{departs.point} departs first: {departs.relative:.1e}, beyond the tolerance of {self.tolerance:g} {of}",
+                f"first difference at {departs.point}: {departs.relative:.1e}, beyond the tolerance of {self.tolerance:g} {of}",
             ]
         )
 
@@ -205,10 +205,12 @@ class Comparison:
         axes.axhline(self.tolerance, color="tab:gray", linestyle="--", label=f"tolerance {self.tolerance:g}")
         if self.departs is not None:
             place = self.distances.index(self.departs)
-            axes.axvline(place, color="tab:red", alpha=0.5, label=f"{self.departs.point} departs first")
+            axes.axvline(place, color="tab:red", alpha=0.5, label=f"first difference at {self.departs.point}")
         axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 30, fontsize=8)
         verdict = (
-            "equal within the tolerance" if self.passed else f"{self.departs and self.departs.point} departs first"
+            "equal within the tolerance"
+            if self.passed
+            else f"first difference at {self.departs and self.departs.point}"
         )
         axes.set(xlabel="point", ylabel="rms(B - A) / rms(A), worst token", title=f"A and B: {verdict} ({self.dtype})")
         axes.grid(alpha=0.3)

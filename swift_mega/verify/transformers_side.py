@@ -57,7 +57,7 @@ def _with_peft(network: Any, adapter: Path) -> Any:
     taken = {name.replace(".default.", ".") for name, _ in network.named_parameters() if ".lora_" in name}
     if lost := sorted(read_adapter(adapter).checkpoint.entries.keys() - taken):
         raise UserError(
-            f"PEFT does not apply all of {adapter}: it has no place for {some(lost)}; merge the adapter first (swift-mega export "
+            f"PEFT does not apply all of {adapter}: it does not load {some(lost)}; merge the adapter first (swift-mega export "
             "--merge_lora true)"
         )
     return network

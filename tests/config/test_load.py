@@ -227,7 +227,7 @@ WORD_ERRORS = [
     ([], ["--tile_mlp", "true", "--mlp_tile_size", "0"], "--mlp_tile_size=0: expected a whole number of at least 1"),
     ([], ["--seed", "-1"], "--seed=-1: expected at least 0"),
     ([], ["--max_shard_size", "big"], "--max_shard_size=big: expected a size such as 500MB, 5GB or 512MiB"),
-    ([], ["--output_dir", " "], "--output_dir= : expected something, not empty text"),
+    ([], ["--output_dir", " "], "--output_dir= : expected text that is not empty"),
     ([], ["--packing", "maybe"], "--packing=maybe: expected true or false"),
     ([], ["--lr_decay_style", "cosin"], "--lr_decay_style=cosin: expected cosine | linear | constant (did you mean cosine?)"),
     ([], ["--report_to", "tensorboard", "swanlab"], "--report_to=swanlab: expected tensorboard | wandb"),
@@ -244,7 +244,7 @@ def test_a_wrong_word_says_why(overrides: list[str], flags: list[str], message: 
 
 CONTRADICTIONS = [
     (["overlap_param_gather=true", "overlap_grad_reduce=true", "use_distributed_optimizer=false"],
-     "parallel.overlap_param_gather=true gathers what the distributed optimizer cut"),
+     "parallel.overlap_param_gather=true gathers the parameters that the distributed optimizer shards"),
     (["overlap_param_gather=true"], "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true"),
     (["lr=1e-4", "min_lr=1e-3"], "optim.min_lr=0.001 is above optim.lr=0.0001"),
     (["min_lr=1e-5", "lr_decay_style=constant"], "optim.min_lr=1e-05 has no effect with optim.schedule=constant"),

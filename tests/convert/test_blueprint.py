@@ -158,7 +158,7 @@ def test_the_plan_of_a_checkpoint(tmp_path):
     sizes = {name: entry.bytes for name, entry in Checkpoint(directory).entries.items()}
     assert found.tensors == len(sizes) and found.source_bytes == sum(sizes.values()) and found.ranks == 4
     assert [stage.layers for stage in found.stages] == [(0, 1), (2, 3)]
-    assert f"all {len(sizes)} tensors are there, none twice; nothing else is in the files" in found.table()
+    assert f"all {len(sizes)} tensors are found, none twice; the files have no other tensors" in found.table()
     assert json.loads(json.dumps(found.as_json()))["stages"][1]["stage"] == 1
 
 

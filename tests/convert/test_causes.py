@@ -76,7 +76,7 @@ def with_layer(number: int, *ends: str) -> Callable[[Tensors], Tensors]:
 CAUSES: list[tuple[str, str, Callable[[Tensors], Tensors], dict[str, Any], str]] = [
     (
         "saved inside PEFT", "llama", renamed(r"(lm_head|q_proj)\.weight", r"\1.base_layer.weight"), {},
-        r"names are those of a wrapper, PEFT's \(save what merge_and_unload returns\)",
+        r"names have the prefix of a wrapper, PEFT's \(save what merge_and_unload returns\)",
     ),
     ("saved inside PEFT, all of it", "llama", renamed("^", "base_model.model."), {}, r"a wrapper, PEFT's"),
     ("compiled", "llama", renamed("^", "_orig_mod."), {}, r"a wrapper, torch.compile's"),
@@ -88,7 +88,7 @@ CAUSES: list[tuple[str, str, Callable[[Tensors], Tensors], dict[str, Any], str]]
     ),
     (
         "a model of images", "llama", beside(vision_tower__patch__weight=torch.ones(2)), {},
-        r"vision_tower.patch.weight are of a model of images or sound",
+        r"vision_tower.patch.weight belong to a model of images or audio",
     ),
     (
         "a reward model that does not say so", "llama", headless("score.weight"), {},
@@ -104,7 +104,7 @@ CAUSES: list[tuple[str, str, Callable[[Tensors], Tensors], dict[str, Any], str]]
     ),
     (
         "the bare model, untied", "llama", lambda t: renamed(r"^model\.", "")(without("lm_head")(t)), {"architectures": ["LlamaModel"]},
-        r"\['LlamaModel'\] is the decoder without an output layer, .*: transformers would make lm_head.weight of random numbers",
+        r"\['LlamaModel'\] is the decoder without an output layer, .*: transformers would make lm_head.weight of random values",
     ),
     (
         "without its head", "llama", without("lm_head"), {},
@@ -117,7 +117,7 @@ CAUSES: list[tuple[str, str, Callable[[Tensors], Tensors], dict[str, Any], str]]
     ),
     (
         "the same of a family that has none", "llama", with_layer(4, "eh_proj", "enorm"), {},
-        r"layer 4 is of multi-token prediction, .*nothing computes them for this model_type; take them out of the files",
+        r"layer 4 is of multi-token prediction, .*nothing computes them for this model_type; remove them from the files",
     ),
     ("more layers", "llama", with_layer(4), {}, r"states 4 layers, and layers up to 4 are there"),
     ("fewer layers", "gpt2", without(r"h\.3\."), {}, r"states 4 layers, and the files end with layer 2; copy the rest"),

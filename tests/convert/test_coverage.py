@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
         "llama",
         removed("lm_head.weight"),
         {},
-        "lm_head.weight is the output layer, which a model has of its own where tie_word_embeddings is false, as here; copy",
+        "lm_head.weight is the output layer, and config.json says tie_word_embeddings=false, so the files must have it; copy",
     ),
     "missing expert": (
         "qwen3_moe",

@@ -332,10 +332,10 @@ SPOILED = {
     "tensor listed twice": r"index.json: lists \S+ twice; copy it from the source again",
     "index names the other shard": r"says tensor model.norm.weight is in model-00001-of-00002\S+, but it is in model-00002",
     "index names an absent shard": r"lacks model-00003-of-00003.safetensors, which model.safetensors.index.json lists; copy",
-    "header longer than the file": r"is not a whole safetensors file: \d+ bytes, header of 1099511627776; copy it",
-    "truncated": r"model-00001-of-00002.safetensors is cut short: \d+ bytes, .*; copy it from the source again",
-    "header only": r"model-00001-of-00002.safetensors is not a whole safetensors file: 100 bytes, header of \d+; copy",
-    "empty": r"model-00001-of-00002.safetensors is not a whole safetensors file: 0 bytes, header of 0; copy",
+    "header longer than the file": r"is not a complete safetensors file: \d+ bytes, header of 1099511627776; copy it",
+    "truncated": r"model-00001-of-00002.safetensors is truncated: \d+ bytes, .*; copy it from the source again",
+    "header only": r"model-00001-of-00002.safetensors is not a complete safetensors file: 100 bytes, header of \d+; copy",
+    "empty": r"model-00001-of-00002.safetensors is not a complete safetensors file: 0 bytes, header of 0; copy",
 }
 
 

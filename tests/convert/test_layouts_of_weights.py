@@ -263,7 +263,7 @@ def test_what_is_not_finite_is_named(ranks, cpu, tmp_path, name, value):
     """The rank that has the number names it, on whichever stage; all ranks stop with its message."""
     source = with_values(tmp_path / "hf", torch.tensor([0.5, value, value]), (name,))
     with pytest.raises(
-        UserError, match=rf"{re.escape(name)} .* holds 2 numbers that are not finite, the first \({value}\) at \[0, 1\]"
+        UserError, match=rf"{re.escape(name)} .* has 2 values that are not finite, the first \({value}\) at \[0, 1\]"
     ):
         ranks(4, back_only, ("tp2-pp2-sp",), source, tmp_path, cpu)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -122,7 +122,7 @@ def test_a_failure_of_the_last_files_is_heard_by_all(ranks, cpu, source, tmp_pat
         return ""
 
     said = ranks(2, body, timeout=60)
-    assert said.startswith(f"{broken / 'aaa'} is a link to {broken / 'gone'}, which is not there; copy")
+    assert said.startswith(f"{broken / 'aaa'} is a link to {broken / 'gone'}, which does not exist; copy")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -232,14 +232,14 @@ def test_numbers_that_are_none_stop_it(tmp_path):
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight .* 1 number that are not finite"):
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight .* 1 value that is not finite"):
         api.convert(source=str(directory), to="mcore", output=str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_checkpoint_has_no_context_size(tmp_path: Path) -> None:
     directory = tiny.make(tmp_path / "hf", "llama")
-    with pytest.raises(UserError, match=r"parallel.context=2: context ranks have the same weights.*leave it out"):
+    with pytest.raises(UserError, match=r"parallel.context=2: context ranks have the same weights.*remove it"):
         api.convert(
             source=str(directory), to="mcore", output=str(tmp_path / "out"), parallel=schema.Parallel(context=2)
         )

@@ -231,20 +231,20 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<a>' if m.role == 'assistant' }}{{ m.content }}"
         + END
         + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<b>{% endif %}",
-        "begins the reply of turn 2 otherwise than its own generation prompt",
+        "begins the reply of turn 2 in another way than its own generation prompt",
         "<b>', begins it",
     ),
     "forces a reasoning block": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + END + "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-        "begins the reply of turn 2 otherwise than its own generation prompt",
+        "begins the reply of turn 2 in another way than its own generation prompt",
         "<think>\\n', begins it",
     ),
     "forces one behind marks": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
         "{{ m.content }}" + END + "{% endgeneration %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-        "begins the reply of turn 4 otherwise than its own generation prompt",
+        "begins the reply of turn 4 in another way than its own generation prompt",
         "give a template without that",
     ),
     "drops a question": (
@@ -269,7 +269,7 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
     "marks skip": (
         "{% for m in messages %}{{ m.role }}{% if loop.first %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
         "{{ m.content }}{% endif %}{% endfor %}",
-        "holds 0 replies",
+        "contains 0 replies",
         "around exactly one reply",
     ),
     "marks none": (
@@ -279,7 +279,7 @@ BAD_TEMPLATES: dict[str, tuple[str, str, str]] = {
     ),
     "marks all": (
         "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
-        "holds 2 replies",
+        "contains 2 replies",
         "around exactly one reply",
     ),
     "marks nested": (

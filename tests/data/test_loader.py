@@ -96,8 +96,8 @@ def test_errors(data, write, chatml):
     with pytest.raises(UserError, match=r"data.max_length=1.*give at least 2"):
         prepare(replace(data, max_length=1), chatml)
     with pytest.raises(
-        UserError, match=r"none of 4 rows is left to train on \(4 dropped: longer than max_length 2\); raise"
+        UserError, match=r"none of 4 rows can be used to train \(4 dropped: longer than max_length 2\); raise"
     ):
         prepare(replace(data, max_length=2), chatml)
-    with pytest.raises(UserError, match=r"none of 1 rows is left to validate on.*raise data.max_length"):
+    with pytest.raises(UserError, match=r"none of 1 rows can be used to validate.*raise data.max_length"):
         prepare(replace(data, val_dataset=(write(LONG, name="v.jsonl"),)), chatml)

@@ -209,9 +209,9 @@ def test_two_columns_for_one(write):
             UserError, match=f"maps '{order[0]}' and '{order[1]}' both to 'query'.*map one of them elsewhere"
         ):
             load(Data(dataset=(path,), columns=dict.fromkeys(order, "query")))
-    with pytest.raises(UserError, match="maps 'body' to 'prompt', which has no use beside the row's other columns"):
+    with pytest.raises(UserError, match="maps 'body' to 'prompt', which is not used beside the row's other columns"):
         load(Data(dataset=(path,), columns={"title": "query", "body": "prompt"}))
-    with pytest.raises(UserError, match="maps 'title' to 'response', which has no use"):
+    with pytest.raises(UserError, match="maps 'title' to 'response', which is not used"):
         load(Data(dataset=(write({**row, "messages": HELLO["messages"]}),), columns={"title": "response"}))
     info = write(
         json.dumps([{"dataset_path": "rows.jsonl", "dataset_name": "one", "columns": {"title": "query"}}]),
@@ -340,14 +340,14 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {
     "no question": ({"response": "a"}, "'response' has no question", '{"text": …}'),
     "empty reply": ({"query": "a", "response": "  "}, "turn 2 (assistant) is empty", "remove the row"),
     "empty question": (turns((U, ""), (A, "r")), "turn 1 (user) is empty", "fill it in"),
-    "starts with a reply": (turns((A, "r"), (U, "q"), (A, "r")), "turn 1 is assistant where user is due", "in alternation"),
-    "two questions": (turns((U, "q"), (U, "q"), (A, "r")), "turn 2 is user where assistant is due", "in alternation"),
-    "late system": (turns((U, "q"), (A, "r"), (S, "s"), (A, "r")), "turn 3 is system where user is due", "system (optional)"),
+    "starts with a reply": (turns((A, "r"), (U, "q"), (A, "r")), "turn 1 is assistant where user is expected", "in alternation"),
+    "two questions": (turns((U, "q"), (U, "q"), (A, "r")), "turn 2 is user where assistant is expected", "in alternation"),
+    "late system": (turns((U, "q"), (A, "r"), (S, "s"), (A, "r")), "turn 3 is system where user is expected", "system (optional)"),
     "ends with a question": (turns((U, "q"), (A, "r"), (U, "q")), "ends with user", "end it with an assistant turn"),
     "system alone": (turns((S, "s")), "ends with system", "end it with an assistant turn"),
     "system twice": ({**turns((S, "s"), (U, "q"), (A, "r")), "system": "t"}, "both a system column and", "keep one"),
     "unknown role": (turns(("User", "q"), (A, "r")), "turn 1: unknown role 'User'", "known are system, user"),
-    "tool role": (turns((U, "q"), ("tool", "x"), (A, "r")), "role 'tool' is tool use", "leave such rows out"),
+    "tool role": (turns((U, "q"), ("tool", "x"), (A, "r")), "role 'tool' is tool use", "remove such rows"),
     "role is a number": (turns((3, "q"), (A, "r")), "unknown role 3", "known are"),
     "content is a number": (turns((U, 3), (A, "r")), "turn 1 is a number (3)", "write a string"),
     "half a character": (r'{"query": "a\ud83d", "response": "r"}', "half a surrogate pair", "write the whole character"),
@@ -369,8 +369,8 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {
                    "turn 2: 'tool_calls' is tool use", "remove it"),
     "loss_scale": ({"messages": [{"role": U, "content": "q"}, {"role": A, "content": "r", "loss_scale": 2.0}]},
                    "'loss_scale' is a weight per turn", "remove it"),
-    "no name": ({"query": "q", "response": "I am {{NAME}}"}, "holds {{NAME}}", "data.model_name is not set"),
-    "no author": ({"query": "q", "response": "{{AUTHOR}}"}, "holds {{AUTHOR}}", "data.model_author is not set"),
+    "no name": ({"query": "q", "response": "I am {{NAME}}"}, "the row has {{NAME}}", "data.model_name is not set"),
+    "no author": ({"query": "q", "response": "{{AUTHOR}}"}, "the row has {{AUTHOR}}", "data.model_author is not set"),
 }  # fmt: skip
 
 
@@ -399,7 +399,7 @@ def test_bad_files(write, tmp_path):
     refuse(str(tmp_path / "goood.jsonl"), "goood.jsonl does not exist", "good.jsonl", "give the path")
     refuse(str(tmp_path), "is a directory (with good.jsonl)", "name the files")
     refuse(write(name="empty.jsonl"), "empty.jsonl is empty", "one JSON object per line")
-    refuse(write("[]", name="none.json"), "holds an empty list", "at least one row")
+    refuse(write("[]", name="none.json"), "has an empty list", "at least one row")
     refuse(write("[1]", name="one.json"), "one.json[0]: a row is a number", "JSON object")
     refuse(write("a,b", name="rows.csv"), "'.csv' are not read", "convert it to .jsonl")
     refuse(write(HELLO, "", HELLO, name="gap.jsonl"), "gap.jsonl:2: an empty line", "remove it")
@@ -412,12 +412,12 @@ def test_bad_files(write, tmp_path):
     refuse(f"{good}#many", "'many' is not a number of rows", "path#500")
     refuse(good, "maps 'ask', which no row has", "messages", columns={"ask": "query"})
     refuse(
-        good, "to 'question_text', which is no column of ours", "choose among", columns={"messages": "question_text"}
+        good, "to 'question_text', which is not a known column", "choose among", columns={"messages": "question_text"}
     )
     both = write({"ask": "a", "query": "b", "response": "c"}, name="both.jsonl")
     refuse(both, "both.jsonl:1", "has a column 'query' already", "drop it", columns={"ask": "query"})
-    refuse(good, "model_name='Mega' is set, but no row holds {{NAME}}", "unset it", model_name="Mega")
-    refuse(good, "split_dataset_ratio=1.5", "less than 1", split_dataset_ratio=1.5)
+    refuse(good, "model_name='Mega' is set, but no row has {{NAME}}", "unset it", model_name="Mega")
+    refuse(good, "split_dataset_ratio=1.5", "below 1", split_dataset_ratio=1.5)
     refuse(good, "of 1 rows leaves", "at least one of each", split_dataset_ratio=0.1)
     refuse(good, "are both set", "unset the other", split_dataset_ratio=0.5, val_dataset=(good,))
     with pytest.raises(UserError, match=r"data.dataset is empty.*name at least one"):
@@ -427,7 +427,7 @@ def test_bad_files(write, tmp_path):
 BAD_INFO: dict[str, tuple[Any, str, str]] = {
     "not there": (None, "does not exist", "give the path"),
     "not json": ("{", "cannot be read as JSON", "correct the file"),
-    "a number": (3, "holds a number", "write an object"),
+    "a number": (3, "contains a number", "write an object"),
     "unknown name": ({"other": {"file_name": "a.jsonl"}}, "'name' is neither a file nor a name", "knows other"),
     "hub only": ({"name": {"hf_hub_url": "a/b"}}, "'name' is neither a file nor a name", "knows none"),
     "no file": ({"name": {"columns": {}}}, "has no file_name", "write the path"),

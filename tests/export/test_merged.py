@@ -113,9 +113,9 @@ def test_outputs_that_may_not_be_written(tmp_path, base):
         (tmp_path / "mine", False, "mine exists already and is left as it is; choose another path"),
         (tmp_path / "file", True, "file is a file and is left as it is; choose another path"),
         (tmp_path / "file" / "out", True, "cannot write .*: Not a directory; choose another --output"),
-        (tmp_path / "base", True, "output .*base holds .*base, which is read; choose another path"),
-        (tmp_path / "adapter", True, "output .*adapter holds .*adapter, which is read; choose another path"),
-        (tmp_path, True, "holds .*, which is read; choose another path"),
+        (tmp_path / "base", True, "output .*base contains .*base, the input; choose another path"),
+        (tmp_path / "adapter", True, "output .*adapter contains .*adapter, the input; choose another path"),
+        (tmp_path, True, "contains .*, the input; choose another path"),
     ):
         with pytest.raises(UserError, match=message):
             merge(tmp_path / "base", made, output, overwrite=overwrite)
@@ -212,8 +212,8 @@ def test_the_api_has_nothing_to_do_without_merging(tmp_path, base):
         (dict(r=None), "r=None and lora_alpha=6 must be numbers"),
         (dict(r="many"), "r='many' and lora_alpha=6 must be numbers"),
         (dict(lora_alpha=None), "r=2 and lora_alpha=None must be numbers"),
-        (dict(r=0), "r=0 and lora_alpha=6.0 are no rank and scale"),
-        (dict(lora_alpha=float("inf")), "r=2 and lora_alpha=inf are no rank and scale"),
+        (dict(r=0), "r=0 and lora_alpha=6.0 are not a valid rank and scale"),
+        (dict(lora_alpha=float("inf")), "r=2 and lora_alpha=inf are not a valid rank and scale"),
     ],
 )
 def test_a_config_that_means_more_than_two_factors(tmp_path, changes, message):
@@ -224,7 +224,7 @@ def test_a_config_that_means_more_than_two_factors(tmp_path, changes, message):
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"r": 2}'])
 def test_a_config_that_is_none(tmp_path, text):
     with pytest.raises(
-        UserError, match=r"is not valid JSON .*; copy it again|holds .*, not an object|peft_type is .*; only LORA"
+        UserError, match=r"is not valid JSON .*; copy it again|contains .*, not an object|peft_type is .*; only LORA"
     ):
         read_adapter(adapter(tmp_path / "adapter", config=text))
 

@@ -225,9 +225,9 @@ def test_a_port_in_use_with_several_machines(silent: int, monkeypatch: pytest.Mo
 def test_nobody_at_the_master_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(UserError, match=rf"MASTER_PORT={port}: nobody answers there for 0 s \(Connection refused\)"):
+    with pytest.raises(UserError, match=rf"MASTER_PORT={port}: no answer for 0 s \(Connection refused\)"):
         meeting.open_store("127.0.0.1", port, 2, serve=False, waiting=0.1)
-    with pytest.raises(UserError, match=rf"MASTER_PORT={port}: not all of 2 ranks came within 1 s"):
+    with pytest.raises(UserError, match=rf"MASTER_PORT={port}: not all of 2 ranks connected within 1 s"):
         meeting.open_store("127.0.0.1", port, 2, serve=True, waiting=1)
 
 

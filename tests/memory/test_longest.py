@@ -40,7 +40,7 @@ def test_host_memory_is_a_limit_too(model, capsys):
     "words, message",
     [
         (["--gpu_memory", "much"], "--gpu_memory=much: expected a size such as 80GB or 79.6GiB"),
-        (["--lr", "1"], "--lr sets optim.lr, which has no effect in plan; leave it out"),
+        (["--lr", "1"], "--lr sets optim.lr, which has no effect in plan; remove it"),
         (["--recompute_granularity", "selective"], "train.recompute=selective has no memory formula"),
     ],
 )

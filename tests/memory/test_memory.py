@@ -158,5 +158,5 @@ def test_models_without_a_formula_are_refused(tmp_path):
         memory(settings, plan_layout(schema.Parallel(), settings.shape, 1), Choices(), 1024)
     with pytest.raises(UserError, match=r"train\.recompute=selective has no memory formula"):
         choices_of(schema.Run(train=schema.Train(recompute="selective")), hidden=32)
-    with pytest.raises(UserError, match=r"parallel\.cp=te:p2p has no memory formula: Transformer Engine"):
+    with pytest.raises(UserError, match=r"parallel\.cp=te:p2p has no memory formula, which is for our own"):
         choices_of(schema.Run(parallel=schema.Parallel(context=2, cp="te:p2p")), hidden=32)

@@ -21,8 +21,8 @@ from tests.models.test_families import write
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon", dict(alibi=True), "alibi=True is not supported for family falcon; supported: False"),
-    ("falcon_new", dict(parallel_attn=False), "parallel_attn=false with new_decoder_architecture=true is no model"),
-    ("falcon", dict(num_ln_in_parallel_attn=2), "num_ln_in_parallel_attn=2 with new_decoder_architecture=false is no model"),
+    ("falcon_new", dict(parallel_attn=False), "parallel_attn=false with new_decoder_architecture=true is not supported"),
+    ("falcon", dict(num_ln_in_parallel_attn=2), "num_ln_in_parallel_attn=2 with new_decoder_architecture=false is not supported"),
     ("falcon_new", dict(num_ln_in_parallel_attn=3), "num_ln_in_parallel_attn=3 .*; supported: 1, or 2 with"),
     ("falcon_new", dict(num_kv_heads=0), "num_kv_heads=0 is not a whole number of at least 1"),
     ("falcon", dict(activation="selu"), "activation='selu' is not supported for family falcon; supported: 'gelu', "),
@@ -74,7 +74,7 @@ def test_an_example_has_no_more_tokens_than_there_are_positions(tmp_path):
     assert (settings.positions, settings.longest, settings.rope) == (256, 256, None)
     run = schema.Run(data=schema.Data(max_length=257), tuner=schema.Full())
     with pytest.raises(
-        UserError, match=r"data\.max_length=257: this model's positions are right up to 256 tokens; set"
+        UserError, match=r"data\.max_length=257: this model's positions are defined up to 256 tokens; set"
     ):
         check_run(run, family, settings, torch.float32)
     check_run(dataclasses.replace(run, data=schema.Data(max_length=256)), family, settings, torch.float32)

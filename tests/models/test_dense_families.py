@@ -115,7 +115,7 @@ def test_dropout_that_a_config_names_is_said(tmp_path: Path) -> None:
     """One line with every rate; no line where there is none."""
     named = write(tmp_path / "a", "starcoder2", attention_dropout=0.1, residual_dropout=0.2)
     assert load_settings(named).notes == (
-        "training here uses no dropout but an adapter's own and model.megatron.hidden_dropout; config.json names "
+        "training uses no dropout but that of an adapter and model.megatron.hidden_dropout; not used from config.json: "
         "attention_dropout=0.1, residual_dropout=0.2",
     )
     assert load_settings(write(tmp_path / "b", "starcoder2")).notes == ()

@@ -37,9 +37,9 @@ P2P, A2A, ALL, BOTH = (Mesh(*sizes, engine=True) for sizes in ((1, 4), (4, 1), (
         ("gpt_oss", "has attention sinks"),
         ("gemma2", "has soft-capped scores"),
         ("deepseek_v3_moe", "has latent attention"),
-        ("phi3_longrope", "turns tokens by the length of their example"),
+        ("phi3_longrope", "rotates tokens by the length of their example"),
         ("qwen3_next", "has gated delta nets"),
-        ("bloom", r"adds to scores by position \(ALiBi\)"),
+        ("bloom", r"adds biases to scores by position \(ALiBi\)"),
         ("mistral", "has sliding windows"),
     ],
 )

@@ -181,8 +181,8 @@ def test_rope_of_another_kind_is_refused(tmp_path, kind):
     ("name", "changes", "message"),
     [
         ("llama", dict(embed_dim=4, num_heads=2), "family llama does not know: embed_dim=4, num_heads=2; transformers reads them"),
-        ("llama", dict(attention_dropout=1.5), "attention_dropout=1.5 is no rate of dropout, 0 or more and below 1; correct it"),
-        ("llama", dict(attention_dropout="0.1"), "attention_dropout='0.1' is no rate of dropout"),
+        ("llama", dict(attention_dropout=1.5), "attention_dropout=1.5 is not a dropout rate (0 or more and below 1); correct it"),
+        ("llama", dict(attention_dropout="0.1"), "attention_dropout='0.1' is not a dropout rate"),
         ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         ("llama", dict(quantization_config={"quant_method": "fp8"}), "quantization_config="),
         ("qwen3_moe", dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size=8"),
@@ -232,8 +232,8 @@ def test_fields_that_change_nothing_are_accepted(tmp_path):
         (b"{", "is not valid JSON .* copy it from the original"),
         (b"", "is not valid JSON"),
         (b"\xff\xfe{}", "is not valid JSON"),
-        (b"[1]", "holds list, not an object; copy it"),
-        (b"null", "holds NoneType, not an object; copy it"),
+        (b"[1]", "contains a list, not an object; copy it"),
+        (b"null", "contains a NoneType, not an object; copy it"),
         (b"[" * 100_000, "is not valid JSON"),
     ],
 )

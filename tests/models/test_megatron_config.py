@@ -99,7 +99,7 @@ def test_refused(models: dict[str, Settings], cpu: Device, model: str, given: di
 @pytest.mark.parametrize(
     ("model", "given", "said"),
     [
-        ("gemma2", {"bias_dropout_fusion": True}, "layers are joined otherwise"),
+        ("gemma2", {"bias_dropout_fusion": True}, "layers are joined in another way"),
         (
             "llama_bias",
             {"bias_dropout_fusion": True, "recompute_modules": ["mlp"]},

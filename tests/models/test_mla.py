@@ -30,10 +30,10 @@ def write(directory: Path, config: dict[str, object], **changes: object) -> Path
     [
         ({"num_key_value_heads": 4}, "num_key_value_heads=4"),
         ({"head_dim": 6}, "head_dim=6"),
-        ({"n_group": 3}, "cut into 3 groups"),
+        ({"n_group": 3}, "split into 3 groups"),
         ({"topk_group": 5}, "of 5 groups"),
         ({"num_experts_per_tok": 5}, "5 experts of 2 groups"),
-        ({"n_group": 8, "topk_group": 8}, "cut into 8 groups"),
+        ({"n_group": 8, "topk_group": 8}, "split into 8 groups"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

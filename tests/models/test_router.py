@@ -155,7 +155,7 @@ PLAIN = dict(
         (dict(moe_router_topk_scaling_factor=2.5), "moe_router_topk_scaling_factor=2.5"),
         (dict(moe_router_fusion=True), "moe_router_fusion=True"),
         (dict(moe_router_pre_softmax=False), "moe_router_pre_softmax=False"),
-        (dict(moe_router_score_function="softmax"), "'softmax': .* knows only 'sigmoid'; remove the setting"),
+        (dict(moe_router_score_function="softmax"), "'softmax': .* supports only 'sigmoid'; remove the setting"),
     ],
 )
 def test_settings_that_would_do_nothing(changes: dict[str, Any], said: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from tests.models.te_process import FOLDER, NOT_BUILT, found_by
 
-REFUSED = "this model has none|key-value heads|experts have biases, which Megatron cannot cut"
+REFUSED = "this model has none|key-value heads|experts have biases, which Megatron cannot split"
 LAYOUTS = ("single", "tp2-sp", "tp2-ep2-etp1-sp")
 
 pytestmark = [

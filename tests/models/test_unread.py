@@ -96,7 +96,7 @@ def test_a_rate_of_dropout_is_a_note(tmp_path, name, rate):
 @pytest.mark.parametrize("rate", [1.5, "0.1", True, float("nan")])
 def test_what_is_no_rate_is_refused(tmp_path, rate):
     with pytest.raises(
-        UserError, match=r"attention_dropout=.* is no rate of dropout, 0 or more and below 1; correct it"
+        UserError, match=r"attention_dropout=.* is not a dropout rate \(0 or more and below 1\); correct it"
     ):
         load_settings(write(tmp_path, attention_dropout=rate))
 

@@ -165,7 +165,7 @@ def test_the_way_back_needs_no_flag(tmp_path, capsys):
     (tmp_path / "mcore").mkdir()
     flags = ["--mcore", str(tmp_path / "mcore"), "--output", str(tmp_path / "hf"), "--dequantize", "true"]
     assert main(["convert", "--to", "hf", *flags]) == 2
-    assert "Megatron's files hold plain weights; leave --dequantize out" in capsys.readouterr().err
+    assert "Megatron's files have plain weights; remove --dequantize" in capsys.readouterr().err
 
 
 def test_verify_a_quantised_model(chat, capsys):

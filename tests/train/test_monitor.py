@@ -86,7 +86,9 @@ def test_args_hold_the_settings(tmp_path):
 @pytest.mark.parametrize("below", ["", "deeper/still"])
 def test_output_dir_that_is_a_file_is_refused_and_left_alone(tmp_path, below):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(UserError, match=r"output_dir .*taken.* is, or lies below, a file.*name another"):
+    with pytest.raises(
+        UserError, match=r"output_dir .*taken.* is a file, or a part of its path is a file.*name another"
+    ):
         RunDirectory(tmp_path / "taken" / below)
     assert (tmp_path / "taken").read_text() == "mine"
 

@@ -130,11 +130,11 @@ def test_new_special_tokens(small, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("verb", "words", "said"),
     [
-        ("sft", ["--resize_vocab", "true"], "make rows that an adapter does not hold (tuner.type=lora)"),
+        ("sft", ["--resize_vocab", "true"], "add rows that an adapter does not have (tuner.type=lora)"),
         ("sft", ["--new_rows", "mean"], "model.new_rows=mean (--new_rows) has no effect, since no rows are added"),
-        ("convert", ["--new_special_tokens", "<in>"], "the tokenizer has <in> already; leave them out"),
+        ("convert", ["--new_special_tokens", "<in>"], "the tokenizer has <in> already; remove them"),
         ("convert", ["--new_special_tokens", "absent.txt"], "model.new_special_tokens=absent.txt cannot be read"),
-        ("convert", ["--new_special_tokens", "<n>", "--dry_run", "true"], "--dry_run plans the model as it is"),
+        ("convert", ["--new_special_tokens", "<n>", "--dry_run", "true"], "--dry_run reads the model as it is"),
         ("infer", ["--resize_vocab", "true", "--prompt", "a"], "has no effect in infer"),
     ],
 )
@@ -153,4 +153,4 @@ def test_nothing_to_add(tmp_path, capfd):
     said = refused(
         capfd, "convert", "--model", model, "--to", "hf", "--resize_vocab", "true", "--output", tmp_path / "out"
     )
-    assert "model.resize_vocab=true, but the tokenizer's" in said and "leave it out" in said
+    assert "model.resize_vocab=true, but the tokenizer's" in said and "set it to false" in said

@@ -59,7 +59,7 @@ def test_only_its_own_checkpoints_are_removed(place: Path, capfd: pytest.Capture
         (out / mine / "thesis.txt").write_text(mine)
     capfd.readouterr()
     assert sft(place, "out", "--train_iters", "2", "--save_steps", "1", "--save_total_limit", "1") == 0
-    assert "holds another run's files: those of the same names are now in earlier-1/" in capfd.readouterr().out
+    assert "holds another run's files: its files with the same names were moved to earlier-1/" in capfd.readouterr().out
     kept = {"checkpoint-1-mine2", "checkpoint-best1", "checkpoint-9", "checkpoint-", "notes"}
     assert all((out / mine / "thesis.txt").read_text() == mine for mine in kept)
     theirs = {"args.json", "logging.jsonl", "runs", "images"}

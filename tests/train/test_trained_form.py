@@ -155,7 +155,7 @@ def test_infer_on_our_own_fp8(home: Path) -> None:
         straight = api.infer(model=str(home / "fp8")).network(tokens).logits.float()
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert (straight - expected).norm() < 0.05 * expected.norm()
-    with pytest.raises(UserError, match="is not quantised; leave it out"):
+    with pytest.raises(UserError, match="is not quantised; remove it"):
         api.infer(model=str(home / "model"), dequantize=True)
 
 

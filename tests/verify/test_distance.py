@@ -271,7 +271,7 @@ def test_what_is_not_finite_departs(models, prompts, tmp_path):
     files = {"json": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png"), "scratch": str(tmp_path)}
     found = api.compare(str(models["llama"]), Candidate(checkpoint=other, engine="hf"), prompts=prompts, **files)
     assert not found.passed and found.departs is not None and found.departs.point == "layer 2"
-    assert "layer 2 departs first: inf, beyond the tolerance of 0.0001" in found.table()
+    assert "first difference at layer 2: inf, beyond the tolerance of 0.0001" in found.table()
     points = json.loads((tmp_path / "out.json").read_text())["points"]
     assert points[3]["relative"] is None and points[1]["relative"] < 1e-5
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -297,7 +297,7 @@ def test_a_family_that_is_not_known_here(tmp_path):
     found = api.compare(model, other)
     assert found.departs is not None and found.departs.point == "layer 1"
     assert [d.point for d in found.distances] == list(point_names(3))
-    assert found.notes[0] == f"model_type opt of {model} is not known here: transformers runs it"
+    assert found.notes[0] == f"model_type opt of {model} is not supported by swift_mega: transformers runs it"
     with pytest.raises(UserError, match=r"model_type 'opt' of .* is not supported"):
         api.compare(Candidate(checkpoint=model, engine="mcore"), other)
 
@@ -315,7 +315,7 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     thin = str(tiny.make_chat(tmp_path / "thin", "llama", hidden_size=16, num_hidden_layers=2))
     refused("of different shape: num_hidden_layers 4 and 2, hidden_size 32 and 16; compare two", b=thin)
     (tmp_path / "empty.txt").write_text("\n  \n")
-    refused("empty.txt: no prompt with a token in it; give a text file", prompts=str(tmp_path / "empty.txt"))
+    refused("empty.txt: no prompt has a token; give a text file", prompts=str(tmp_path / "empty.txt"))
     refused("--prompts=absent.txt does not exist", prompts="absent.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff")
     refused(r"bytes.txt: not UTF-8 text \(byte 0\)", prompts=str(tmp_path / "bytes.txt"))
@@ -323,7 +323,7 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     refused("--top_k=0: expected 1 to 391", top_k=0)
     refused("--tolerance=-1.0: expected a number of at least 0", tolerance=-1.0)
     refused("dtype='float16' is not one", dtype="float16")
-    refused("--b_layout=tp2 cuts a model", b=Candidate(checkpoint=model, engine="hf", layout="tp2"))
+    refused("--b_layout=tp2 splits a model", b=Candidate(checkpoint=model, engine="hf", layout="tp2"))
     refused("parallel.tensor=3 does not divide", b=Candidate(checkpoint=model, layout="tp3"))
     refused("'tq3' in the layout 'tq3' is not a size", b=Candidate(checkpoint=model, layout="tq3"))
     refused("--b_engine=vllm: expected mcore | hf", b=Candidate(checkpoint=model, engine="vllm"))
@@ -344,9 +344,7 @@ def test_tokenizers(models, tmp_path):
     other, bare = tmp_path / "other", tmp_path / "bare"
     shutil.copytree(model, other)
     tiny.tokenizer(None, "<|other|>", "<|im_end|>").save_pretrained(other)
-    with pytest.raises(
-        UserError, match=r"the tokenizers of .* differ; give the one to use for both with --tokenizer DIR"
-    ):
+    with pytest.raises(UserError, match=r"the tokenizers of .* differ; give --tokenizer DIR, which is used for both"):
         api.compare(str(model), str(other))
     text = tmp_path / "text.txt"
     text.write_text("a <|im_start|>")

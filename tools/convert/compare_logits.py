@@ -16,20 +16,30 @@ from swift_mega.launch.torchrun import is_first_rank
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for side, role in (("a", "the reference"), ("b", "the one that is measured")):
+    for side, role in (("a", "the reference"), ("b", "the checkpoint that is compared with it")):
         options.add_argument(f"--{side}", required=True, help=f"{role}: a Hugging Face or a Megatron directory")
-        options.add_argument(f"--{side}_model", help="config and tokenizer of a Megatron directory that others wrote")
-        options.add_argument(f"--{side}_adapter", help="PEFT LoRA directory on top")
-        options.add_argument(f"--{side}_engine", choices=("mcore", "hf"), help="what runs it; default: mcore if it can")
-        options.add_argument(f"--{side}_layout", help="of Megatron's ranks, such as tp2-sp; default: single")
+        options.add_argument(
+            f"--{side}_model", help="config and tokenizer for a Megatron directory that swift-mega did not write"
+        )
+        options.add_argument(f"--{side}_adapter", help="directory of a PEFT LoRA adapter to apply")
+        options.add_argument(
+            f"--{side}_engine",
+            choices=("mcore", "hf"),
+            help="Megatron-core or transformers; default: mcore where the model_type is supported",
+        )
+        options.add_argument(f"--{side}_layout", help="layout of Megatron's ranks, such as tp2-sp; default: single")
     options.add_argument("--prompts", help="text file, one prompt a line; default: a few sentences")
     options.add_argument("--tokenizer", help="directory of the tokenizer for both; default: their own")
-    options.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of both")
-    options.add_argument("--tolerance", type=float, help="of the relative difference; default: by dtype")
+    options.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="dtype of both")
+    options.add_argument(
+        "--tolerance", type=float, help="largest relative difference that is accepted; default: by dtype"
+    )
     options.add_argument("--top_k", type=int, default=5, help="how many of the likeliest tokens are compared")
     options.add_argument("--dequantize", action="store_true", help="read quantised sides as plain weights")
-    options.add_argument("--scratch", help="folder for A's states meanwhile; on several machines one that all see")
-    options.add_argument("--json", help="file for the numbers")
+    options.add_argument(
+        "--scratch", help="folder for A's hidden states while B runs; on several machines a shared one"
+    )
+    options.add_argument("--json", help="JSON file for the results")
     options.add_argument("--plot", help="PNG file of the difference by layer")
     given = vars(options.parse_args())
     fields = ("model", "adapter", "engine", "layout")

@@ -17,15 +17,15 @@ from swift_mega.launch.torchrun import is_first_rank
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="Hugging Face directory")
-    options.add_argument(
-        "--output", help="where the checkpoint goes; must be absent or empty. Not needed with --dry_run"
-    )
+    options.add_argument("--output", help="directory to write; must be absent or empty. Not needed with --dry_run")
     for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         options.add_argument(f"--{name}", type=int, default=1, help=f"{what} parallel size")
     options.add_argument("--etp", type=int, help="expert tensor parallel size; default: --tp")
-    options.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the result; default: the source's")
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), help="dtype of the result; default: the source's")
     options.add_argument("--dequantize", action="store_true", help="read a quantised model as plain weights")
-    options.add_argument("--dry_run", action="store_true", help="only show what each rank would hold and read")
+    options.add_argument(
+        "--dry_run", action="store_true", help="only show which parameters each rank would have and read"
+    )
     given = options.parse_args()
     if given.output is None and not given.dry_run:
         options.error("--output DIR is missing")

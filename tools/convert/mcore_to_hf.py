@@ -15,10 +15,12 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--mcore", required=True, help="directory of the Megatron checkpoint")
     options.add_argument("--output", required=True, help="Hugging Face directory to write")
-    options.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the result; default: each tensor's own")
+    options.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="dtype of the result; default: each tensor's own"
+    )
     options.add_argument("--max_shard_size", default="5GB", help="bytes per file")
     options.add_argument(
-        "--overwrite", action="store_true", help="replace what is there, once the new files are complete"
+        "--overwrite", action="store_true", help="replace the existing files, once the new ones are complete"
     )
     given = options.parse_args()
     try:

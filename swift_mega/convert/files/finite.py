@@ -38,17 +38,17 @@ def check_finite(name: str, tensor: Tensor, written: torch.dtype | None = None, 
         count, first = int(odd.sum()), odd.nonzero()[0].tolist()
         value, place = float(tensor[tuple(first)]), [first[0] + first_row, *first[1:]] if first else []
         raise UserError(
-            f"{name} {list(tensor.shape)} holds {count} number{'s' if count > 1 else ''} that are not finite, the first ({value}) at "
-            f"{place}; a model cannot be made of it: copy the checkpoint from the source again, or take an earlier one"
+            f"{name} {list(tensor.shape)} has {count} value{'s that are' if count > 1 else ' that is'} not finite, the first ({value}) at "
+            f"{place}; such weights are refused: copy the checkpoint from the source again, or take an earlier one"
         )
     if written is not None and not is_finite(tensor.to(written)):
         kind, count = str(written).removeprefix("torch."), int((~_finite(tensor.to(written))).sum())
         largest, end = float(tensor.double().abs().max()), torch.finfo(written).max
         wider = "bfloat16 or float32" if written == torch.float16 else "float64"
         raise UserError(
-            f"{name} {list(tensor.shape)} has {count} number{'s' if count > 1 else ''} beyond the range of {kind} (the largest is "
-            f"{largest:.3g}, {kind} ends at {end:.3g}) and would hold infinity; write it in {wider} (--torch_dtype), or convert the "
-            "model to that first"
+            f"{name} {list(tensor.shape)} has {count} value{'s' if count > 1 else ''} beyond the range of {kind} (the largest is "
+            f"{largest:.3g}, {kind} ends at {end:.3g}) and would become infinity; write it in {wider} (--torch_dtype), or convert the "
+            "model to that dtype first"
         )
 
 

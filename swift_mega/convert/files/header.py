@@ -40,7 +40,7 @@ def read_header(file: Path) -> tuple[list[Entry], tuple[int, int]]:
         )
     if len(start) < 8 or 8 + length > size:
         raise UserError(
-            f"{file} is not a whole safetensors file: {size} bytes, header of {length}; copy it from the source again"
+            f"{file} is not a complete safetensors file: {size} bytes, header of {length}; copy it from the source again"
         )
     try:
         header = parse_json(raw, pairs=_once)
@@ -65,7 +65,7 @@ def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> Non
     reached, before = start, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != reached:
-            kind = "overlaps" if entry.begin < reached else "leaves a hole after"
+            kind = "overlaps" if entry.begin < reached else "leaves a gap after"
             raise UserError(
                 f"{file}: tensor {entry.name} begins at byte {entry.begin} and {kind} {before}, which ends at {reached}; "
                 "copy it from the source again"
@@ -73,7 +73,7 @@ def _check_cover(file: Path, entries: list[Entry], start: int, size: int) -> Non
         reached, before = entry.end, entry.name
     if reached > size:
         raise UserError(
-            f"{file} is cut short: {size} bytes, but {before} ends at {reached}; copy it from the source again"
+            f"{file} is truncated: {size} bytes, but {before} ends at {reached}; copy it from the source again"
         )
     if reached < size:
         raise UserError(
@@ -94,10 +94,12 @@ def _entry(name: str, value: dict[str, Any], file: Path, base: int) -> Entry:
     dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
     begin, end = value["data_offsets"]
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise UserError(f"tensor {name} has shape {list(shape)} and bytes {begin} to {end}, which are not counts")
+        raise UserError(
+            f"tensor {name} has shape {list(shape)} and bytes {begin} to {end}, which are not whole numbers of at least 0"
+        )
     if end - begin != dtype.itemsize * math.prod(shape):
         raise UserError(
-            f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} cannot lie in bytes {begin} to {end}"
+            f"tensor {name} of shape {list(shape)} and dtype {value['dtype']} does not fit bytes {begin} to {end}"
         )
     return Entry(name, file, dtype, shape, base + begin, base + end)
 

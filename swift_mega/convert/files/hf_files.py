@@ -44,7 +44,7 @@ class Checkpoint(TensorSource):
                 self.entries[entry.name] = entry
         if not self.entries:
             raise UserError(
-                f"the safetensors files of {self.directory} hold no tensor; copy them from the source again"
+                f"the safetensors files of {self.directory} have no tensor; copy them from the source again"
             )
         if found.index is not None:
             self._check_index(found.index)
@@ -81,7 +81,7 @@ class Checkpoint(TensorSource):
         try:
             read_spans(self._handle(entry.file), span, entry.dtype, target)
         except EOFError:
-            raise UserError(f"{entry.file} was cut short while it was read; copy it from the source again") from None
+            raise UserError(f"{entry.file} was truncated while it was read; copy it from the source again") from None
         except OSError as error:
             raise UserError(f"{entry.file} cannot be read: {error.strerror}; copy it from the source again") from None
 

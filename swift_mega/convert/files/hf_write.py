@@ -219,7 +219,7 @@ def digest(file: Path, begin: int, size: int) -> str:
         while size:
             got = os.preadv(handle.fileno(), [buffer[:size]], begin)
             if not got:
-                raise UserError(f"{file} was cut short while it was read; write it again")
+                raise UserError(f"{file} was truncated while it was read; write it again")
             found.update(buffer[:got])
             begin, size = begin + got, size - got
     return found.hexdigest()

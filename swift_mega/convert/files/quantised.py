@@ -139,13 +139,13 @@ def open_checkpoint(directory: str | Path, dequantize: torch.dtype | None = None
     config = quantization_of(directory)
     if config is None:
         raise UserError(
-            f"model.dequantize=true, but {directory} states no quantization_config: its weights are plain; leave it out"
+            f"model.dequantize=true, but {directory} states no quantization_config: its weights are plain; set model.dequantize=false"
         )
     judge(config, str(directory))
     found = _format(config).find(stored, config)
     if not found.weights:
         raise UserError(
-            f"{directory} states quant_method={config['quant_method']!r}, but none of its tensors is stored so; use the "
+            f"{directory} states quant_method={config['quant_method']!r}, but none of its tensors has that format; use the "
             "config.json that belongs to these weights"
         )
     return Dequantised(stored, found.weights, found.unneeded, dequantize)

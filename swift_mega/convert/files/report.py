@@ -55,7 +55,7 @@ def problems(directory: str | Path) -> tuple[int, list[str]]:
         )
     said = read_json(path).get("tensors")
     if not isinstance(said, dict) or not all(isinstance(one, dict) and "sha256" in one for one in said.values()):
-        raise UserError(f"{path} is no report of tensors; write the directory again")
+        raise UserError(f"{path} is not a report of tensors; write the directory again")
     checkpoint, found = Checkpoint(directory), []
     for name in sorted(said.keys() - checkpoint.entries.keys()):
         found.append(f"{name} is missing")

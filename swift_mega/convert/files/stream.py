@@ -38,7 +38,7 @@ def restream(
     """
     target = Path(output)
     if source.directory.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"output {target} holds {source.directory}, which is read; choose another path")
+        raise UserError(f"output {target} contains {source.directory}, the input; choose another path")
     kinds = {
         name: dtype if dtype is not None and entry.dtype in FLOATS else entry.dtype
         for name, entry in source.entries.items()

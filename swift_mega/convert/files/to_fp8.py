@@ -96,7 +96,9 @@ def fp8_tensors(
     linear is missing.
     """
     if missing := sorted(module for module in linears if f"{module}.weight" not in checkpoint.entries):
-        raise UserError(f"{checkpoint.directory} has no weights of {some(missing)}, so they cannot be quantised")
+        raise UserError(
+            f"{checkpoint.directory} has no weights of {some(missing)}, so they cannot be quantised; give a complete checkpoint"
+        )
     kinds = written_dtypes(checkpoint)
     for name, entry in checkpoint.entries.items():
         if name.removesuffix(".weight") not in linears or not name.endswith(".weight"):

@@ -94,8 +94,8 @@ def unread(directory: str | Path) -> str | None:
         )
     if (folder / ADAPTER_CONFIG).exists():
         said.append(
-            f"{folder} holds an adapter too ({ADAPTER_CONFIG}), which is neither applied nor copied; give it with --adapters {folder} "
-            "to have it"
+            f"{folder} holds an adapter too ({ADAPTER_CONFIG}), which is neither applied nor copied; give --adapters {folder} "
+            "to apply it"
         )
     return "; ".join(said) or None
 
@@ -104,7 +104,7 @@ def check_link(path: Path) -> None:
     """UserError where `path` is a broken symbolic link."""
     if path.is_symlink() and not path.exists():
         raise UserError(
-            f"{path} is a link to {os.readlink(path)}, which is not there; copy the file that it stood for, or delete the link"
+            f"{path} is a link to {os.readlink(path)}, which does not exist; copy the file that it pointed to, or delete the link"
         )
 
 
@@ -131,7 +131,7 @@ def _listed(directory: Path, index: Path) -> tuple[Path, ...]:
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"{index} has no weight_map; copy it from the source again")
     if odd := sorted({repr(file) for file in listed.values() if not _inside(file)}):
-        raise UserError(f"{index} names {some(odd)}, which is no file of {directory}; copy it from the source again")
+        raise UserError(f"{index} names {some(odd)}, which is not a file of {directory}; copy it from the source again")
     files = sorted({directory / file for file in listed.values()})
     for file in files:
         check_link(file)
@@ -165,7 +165,7 @@ def _nothing(directory: Path, stem: str) -> str:
     if others:
         return (
             f"{directory} holds no {stem}.safetensors and no index of one; {some(others)} would not be read by "
-            f"{'PEFT' if stem == ADAPTER else 'transformers'} either: rename it to {stem}.safetensors if it is what you mean"
+            f"{'PEFT' if stem == ADAPTER else 'transformers'} either: rename it to {stem}.safetensors if it is the one to read"
         )
     if pickles:
         return (

@@ -201,7 +201,9 @@ def iteration_directory(directory: str | Path) -> Path:
     word = tracker.read_text().strip()
     folder = root / (word if word == RELEASE else f"iter_{int(word):07d}" if word.isdigit() else word)
     if not (folder / "metadata.json").is_file():
-        raise UserError(f"{tracker} names {folder.name}, which is not there or not complete; copy the checkpoint again")
+        raise UserError(
+            f"{tracker} names {folder.name}, which does not exist or is not complete; copy the checkpoint again"
+        )
     return folder
 
 
@@ -227,7 +229,7 @@ def companions_of(
     if not folder.is_dir():
         raise UserError(
             f"{directory} has no folder {COMPANIONS}/, so its Hugging Face config and tokenizer are unknown; give them with "
-            "--model DIR (the Hugging Face model that it started from)"
+            "--model DIR (the Hugging Face model that its training started from)"
         )
     try:
         named = read_object(folder / DTYPES)
@@ -236,7 +238,7 @@ def companions_of(
         found = {}
     if not found:
         raise UserError(
-            f"{folder} lacks a readable {DTYPES}, so the Hugging Face side of {directory} is unknown; "
+            f"{folder} lacks a readable {DTYPES}, so the Hugging Face tensors and dtypes of {directory} are unknown; "
             "give a directory that swift-mega convert --to mcore wrote, or --model DIR"
         )
     return folder, found

@@ -31,7 +31,7 @@ def check_padding(directory: str | Path, model: str | Path, vocab: int) -> str |
         if isinstance(known, int) and known != vocab:
             raise UserError(
                 f"{directory} is of a model with vocab_size={known}, and {model}/config.json says vocab_size={vocab}: "
-                f"{'rows would be lost' if vocab < known else 'padding would become words'}; leave --model out, or give one with "
+                f"{'rows would be lost' if vocab < known else 'padding would become tokens'}; remove --model, or give one with "
                 f"vocab_size={known}"
             )
         return None
@@ -56,12 +56,12 @@ def _judge(folder: Path, model: str | Path, vocab: int, count: int) -> str:
     unit = _unit(folder)
     if unit is not None and padded_vocabulary(vocab, unit, 1) == count:
         return (
-            f"rows {vocab} to {count - 1} of the vocabulary in {folder} are left out: by the run's settings it is padded to a multiple of "
+            f"rows {vocab} to {count - 1} of the vocabulary in {folder} are not written: the run's settings pad it to a multiple of "
             f"{unit}"
         )
     raise UserError(
         f"the vocabulary in {folder} has {count} rows, and {model}/config.json says vocab_size={vocab}: the others differ from each other, "
-        f"so they may be words, and would be lost; give the model that was trained, or set vocab_size={count} to keep them all"
+        f"so they may belong to tokens, and would be lost; give the model that was trained, or set vocab_size={count} to keep them all"
     )
 
 

@@ -66,7 +66,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name in _ALLOWED.get(module, "").split():
             return super().find_class(module, name)
         raise UserError(
-            f"{METADATA} of the checkpoint names {module}.{name}, which no metadata is made of and which could run anything; "
+            f"{METADATA} of the checkpoint names {module}.{name}, which is no part of such metadata and could run any code; "
             "take the checkpoint from a source that you trust, or have its owner save it again"
         )
 
@@ -76,7 +76,7 @@ def read_metadata(folder: Path) -> Metadata:
     with (folder / METADATA).open("rb") as file:
         metadata = _MetadataUnpickler(file).load()
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{METADATA} holds no record of tensors")
+        raise ValueError(f"{METADATA} has no record of tensors")
     return metadata
 
 
@@ -170,7 +170,7 @@ class TorchDist:
         for name, end in ends.items():
             size = os.fstat(self._handle(name)).st_size
             if size < end:
-                raise ValueError(f"{name} is cut short: {size} bytes, of {end}")
+                raise ValueError(f"{name} is truncated: {size} bytes of {end}")
 
     def read_into(self, target: Tensor, key: str, offset: Sequence[int], lead: int) -> None:
         """Fills `target` with the box of its shape that begins at index `offset` of tensor `key`.
@@ -192,7 +192,7 @@ class TorchDist:
             self._read_chunk(part, key, chunk, start, dtype)
             filled += part.numel()
         if filled != target.numel():
-            raise ValueError(f"{key}: {filled} of {target.numel()} numbers from {list(offset)} on are in the files")
+            raise ValueError(f"{key}: {filled} of {target.numel()} elements from {list(offset)} on are in the files")
 
     def _touched(self, key: str, front: tuple[int, ...]) -> Iterable[ChunkStorageMetadata]:
         """The chunks that may contain numbers whose leading indices are `front`."""
@@ -210,7 +210,7 @@ class TorchDist:
     ) -> None:
         info = self._items[key, tuple(chunk.offsets)]
         if info.transform_descriptors:
-            raise ValueError(f"{key} is stored through {', '.join(info.transform_descriptors)}, which is not read here")
+            raise ValueError(f"{key} is stored through {', '.join(info.transform_descriptors)}, which is not supported")
         handle = self._handle(info.relative_path)
         window = Window(handle, info.offset, info.length)
         begin = _data_of(window, tuple(chunk.sizes), dtype)
@@ -234,7 +234,7 @@ class TorchDist:
     def _handle(self, name: str) -> int:
         if name not in self._handles:
             if Path(name).name != name:
-                raise ValueError(f"{METADATA} names a file {name!r}, which is not beside it")
+                raise ValueError(f"{METADATA} names a file {name!r}, which is not in its folder")
             handle = os.open(self.folder / name, os.O_RDONLY)
             weakref.finalize(self, os.close, handle)
             self._handles[name] = handle

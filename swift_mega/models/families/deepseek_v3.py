@@ -107,7 +107,7 @@ def _check_groups(config: Any, routing: Routing) -> None:
     if experts % groups or chosen > groups or config.num_experts_per_tok > chosen * size or size < routing.group_best:
         raise UserError(
             f"config.json: {config.num_experts_per_tok} experts of {chosen} groups (topk_group) cannot be chosen where "
-            f"{experts} experts are cut into {groups} groups (n_group); correct these fields"
+            f"{experts} experts are split into {groups} groups (n_group); correct these fields"
         )
 
 

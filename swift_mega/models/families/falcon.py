@@ -44,12 +44,12 @@ def _block(config: Any, grouped: bool) -> Block:
     norms = norms or (2 if grouped else 1)
     if grouped and not beside:
         raise UserError(
-            "config.json: parallel_attn=false with new_decoder_architecture=true is no model that transformers can run; correct one"
+            "config.json: parallel_attn=false with new_decoder_architecture=true is not supported by transformers; correct one"
         )
     if norms not in (1, 2) or (norms == 2 and not grouped):
         raise UserError(
-            f"config.json: num_ln_in_parallel_attn={norms} with new_decoder_architecture={str(grouped).lower()} is no model that "
-            "transformers can run; supported: 1, or 2 with new_decoder_architecture=true"
+            f"config.json: num_ln_in_parallel_attn={norms} with new_decoder_architecture={str(grouped).lower()} is not supported by "
+            "transformers; supported: 1, or 2 with new_decoder_architecture=true"
         )
     return Block(parallel=beside, shared_norm=norms == 1)
 

@@ -19,7 +19,7 @@ def _translate(config: Any) -> Settings:
     for name, only in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
         if (found := _everywhere(config, name, only)) != only:
             raise UserError(
-                f"config.json: {name}={found!r}, but transformers has only {only} of this model; correct it"
+                f"config.json: {name}={found!r}, but transformers supports only {only} in this model; correct it"
             )
     top_k = _everywhere(config, "moe_topk", 1)
     if type(top_k) is not int or not 1 <= top_k <= config.num_experts:

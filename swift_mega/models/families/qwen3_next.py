@@ -70,7 +70,7 @@ def _translate(config: Any) -> Settings:
     heads = dataclasses.replace(settings.heads, channels=delta.channels)
     shape = dataclasses.replace(
         settings.shape,
-        key_heads_alone="belongs to queries with a gate, which Megatron does not share over tensor ranks",
+        key_heads_alone="belongs to queries with a gate, which Megatron does not split over tensor ranks",
     )
     settings = dataclasses.replace(settings, heads=heads, shape=shape)
     moe_layers = tuple(

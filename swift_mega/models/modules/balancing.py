@@ -44,21 +44,21 @@ def balancing_fields(coefficient: float, given: Mapping[str, Any], *, experts: b
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise UserError(f"{name}={value!r}: expected a number of at least 0")
         if not experts:
-            raise UserError(f"{name}={value:g}: this model has no experts; leave it out")
+            raise UserError(f"{name}={value:g}: this model has no experts; remove it")
     if len(set(settings.values())) > 1:
         raise UserError(
-            f"{' and '.join(f'{k}={v:g}' for k, v in settings.items())} are one setting; leave one of them out"
+            f"{' and '.join(f'{k}={v:g}' for k, v in settings.items())} are one setting; remove one of them"
         )
     loss = next(iter(settings.values()), 0.0)
     kind = given.get("moe_router_load_balancing_type", "aux_loss" if loss else "none")
     if kind not in ("none", "aux_loss"):
         raise UserError(
-            f"model.megatron.moe_router_load_balancing_type={kind!r}: what it balances depends on the tokens that a rank holds, so "
+            f"model.megatron.moe_router_load_balancing_type={kind!r}: what it balances depends on the tokens that a rank has, so "
             "layouts would train different models; known here: 'none' and 'aux_loss'"
         )
     if (kind == "aux_loss") != bool(loss):
-        reason = "without a coefficient has no effect; set model.router_aux_loss_coefficient, or leave it out"
-        against = "excludes the balancing loss that model.router_aux_loss_coefficient asks for; leave one of them out"
+        reason = "without a coefficient has no effect; set model.router_aux_loss_coefficient, or remove it"
+        against = "excludes the balancing loss that model.router_aux_loss_coefficient asks for; remove one of them"
         raise UserError(f"model.megatron.moe_router_load_balancing_type={kind!r} {against if loss else reason}")
     return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": loss} if experts else {}
 

@@ -35,7 +35,7 @@ def check_biases(settings: Settings, expert_tensor: int) -> None:
     """UserError where every expert-tensor rank would add an expert's bias; Megatron has no other way."""
     if settings.shape.experts and settings.biases.mlp and expert_tensor > 1:
         raise UserError(
-            f"parallel.expert_tensor={expert_tensor}: this model's experts have biases, which Megatron cannot cut over tensor "
+            f"parallel.expert_tensor={expert_tensor}: this model's experts have biases, which Megatron cannot split over tensor "
             "ranks; set parallel.expert_tensor=1, and parallel.expert to spread them"
         )
 

@@ -104,7 +104,7 @@ def refuse_without_effect(config: TransformerConfig, routing: Routing) -> None:
     for name, values in supported.items():
         if (value := getattr(config, name)) not in values:
             raise UserError(
-                f"model.megatron.{name}={value!r}: this model's own choice of experts knows only "
+                f"model.megatron.{name}={value!r}: this model's choice of experts supports only "
                 f"{' and '.join(map(repr, values))}; remove the setting"
             )
 

@@ -97,7 +97,7 @@ def _random_numbers() -> Again:
 REFUSED = {
     "fp8": "Transformer Engine counts the calls of an FP8 module for its scales",
     "fp4": "Transformer Engine counts the calls of an FP4 module for its scales",
-    "tp_comm_overlap": "its buffers are of a whole row",
+    "tp_comm_overlap": "its buffers have the size of a whole row",
     "delay_wgrad_compute": "it keeps the inputs of one call of each linear",
     "moe_shared_expert_overlap": "it computes the shared experts in pieces between the steps of the dispatcher",
     "use_grouped_gemm_for_shared_expert": "it computes the shared experts in one kernel",
@@ -112,17 +112,17 @@ def check_tiles(settings: Settings, train: Train, given: Mapping[str, Any]) -> s
     for name, reason in REFUSED.items():
         if given.get(name):
             raise UserError(
-                f"train.tile_mlp=true with model.megatron.{name}={given[name]}: {reason}; leave one of them out"
+                f"train.tile_mlp=true with model.megatron.{name}={given[name]}: {reason}; remove one of them"
             )
     if not any(settings.moe_layers):
         return None
     what = f"{sum(settings.moe_layers)} of {len(settings.moe_layers)} layers"
     if all(settings.moe_layers) and not settings.shape.shared_ffn:
         raise UserError(
-            "train.tile_mlp=true: every MLP of this model is routed experts, whose tokens go to other ranks at once, so there is "
+            "train.tile_mlp=true: every MLP of this model is routed experts, whose tokens all go to other ranks in one step, so there is "
             "nothing to tile; set train.tile_mlp=false, and train.recompute=full to save memory"
         )
-    return f"tile_mlp            not the routed experts of {what}: their tokens go to other ranks at once; train.recompute=full covers them"
+    return f"tile_mlp            not the routed experts of {what}: they send all tokens at once; train.recompute=full covers them"
 
 
 def tile_size(train: Train, hidden: int) -> int | None:

@@ -80,7 +80,7 @@ def test_full_training_keeps_it_and_writes_it_plain(deepseek, tmp_path, capsys, 
         run(f"{SFT} --dequantize {'false' if format is None else 'true'}", MODEL=model, ROWS=rows, OUT=tmp_path / "out")
         == 0
     )
-    assert "2 kept as they are (a layer of multi-token prediction), and not trained" in capsys.readouterr().out
+    assert "2 kept unchanged (a layer of multi-token prediction), and not trained" in capsys.readouterr().out
     out = tmp_path / "out" / "checkpoint-1"
     found = load_file(out / "model.safetensors")
     assert found.keys() == meant.keys() and "quantization_config" not in config(out)
@@ -169,7 +169,7 @@ def test_layers_that_are_not_there_are_not_counted(deepseek, tmp_path, capfd):
 
 
 def test_quantised_layers_of_a_model_that_says_it_is_plain(deepseek, tmp_path, capsys):
-    """Such layers are refused: kept as they are, nothing could read them."""
+    """Such layers are refused: kept unchanged, nothing could read them."""
     model = tmp_path / "model"
     shutil.copytree(deepseek[0], model)
     tensors = load_file(model / "model.safetensors")

@@ -20,7 +20,7 @@ def test_one_number_anywhere(dtype, value):
         assert is_finite(tensor)
         tensor.view(-1)[place] = value
         assert not is_finite(tensor) and not is_finite(tensor.t())
-        with pytest.raises(UserError, match="1 number that") as error:
+        with pytest.raises(UserError, match="1 value that") as error:
             check_finite("w", tensor)
         assert f"the first ({value}) at {[place // 4099, place % 4099]}" in str(error.value)
 
@@ -44,7 +44,7 @@ def test_many_are_counted():
     tensor[1, 2:] = math.nan
     tensor[2, 0] = math.inf
     with pytest.raises(
-        UserError, match=r"^model\.norm \[3, 5\] holds 4 numbers that are not finite, the first \(nan\) at \[1, 2\]"
+        UserError, match=r"^model\.norm \[3, 5\] has 4 values that are not finite, the first \(nan\) at \[1, 2\]"
     ):
         check_finite("model.norm", tensor)
 

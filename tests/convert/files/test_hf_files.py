@@ -86,8 +86,8 @@ def test_reading_never_writes_to_the_file(tmp_path):
 
 WHOLE = struct.pack("<2f", 1, 2)
 DAMAGED = {
-    "empty": (b"", "is not a whole safetensors file: 0 bytes"),
-    "seven bytes": (b"1234567", "is not a whole safetensors file: 7 bytes"),
+    "empty": (b"", "is not a complete safetensors file: 0 bytes"),
+    "seven bytes": (b"1234567", "is not a complete safetensors file: 7 bytes"),
     "header longer than the file": (struct.pack("<Q", 1 << 40) + b"{}", "header of 1099511627776"),
     "header length past 2^63": (struct.pack("<Q", (1 << 64) - 1) + b"{}", "header of 18446744073709551615"),
 }
@@ -104,12 +104,12 @@ HEADERS = {
         "has a damaged safetensors header .'data_offsets'",
     ),
     "three offsets": ({"a": {**F32, "data_offsets": [0, 4, 8]}}, WHOLE, "has a damaged safetensors header"),
-    "cut short": ({"a": F32}, WHOLE[:-1], "is cut short: .* but a ends at"),
-    "no data": ({"a": F32}, b"", "is cut short"),
+    "truncated": ({"a": F32}, WHOLE[:-1], "is truncated: .* but a ends at"),
+    "no data": ({"a": F32}, b"", "is truncated"),
     "rest": ({"a": F32}, WHOLE + b"\0", "has 1 bytes after a, which belong to no tensor"),
     "rest without tensors": ({}, WHOLE, "has 8 bytes after the header, which belong to no tensor"),
-    "hole": ({"a": at(0, 4), "b": at(8, 12)}, WHOLE + b"\0\0\0\0", "tensor b begins at byte .* leaves a hole after a"),
-    "hole at the start": ({"a": at(4, 8)}, WHOLE, "tensor a begins at byte .* leaves a hole after the header"),
+    "gap": ({"a": at(0, 4), "b": at(8, 12)}, WHOLE + b"\0\0\0\0", "tensor b begins at byte .* leaves a gap after a"),
+    "gap at the start": ({"a": at(4, 8)}, WHOLE, "tensor a begins at byte .* leaves a gap after the header"),
     "overlap": ({"a": at(0, 8), "b": at(4, 8)}, WHOLE, "tensor b begins at byte .* overlaps a"),
     "same bytes": ({"a": F32, "b": F32}, WHOLE, "tensor b begins at byte .* overlaps a"),
     "doubled name": (b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), WHOLE, "model.safetensors: lists a twice"),
@@ -124,20 +124,20 @@ HEADERS = {
     "shape too large": (
         {"a": {**F32, "shape": [3]}},
         WHOLE,
-        r"tensor a of shape \[3\] and dtype F32 cannot lie in bytes 0 to 8",
+        r"tensor a of shape \[3\] and dtype F32 does not fit bytes 0 to 8",
     ),
-    "shape too small": ({"a": {**F32, "shape": [1]}}, WHOLE, "cannot lie in bytes 0 to 8"),
+    "shape too small": ({"a": {**F32, "shape": [1]}}, WHOLE, "does not fit bytes 0 to 8"),
     "negative sizes": (
         {"a": {**F32, "shape": [-1, -2]}},
         WHOLE,
-        r"shape \[-1, -2\] and bytes 0 to 8, which are not counts",
+        r"shape \[-1, -2\] and bytes 0 to 8, which are not whole numbers",
     ),
-    "fractional size": ({"a": {**F32, "shape": [2.0]}}, WHOLE, "which are not counts"),
-    "size is text": ({"a": {**F32, "shape": ["2"]}}, WHOLE, "which are not counts"),
+    "fractional size": ({"a": {**F32, "shape": [2.0]}}, WHOLE, "which are not whole numbers"),
+    "size is text": ({"a": {**F32, "shape": ["2"]}}, WHOLE, "which are not whole numbers"),
     "shape is null": ({"a": {**F32, "shape": None}}, WHOLE, "has a damaged safetensors header"),
-    "negative offset": ({"a": at(-8, 0, shape=[2])}, WHOLE, "which are not counts"),
-    "offsets turned round": ({"a": {**F32, "data_offsets": [8, 0]}}, WHOLE, "cannot lie in bytes 8 to 0"),
-    "sizes that overflow": ({"a": {**F32, "shape": [1 << 62, 8]}}, WHOLE, "cannot lie in bytes 0 to 8"),
+    "negative offset": ({"a": at(-8, 0, shape=[2])}, WHOLE, "which are not whole numbers"),
+    "offsets in reverse": ({"a": {**F32, "data_offsets": [8, 0]}}, WHOLE, "does not fit bytes 8 to 0"),
+    "sizes that overflow": ({"a": {**F32, "shape": [1 << 62, 8]}}, WHOLE, "does not fit bytes 0 to 8"),
 }
 
 
@@ -231,10 +231,10 @@ def test_the_index_decides_which_files_are_read(tmp_path):
         ({"a": FIRST, "b": SECOND, "c": SECOND}, f"lists tensor c in {SECOND}, which does not hold it"),
         ({"a": SECOND, "b": FIRST}, f"says tensor a is in {SECOND}, but it is in {FIRST}"),
         ({"b": SECOND, "a": "model-00003-of-00003.safetensors"}, "lacks model-00003-of-00003.safetensors, which"),
-        ({"a": FIRST, "b": "../elsewhere.safetensors"}, "names '../elsewhere.safetensors', which is no file of"),
-        ({"a": FIRST, "b": 7}, "names 7, which is no file of"),
-        ({"a": FIRST, "b": None}, "names None, which is no file of"),
-        ({"a": FIRST, "b": ""}, "names '', which is no file of"),
+        ({"a": FIRST, "b": "../elsewhere.safetensors"}, "names '../elsewhere.safetensors', which is not a file of"),
+        ({"a": FIRST, "b": 7}, "names 7, which is not a file of"),
+        ({"a": FIRST, "b": None}, "names None, which is not a file of"),
+        ({"a": FIRST, "b": ""}, "names '', which is not a file of"),
         ({}, "has no weight_map"),
         ([FIRST], "has no weight_map"),
         (None, "has no weight_map"),
@@ -293,7 +293,7 @@ def test_a_pickled_checkpoint_opens_the_files_itself(tmp_path):
 
 def test_a_broken_link_and_a_folder_in_place_of_a_file(tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "model.safetensors")
-    refused(tmp_path, r"model.safetensors is a link to .*gone, which is not there; copy the file that it stood for")
+    refused(tmp_path, r"model.safetensors is a link to .*gone, which does not exist; copy the file that it pointed to")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors").mkdir()
     refused(tmp_path, "model.safetensors cannot be read: Is a directory; copy it")
@@ -310,7 +310,7 @@ def test_pickle_files_are_not_opened(tmp_path):
 def test_no_weights_at_all(tmp_path):
     refused(tmp_path, r"holds no \*.safetensors file; give the directory of a complete Hugging Face checkpoint")
     raw(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}})
-    refused(tmp_path, "hold no tensor; copy them from the source again")
+    refused(tmp_path, "have no tensor; copy them from the source again")
     with pytest.raises(UserError, match="absent does not exist; give the path"):
         Checkpoint(tmp_path / "absent")
 
@@ -387,5 +387,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5XB", "5 G B", "1e9", "0.5", "nan"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(UserError, match=f"size '{text}' is not understood; write it like 500MB"):
+    with pytest.raises(UserError, match=f"size '{text}' is not valid; write it like 500MB"):
         parse.parse_size(text)

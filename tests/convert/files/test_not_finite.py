@@ -71,10 +71,10 @@ def test_a_tensor_of_the_source(model, tmp_path, capfd, road, name):
 def test_an_adapter(model, tmp_path, capfd):
     merge = ["export", "--model", model, "--merge_lora", "true", "--output", tmp_path / "out", "--adapters"]
     said = stops(tmp_path, capfd, *merge, adapter(tmp_path / "nan", 1.0, math.nan))
-    assert f"nan: {B} [64, 2] holds 128 numbers that are not finite, the first (nan) at [0, 0]" in said
+    assert f"nan: {B} [64, 2] has 128 values that are not finite, the first (nan) at [0, 0]" in said
     # Both factors are finite; their product is not.
     said = stops(tmp_path, capfd, *merge, adapter(tmp_path / "big", 1e30, 1e30))
-    assert f"{Q}.weight [64, 32] holds 2048 numbers that are not finite, the first (inf) at [0, 0]" in said
+    assert f"{Q}.weight [64, 32] has 2048 values that are not finite, the first (inf) at [0, 0]" in said
     rows = [
         "--dataset",
         model.parent / "rows.jsonl",
@@ -98,17 +98,21 @@ def test_an_adapter(model, tmp_path, capfd):
         tmp_path / "nan",
     ]
     assert main([str(word) for word in ("sft", "--model", model, *rows, *start)]) == 2
-    assert f"{B} [64, 2] holds 128 numbers that are not finite" in capfd.readouterr().err
+    assert f"{B} [64, 2] has 128 values that are not finite" in capfd.readouterr().err
 
 
 def test_beyond_the_range_of_the_dtype(model, tmp_path, capfd):
     """A number that is finite in the source, or in float32, and infinite in the output dtype."""
     source = changed(model, tmp_path / "model", "model.norm.weight", 1e39, torch.float64)
     out, narrow = ["--output", tmp_path / "out"], ["--torch_dtype", "float32"]
-    what = "model.norm.weight [32] has 1 number beyond the range of float32 (the largest is 1e+39, float32 ends at 3.4e+38)"
+    what = (
+        "model.norm.weight [32] has 1 value beyond the range of float32 (the largest is 1e+39, float32 ends at 3.4e+38)"
+    )
     said = stops(tmp_path, capfd, "convert", "--model", source, "--to", "hf", *out, *narrow)
-    assert what in said and said.endswith("write it in float64 (--torch_dtype), or convert the model to that first")
-    assert "numbers beyond the range of torch.float32" in stops(
+    assert what in said and said.endswith(
+        "write it in float64 (--torch_dtype), or convert the model to that dtype first"
+    )
+    assert "values beyond the range of torch.float32" in stops(
         tmp_path, capfd, "convert", "--model", source, "--to", "mcore", *out, *narrow
     )
     assert main(["convert", "--model", str(source), "--to", "mcore", "--output", str(tmp_path / "mcore")]) == 0
@@ -126,10 +130,10 @@ def test_beyond_the_range_of_the_dtype(model, tmp_path, capfd):
     ]
     said = stops(tmp_path, capfd, *merge)
     assert (
-        f"{Q}.weight [64, 32] has 2048 numbers beyond the range of float16 (the largest is 8e+04, float16 ends at 6.55e+04)"
+        f"{Q}.weight [64, 32] has 2048 values beyond the range of float16 (the largest is 8e+04, float16 ends at 6.55e+04)"
         in said
     )
-    assert said.endswith("write it in bfloat16 or float32 (--torch_dtype), or convert the model to that first")
+    assert said.endswith("write it in bfloat16 or float32 (--torch_dtype), or convert the model to that dtype first")
 
 
 def test_a_mask_may_hold_infinity(tmp_path):
@@ -156,7 +160,7 @@ def test_a_quantised_weight_beyond_float16(model, tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": files.FORMATS["fp8"][2]}))
     assert open_checkpoint(tmp_path, torch.bfloat16).read("m.weight").max() > 9e4
-    with pytest.raises(UserError, match=r"m.weight, dequantised, \[16, 24\] has 1 number beyond the range of float16"):
+    with pytest.raises(UserError, match=r"m.weight, dequantised, \[16, 24\] has 1 value beyond the range of float16"):
         open_checkpoint(tmp_path, torch.float16).read("m.weight")
 
 

@@ -206,6 +206,6 @@ def test_a_quantised_original_of_a_megatron_checkpoint(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     assert api.compare(Candidate(checkpoint=mcore, model=str(eight)), str(tmp_path / "back")).passed
     with pytest.raises(
-        UserError, match=r"dequantize=True, but the weights of .* are Megatron's, which are plain; leave it out"
+        UserError, match=r"dequantize=True, but the weights of .* are Megatron's, which are plain; set dequantize=False"
     ):
         api.convert(source=mcore, model=str(eight), to="hf", output=str(tmp_path / "other"), dequantize=True)

@@ -117,7 +117,7 @@ def test_a_tensor_is_odd(tmp_path, kind, name, value, message):
         ("channel", dict(config_groups={"g": {"weights": {"strategy": "group"}}}), "strategy='group'"),
         ("gptq", dict(bits=3), "bits=3 .* supported: 2, 4, 8"),
         ("gptq", dict(checkpoint_format="marlin"), "checkpoint_format='marlin'"),
-        ("gptq", dict(sym=True), "qzeros holds .* says sym=true, which is 7 .* or 8 .*; correct sym"),
+        ("gptq", dict(sym=True), "qzeros has values .* says sym=true, which is 7 .* or 8 .*; correct sym"),
         ("awq", dict(version="gemv"), "version='gemv'"),
         ("awq", dict(zero_point=False), "zero_point=False"),
     ],
@@ -140,7 +140,7 @@ def test_nothing_to_dequantise(tmp_path):
         UserError, match=r"model\.dequantize=true, but .* states no quantization_config: its weights are plain"
     ):
         open_checkpoint(write(tmp_path, {"w": torch.ones(3)}, None), torch.float32)
-    with pytest.raises(UserError, match="states quant_method='fp8', but none of its tensors is stored so"):
+    with pytest.raises(UserError, match="states quant_method='fp8', but none of its tensors has that format"):
         open_checkpoint(write(tmp_path, {"w": torch.ones(3)}, FP8), torch.float32)
 
 
@@ -160,14 +160,14 @@ def test_a_scale_that_is_none(tmp_path, kind, name, value):
     tensors, config = made(kind)
     tensors[name].view(-1)[-1] = value
     found = open_checkpoint(write(tmp_path, tensors, config), torch.bfloat16)
-    with pytest.raises(UserError, match=f"{name} .* holds 1 number that are not finite"):
+    with pytest.raises(UserError, match=f"{name} .* has 1 value that is not finite"):
         found.read("m.weight")
 
 
 def test_a_power_that_is_none(tmp_path):
     tensors, config = made("mxfp4")
     tensors["m.weight_scales"][1, 2, 0] = 255
-    with pytest.raises(UserError, match=r"m.weight_scales holds scales that are NaN \(255\)"):
+    with pytest.raises(UserError, match=r"m.weight_scales has scales that are NaN \(255\)"):
         open_checkpoint(write(tmp_path, tensors, config), torch.bfloat16).read("m.weight")
 
 
@@ -187,7 +187,8 @@ def test_a_zero_point_that_readers_disagree_on(tmp_path):
     tensors, config = made("gptq")
     tensors["m.qzeros"][0, 0] |= 15
     with pytest.raises(
-        UserError, match=r"m.qzeros holds 15, a zero point of 0 or of 16 that checkpoint_format=gptq cannot tell apart"
+        UserError,
+        match=r"m.qzeros has the value 15, a zero point of 0 or of 16 that checkpoint_format=gptq cannot tell apart",
     ):
         open_checkpoint(write(tmp_path, tensors, config), torch.float32).read("m.weight")
 

@@ -67,7 +67,7 @@ def test_missing_added_and_reshaped_tensors(directory):
     ("text", "message"),
     [
         (None, "has no report.json, so its bytes cannot be checked"),
-        ("{}", "is no report of tensors; write"),
+        ("{}", "is not a report of tensors; write"),
         ("{", "is not valid JSON"),
     ],
 )

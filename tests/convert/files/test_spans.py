@@ -76,5 +76,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     checkpoint.read("x", 0, 0, 1)
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(2000)
-    with pytest.raises(UserError, match=r"model.safetensors was cut short while it was read; copy it from the source"):
+    with pytest.raises(UserError, match=r"model.safetensors was truncated while it was read; copy it from the source"):
         checkpoint.read("x")

@@ -67,7 +67,7 @@ def test_a_type_that_nobody_knows_is_copied_and_said(tmp_path, capsys):
 def test_outputs_that_cannot_be(tmp_path):
     directory = tiny.make(tmp_path / "in", "llama")
     source = Checkpoint(directory)
-    with pytest.raises(UserError, match=r"output .* holds .*, which is read; choose another path"):
+    with pytest.raises(UserError, match=r"output .* contains .*, the input; choose another path"):
         stream.restream(source, tmp_path, max_shard_bytes=1000, overwrite=True)
     stream.restream(source, tmp_path / "out", max_shard_bytes=1000)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

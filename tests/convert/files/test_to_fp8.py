@@ -167,7 +167,7 @@ def test_a_missing_linear_and_a_number_that_is_none(written, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
     files.save_file(tensors, broken / "model.safetensors")
     with pytest.raises(
-        UserError, match=r"up_proj\.weight \[48, 32\] holds 1 number that are not finite, the first \(nan\) at \[3, 4\]"
+        UserError, match=r"up_proj\.weight \[48, 32\] has 1 value that is not finite, the first \(nan\) at \[3, 4\]"
     ):
         api.quantize(model=str(broken), output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out*"))
@@ -186,7 +186,7 @@ def test_outputs_that_are_in_the_way(written, tmp_path):
         UserError, match=r"exists already and is left as it is; choose another path, or pass --overwrite true"
     ):
         api.quantize(model=str(source), output=str(fp8))
-    with pytest.raises(UserError, match=r"holds .*source, which is read; choose another path"):
+    with pytest.raises(UserError, match=r"contains .*source, the input; choose another path"):
         api.quantize(model=str(source), output=str(source.parent), overwrite=True)
     before = (fp8 / "model.safetensors").read_bytes()
     (tmp_path / "out").mkdir()

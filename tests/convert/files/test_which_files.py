@@ -192,7 +192,7 @@ def test_what_belongs_to_the_model_goes_on(tmp_path):
     for name in ("vocab.txt", "additional_chat_templates/more.jinja"):
         (source / name).symlink_to(tmp_path / "gone")
         with pytest.raises(
-            UserError, match=rf"{name} is a link to .*gone, which is not there; copy the file that it stood for"
+            UserError, match=rf"{name} is a link to .*gone, which does not exist; copy the file that it pointed to"
         ):
             companions(source)
         (source / name).unlink()

@@ -164,9 +164,9 @@ def spoil(mcore: Path, what: str) -> None:
         "tracker names another": lambda: (mcore / "latest_checkpointed_iteration.txt").write_text("7"),
         "no metadata": metadata.unlink,
         "no type": lambda: (mcore / "release" / "metadata.json").unlink(),
-        "metadata cut short": lambda: metadata.write_bytes(metadata.read_bytes()[:40]),
+        "truncated metadata": lambda: metadata.write_bytes(metadata.read_bytes()[:40]),
         "a shard is missing": lambda: shards[0].unlink(),
-        "a shard is cut short": lambda: shards[0].write_bytes(shards[0].read_bytes()[:500]),
+        "a truncated shard": lambda: shards[0].write_bytes(shards[0].read_bytes()[:500]),
         "no dtypes": lambda: (mcore / "hf" / "source_dtypes.json").unlink(),
         "dtypes of another kind": lambda: (mcore / "hf" / "source_dtypes.json").write_text('{"a": "F31"}'),
         "no dtype in it": lambda: (mcore / "hf" / "source_dtypes.json").write_text("{}"),
@@ -183,12 +183,12 @@ def spoil(mcore: Path, what: str) -> None:
 MISFIT = "does not fit its config.json|cannot be read as a torch_dist checkpoint: .*the config.json that belongs to it"
 SPOILED = {
     "no tracker": "has no latest_checkpointed_iteration.txt, so it is not a complete Megatron checkpoint; give",
-    "tracker names another": "names iter_0000007, which is not there or not complete; copy",
+    "tracker names another": "names iter_0000007, which does not exist or is not complete; copy",
     "no metadata": "cannot be read as a torch_dist checkpoint: .*; copy it again",
-    "no type": "names release, which is not there or not complete; copy",
-    "metadata cut short": "cannot be read as a torch_dist checkpoint: .*; copy it again",
+    "no type": "names release, which does not exist or is not complete; copy",
+    "truncated metadata": "cannot be read as a torch_dist checkpoint: .*; copy it again",
     "a shard is missing": "cannot be read as a torch_dist checkpoint: .*No such file or directory.*; copy it again",
-    "a shard is cut short": "cannot be read as a torch_dist checkpoint: .*; copy it again",
+    "a truncated shard": "cannot be read as a torch_dist checkpoint: .*; copy it again",
     "no dtypes": "lacks a readable source_dtypes.json, .* give a directory that swift-mega convert --to mcore wrote",
     "dtypes of another kind": "lacks a readable source_dtypes.json",
     "no dtype in it": "lacks a readable source_dtypes.json",
@@ -232,7 +232,7 @@ def test_quantised_weights_and_a_size_that_is_none(tmp_path, pair):
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match="are quantised; convert the checkpoint to bfloat16 or float32"):
         api.convert(source=str(source), to="mcore", output=str(tmp_path / "out"))
-    with pytest.raises(UserError, match="size 'big' is not understood"):
+    with pytest.raises(UserError, match="size 'big' is not valid"):
         api.convert(source=str(pair[1]), to="hf", output=str(tmp_path / "out"), max_shard_size="big")
     with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide the model's 8 attention heads"):
         api.convert(source=str(pair[0]), to="mcore", output=str(tmp_path / "out"), parallel=Parallel(tensor=3))

@@ -40,11 +40,9 @@ def back(mcore: Path, model: Path, output: Path) -> None:
     api.convert(source=str(mcore), to="hf", model=str(model), output=str(output), dtype="float32")
 
 
-@pytest.mark.parametrize(("size", "why"), [(120, "rows would be lost"), (200, "padding would become words")])
+@pytest.mark.parametrize(("size", "why"), [(120, "rows would be lost"), (200, "padding would become tokens")])
 def test_our_own_say_how_many_words_there_are(source, mcore, tmp_path, size, why):
-    with pytest.raises(
-        UserError, match=rf"with vocab_size=131, and .* says vocab_size={size}: {why}; leave --model out"
-    ):
+    with pytest.raises(UserError, match=rf"with vocab_size=131, and .* says vocab_size={size}: {why}; remove --model"):
         back(mcore, with_vocab(source, tmp_path / "other", size), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     back(mcore, with_vocab(source, tmp_path / "same", 131), tmp_path / "out")
@@ -70,7 +68,7 @@ def test_rows_of_others_are_padding_where_they_are_alike(source, mcore, tmp_path
     ):
         back(made, with_vocab(source, tmp_path / "fewer", 120), tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    with pytest.raises(UserError, match="so they may be words, and would be lost"):
+    with pytest.raises(UserError, match="so they may belong to tokens, and would be lost"):
         api.compare(str(source), api.Candidate(checkpoint=str(made), model=str(tmp_path / "fewer")))
     back(made, with_vocab(source, tmp_path / "all", 256), tmp_path / "kept")
     assert json.loads((tmp_path / "kept" / "report.json").read_text())["tensors"]["lm_head.weight"]["shape"] == [
@@ -80,11 +78,11 @@ def test_rows_of_others_are_padding_where_they_are_alike(source, mcore, tmp_path
 
 
 def test_rows_of_others_are_padding_where_the_run_padded_so(source, mcore, tmp_path, capsys):
-    """Megatron-LM draws random padding. Then the run's settings decide, and a line says what is left out."""
+    """Megatron-LM draws random padding. Then the run's settings decide, and a line says what is not written."""
     fewer = with_vocab(source, tmp_path / "fewer", 120)
     by_tensor = others(mcore, tmp_path / "run", make_vocab_size_divisible_by=128, tensor_model_parallel_size=2)
     back(by_tensor, fewer, tmp_path / "out")
     assert "rows 120 to 255 of the vocabulary in" in (said := capsys.readouterr().out) and "a multiple of 256" in said
     other = others(mcore, tmp_path / "other", make_vocab_size_divisible_by=64, tensor_model_parallel_size=1)
-    with pytest.raises(UserError, match="so they may be words, and would be lost"):
+    with pytest.raises(UserError, match="so they may belong to tokens, and would be lost"):
         back(other, fewer, tmp_path / "lost")

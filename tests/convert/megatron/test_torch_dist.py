@@ -81,7 +81,7 @@ def test_what_torch_wrote(tmp_path, tensor):
 
 def test_a_box_that_is_not_there(tmp_path):
     write_by_torch(tmp_path, {"x": torch.randn(4, 4)})
-    with pytest.raises(ValueError, match=r"x: 8 of 12 numbers from \[2, 0\] on are in the files"):
+    with pytest.raises(ValueError, match=r"x: 8 of 12 elements from \[2, 0\] on are in the files"):
         TorchDist(tmp_path).read_into(torch.empty(3, 4), "x", [2, 0], 0)
 
 
@@ -103,7 +103,7 @@ def test_a_pickle_that_would_run_something(ranks, tmp_path, ranks_started):
     (tmp_path / "mcore" / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
     given = dict(source=str(tmp_path / "mcore"), to="hf", output=str(tmp_path / "out"))
     with pytest.raises(
-        UserError, match=r"\.metadata of the checkpoint names (posix|nt)\.mkdir, which no metadata is made of"
+        UserError, match=r"\.metadata of the checkpoint names (posix|nt)\.mkdir, which is no part of such metadata"
     ):
         if ranks_started:
             from swift_mega.config.schema import Parallel
@@ -144,5 +144,5 @@ def test_a_file_elsewhere(tmp_path):
     (tmp_path / "a" / ".metadata").write_bytes(pickle.dumps(metadata))
     for file in (tmp_path / "a").glob("*.distcp"):
         shutil.copy(file, tmp_path)
-    with pytest.raises(ValueError, match=re.escape("names a file '../__0_0.distcp', which is not beside it")):
+    with pytest.raises(ValueError, match=re.escape("names a file '../__0_0.distcp', which is not in its folder")):
         TorchDist(tmp_path / "a").read_into(torch.empty(4), "x", [0], 0)

@@ -113,7 +113,7 @@ def find(checkpoint: TensorSource, config: Mapping[str, Any]) -> Found:
     lost = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".weight_format")
     if odd := sorted(name for name in checkpoint.entries.keys() - used if name.endswith(lost)):
         raise UserError(
-            f"{checkpoint.directory} has {some(odd)} without the quant_state (or SCB) that says what they mean; copy the checkpoint "
+            f"{checkpoint.directory} has {some(odd)} without the quant_state (or SCB) that describes them; copy the checkpoint "
             "from the source again"
         )
     return Found(weights=weights, unneeded=frozenset(unneeded & checkpoint.entries.keys()))
@@ -168,7 +168,7 @@ def _int8(checkpoint: TensorSource, weight: str, scale: str) -> Int8:
     layout = weight.removesuffix(".weight") + ".weight_format"
     if layout in checkpoint.entries and int(checkpoint.read(layout).view(-1)[0]) != 0:
         raise UserError(
-            f"{checkpoint.directory}: {layout} is not 0 (rows), but a layout of one kind of GPU; save the checkpoint again with a "
+            f"{checkpoint.directory}: {layout} is not 0 (row-major), but a layout for one kind of GPU; save the checkpoint again with a "
             "newer bitsandbytes"
         )
     return Int8((rows[0], columns[0]), parts)

@@ -62,7 +62,7 @@ class Gptq:
             # Some writers declare gptq but store zero points as gptq_v2 does. Symmetric weights have one zero point, so both can be read.
             if not any(bool((stored == value).all()) for value in (middle - 1, middle)):
                 raise UserError(
-                    f"{self.parts['qzeros']} holds {int(stored.min())} to {int(stored.max())}, and quantization_config says "
+                    f"{self.parts['qzeros']} has values {int(stored.min())} to {int(stored.max())}, and quantization_config says "
                     f"sym=true, which is {middle - 1} (gptq) or {middle} (gptq_v2); correct sym"
                 )
             return torch.full_like(stored, middle)
@@ -70,7 +70,7 @@ class Gptq:
             return stored
         if bool((stored == most).any()):
             raise UserError(
-                f"{self.parts['qzeros']} holds {most}, a zero point of 0 or of {most + 1} that checkpoint_format=gptq cannot "
+                f"{self.parts['qzeros']} has the value {most}, a zero point of 0 or of {most + 1} that checkpoint_format=gptq cannot "
                 "tell apart and readers disagree on; convert the checkpoint to gptq_v2 or bfloat16 with its own tools first"
             )
         return stored + 1

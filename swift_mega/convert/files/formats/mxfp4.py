@@ -37,7 +37,7 @@ class Experts:
     def dequantise(self, parts: Mapping[str, Tensor], box: Box) -> Tensor:
         scales = parts["scales"]
         if bool((scales == 255).any()):
-            raise UserError(f"{self.parts['scales']} holds scales that are NaN (255); copy the checkpoint again")
+            raise UserError(f"{self.parts['scales']} has scales that are NaN (255); copy the checkpoint again")
         numbers = look_up(_PAIRS, parts["blocks"]).view(*scales.shape, BLOCK)
         numbers.mul_(_SCALES.index_select(0, scales.reshape(-1).int()).view(*scales.shape, 1))
         first = box[1][0] // BLOCK * BLOCK

@@ -31,6 +31,6 @@ def matrix(checkpoint: TensorSource, name: str) -> tuple[int, int]:
     shape = checkpoint.entries[name].shape
     if len(shape) != 2:
         raise UserError(
-            f"{checkpoint.directory}: {name} has shape {list(shape)}, not a matrix of words; copy the checkpoint again"
+            f"{checkpoint.directory}: {name} has shape {list(shape)}, not a matrix of packed words; copy the checkpoint again"
         )
     return shape[0], shape[1]
