@@ -52,7 +52,7 @@ def read_questions(path: str, data: Data) -> list[Prompt]:
     """Prompts to answer: `messages` without the replies at the end, or `query` and `history`. UserError for a document."""
     found = read_prompts(path, data, reply="dropped")
     if document := next((prompt for prompt in found if prompt.row.text is not None), None):
-        raise UserError(f"{document.where}: a document, in which nothing is asked; write messages, or query")
+        raise UserError(f"{document.where}: a row of plain text has no question; write messages, or query")
     return found
 
 

@@ -22,7 +22,7 @@ class Alibi(Edit):
         _tell_core(spec, alibi=self.slopes)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, alone_in_a_row="adds to scores by position (ALiBi), which is not done over context ranks")
+        return replace(shape, alone_in_a_row="adds biases to scores by position (ALiBi), which is not supported over context ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Sinks(Edit):
         _tell_core(spec, sinks=True)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, not_engine="has attention sinks, which it takes in some of its kernels only")
+        return replace(shape, not_engine="has attention sinks, which only some of its kernels support")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,7 @@ class HeadQKNorm(Edit):
         _norm_heads(spec, HeadNorm, parts.shape)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, key_heads_alone="has a norm of its own that tensor ranks cannot share")
+        return replace(shape, key_heads_alone="has its own norm, which cannot be split over tensor ranks")
 
     def megatron_fields(self) -> Mapping[str, Any]:
         return TAKES_OUR_NORMS
