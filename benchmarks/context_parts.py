@@ -20,16 +20,16 @@ from torch import Tensor
 
 from swift_mega.data.pack import pack_examples
 from swift_mega.ops.attention import attention
-from swift_mega.ops.blocks import Block, Parts, Towards, backward, call_groups, forward
-from swift_mega.parallel.cut import Range, cut_row, zigzag
+from swift_mega.ops.blocks import Block, Gradients, Parts, backward, call_groups, forward
 from swift_mega.parallel.layout import Layout
 from swift_mega.parallel.mesh import Mesh
 from swift_mega.parallel.sequence import Step, blocks, ring_steps, runs
+from swift_mega.parallel.split import Range, split_row, zigzag
 
 HEAD_DIM = 64
 AIM = 1.15
 """Largest accepted ratio of the time of ring attention with merging to the time of plain attention."""
-CUTS = ("ours", "zigzag", "contiguous")
+SPLITS = ("ours", "zigzag", "contiguous")
 Steps = Sequence[Step]
 
 
@@ -55,24 +55,24 @@ def packed_rows(mean: float, tokens: int, count: int) -> list[tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------ the ranks of a ring
 
 
-def cut_by(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[tuple[Range, ...]]:
-    """Token ranges of each ring rank. cut: "ours" (parallel/cut.py), or "zigzag" or contiguous chunks of the whole row, across examples."""
+def split_by(split: str, cu_seqlens: tuple[int, ...], ring: int) -> list[tuple[Range, ...]]:
+    """Token ranges of each ring rank. split: "ours" (parallel/split.py), or "zigzag" or contiguous chunks of the whole row."""
     tokens, share = cu_seqlens[-1], cu_seqlens[-1] // ring
-    if cut == "ours":
-        return list(cut_row(cu_seqlens, ring).held)
-    if cut == "zigzag":
+    if split == "ours":
+        return list(split_row(cu_seqlens, ring).ranges)
+    if split == "zigzag":
         return [zigzag(tokens, ring, position) for position in range(ring)]
     return [((share * each, share * (each + 1)),) for each in range(ring)]
 
 
-def plan(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
+def plan(split: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
     """The steps of each ring rank."""
-    if cut == "ours":
+    if split == "ours":
         return [ring_steps(cu_seqlens, ring, position) for position in range(ring)]
-    held = [runs(pieces, cu_seqlens) for pieces in cut_by(cut, cu_seqlens, ring)]
+    ranges = [runs(pieces, cu_seqlens) for pieces in split_by(split, cu_seqlens, ring)]
     return [
         [
-            Step(behind, blocks(held[position], held[(position - behind) % ring], causal=True, window=None))
+            Step(behind, blocks(ranges[position], ranges[(position - behind) % ring], causal=True, window=None))
             for behind in range(ring)
         ]
         for position in range(ring)
@@ -83,14 +83,14 @@ def plan(cut: str, cu_seqlens: tuple[int, ...], ring: int) -> list[Steps]:
 class Ring:
     """All ring ranks for one packed row: the token indices of each rank, and its blocks in every step."""
 
-    held: list[Tensor]
+    ranges: list[Tensor]
     steps: list[Steps]
 
     @classmethod
-    def of(cls, cu_seqlens: tuple[int, ...], size: int, cut: str = "ours") -> "Ring":
-        pieces = cut_by(cut, cu_seqlens, size)
-        held = [torch.cat([torch.arange(begin, end) for begin, end in mine]) for mine in pieces]
-        return cls(held, plan(cut, cu_seqlens, size))
+    def of(cls, cu_seqlens: tuple[int, ...], size: int, split: str = "ours") -> "Ring":
+        pieces = split_by(split, cu_seqlens, size)
+        ranges = [torch.cat([torch.arange(begin, end) for begin, end in mine]) for mine in pieces]
+        return cls(ranges, plan(split, cu_seqlens, size))
 
     def run(self, row: Sequence[Tensor], *, gradients: bool) -> tuple[list[float], list[Tensor]]:
         """Computes as parallel/ring.py does, without the network. Returns the CPU seconds of each rank, and out, then dQ, dK, dV with
@@ -98,39 +98,39 @@ class Ring:
 
         row: query, key, value and the gradient of out.
         """
-        cut = [tuple(x[mine] for x in row) for mine in self.held]
+        split = [tuple(x[mine] for x in row) for mine in self.ranges]
         # dK and dV of each rank's tokens
-        of_keys: list[tuple[Tensor, ...]] = [()] * len(cut)
+        of_keys: list[tuple[Tensor, ...]] = [()] * len(split)
         seconds, outs, of_queries = [], [], []
         for rank, steps in enumerate(self.steps):
-            query, _, _, grad = cut[rank]
-            there = [(rank - step.behind) % len(self.held) for step in steps]
+            query, _, _, grad = split[rank]
+            there = [(rank - step.behind) % len(self.ranges) for step in steps]
             begin = time.process_time()
             parts = Parts(query, row[2].shape[-1])
             for step, owner in zip(steps, there, strict=True):
-                forward(parts, query, cut[owner][1], cut[owner][2], step.blocks, scale=HEAD_DIM**-0.5)
+                forward(parts, query, split[owner][1], split[owner][2], step.blocks, scale=HEAD_DIM**-0.5)
             out, lse = parts.finished(None)
-            towards_query = torch.zeros_like(query) if gradients else query
+            grad_query = torch.zeros_like(query) if gradients else query
             for step, owner in zip(steps, there, strict=True) if gradients else ():
                 if step.behind and not step.blocks:
                     continue
-                key, value = cut[owner][1:3]
-                towards = Towards(towards_query, torch.zeros_like(key), torch.zeros_like(value))
-                backward(towards, grad, query, key, value, out, lse, step.blocks, scale=HEAD_DIM**-0.5)
-                sums = (towards.key, towards.value)
+                key, value = split[owner][1:3]
+                grads = Gradients(grad_query, torch.zeros_like(key), torch.zeros_like(value))
+                backward(grads, grad, query, key, value, out, lse, step.blocks, scale=HEAD_DIM**-0.5)
+                sums = (grads.key, grads.value)
                 for mine, others in zip(sums, of_keys[owner], strict=False):
                     # As in the ring, where the sums so far come from the rank before.
                     mine.add_(others)
                 of_keys[owner] = sums
             seconds.append(time.process_time() - begin)
             outs.append(out)
-            of_queries.append(towards_query)
-        held: list[Sequence[Tensor]] = [outs]
+            of_queries.append(grad_query)
+        ranges: list[Sequence[Tensor]] = [outs]
         if gradients:
-            held += [of_queries, *zip(*of_keys, strict=True)]
-        results = [torch.empty(len(row[0]), *part[0].shape[1:]) for part in held]
-        for whole, part in zip(results, held, strict=True):
-            for mine, found in zip(self.held, part, strict=True):
+            ranges += [of_queries, *zip(*of_keys, strict=True)]
+        results = [torch.empty(len(row[0]), *part[0].shape[1:]) for part in ranges]
+        for whole, part in zip(results, ranges, strict=True):
+            for mine, found in zip(self.ranges, part, strict=True):
                 whole[mine] = found
         return seconds, results
 
@@ -150,7 +150,7 @@ class Balance:
 
     row: str
     context: int
-    cut: str
+    split: str
     pairs_ratio: float
     """Ratio of the numbers of (query, key) pairs; the mean over rows."""
     seconds_ratio: float
@@ -177,20 +177,20 @@ def balance(tokens: int, contexts: Sequence[int], rounds: int) -> list[Balance]:
     packed = {f"packed, mean {mean}": packed_rows(mean, tokens, 100) for mean in (100, 1000)}
     for name, rows in ({"one example": [(0, tokens)]} | packed).items():
         for size in contexts:
-            rings = {cut: [Ring.of(each, size, cut) for each in rows] for cut in CUTS}
-            taken: dict[str, list[list[float]]] = {cut: [] for cut in CUTS}
+            rings = {split: [Ring.of(each, size, split) for each in rows] for split in SPLITS}
+            taken: dict[str, list[list[float]]] = {split: [] for split in SPLITS}
             for _ in range(rounds):
-                for cut in CUTS:
-                    taken[cut].append(rings[cut][0].run(row, gradients=True)[0])
-            for cut in CUTS:
-                seconds = [statistics.median(each) for each in zip(*taken[cut], strict=True)]
-                uneven = statistics.mean(_ratio([pairs(steps) for steps in ring.steps]) for ring in rings[cut])
-                first = rings[cut][0].steps
+                for split in SPLITS:
+                    taken[split].append(rings[split][0].run(row, gradients=True)[0])
+            for split in SPLITS:
+                seconds = [statistics.median(each) for each in zip(*taken[split], strict=True)]
+                uneven = statistics.mean(_ratio([pairs(steps) for steps in ring.steps]) for ring in rings[split])
+                first = rings[split][0].steps
                 calls = [sum(1 for step in steps for _ in call_groups(step.blocks)) for steps in first]
                 most = calls.index(max(calls))
                 made = sum(len(step.blocks) for step in first[most])
                 label = f"{name} ({len(rows[0]) - 1})"
-                found.append(Balance(label, size, cut, uneven, _ratio(seconds), seconds, calls[most], made))
+                found.append(Balance(label, size, split, uneven, _ratio(seconds), seconds, calls[most], made))
     return found
 
 
@@ -201,10 +201,10 @@ def _ratio(values: Sequence[float]) -> float:
 def balance_table(found: Sequence[Balance]) -> str:
     """The printed table of part b."""
     lines = [
-        f"{'row (examples)':26} {'CP':>3} {'cut':11} {'pairs, slowest/mean':>20} {'seconds, slowest/mean':>22} {'calls':>6} {'blocks':>7}"
+        f"{'row (examples)':26} {'CP':>3} {'split':11} {'pairs, slowest/mean':>20} {'seconds, slowest/mean':>22} {'calls':>6} {'blocks':>7}"
     ]
     lines += [
-        f"{one.row:26} {one.context:3} {one.cut:11} {one.pairs_ratio:20.3f} {one.seconds_ratio:22.3f} {one.calls:6} {one.blocks:7}"
+        f"{one.row:26} {one.context:3} {one.split:11} {one.pairs_ratio:20.3f} {one.seconds_ratio:22.3f} {one.calls:6} {one.blocks:7}"
         for one in found
     ]
     return "\n".join(lines)

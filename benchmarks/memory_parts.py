@@ -245,33 +245,35 @@ def plan() -> dict[str, Any]:
     settings, steps = llama_3_1_8b(), ladder()
     best = steps[-1][1]
     rows: dict[str, dict[int, tuple[int, str]]] = {
-        name: {ranks: _best(settings, choices, ranks, cut=False) for ranks in PUBLISHED} for name, choices in steps
+        name: {ranks: _best(settings, choices, ranks, sharded=False) for ranks in PUBLISHED} for name, choices in steps
     }
     numbers = 8_030_261_248
-    rows["+ the best tensor, pipeline and context sizes"] = {n: _best(settings, best, n, cut=True) for n in PUBLISHED}
+    rows["+ the best tensor, pipeline and context sizes"] = {
+        n: _best(settings, best, n, sharded=True) for n in PUBLISHED
+    }
     rows["not implemented: gradients in host memory"] = {
-        n: _best(settings, best, n, cut=True, spare=2 * numbers) for n in PUBLISHED
+        n: _best(settings, best, n, sharded=True, spare=2 * numbers) for n in PUBLISHED
     }
     rows["not implemented: weights and gradients in host memory"] = {
-        n: _best(settings, best, n, cut=True, spare=4 * numbers) for n in PUBLISHED
+        n: _best(settings, best, n, sharded=True, spare=4 * numbers) for n in PUBLISHED
     }
     rows["LoRA of rank 8 with all of the settings above"] = {
-        n: _best(settings, replace(best, rank=8), n, cut=True) for n in PUBLISHED
+        n: _best(settings, replace(best, rank=8), n, sharded=True) for n in PUBLISHED
     }
     return {"rows": rows, "published": PUBLISHED}
 
 
-def _best(settings: Any, choices: Any, ranks: int, *, cut: bool, spare: int = 0) -> tuple[int, str]:
+def _best(settings: Any, choices: Any, ranks: int, *, sharded: bool, spare: int = 0) -> tuple[int, str]:
     """The longest row over all layouts with one data rank, and its layout.
 
-    cut: also layouts that shard weights. spare: bytes of the model that are not on the device.
+    sharded: also layouts that shard weights. spare: bytes of the model that are not on the device.
     """
     from swift_mega.config.schema import Parallel
     from swift_mega.errors import UserError
     from swift_mega.memory.memory import longest
     from swift_mega.parallel.layout import plan_layout
 
-    found, sizes = [(0, "-")], (1, 2, 4, 8) if cut else (1,)
+    found, sizes = [(0, "-")], (1, 2, 4, 8) if sharded else (1,)
     host = int(HOST if ranks == 1 else HOST / 8)
     for tensor in sizes:
         for pipeline in (size for size in sizes if ranks % (tensor * size) == 0):

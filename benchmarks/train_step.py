@@ -147,9 +147,9 @@ def ours(model: Path, adapter: Path) -> StepFunction:
     training = build_training(run, device, groups.init(layout_of(run, 1)), steps=10**6)
     # `up` starts at zero, and with zero a wrong `down` would not be noticed.
     with torch.no_grad():
-        for held in training.tuner.held(training.part):
-            if ".adapter.up." in held.name:
-                held.parameter.copy_(torch.randn(held.parameter.shape) * 0.02)
+        for named in training.tuner.exported(training.part):
+            if ".adapter.up." in named.name:
+                named.parameter.copy_(torch.randn(named.parameter.shape) * 0.02)
     save_checkpoint(
         training.tuner,
         training.part,

@@ -17,7 +17,7 @@ MESHES = (
     ("--cp ulysses", Mesh(4, 1)),
     ("--cp ring, allgather", Mesh(1, 4)),
     ("--cp hybrid, Ulysses 2 x ring 2", Mesh(2, 2)),
-    ("--cp te:p2p", Mesh(1, 4, engine=True)),
+    ("--cp te:p2p", Mesh(1, 4, te=True)),
 )
 COLOURS = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677")
 LEFT, WIDTH, HEIGHT, GAP = 230, 640, 26, 14
@@ -36,12 +36,12 @@ def draw() -> str:
     )
     for number, (name, mesh) in enumerate(MESHES, 1):
         bounds = _padded(mesh.example_multiple)
-        held = [
+        ranges = [
             (start, stop, COLOURS[rank], str(rank))
             for rank in range(mesh.size)
             for start, stop in pieces(bounds, mesh, rank)
         ]
-        lines += _row(number, name, sorted(held), bounds[-1])
+        lines += _row(number, name, sorted(ranges), bounds[-1])
     height = (len(MESHES) + 1) * (HEIGHT + GAP) + GAP
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 10} {height}" font-family="sans-serif" font-size="13">'
     return "\n".join((head, *lines, "</svg>", ""))
@@ -55,10 +55,10 @@ def _padded(multiple: int) -> tuple[int, ...]:
     return tuple(bounds)
 
 
-def _row(number: int, name: str, held: list[tuple[int, int, str, str]], tokens: int) -> Iterator[str]:
+def _row(number: int, name: str, ranges: list[tuple[int, int, str, str]], tokens: int) -> Iterator[str]:
     top, scale = GAP + number * (HEIGHT + GAP), WIDTH / tokens
     yield f'<text x="4" y="{top + 18}">{name}</text>'
-    for start, stop, colour, text in held:
+    for start, stop, colour, text in ranges:
         x, width = LEFT + start * scale, (stop - start) * scale
         yield f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{HEIGHT}" fill="{colour}" stroke="white"/>'
         if text:

@@ -42,7 +42,7 @@ LONGEST = (
     "train/test_every_family.py", "train/test_layouts.py", "convert/test_layouts_of_weights.py", "train/test_tiles.py",
     "verify/test_distance.py", "train/test_few_key_heads.py", "memory/test_memory.py", "test_tools.py", "train/test_context_layouts.py",
     "train/test_offload.py", "convert/test_whole.py", "train/test_loop.py", "convert/test_blueprint.py", "export/test_adapters.py",
-    "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_engine_layouts.py",
+    "train/test_classic_layouts.py", "train/test_optimizer_offload.py", "train/test_te_layouts.py",
     "train/test_delta_layouts.py", "convert/megatron/test_megatron_lm.py",
 )  # fmt: skip
 """Files of more than 15 CPU seconds, started in this order, so that no worker runs a long file alone at the end."""

@@ -13,7 +13,7 @@ RUN = (
     "tests/launch/test_torchrun.py",  # forks, signals, gloo
     "tests/config/test_load.py",  # fields of TransformerConfig
     "tests/ops", "tests/parallel", "tests/memory", "tests/tuners", "tests/export",
-    "tests/models/test_engine.py", "tests/models/test_engine_on_te.py", "tests/models/test_te_spec.py",
+    "tests/models/test_te_attention.py", "tests/models/test_te_attention_on_te.py", "tests/models/test_te_spec.py",
     "tests/models/test_megatron_config.py", "tests/models/test_router.py", "tests/models/test_families.py",
     "tests/models/test_fusions.py", "tests/models/test_grouped_experts.py", "tests/models/test_positions_of_axes.py",
     "tests/convert/megatron/test_mcore.py", "tests/convert/megatron/test_mcore_names.py", "tests/convert/megatron/test_megatron_lm.py",

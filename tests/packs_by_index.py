@@ -58,10 +58,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Reference:
-    """The parts have the whole shapes `parts`. A rank's parameter has the shape `held`, and its number at an index is that of `source`."""
+    """The parts have the whole shapes `parts`. A rank's parameter has `local_shape`, and its number at an index is that of `source`."""
 
     parts: tuple[Index, ...]
-    held: Index
+    local_shape: Index
     source: Callable[[int, Index], Source | None]
     """(rank, index in the parameter) -> (part, index in it). None: a zero that is in no tensor."""
     together: int | None = None
@@ -86,7 +86,7 @@ class Reference:
 
     def numbers(self, rank: int) -> Iterator[tuple[Index, Source | None]]:
         """Every index of a rank's parameter, with the tensor and index that its number comes from."""
-        for index in itertools.product(*map(range, self.held)):
+        for index in itertools.product(*map(range, self.local_shape)):
             source = self.source(rank, index)
             yield index, None if source is None else self.place(source)
 
@@ -199,7 +199,7 @@ def one_row(s: Sizes) -> Reference:
     return Reference(((1, s.multiple),), (s.multiple,), lambda rank, index: (0, (0, *index)))
 
 
-def turned(inner: Reference) -> Reference:
+def transposed(inner: Reference) -> Reference:
     """As the given reference, with all tensors transposed to [in, out]."""
 
     def source(rank: int, index: Index) -> Source | None:
@@ -207,7 +207,7 @@ def turned(inner: Reference) -> Reference:
         return None if found is None else (found[0], found[1][::-1])
 
     dim = None if inner.together is None else 1 - inner.together
-    return Reference(tuple(part[::-1] for part in inner.parts), inner.held, source, dim)
+    return Reference(tuple(part[::-1] for part in inner.parts), inner.local_shape, source, dim)
 
 
 def fused(inner: Reference) -> Reference:
@@ -238,9 +238,9 @@ REFERENCES: dict[Pack, tuple[Callable[[Sizes], Reference], tuple[str, ...]]] = {
     packs.FUSED_QKV: (lambda s: fused(qkv(s)), (MATRIX, VECTOR)),
     packs.INTERLEAVED_GATE_UP: (interleaved, (MATRIX,)),
     packs.INTERLEAVED_GATE_UP_BIAS: (interleaved, (VECTOR,)),
-    packs.TURNED_COLUMN: (lambda s: turned(even(s, 0)), (MATRIX,)),
-    packs.TURNED_ROW: (lambda s: turned(even(s, 1)), (MATRIX,)),
-    packs.TURNED_FUSED_QKV: (lambda s: turned(fused(qkv(s))), (MATRIX,)),
+    packs.TRANSPOSED_COLUMN: (lambda s: transposed(even(s, 0)), (MATRIX,)),
+    packs.TRANSPOSED_ROW: (lambda s: transposed(even(s, 1)), (MATRIX,)),
+    packs.TRANSPOSED_FUSED_QKV: (lambda s: transposed(fused(qkv(s))), (MATRIX,)),
 }
 """Every pack, its reference, and the tensors it is used for."""
 WITHIN = (packs.QKV, packs.FUSED_QKV)
@@ -283,20 +283,22 @@ class Case:
                 for i in place[1]:
                     value = value[i]
             numbers.append(value)
-        return torch.tensor(numbers, dtype=as_bits(self.tensors[0]).dtype).reshape(self.reference.held)
+        return torch.tensor(numbers, dtype=as_bits(self.tensors[0]).dtype).reshape(self.reference.local_shape)
 
     def slices(self, rank: int) -> list[tuple[int, Slice]]:
         """The slices of every tensor that the rank reads, in order."""
         numbers = {name: number for number, name in enumerate(self.rule.parts)}
         tensors = {name: tuple(self.tensors[number].shape) for name, number in numbers.items()}
-        cut = (rank, self.sizes.size)
-        found = slices(self.rule, tensors, cut=cut, heads=self.model_heads, rows=rows_of(self.reference.held))
+        rank_size = (rank, self.sizes.size)
+        found = slices(
+            self.rule, tensors, rank_size=rank_size, heads=self.model_heads, rows=rows_of(self.reference.local_shape)
+        )
         return [(numbers[piece.name], piece) for piece in found]
 
     def read(self, rank: int) -> list[Tensor]:
         return [cut(self.tensors[number], piece) for number, piece in self.slices(rank)]
 
-    def held(self, rank: int) -> Tensor:
+    def local(self, rank: int) -> Tensor:
         """The rank's parameter from the reference, in the tensors' dtype."""
         return self.expected(rank).view(self.tensors[0].dtype)
 

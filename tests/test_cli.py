@@ -251,7 +251,7 @@ MISTAKES = [
     ([*VERIFY, "--tuner", "dora"], "--tuner=dora: expected lora | full"),
     (["compare", "--a", "model"], "compare: --b is missing; usage: swift-mega compare --a DIR --b DIR"),
     ([*COMPARE[:3], "--b", "absent"], "--b=absent: no such directory; give a Hugging Face directory or"),
-    ([*COMPARE, "--b_engine", "vllm"], "--b_engine=vllm: expected mcore | hf"),
+    ([*COMPARE, "--b_backend", "vllm"], "--b_backend=vllm: expected mcore | hf"),
     ([*COMPARE, "--a_layout", "pq2"], "--a_layout=pq2: expected sizes joined by dashes, such as tp2"),
     ([*COMPARE, "--tolerance", "0"], "--tolerance=0: expected a number above 0"),
     ([*COMPARE, "--top_k", "0"], "--top_k=0: expected a whole number of at least 1"),
@@ -553,7 +553,7 @@ def test_verify_takes_the_names_of_context_layouts(api: Recorder, kind: str) -> 
 @pytest.mark.parametrize("passed", [True, False])
 def test_compare(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool) -> None:
     api.passed = passed
-    none = {"model": None, "adapter": None, "engine": None, "layout": None}
+    none = {"model": None, "adapter": None, "backend": None, "layout": None}
     plain = ({"checkpoint": "model", **none}, {"checkpoint": "mcore", **none})
     assert main(COMPARE) == (0 if passed else 1)
     assert api.calls == [("compare", plain, {})]
@@ -561,7 +561,7 @@ def test_compare(api: Recorder, capsys: pytest.CaptureFixture[str], passed: bool
     words = "--b_layout tp2-sp --a_engine hf --b_model model --tolerance 1e-6 --top_k 3 --torch_dtype float64 --dequantize true"
     files = "--json out.json --plot out.png --prompts data.jsonl --tokenizer model --scratch model"
     assert main([*COMPARE, *words.split(), *files.split()]) == (0 if passed else 1)
-    one, other = {**plain[0], "engine": "hf"}, {**plain[1], "layout": "tp2-sp", "model": "model"}
+    one, other = {**plain[0], "backend": "hf"}, {**plain[1], "layout": "tp2-sp", "model": "model"}
     options = {
         "tolerance": 1e-6,
         "top_k": 3,

@@ -92,7 +92,7 @@ def test_compare_logits(model: Path, tmp_path: Path) -> None:
         model,
         "--b",
         other,
-        "--a_engine",
+        "--a_backend",
         "hf",
         "--json",
         tmp_path / "o.json",
@@ -101,7 +101,10 @@ def test_compare_logits(model: Path, tmp_path: Path) -> None:
     )
     assert parted.returncode == 1, parted.stderr
     assert "first difference at layer 2" in parted.stdout
-    assert json.loads((tmp_path / "o.json").read_text())["departs"] == "layer 2" and (tmp_path / "o.png").is_file()
+    assert (
+        json.loads((tmp_path / "o.json").read_text())["first_difference"] == "layer 2"
+        and (tmp_path / "o.png").is_file()
+    )
     wrong = run(tool, "--a", model, "--b", tmp_path / "absent")
     assert (
         wrong.returncode == 2

@@ -9,9 +9,9 @@ from torch import Tensor
 from benchmarks.gpu_check.bench import Bench, relative
 from benchmarks.gpu_check.definition import attention_in_float64
 from benchmarks.gpu_check.record import Stage
-from swift_mega.ops.blocks import Parts, Towards, backward, forward
+from swift_mega.ops.blocks import Gradients, Parts, backward, forward
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import held_tokens, ring_steps
+from swift_mega.parallel.sequence import local_tokens, ring_steps
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 RINGS = (2, 4)
@@ -63,11 +63,11 @@ def around_the_ring(
 ) -> list[Tensor]:
     """Output and gradients of a whole row in float32, computed ring rank by ring rank."""
     scale, starts = query.shape[-1] ** -0.5, tuple(bounds)
-    held = [held_tokens(starts, Mesh(1, ring), rank).to(query.device) for rank in range(ring)]
+    named = [local_tokens(starts, Mesh(1, ring), rank).to(query.device) for rank in range(ring)]
     out, grad_query, grad_key, grad_value = (torch.zeros(x.shape, device=x.device) for x in (above, query, key, value))
-    for rank, mine in enumerate(held):
+    for rank, mine in enumerate(named):
         steps = [
-            (held[(rank - step.behind) % ring], step.blocks) for step in ring_steps(starts, ring, rank, window=window)
+            (named[(rank - step.behind) % ring], step.blocks) for step in ring_steps(starts, ring, rank, window=window)
         ]
         own = query[mine]
         parts = Parts(own, value.shape[-1])
@@ -77,7 +77,7 @@ def around_the_ring(
         out[mine] = own_out.float()
         of_query = torch.zeros(own.shape, device=own.device)
         for theirs, blocks in steps:
-            sums = Towards(of_query, *(torch.zeros(x[theirs].shape, device=x.device) for x in (key, value)))
+            sums = Gradients(of_query, *(torch.zeros(x[theirs].shape, device=x.device) for x in (key, value)))
             backward(
                 sums, above[mine], own, key[theirs], value[theirs], own_out.to(query.dtype), lse, blocks, scale=scale
             )

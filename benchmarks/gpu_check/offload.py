@@ -76,7 +76,9 @@ def once(bench: Bench, size: str, batch: Sequence[Microbatch], **train: Any) -> 
         seconds = bench.seconds(one_pass, times=3 if bench.on_gpu else 1, warm=int(bench.on_gpu))
         loss = one_pass()
         bench.synchronize()
-        gradients = torch.cat([main_grad(held.parameter).flatten().cpu() for held in training.part.held()])
+        gradients = torch.cat(
+            [main_grad(named.parameter).flatten().cpu() for named in training.part.named_parameters()]
+        )
         return Result(loss, gradients, seconds, torch.cuda.max_memory_allocated() if bench.on_gpu else 0)
 
 

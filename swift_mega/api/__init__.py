@@ -16,8 +16,8 @@ from swift_mega.config.schema import Model, Parallel, Run
 if TYPE_CHECKING:
     from swift_mega.api.answers import Answerer
     from swift_mega.api.proof import Report
-    from swift_mega.convert.blueprint_report import Plan
-    from swift_mega.memory.report import Plan as MemoryPlan
+    from swift_mega.convert.blueprint_report import ConversionReport
+    from swift_mega.memory.report import MemoryEstimate
     from swift_mega.train.loop import TrainResult
     from swift_mega.verify.distance import Comparison
 
@@ -98,7 +98,7 @@ def convert(
 
 def plan(
     *, source: str, parallel: Parallel | None = None, dtype: str | None = None, dequantize: bool = False
-) -> "Plan":
+) -> "ConversionReport":
     """What `convert(to="mcore")` would do with a Hugging Face directory, or with its config.json alone. No weight is read or written.
 
     Raises the UserError that `convert` would raise.
@@ -160,7 +160,7 @@ def quantize(
     )
 
 
-def plan_memory(run: Run, *, ranks: int, gpu_bytes: int, host_bytes: int | None = None) -> "MemoryPlan":
+def plan_memory(run: Run, *, ranks: int, gpu_bytes: int, host_bytes: int | None = None) -> "MemoryEstimate":
     """Memory by part of the rank that needs the most, and the longest packed row that fits. Reads only config.json of the model.
 
     gpu_bytes: memory of one GPU. host_bytes: host memory of one rank; None: no limit. Raises the UserErrors that training would raise.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from swift_mega.api.candidate import Candidate, Engine
+from swift_mega.api.candidate import Backend, Candidate
 from swift_mega.api.proof import SENTENCES, say_of_unused_gpus
 from swift_mega.api.ready import DEVICE, on_device
 from swift_mega.convert.files.which_files import unread
@@ -22,7 +22,7 @@ from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
-from swift_mega.models.modules.engine import check_engine_runs
+from swift_mega.models.modules.te_attention import check_te_runs
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout
@@ -62,7 +62,7 @@ def compare(
     notes: list[str] = []
     sides = _side(one, "a", dequantize, notes), _side(other, "b", dequantize, notes)
     for layout in (side.layout for side in sides if side.layout is not None):
-        check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
+        check_te_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     if dequantize and not any(side.dequantize for side in sides):
         raise UserError("--dequantize: neither side states a quantization_config, both are plain; remove it")
     _check_shapes(*sides)
@@ -136,12 +136,12 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     quantised = quantization_of(config) is not None
     if not files and (said := unread(path)):
         notes.append(said)
-    engine: Engine = given.engine or ("mcore" if known or files else "hf")
-    if engine not in ("mcore", "hf"):
-        raise UserError(f"--{letter}_engine={engine}: expected mcore | hf")
-    if engine == "hf":
+    backend: Backend = given.backend or ("mcore" if known or files else "hf")
+    if backend not in ("mcore", "hf"):
+        raise UserError(f"--{letter}_backend={backend}: expected mcore | hf")
+    if backend == "hf":
         _check_transformers(given, letter, files)
-        if given.engine is None:
+        if given.backend is None:
             notes.append(
                 f"model_type {source.config['model_type']} of {path} is not supported by swift_mega: transformers runs it"
             )
@@ -152,7 +152,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
     if quantised and not dequantize:
         raise UserError(f"{config} is quantised; pass {FLAG} to read its weights dequantised")
     layout = None
-    if engine == "mcore":
+    if backend == "mcore":
         shape = Source(config, dequantize=dequantize and quantised).settings.shape
         layers, hidden, vocab = shape.layers, shape.hidden, shape.vocab
         if files and (said := check_padding(path, config, vocab)):
@@ -165,7 +165,7 @@ def _side(given: Candidate, letter: str, dequantize: bool, notes: list[str]) -> 
         checkpoint=path,
         config=config,
         model=given.model,
-        engine=engine,
+        backend=backend,
         mcore_files=files,
         layout=layout,
         layers=layers,
@@ -187,7 +187,7 @@ def _config_of(path: Path, model: str | None, letter: str) -> Path:
 def _check_transformers(given: Candidate, letter: str, files: bool) -> None:
     if files:
         raise UserError(
-            f"--{letter}_engine=hf: transformers cannot read the Megatron checkpoint {given.checkpoint}; remove it, or convert that "
+            f"--{letter}_backend=hf: transformers cannot read the Megatron checkpoint {given.checkpoint}; remove it, or convert that "
             "to Hugging Face files first"
         )
     if given.layout not in (None, "single"):

@@ -12,8 +12,8 @@ from swift_mega.api.resizing import asks, resized
 from swift_mega.config import schema
 from swift_mega.config.parse import parse_size
 from swift_mega.convert import blueprint_report
-from swift_mega.convert.blueprint import draw
-from swift_mega.convert.blueprint_report import Plan, rest_of
+from swift_mega.convert.blueprint import make_blueprint
+from swift_mega.convert.blueprint_report import ConversionReport, rest_of
 from swift_mega.convert.check import carried_of
 from swift_mega.convert.files import stream
 from swift_mega.convert.files.resized import weights_of
@@ -180,7 +180,9 @@ def _source(run: schema.Run, directory: str, kind: torch.dtype | None) -> Source
     return Source(directory, dequantize=dequantised_dtype(run.model, kind or stored_dtype(directory)) or False)
 
 
-def plan(*, source: str, dtype: str | None, dequantize: bool, parallel: schema.Parallel | None = None) -> Plan:
+def plan(
+    *, source: str, dtype: str | None, dequantize: bool, parallel: schema.Parallel | None = None
+) -> ConversionReport:
     """Does what `api.plan` says."""
     run = schema.Run(model=schema.Model(dequantize=dequantize), parallel=parallel or schema.Parallel())
     kind = getattr(torch, dtype) if dtype else None
@@ -189,7 +191,7 @@ def plan(*, source: str, dtype: str | None, dequantize: bool, parallel: schema.P
     checkpoint = model_source.tensors if model_source.has_weights or _other_weights(source) else None
     if checkpoint is not None:
         kind = kind or widest(checkpoint, model_source.family)
-    blueprint = run_ranks(1, draw, model_source)
+    blueprint = run_ranks(1, make_blueprint, model_source)
     return blueprint_report.make(
         blueprint, layout, dtype=kind or torch.bfloat16, directory=Path(source), checkpoint=checkpoint
     )
@@ -212,14 +214,14 @@ def _promoted(kinds: Mapping[str, torch.dtype]) -> torch.dtype:
 
 
 def _whole_to_mcore(layout: Layout, kind: torch.dtype, source: Source, output: str, overwrite: bool) -> None:
-    write_mcore(draw(source, kind), layout, output, source.tensors, overwrite=overwrite)
+    write_mcore(make_blueprint(source, kind), layout, output, source.tensors, overwrite=overwrite)
 
 
 def _whole_to_hf(
     original: Source, output: str, source: str, dtypes: Any, shard_bytes: int, overwrite: bool
 ) -> tuple[int, int]:
     return read_mcore(
-        draw(original),
+        make_blueprint(original),
         source,
         output,
         source=original.directory,

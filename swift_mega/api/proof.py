@@ -24,7 +24,7 @@ from swift_mega.device import device as devices
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.launch.torchrun import is_first_rank, run_ranks
-from swift_mega.models.modules.engine import check_engine_runs
+from swift_mega.models.modules.te_attention import check_te_runs
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.train.header import layer_modules
 from swift_mega.verify import parity
@@ -154,7 +154,7 @@ def _for(run: schema.Run, parallel: schema.Parallel, adapters: tuple[str, ...] =
 def _parsed(name: str, shape: Any, dtype: str) -> tuple[schema.Parallel, Layout]:
     parallel, world = parse_layout(name)
     layout = plan_layout(parallel, shape, world)
-    check_engine_runs(layout.mesh, DEVICE, getattr(torch, dtype))
+    check_te_runs(layout.mesh, DEVICE, getattr(torch, dtype))
     return parallel, layout
 
 

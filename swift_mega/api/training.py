@@ -21,7 +21,7 @@ from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.kernels import check_kernels
-from swift_mega.models.modules.engine import check_engine_runs
+from swift_mega.models.modules.te_attention import check_te_runs
 from swift_mega.models.modules.tiles import check_tiles
 from swift_mega.models.settings import Settings
 from swift_mega.objectives.objective import find_objective
@@ -89,7 +89,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
     settings = source.settings
     layout = plan_layout(run.parallel, settings.shape, world_size(nproc))
     dtype = parameter_dtype(run.model, DEVICE)
-    check_engine_runs(layout.mesh, DEVICE, dtype)
+    check_te_runs(layout.mesh, DEVICE, dtype)
     check_run(run, source.family, settings, dtype, DEVICE)
     touch = DEVICE.kind == "cpu"  # GPUs are for the ranks, which check again
     check_kernels(kernels_of(run.train), settings, layout.mesh, DEVICE, dtype, touch=touch)
@@ -97,7 +97,7 @@ def _checked(run: schema.Run, nproc: int | None, stack: ExitStack) -> tuple[sche
         mesh = layout.mesh
         means = "all keys gathered" if mesh.gather else f"Ulysses {mesh.ulysses} x ring {mesh.ring}"
         padded = f"rows are padded to {layout.row_multiple} tokens"
-        if mesh.engine:
+        if mesh.te:
             means = f"Transformer Engine's {mesh.communication}"
             padded = f"every example is padded to a multiple of {mesh.example_multiple} tokens, and {padded}"
         print(f"context             {layout.context} ranks: {means} ({layout.mesh_reason}); {padded}")

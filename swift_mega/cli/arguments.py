@@ -21,6 +21,8 @@ class Option:
     help: str
     kind: Literal["one", "many", "switch"] = "one"
     choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Older names, which are accepted too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Arguments:
 
 def read_arguments(verb: Verb, tokens: Sequence[str]) -> Arguments:
     """Splits the words given to a verb; UserError for names that the verb does not have. Values of settings are converted later."""
-    own = {option.name: option for option in verb.options}
+    own = {name: option for option in verb.options for name in (option.name, *option.aliases)}
     recipes = [word for word in tokens if verb.recipe and word.endswith(RECIPE_ENDINGS) and Path(word).is_file()]
     kinds = kinds_of(recipes, tokens, dict(verb.defaults))
 

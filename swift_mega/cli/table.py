@@ -56,7 +56,8 @@ def _side(letter: str, role: str) -> tuple[Option, ...]:
         ),
         Option(name=f"{letter}_adapter", value="DIR", help="directory of a PEFT LoRA adapter to apply"),
         Option(
-            name=f"{letter}_engine",
+            name=f"{letter}_backend",
+            aliases=(f"{letter}_engine",),
             value="mcore|hf",
             help="Megatron-core or transformers; default: mcore where the model_type is supported",
             choices=("mcore", "hf"),
@@ -206,7 +207,7 @@ _ALL = (
         description="Run two checkpoints on the same prompts and compare the output of every layer, of the final norm, and the "
         "logits. Exits with 1 where a point is beyond the tolerance, and names the first one.",
         usage=(
-            "compare --a DIR --b DIR [--a_layout tp2-sp] [--b_engine hf] [--prompts FILE] [--tolerance X] [--json FILE] "
+            "compare --a DIR --b DIR [--a_layout tp2-sp] [--b_backend hf] [--prompts FILE] [--tolerance X] [--json FILE] "
             "[--plot FILE.png]",
         ),
         options=(

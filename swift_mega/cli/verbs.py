@@ -219,7 +219,7 @@ def _side(arguments: Arguments, letter: str) -> dict[str, Any]:
         )
     if (name := arguments.text(f"{letter}_layout")) is not None and not LAYOUT.fullmatch(name):
         raise UserError(f"--{letter}_layout={name}: expected sizes joined by dashes, such as tp2, pp2 or tp2-pp2-sp")
-    fields = ("model", "adapter", "engine", "layout")
+    fields = ("model", "adapter", "backend", "layout")
     return {"checkpoint": checkpoint, **{field: arguments.text(f"{letter}_{field}") for field in fields}}
 
 

@@ -70,19 +70,19 @@ class Blueprint:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """The shard of a slot that one rank holds."""
 
     slot: Slot
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
-    cut: tuple[int, int]
+    rank_size: tuple[int, int]
     """(rank, size) of the mesh axis that shards it."""
     copy: bool = False
     """Whether it is the second copy of a tied embedding: the output layer on a last stage that is not the first."""
 
 
-def draw(source: Source, dtype: torch.dtype = torch.bfloat16) -> Blueprint:
+def make_blueprint(source: Source, dtype: torch.dtype = torch.bfloat16) -> Blueprint:
     """The blueprint of a model, from its config.json. Creates and closes a process group of one rank, since Megatron needs one.
 
     dtype: of the model; a few parameters may have another dtype.
@@ -98,15 +98,15 @@ def draw(source: Source, dtype: torch.dtype = torch.bfloat16) -> Blueprint:
             part = build(family, small, layout, groups.coordinate, device=META, config=config, vocab_divisible_by=1)
         slots, layers = [], settings.shape.layers
         places, objects = places_of(part.chunks[0], groups)
-        for held in part.held():
-            shape, numbers = tuple(held.parameter.shape), dict(held.numbers)
-            shapes, lies = part.part_shapes(held), places.pop(held.name)
+        for named in part.named_parameters():
+            shape, numbers = tuple(named.parameter.shape), dict(named.numbers)
+            shapes, lies = part.part_shapes(named), places.pop(named.name)
             for layer in kinds[numbers["i"]] if "i" in numbers else [None]:
                 at = numbers if layer is None else {**numbers, "i": layer}
-                parts = dict(zip((name.format(**at) for name in held.rule.parts), shapes, strict=True))
+                parts = dict(zip((name.format(**at) for name in named.rule.parts), shapes, strict=True))
                 there = lies if layer is None else tuple(place.of_layer(layer, layers) for place in lies)
-                dtype = held.parameter.dtype
-                slots.append(Slot(held.rule.megatron.format(**at), held.rule, at, shape, parts, dtype, there))
+                dtype = named.parameter.dtype
+                slots.append(Slot(named.rule.megatron.format(**at), named.rule, at, shape, parts, dtype, there))
         assert not places, f"Megatron saves {sorted(places)}, which no rule fills"
     finally:
         parallel_groups.close()
@@ -147,16 +147,16 @@ def _only(settings: Settings, layers: Sequence[int]) -> Settings:
     )
 
 
-def shares(
+def shards_of(
     blueprint: Blueprint, layout: Layout, where: Coordinate, *, vocab_divisible_by: int = 128
-) -> Iterator[Share]:
+) -> Iterator[Shard]:
     """The shards that the rank at `where` holds, in the order of the slots."""
     stage_of = _stage_of(layout)
     for slot in blueprint.slots:
-        cut, expert = _cut(layout, where, slot), _expert_rank(blueprint, layout, slot)
+        rank_size, expert = _rank_size(layout, where, slot), _expert_rank(blueprint, layout, slot)
         for stage, copy in _stages(blueprint, layout, stage_of, slot):
             if stage == where.pipeline and expert in (None, where.expert):
-                yield _share(blueprint.settings, slot, cut, vocab_divisible_by, copy)
+                yield _shard(blueprint.settings, slot, rank_size, vocab_divisible_by, copy)
 
 
 def _stage_of(layout: Layout) -> list[int]:
@@ -187,26 +187,26 @@ def _expert_rank(blueprint: Blueprint, layout: Layout, slot: Slot) -> int | None
     return slot.numbers["e"] // ((blueprint.settings.shape.experts or 1) // layout.expert)
 
 
-def _cut(layout: Layout, where: Coordinate, slot: Slot) -> tuple[int, int]:
+def _rank_size(layout: Layout, where: Coordinate, slot: Slot) -> tuple[int, int]:
     """(rank, size) of the mesh axis that shards a slot."""
     return (where.expert_tensor, layout.expert_tensor) if slot.expert else (where.tensor, layout.tensor)
 
 
-def _share(settings: Settings, slot: Slot, cut: tuple[int, int], vocab_divisible_by: int, copy: bool) -> Share:
-    shape, pack, (_, size) = list(slot.shape), slot.rule.pack, cut
+def _shard(settings: Settings, slot: Slot, rank_size: tuple[int, int], vocab_divisible_by: int, copy: bool) -> Shard:
+    shape, pack, (_, size) = list(slot.shape), slot.rule.pack, rank_size
     if pack.padded:
         shape[0] = padded_vocabulary(settings.shape.vocab, vocab_divisible_by, size) // size
-    elif pack.held_dim is not None:
-        assert shape[pack.held_dim] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
-        shape[pack.held_dim] //= size
-    pieces = slices(slot.rule, slot.parts, cut=cut, heads=settings.heads, rows=rows_of(shape))
-    return Share(slot, tuple(shape), tuple(pieces), cut, copy)
+    elif pack.shard_dim is not None:
+        assert shape[pack.shard_dim] % size == 0, f"{slot.name} {slot.shape} over {size} ranks"
+        shape[pack.shard_dim] //= size
+    pieces = slices(slot.rule, slot.parts, rank_size=rank_size, heads=settings.heads, rows=rows_of(shape))
+    return Shard(slot, tuple(shape), tuple(pieces), rank_size, copy)
 
 
-def value_of(checkpoint: TensorSource, share: Share, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a share, read by the same `fill` that a rank uses to load. It needs no process group."""
-    made = torch.empty(share.shape, dtype=dtype)
-    fill(made, checkpoint, share.slot.rule, share.slices, settings.heads.on(*share.cut))
+def value_of(checkpoint: TensorSource, shard: Shard, settings: Settings, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a shard, read by the same `fill` that a rank uses to load. It needs no process group."""
+    made = torch.empty(shard.shape, dtype=dtype)
+    fill(made, checkpoint, shard.slot.rule, shard.slices, settings.heads.on(*shard.rank_size))
     return made
 
 
@@ -223,7 +223,7 @@ def check_tiling(blueprint: Blueprint, layout: Layout, *, vocab_divisible_by: in
         pieces = [
             piece
             for rank in range(size)
-            for piece in _share(blueprint.settings, slot, (rank, size), vocab_divisible_by, False).slices
+            for piece in _shard(blueprint.settings, slot, (rank, size), vocab_divisible_by, False).slices
         ]
         for name, shape in slot.parts.items():
             assert name not in seen, f"{name} is in two parameters"
@@ -245,10 +245,10 @@ def _check_whole(name: str, shape: Sequence[int], axis: int | None, pieces: Sequ
     assert reached == shape[axis], f"{name} {shape}: {ends[:8]}"
 
 
-def byte_ranges(checkpoint: TensorSource, share: Share) -> list[tuple[Path, Span]]:
-    """(file, byte range) of each slice of a share that is not empty."""
+def byte_ranges(checkpoint: TensorSource, shard: Shard) -> list[tuple[Path, Span]]:
+    """(file, byte range) of each slice of a shard that is not empty."""
     found = []
-    for piece in share.slices:
+    for piece in shard.slices:
         if piece.start == piece.stop:
             continue
         entry = checkpoint.entries[stacked(piece.name)[0]]

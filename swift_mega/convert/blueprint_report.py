@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swift_mega.convert.blueprint import Blueprint, Share, byte_ranges, check_tiling, shares
+from swift_mega.convert.blueprint import Blueprint, Shard, byte_ranges, check_tiling, shards_of
 from swift_mega.convert.check import Coverage, check_coverage
 from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.quantised import Dequantised
@@ -35,7 +35,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionReport:
     """What a conversion will do."""
 
     model: str
@@ -97,13 +97,13 @@ def make(
     directory: Path,
     checkpoint: TensorSource | None,
     vocab_divisible_by: int = 128,
-) -> Plan:
+) -> ConversionReport:
     """The report for a layout; UserError where the checkpoint does not fit its config. checkpoint: None where there is only a config."""
     covered: Coverage | None = None
     if checkpoint is not None:
         covered = check_coverage(blueprint.family, blueprint.settings, checkpoint, blueprint.wanted)
     parameters = check_tiling(blueprint, layout, vocab_divisible_by=vocab_divisible_by)
-    return Plan(
+    return ConversionReport(
         model=str(directory),
         layout=layout.name,
         ranks=layout.world,
@@ -130,19 +130,19 @@ def _stage(
     divisible_by: int,
 ) -> Stage:
     where = Coordinate(tensor=0, pipeline=stage, context=0, data=0, expert=0, expert_tensor=0, expert_data=0)
-    held = list(shares(blueprint, layout, where, vocab_divisible_by=divisible_by))
-    numbers = sum(torch.Size(share.shape).numel() for share in held)
-    layers = sorted({share.slot.numbers["i"] for share in held if "i" in share.slot.numbers})
+    shards = list(shards_of(blueprint, layout, where, vocab_divisible_by=divisible_by))
+    numbers = sum(torch.Size(shard.shape).numel() for shard in shards)
+    layers = sorted({shard.slot.numbers["i"] for shard in shards if "i" in shard.slot.numbers})
     # For a quantised checkpoint the format decides what a slice reads, so byte ranges are not known here.
     plain = checkpoint if not isinstance(checkpoint, Dequantised) else None
-    reads = _reads(plain, held) if plain else (None, None)
+    reads = _reads(plain, shards) if plain else (None, None)
     return Stage(
         stage, layout.world // layout.pipeline, tuple(layers), numbers, numbers * dtype.itemsize, reads[0], reads[1]
     )
 
 
-def _reads(checkpoint: TensorSource, held: Sequence[Share]) -> tuple[int, int]:
-    spans = [span for share in held for _, span in byte_ranges(checkpoint, share)]
+def _reads(checkpoint: TensorSource, shards: Sequence[Shard]) -> tuple[int, int]:
+    spans = [span for shard in shards for _, span in byte_ranges(checkpoint, shard)]
     return sum(span.bytes for span in spans), sum(span.runs for span in spans)
 
 

@@ -34,9 +34,9 @@ def needs(part: ModelPart) -> dict[str, tuple[int, ...]]:
     """The Hugging Face tensors that this rank's parameters need, with their unsharded shapes."""
     wanted: dict[str, tuple[int, ...]] = {}
     doubled: Counter[str] = Counter()
-    for held in part.held():
-        for name, shape in zip(held.parts, part.part_shapes(held), strict=True):
-            if not held.copy:
+    for named in part.named_parameters():
+        for name, shape in zip(named.parts, part.part_shapes(named), strict=True):
+            if not named.copy:
                 doubled[name] += 1
             wanted[name] = shape
     twice = [name for name, count in doubled.items() if count > 1]

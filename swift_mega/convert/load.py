@@ -16,17 +16,17 @@ from swift_mega.convert.files.progress import bytes_bar
 from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.slices import Slice, rows_of, slices
 from swift_mega.errors import UserError
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Rule
 from swift_mega.models.packs import Heads
 from swift_mega.parallel.agree import agree, attempt, gather
 from swift_mega.parallel.groups import Groups
 
-Prepare = Callable[[Held], Callable[[Tensor], None] | None]
+Prepare = Callable[[NamedParameter], Callable[[Tensor], None] | None]
 """How a weight is kept (`Tuner.prepare`): None: as a parameter; else a function that takes this rank's value."""
 
 
-def as_parameter(held: Held) -> None:
+def as_parameter(named: NamedParameter) -> None:
     """Keeps every weight as a parameter."""
 
 
@@ -41,45 +41,53 @@ def load(part: ModelPart, checkpoint: TensorSource, groups: Groups, *, prepare: 
     """
     check_coverage(part.family, part.settings, checkpoint, _all_needs(part))
     problem: str | None = None
-    keepers = {id(held.parameter): (keep, held.parameter.shape) for held in part.held() if (keep := prepare(held))}
-    kept = [held for held in part.held() if id(held.parameter) in keepers]
-    mine = [(held, *_replicas(part, held, groups)) for held in part.held() if id(held.parameter) not in keepers]
-    for held in kept:
-        held.parameter.data = held.parameter.new_empty(0)
-    with torch.no_grad(), bytes_bar(sum(held.parameter.nbytes for held, *_ in mine), "loading") as bar:
+    keepers = {
+        id(named.parameter): (keep, named.parameter.shape)
+        for named in part.named_parameters()
+        if (keep := prepare(named))
+    }
+    kept = [named for named in part.named_parameters() if id(named.parameter) in keepers]
+    mine = [
+        (named, *_replicas(part, named, groups))
+        for named in part.named_parameters()
+        if id(named.parameter) not in keepers
+    ]
+    for named in kept:
+        named.parameter.data = named.parameter.new_empty(0)
+    with torch.no_grad(), bytes_bar(sum(named.parameter.nbytes for named, *_ in mine), "loading") as bar:
         # Every replica reads these by itself, since they cannot all wait in memory for a broadcast.
-        for held in kept:
+        for named in kept:
             if problem is None:
-                said, broken = attempt(partial(_read_kept, part, checkpoint, held, *keepers[id(held.parameter)]))
+                said, broken = attempt(partial(_read_kept, part, checkpoint, named, *keepers[id(named.parameter)]))
                 problem = broken or said
-        for held, _, first in mine:
+        for named, _, first in mine:
             if first and problem is None:
-                said, broken = attempt(partial(_read, part, checkpoint, held))
+                said, broken = attempt(partial(_read, part, checkpoint, named))
                 problem = broken or said
-                bar.update(held.parameter.nbytes)
+                bar.update(named.parameter.nbytes)
         agree(problem)
-        for held, replicas, first in mine:
+        for named, replicas, first in mine:
             if replicas.size() > 1:
-                dist.broadcast(held.parameter.data, group=replicas, group_src=0)
-            bar.update(0 if first else held.parameter.nbytes)
+                dist.broadcast(named.parameter.data, group=replicas, group_src=0)
+            bar.update(0 if first else named.parameter.nbytes)
 
 
 def _read_kept(
-    part: ModelPart, checkpoint: TensorSource, held: Held, keep: Callable[[Tensor], None], shape: torch.Size
+    part: ModelPart, checkpoint: TensorSource, named: NamedParameter, keep: Callable[[Tensor], None], shape: torch.Size
 ) -> str | None:
     """Reads one weight, gives it to `keep` and empties the parameter; returns what `_read` does."""
-    held.parameter.data = held.parameter.new_empty(shape)
-    said = _read(part, checkpoint, held)
-    keep(held.parameter.data)
-    held.parameter.data = held.parameter.new_empty(0)
+    named.parameter.data = named.parameter.new_empty(shape)
+    said = _read(part, checkpoint, named)
+    keep(named.parameter.data)
+    named.parameter.data = named.parameter.new_empty(0)
     return said
 
 
-def _read(part: ModelPart, checkpoint: TensorSource, held: Held) -> str | None:
+def _read(part: ModelPart, checkpoint: TensorSource, named: NamedParameter) -> str | None:
     """Fills one parameter from its files; returns an error message where a number is not finite."""
-    pieces = slices_of(part, checkpoint, held)
-    fill(held.parameter.data, checkpoint, held.rule, pieces, part.heads)
-    return not_finite(held.parameter, checkpoint, pieces)
+    pieces = slices_of(part, checkpoint, named)
+    fill(named.parameter.data, checkpoint, named.rule, pieces, part.heads)
+    return not_finite(named.parameter, checkpoint, pieces)
 
 
 def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice]) -> str | None:
@@ -97,9 +105,9 @@ def not_finite(value: Tensor, checkpoint: TensorSource, pieces: Sequence[Slice])
     return f"{checkpoint.directory}: {pieces[0].name} has values beyond the range of {value.dtype}; load it in a wider dtype"
 
 
-def _replicas(part: ModelPart, held: Held, groups: Groups) -> tuple[dist.ProcessGroup, bool]:
+def _replicas(part: ModelPart, named: NamedParameter, groups: Groups) -> tuple[dist.ProcessGroup, bool]:
     """The group of ranks that hold the same shard of this parameter, and whether this rank is the first of it."""
-    group = groups.expert_data if held.expert else groups.data_context
+    group = groups.expert_data if named.expert else groups.data_context
     return group, dist.get_rank(group) == 0
 
 
@@ -123,14 +131,14 @@ def fill(value: Tensor, checkpoint: TensorSource, rule: Rule, pieces: Sequence[S
         checkpoint.read_into(place, piece.name, piece.axis, piece.start, piece.stop)
 
 
-def slices_of(part: ModelPart, checkpoint: TensorSource, held: Held) -> list[Slice]:
+def slices_of(part: ModelPart, checkpoint: TensorSource, named: NamedParameter) -> list[Slice]:
     """The slices that this rank reads for a parameter."""
     return slices(
-        held.rule,
-        {name: checkpoint.shape(name) for name in held.parts},
-        cut=part.tensor_axis(held),
+        named.rule,
+        {name: checkpoint.shape(name) for name in named.parts},
+        rank_size=part.tensor_axis(named),
         heads=part.heads,
-        rows=rows_of(held.parameter.shape),
+        rows=rows_of(named.parameter.shape),
     )
 
 

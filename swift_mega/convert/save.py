@@ -35,14 +35,14 @@ from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.files.which_files import CARRIED, MODEL, has_weights
 from swift_mega.convert.slices import slices, together
 from swift_mega.errors import UserError
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.quantization import quantization_of
 from swift_mega.models.settings import Settings
 from swift_mega.outputs import cannot_write, staged, staging_of
 from swift_mega.parallel.agree import agree, gather, on_every_rank, on_first_rank
 from swift_mega.parallel.groups import Groups
 
-Value = Callable[[Held], Tensor]
+Value = Callable[[NamedParameter], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,33 +67,33 @@ class Carried:
             yield Piece(name, self.checkpoint.read(name))
 
 
-def pieces(part: ModelPart, groups: Groups, exported: Iterable[Held], value: Value) -> Iterator[Piece]:
+def pieces(part: ModelPart, groups: Groups, exported: Iterable[NamedParameter], value: Value) -> Iterator[Piece]:
     """What this rank writes, one parameter at a time. The pieces of all ranks together cover each byte of each tensor once. Collective.
 
-    exported: `part.held()`, or a tuner's `held`. value: the tensor to export for a parameter (its data, its gradient, …), of the same
-    shape.
+    exported: `part.named_parameters()`, or a tuner's `exported`. value: the tensor to export for a parameter (its data, its
+    gradient, …), of the same shape.
     """
-    for turn, held in enumerate(held for held in exported if not held.copy):
-        replicas = groups.expert_data if held.expert else groups.data_context
+    for turn, named in enumerate(named for named in exported if not named.copy):
+        replicas = groups.expert_data if named.expert else groups.data_context
         if dist.get_rank(replicas) != turn % replicas.size():
             continue
-        rank, size = part.tensor_axis(held)
-        mine, axis = value(held).detach(), held.rule.pack.axis
+        rank, size = part.tensor_axis(named)
+        mine, axis = value(named).detach(), named.rule.pack.axis
         if axis == 0:
-            yield from _rows(part, held, mine)
+            yield from _rows(part, named, mine)
         elif axis is None:
             if rank == turn % size:
-                yield from _whole(part, held, [mine])
+                yield from _whole(part, named, [mine])
         else:
-            shards = _gather(mine, groups.expert_tensor if held.expert else groups.tensor, turn % size)
+            shards = _gather(mine, groups.expert_tensor if named.expert else groups.tensor, turn % size)
             if shards is not None:
-                yield from _whole(part, held, shards)
+                yield from _whole(part, named, shards)
 
 
-def _rows(part: ModelPart, held: Held, mine: Tensor) -> Iterator[Piece]:
-    tensors = dict(zip(held.parts, part.part_shapes(held), strict=True))
-    wanted = slices(held.rule, tensors, cut=part.tensor_axis(held), heads=part.heads, rows=len(mine))
-    for piece, value in zip(wanted, held.rule.pack.split(mine, part.heads), strict=True):
+def _rows(part: ModelPart, named: NamedParameter, mine: Tensor) -> Iterator[Piece]:
+    tensors = dict(zip(named.parts, part.part_shapes(named), strict=True))
+    wanted = slices(named.rule, tensors, rank_size=part.tensor_axis(named), heads=part.heads, rows=len(mine))
+    for piece, value in zip(wanted, named.rule.pack.split(mine, part.heads), strict=True):
         assert piece.stop is not None
         yield Piece(piece.name, value[: piece.stop - piece.start], piece.start)
 
@@ -107,26 +107,26 @@ def _gather(shard: Tensor, group: dist.ProcessGroup, owner: int) -> list[Tensor]
     return shards
 
 
-def _whole(part: ModelPart, held: Held, shards: list[Tensor]) -> Iterator[Piece]:
-    pack = held.rule.pack
-    assert pack.rows(part.heads) is None, f"{held.name}: shards that end within a group are written rank by rank"
+def _whole(part: ModelPart, named: NamedParameter, shards: list[Tensor]) -> Iterator[Piece]:
+    pack = named.rule.pack
+    assert pack.rows(part.heads) is None, f"{named.name}: shards that end within a group are written rank by rank"
     split = [pack.split(shard, part.settings.heads) for shard in shards]
     whole = [
         torch.cat(tensors, dim=pack.axis or 0) if len(tensors) > 1 else tensors[0]
         for tensors in zip(*split, strict=True)
     ]
-    for name, tensor in zip(held.parts, pack.fuse(whole), strict=True):
+    for name, tensor in zip(named.parts, pack.fuse(whole), strict=True):
         yield Piece(name, tensor)
 
 
-def _spoken_for(part: ModelPart, exported: Iterable[Held]) -> dict[str, tuple[int, ...]]:
+def _spoken_for(part: ModelPart, exported: Iterable[NamedParameter]) -> dict[str, tuple[int, ...]]:
     """Names and unsharded shapes of this rank's tensors that it reports: only those for which it is tensor rank 0 and replica 0."""
     mine: dict[str, tuple[int, ...]] = {}
     where = part.coordinate
-    for held in exported:
-        replica = where.expert_data if held.expert else where.data + where.context
-        if not held.copy and replica == 0 and part.tensor_axis(held)[0] == 0:
-            mine.update(zip(held.parts, part.part_shapes(held), strict=True))
+    for named in exported:
+        replica = where.expert_data if named.expert else where.data + where.context
+        if not named.copy and replica == 0 and part.tensor_axis(named)[0] == 0:
+            mine.update(zip(named.parts, part.part_shapes(named), strict=True))
     return mine
 
 
@@ -159,7 +159,7 @@ def save(
         part,
         groups,
         Path(directory),
-        list(part.held()),
+        list(part.named_parameters()),
         dtypes=dtypes,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -219,21 +219,21 @@ def write_directory(
     part: ModelPart,
     groups: Groups,
     target: Path,
-    exported: Sequence[Held],
+    exported: Sequence[NamedParameter],
     *,
     dtypes: Mapping[str, torch.dtype] | torch.dtype,
     max_shard_bytes: int,
     companions: Callable[[Path], None],
     overwrite: bool = False,
     stem: str = "model",
-    value: Value = lambda held: held.parameter,
+    value: Value = lambda named: named.parameter,
     carried: Carried | None = None,
-    any_number: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes `exported` of all ranks as one safetensors directory; rank 0 calls `companions` for the other files. Collective.
 
     value: the tensor that is written for a parameter, of the same shape. carried: further tensors, written unchanged.
-    any_number: allow NaN and infinity, which are refused in a model.
+    allow_nonfinite: allow NaN and infinity, which are refused in a model.
     """
     write_pieces(
         pieces(part, groups, exported, value),
@@ -245,7 +245,7 @@ def write_directory(
         overwrite=overwrite,
         stem=stem,
         carried=carried,
-        any_number=any_number,
+        allow_nonfinite=allow_nonfinite,
     )
 
 
@@ -260,7 +260,7 @@ def write_pieces(
     overwrite: bool = False,
     stem: str = "model",
     carried: Carried | None = None,
-    any_number: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the pieces `mine` of all ranks as one safetensors directory. whole: name -> unsharded shape of every tensor. Collective."""
     shapes = together(_in_order(whole))
@@ -274,7 +274,7 @@ def write_pieces(
     with staged_together(target, overwrite=overwrite, needed=bytes_needed(planned)) as staging:
         agree(on_first_rank(lambda: write_headers(staging, planned), target))
         with bytes_bar(total, "writing") as bar:
-            found = _write(tensors, staging, planned, bar.update, any_number)
+            found = _write(tensors, staging, planned, bar.update, allow_nonfinite)
         agree(on_first_rank(lambda: companions(staging), target))
         agree(on_first_rank(lambda: write_report(staging, planned, found), target))
 
@@ -284,7 +284,7 @@ def _write(
     staging: Path,
     planned: Mapping[str, Planned],
     written: Callable[[int], object],
-    any_number: bool,
+    allow_nonfinite: bool,
 ) -> dict[str, str]:
     """Writes this rank's tensors; returns the sha256 of the tensors of all ranks. Collective.
 
@@ -293,7 +293,7 @@ def _write(
     problem, found = None, {}
     with (
         torch.no_grad(),
-        Writer(staging, planned, sharers=dist.get_world_size(), any_number=lambda name: any_number) as writer,
+        Writer(staging, planned, sharers=dist.get_world_size(), allow_nonfinite=lambda name: allow_nonfinite) as writer,
     ):
         try:
             for piece in tensors:
@@ -360,7 +360,7 @@ def _kinds(
     return {name: dtypes[name] for name in shapes}
 
 
-def _gather_owned(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
+def _gather_owned(part: ModelPart, exported: Sequence[NamedParameter]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for mine in gather(_spoken_for(part, exported)):
         twice = shapes.keys() & mine.keys()

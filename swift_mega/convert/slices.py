@@ -22,14 +22,14 @@ class Slice:
 
 
 def slices(
-    rule: Rule, tensors: Mapping[str, Sequence[int]], *, cut: tuple[int, int], heads: Heads, rows: int
+    rule: Rule, tensors: Mapping[str, Sequence[int]], *, rank_size: tuple[int, int], heads: Heads, rows: int
 ) -> list[Slice]:
     """The slices of `tensors` that this rank holds, in the order of `tensors`: its shard of each part. A slice may be empty.
 
-    tensors: name -> unsharded shape. cut: (rank, size) of the mesh axis that shards the parameter.
+    tensors: name -> unsharded shape. rank_size: (rank, size) of the mesh axis that shards the parameter.
     rows: size of dim 0 of the parameter on this rank. For a padded vocabulary, rows * size may exceed the size of the tensor.
     """
-    pack, (rank, size) = rule.pack, cut
+    pack, (rank, size) = rule.pack, rank_size
     axis = pack.axis
     if axis is None:
         return [Slice(name) for name in tensors]
@@ -39,12 +39,12 @@ def slices(
             for name, shape in tensors.items()
         ]
     parts = [(name, *ends) for name, shape in tensors.items() for ends in pack.ranges(shape[axis], heads)]
-    held = pack.rows(heads.on(rank, size))
-    if held is None:
-        held = tuple(((end - start) * rank // size, (end - start) * (rank + 1) // size) for _, start, end in parts)
+    local = pack.rows(heads.on(rank, size))
+    if local is None:
+        local = tuple(((end - start) * rank // size, (end - start) * (rank + 1) // size) for _, start, end in parts)
     return [
         Slice(name, axis, start + first, start + last)
-        for (name, start, _), (first, last) in zip(parts, held, strict=True)
+        for (name, start, _), (first, last) in zip(parts, local, strict=True)
     ]
 
 

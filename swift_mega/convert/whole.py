@@ -1,6 +1,6 @@
 """Converts between a Megatron checkpoint of any layout and Hugging Face files, in one process with constant memory.
 
-It goes through the model parameter by parameter, and through a large parameter in blocks of rows (`Band`), so a few hundred MB are in
+It goes through the model parameter by parameter, and through a large parameter in blocks of rows (`RowBlock`), so a few hundred MB are in
 memory at a time. The output is what the ranks of a layout would write: each chunk is the shard of one rank, or part of one.
 """
 
@@ -45,7 +45,7 @@ MOST = 256 << 20
 
 
 @dataclass(frozen=True)
-class Band:
+class RowBlock:
     """A block of rows of a parameter, of shape `shape`.
 
     slices: the Hugging Face slices that it is made of. lies: (place, first row, last row + 1) in a Megatron checkpoint, in row order.
@@ -56,8 +56,8 @@ class Band:
     lies: tuple[tuple[Place, int, int], ...]
 
 
-def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = None) -> Iterator[Band]:
-    """Splits a parameter into bands of at most `most` bytes, where its pack allows that. rows: of a vocabulary after padding."""
+def row_blocks(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = None) -> Iterator[RowBlock]:
+    """Splits a parameter into row blocks of at most `most` bytes, where its pack allows that. rows: of a vocabulary after padding."""
     shape, pack = slot.shape, slot.rule.pack
     size = slot.dtype.itemsize * math.prod(shape)
     # One Hugging Face tensor, unchanged: it can be split at any row.
@@ -67,21 +67,21 @@ def bands(slot: Slot, settings: Settings, most: int = MOST, rows: int | None = N
         for start in range(0, length, together):
             stop = min(start + together, length)
             piece = Slice(name, 0, min(start, shape[0]), min(stop, shape[0]))
-            yield Band((stop - start, *shape[1:]), (piece,), ((place, start, stop),))
+            yield RowBlock((stop - start, *shape[1:]), (piece,), ((place, start, stop),))
         return
     count = _count(slot, settings, size, most)
     rows = shape[0] // count if shape else 1
     for number in range(count):
-        pieces = tuple(slices(slot.rule, slot.parts, cut=(number, count), heads=settings.heads, rows=rows))
+        pieces = tuple(slices(slot.rule, slot.parts, rank_size=(number, count), heads=settings.heads, rows=rows))
         lies = []
         for place in slot.places:
             length = place.shape[0] // count if shape else 1
             lies.append((place, number * length, (number + 1) * length))
-        yield Band((rows, *shape[1:]) if shape else (), pieces, tuple(lies))
+        yield RowBlock((rows, *shape[1:]) if shape else (), pieces, tuple(lies))
 
 
 def _count(slot: Slot, settings: Settings, size: int, most: int) -> int:
-    """The number of equal bands of a fused parameter: as few as possible, at most its number of query groups or MLP features."""
+    """The number of equal row blocks of a fused parameter: as few as possible, at most its number of query groups or MLP features."""
     pack = slot.rule.pack
     inner = pack.inner if isinstance(pack, Fused) else pack
     unit = 1
@@ -118,20 +118,20 @@ def write_mcore(
 def _write_slots(
     writer: ChunkWriter, blueprint: Blueprint, layout: Layout, checkpoint: TensorSource, rows: int, most: int
 ) -> None:
-    """Writes every parameter in bands, from the Hugging Face tensors. rows: of the padded vocabulary."""
+    """Writes every parameter in row blocks, from the Hugging Face tensors. rows: of the padded vocabulary."""
     settings = blueprint.settings
     with bytes_bar(_bytes(blueprint), "writing") as bar:
         for slot in blueprint.slots:
             size = layout.expert_tensor if slot.expert else layout.tensor
-            for band in bands(slot, settings, most, rows):
-                value = torch.empty(band.shape, dtype=slot.dtype)
-                fill(value, checkpoint, slot.rule, band.slices, settings.heads)
-                if said := not_finite(value, checkpoint, band.slices):
+            for block in row_blocks(slot, settings, most, rows):
+                value = torch.empty(block.shape, dtype=slot.dtype)
+                fill(value, checkpoint, slot.rule, block.slices, settings.heads)
+                if said := not_finite(value, checkpoint, block.slices):
                     raise UserError(said)
-                for place, start, part in _parts(band, value):
+                for place, start, part in _parts(block, value):
                     _write(writer, slot, place, start, part, size=size, padded=rows)
                 bar.update(value.nbytes)
-                # Otherwise they stay in memory while the next band is read.
+                # Otherwise they stay in memory while the next block is read.
                 del value, part
 
 
@@ -139,10 +139,10 @@ def _bytes(blueprint: Blueprint) -> int:
     return sum(slot.dtype.itemsize * math.prod(slot.shape) for slot in blueprint.slots)
 
 
-def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
-    """(place, first row in that place, rows) for each place of a band."""
+def _parts(block: RowBlock, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
+    """(place, first row in that place, rows) for each place of a block."""
     at = 0
-    for place, start, stop in band.lies:
+    for place, start, stop in block.lies:
         yield place, start, value[at : at + stop - start] if value.dim() else value
         at += stop - start
 
@@ -150,7 +150,7 @@ def _parts(band: Band, value: Tensor) -> Iterator[tuple[Place, int, Tensor]]:
 def _write(writer: ChunkWriter, slot: Slot, place: Place, start: int, value: Tensor, *, size: int, padded: int) -> None:
     """Writes rows of a place, from row `start`, in the chunks that `size` tensor ranks would write. padded: rows of a padded vocabulary."""
     rows = padded if slot.rule.pack.padded else None
-    box, dim = place.box(rows=rows), slot.rule.pack.held_dim
+    box, dim = place.box(rows=rows), slot.rule.pack.shard_dim
     if not value.dim():
         writer.add(box.key, box.size, box.offset, value.reshape((1,) * box.lead))
         return
@@ -238,9 +238,9 @@ def _fit(blueprint: Blueprint, stored: TorchDist) -> dict[Place, Box]:
 def _pieces(blueprint: Blueprint, stored: TorchDist, boxes: Mapping[Place, Box], most: int) -> Iterator[Piece]:
     for slot in blueprint.slots:
         dtype = stored.tensors[boxes[slot.places[0]].key].properties.dtype
-        for band in bands(slot, blueprint.settings, most):
-            value = torch.empty(band.shape, dtype=dtype)
-            for place, start, part in _parts(band, value):
+        for block in row_blocks(slot, blueprint.settings, most):
+            value = torch.empty(block.shape, dtype=dtype)
+            for place, start, part in _parts(block, value):
                 box = boxes[place]
                 offset = list(box.offset)
                 if value.dim():
@@ -249,15 +249,15 @@ def _pieces(blueprint: Blueprint, stored: TorchDist, boxes: Mapping[Place, Box],
                     stored.read_into(part, box.key, offset, box.lead)
                 except UNREADABLE as error:
                     raise _unreadable(stored.folder, error) from error
-            yield from _split(slot, blueprint.settings, band, value)
+            yield from _split(slot, blueprint.settings, block, value)
             del value, part
 
 
-def _split(slot: Slot, settings: Settings, band: Band, value: Tensor) -> Iterator[Piece]:
-    """The rows of Hugging Face tensors in a band."""
+def _split(slot: Slot, settings: Settings, block: RowBlock, value: Tensor) -> Iterator[Piece]:
+    """The rows of Hugging Face tensors in a block."""
     pack = slot.rule.pack
     if pack.axis == 0 or (type(pack) is Pack and value.dim()):
-        for piece, part in zip(band.slices, pack.split(value, settings.heads), strict=True):
+        for piece, part in zip(block.slices, pack.split(value, settings.heads), strict=True):
             yield Piece(piece.name, part, piece.start)
         return
     whole: Sequence[Tensor] = pack.fuse(pack.split(value, settings.heads))

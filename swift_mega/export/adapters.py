@@ -11,7 +11,7 @@ from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.load import fill, not_finite, slices_of
 from swift_mega.errors import UserError
 from swift_mega.export.merged import read_adapter
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family
 from swift_mega.models.linears import modules_of
 from swift_mega.models.settings import Settings
@@ -19,11 +19,11 @@ from swift_mega.parallel.agree import gather, on_every_rank
 
 
 def load_adapter(
-    directory: str | Path, exported: Sequence[Held], part: ModelPart, config: Mapping[str, Any] | None
+    directory: str | Path, exported: Sequence[NamedParameter], part: ModelPart, config: Mapping[str, Any] | None
 ) -> None:
     """Fills this rank's adapter factors from a PEFT directory. Collective; UserError where directory and run do not fit.
 
-    exported: the `held` of the run's tuner. config: its `adapter_config`.
+    exported: the `exported` of the run's tuner. config: its `adapter_config`.
     """
     adapter = on_every_rank(lambda: read_adapter(directory))
     if config is None:
@@ -56,10 +56,10 @@ def load_adapter(
 
     def read() -> None:
         with torch.no_grad():
-            for held in exported:
-                pieces = slices_of(part, adapter.checkpoint, held)
-                fill(held.parameter.data, adapter.checkpoint, held.rule, pieces, part.heads)
-                if said := not_finite(held.parameter, adapter.checkpoint, pieces):
+            for named in exported:
+                pieces = slices_of(part, adapter.checkpoint, named)
+                fill(named.parameter.data, adapter.checkpoint, named.rule, pieces, part.heads)
+                if said := not_finite(named.parameter, adapter.checkpoint, pieces):
                     raise UserError(said)
 
     on_every_rank(read)
@@ -101,7 +101,7 @@ def _targets(modules: Set[str], linears: Set[str]) -> tuple[str, ...]:
     return tuple(sorted(modules))
 
 
-def _gather_shapes(part: ModelPart, exported: Sequence[Held]) -> dict[str, tuple[int, ...]]:
+def _gather_shapes(part: ModelPart, exported: Sequence[NamedParameter]) -> dict[str, tuple[int, ...]]:
     """Unsharded shapes of the factors of all ranks, so that every rank checks the same shapes and raises the same error. Collective."""
-    mine = {name: shape for held in exported for name, shape in zip(held.parts, part.part_shapes(held), strict=True)}
+    mine = {name: shape for named in exported for name, shape in zip(named.parts, part.part_shapes(named), strict=True)}
     return {name: shape for shapes in gather(mine) for name, shape in shapes.items()}

@@ -59,7 +59,7 @@ def save_checkpoint(
         part,
         groups,
         Path(directory),
-        list(tuner.held(part)),
+        list(tuner.exported(part)),
         dtypes=dtype,
         max_shard_bytes=1 << 62,
         companions=companions,

@@ -152,7 +152,7 @@ def merge(
     with staged(target, overwrite=overwrite, needed=bytes_needed(planned, Path(model))) as staging:
         write_headers(staging, planned)
         derived = base_family.derived if (base_family := _known_family(base)) else lambda name: False
-        with Writer(staging, planned, any_number=derived) as writer:
+        with Writer(staging, planned, allow_nonfinite=derived) as writer:
             for name, place in planned.items():
                 value = base.read(name)
                 # The sum is in float32 or wider; the writer rounds it, and raises an error where it exceeds the range of the dtype.
@@ -211,7 +211,7 @@ class _Linear:
     """A weight of the base that the adapter changes: PEFT's name of its module, and whether it is stored transposed, [in, out]."""
 
     module: str
-    turned: bool
+    transposed: bool
 
 
 class Merge:
@@ -232,7 +232,7 @@ class Merge:
         """value + scale * B @ A for tensor `name`, computed in float32 or wider, rounded to `dtype`; UserError where it is not finite."""
         linear, wide = self.linears[name], torch.promote_types(dtype, torch.float32)
         delta = self.adapter.delta(linear.module, wide)
-        total = value.to(wide) + (delta.t() if linear.turned else delta)
+        total = value.to(wide) + (delta.t() if linear.transposed else delta)
         check_finite(name, total, dtype)
         return total.to(dtype)
 
@@ -253,8 +253,8 @@ def _linears(base: TensorSource, adapter: PeftAdapter) -> dict[str, _Linear]:
                 f"the adapter has factors for {module}, and {base.directory} has no such linear; give the model that "
                 "it was trained on"
             )
-        turned = family is not None and family.turned(names[module])
-        found[names[module]] = _Linear(module, turned)
+        transposed = family is not None and family.transposed(names[module])
+        found[names[module]] = _Linear(module, transposed)
         _check_fit(base.entries[names[module]], base, adapter, found[names[module]])
     return found
 
@@ -297,7 +297,7 @@ def _known_family(base: TensorSource) -> Family | None:
 
 def _check_fit(entry: Entry, base: TensorSource, adapter: PeftAdapter, linear: _Linear) -> None:
     down, up = (adapter.checkpoint.entries[f"{PREFIX}{linear.module}.lora_{letter}.weight"].shape for letter in "AB")
-    want = entry.shape[::-1] if linear.turned else entry.shape
+    want = entry.shape[::-1] if linear.transposed else entry.shape
     if (up[0], down[1]) != want:
         raise UserError(
             f"the adapter's {linear.module} is for a linear of {[up[0], down[1]]}, the model's is {list(want)}; give the "

@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn
 
 from swift_mega.errors import UserError
 from swift_mega.launch.ended import Ended, leave_by, signals_raise
-from swift_mega.launch.meeting import open_store
+from swift_mega.launch.rendezvous import open_store
 
 # linux/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -30,7 +30,7 @@ DeviceKind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class RankSpec:
     """Rank numbers, device kind and rendezvous of one rank.
 
     rendezvous: a file (one machine), tcp://host:port (several machines), or env:// (torchrun's store).
@@ -82,23 +82,23 @@ def loopback() -> str | None:
 
 
 @contextmanager
-def process_group(seat: Seat) -> Iterator[None]:
+def process_group(spec: RankSpec) -> Iterator[None]:
     """The default group of torch.distributed on this rank. It is destroyed only after success: destroying a failed NCCL group may hang."""
     import torch.distributed as dist
 
-    if seat.kind == "cuda":
+    if spec.kind == "cuda":
         from swift_mega.device import device as devices
 
         # Makes this rank's device the current one before NCCL reads it.
         devices.setup()
-    backend = "nccl" if seat.kind == "cuda" else "gloo"
-    timeout = timedelta(minutes=seat.timeout_minutes)
+    backend = "nccl" if spec.kind == "cuda" else "gloo"
+    timeout = timedelta(minutes=spec.timeout_minutes)
     dist.init_process_group(
-        backend, store=_store(seat, timeout), rank=seat.rank, world_size=seat.world, timeout=timeout
+        backend, store=_store(spec, timeout), rank=spec.rank, world_size=spec.world, timeout=timeout
     )
-    if seat.kind == "cuda" and seat.world > 1:
+    if spec.kind == "cuda" and spec.world > 1:
         _check_own_device()
-    if backend == "gloo" and seat.world > 1:
+    if backend == "gloo" and spec.world > 1:
         # Without this, a rank whose body ends at once closes connections while its peers still open them ("connectFullMesh failed").
         dist.barrier()
     yield
@@ -106,19 +106,19 @@ def process_group(seat: Seat) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _store(seat: Seat, timeout: timedelta) -> Any:
+def _store(spec: RankSpec, timeout: timedelta) -> Any:
     """The store in which ranks find each other. None: torch reads torchrun's environment, because torchrun may serve the store itself."""
     import torch.distributed as dist
 
-    if seat.rendezvous == "env://":
+    if spec.rendezvous == "env://":
         return None
-    if seat.world == 1:
+    if spec.world == 1:
         return dist.HashStore()
-    if seat.rendezvous.startswith("tcp://"):
-        host, _, port = seat.rendezvous.removeprefix("tcp://").rpartition(":")
-        store = open_store(host, int(port), seat.world, serve=seat.rank == 0)
+    if spec.rendezvous.startswith("tcp://"):
+        host, _, port = spec.rendezvous.removeprefix("tcp://").rpartition(":")
+        store = open_store(host, int(port), spec.world, serve=spec.rank == 0)
     else:
-        store = dist.FileStore(seat.rendezvous, seat.world)
+        store = dist.FileStore(spec.rendezvous, spec.world)
     # NCCL creates a communicator through the store at its first use; the first rank there waits for the others.
     store.set_timeout(timeout)
     return store
@@ -143,7 +143,7 @@ def refuse_shared_devices(devices: list[str]) -> None:
             )
 
 
-def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
+def run_rank(spec: RankSpec, folder: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> NoReturn:
     """Runs the body as this rank, writes the report and ends the process.
 
     It never returns, so a forked process never continues in the code of its parent (a test runner, a notebook).
@@ -153,19 +153,19 @@ def run_seat(seat: Seat, folder: Path, body: Callable[..., Any], args: tuple[Any
     status = 1
     # BaseException, because the process ends here: every error of the body has to reach the parent, which raises it.
     try:
-        torch.set_num_threads(seat.threads)
-        with signals_raise(), process_group(seat):
+        torch.set_num_threads(spec.threads)
+        with signals_raise(), process_group(spec):
             result = body(*args)
-            packed = pickle.dumps(result) if seat.local_rank == 0 else b""
-            _write(report_path(folder, seat.local_rank), Report(kind="done", when=time.monotonic(), result=packed))
+            packed = pickle.dumps(result) if spec.local_rank == 0 else b""
+            _write(report_path(folder, spec.local_rank), Report(kind="done", when=time.monotonic(), result=packed))
         status = 0
     except Ended as ended:
         leave_by(ended)
     except UserError as error:
-        _write(report_path(folder, seat.local_rank), Report(kind="user", when=time.monotonic(), text=str(error)))
+        _write(report_path(folder, spec.local_rank), Report(kind="user", when=time.monotonic(), text=str(error)))
     except BaseException:
         text = traceback.format_exc()
-        _write(report_path(folder, seat.local_rank), Report(kind="defect", when=time.monotonic(), text=text))
+        _write(report_path(folder, spec.local_rank), Report(kind="defect", when=time.monotonic(), text=text))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

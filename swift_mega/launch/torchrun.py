@@ -25,7 +25,7 @@ from swift_mega.errors import UserError
 from swift_mega.launch import rank, watch
 from swift_mega.launch.ended import SIGNALS, signals_raise
 from swift_mega.launch.environments import Nodes, joined, port_of, refuse_copies
-from swift_mega.launch.rank import DeviceKind, Seat
+from swift_mega.launch.rank import DeviceKind, RankSpec
 
 Result = TypeVar("Result")
 Start = Literal["auto", "fork", "exec", "here"]
@@ -106,27 +106,27 @@ def run_ranks(
     if _group_exists(world):
         return body(*args)
     if joined():
-        with signals_raise(), _joined_seat(world, kind, timeout_minutes) as seat, rank.process_group(seat):
+        with signals_raise(), _joined_spec(world, kind, timeout_minutes) as spec, rank.process_group(spec):
             return body(*args)
     refuse_copies(os.environ)
     nodes = Nodes.from_environment(os.environ)
     if world % nodes.count:
         raise UserError(f"{world} ranks cannot be spread evenly over NNODES={nodes.count} machines")
-    seats = _seats(world, nodes, kind, timeout_minutes)
+    specs = _specs(world, nodes, kind, timeout_minutes)
     if start == "here":
         assert world == 1, "only one rank runs inside this process"
-        return _run_here(seats[0], body, args)
+        return _run_here(specs[0], body, args)
     method = start if start != "auto" else ("fork" if kind == "cpu" else "exec")
     with signals_raise():
-        return _run_there(seats, body, args, method=method, logs=logs)
+        return _run_there(specs, body, args, method=method, logs=logs)
 
 
-def _run_here(seat: Seat, body: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+def _run_here(spec: RankSpec, body: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     import torch.distributed as dist
 
-    environment = {k: v for k, v in seat.environment().items() if k != "OMP_NUM_THREADS"}
+    environment = {k: v for k, v in spec.environment().items() if k != "OMP_NUM_THREADS"}
     try:
-        with _environment(environment), rank.process_group(seat):
+        with _environment(environment), rank.process_group(spec):
             return body(*args)
     finally:
         # Still initialised where the body raised.
@@ -135,20 +135,20 @@ def _run_here(seat: Seat, body: Callable[..., Result], args: tuple[Any, ...]) ->
 
 
 def _run_there(
-    seats: list[Seat], body: Callable[..., Result], args: tuple[Any, ...], *, method: str, logs: Path | None
+    specs: list[RankSpec], body: Callable[..., Result], args: tuple[Any, ...], *, method: str, logs: Path | None
 ) -> Result:
     folder = Path(tempfile.mkdtemp(prefix="swift_mega-ranks-"))
     try:
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
-        if not seats[0].rendezvous:
-            seats = [replace(seat, rendezvous=str(folder / "store")) for seat in seats]
-        running: dict[int, Seat] = {}
+        if not specs[0].rendezvous:
+            specs = [replace(spec, rendezvous=str(folder / "store")) for spec in specs]
+        running: dict[int, RankSpec] = {}
         begin = _fork if method == "fork" else _exec
         try:
             with _signals_held():
-                for seat in seats:
-                    running[begin(seat, folder, logs or folder, body, args)] = seat
+                for spec in specs:
+                    running[begin(spec, folder, logs or folder, body, args)] = spec
         # Where a rank cannot start, or after Ctrl-C, the ranks that already run must end.
         except BaseException as error:
             watch.end_all(running, by=error)
@@ -161,11 +161,11 @@ def _run_there(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
+def _fork(spec: RankSpec, folder: Path, logs: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
     # Imported before the fork, so it is imported once.
     import torch  # noqa: F401
 
-    if seat.threads > 1:
+    if spec.threads > 1:
         _end_openmp_threads()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -179,46 +179,46 @@ def _fork(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: 
     try:
         rank.settle(parent)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
-        os.environ.update(_started_environment(seat))
+        os.environ.update(_started_environment(spec))
         # Threads of tokenizers do not survive a fork; without this it prints a long warning.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if seat.local_rank:
-            rank.redirect_output(rank.log_path(logs, seat.rank))
-        rank.run_seat(seat, folder, body, args)
+        if spec.local_rank:
+            rank.redirect_output(rank.log_path(logs, spec.rank))
+        rank.run_rank(spec, folder, body, args)
     finally:
         os._exit(1)
 
 
-def _exec(seat: Seat, folder: Path, logs: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
+def _exec(spec: RankSpec, folder: Path, logs: Path, body: Callable[..., Any], args: tuple[Any, ...]) -> int:
     if body.__module__ == "__main__":
         raise UserError(
             f"{body.__qualname__} is defined in the script or notebook itself, where a fresh process cannot import it: "
             "move it into a module, or start the ranks with torchrun"
         )
-    job = folder / f"job{seat.local_rank}"
-    job.write_bytes(pickle.dumps((seat, folder, pickle.dumps((body, args)))))
-    environment = os.environ | _started_environment(seat)
+    job = folder / f"job{spec.local_rank}"
+    job.write_bytes(pickle.dumps((spec, folder, pickle.dumps((body, args)))))
+    environment = os.environ | _started_environment(spec)
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-m", "swift_mega.launch.worker", str(job), str(os.getpid())]
     actions: list[tuple[Any, ...]] = []
-    if seat.local_rank:
+    if spec.local_rank:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(rank.log_path(logs, seat.rank)), flags, 0o644),
+            (os.POSIX_SPAWN_OPEN, 1, str(rank.log_path(logs, spec.rank)), flags, 0o644),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ]
     # Not subprocess: it reaps children whose Popen object was deleted, but `watch` has to see them end.
     return os.posix_spawn(sys.executable, command, environment, file_actions=actions, setpgroup=0, setsigmask=())
 
 
-def _seats(world: int, nodes: Nodes, kind: DeviceKind, timeout_minutes: int) -> list[Seat]:
+def _specs(world: int, nodes: Nodes, kind: DeviceKind, timeout_minutes: int) -> list[RankSpec]:
     """The ranks of this machine. For a single machine, `_run_there` sets the rendezvous to a file."""
     local = world // nodes.count
     if kind == "cuda":
         _check_devices(local)
     return [
-        Seat(
+        RankSpec(
             rank=nodes.rank * local + local_rank,
             world=world,
             local_rank=local_rank,
@@ -232,16 +232,16 @@ def _seats(world: int, nodes: Nodes, kind: DeviceKind, timeout_minutes: int) -> 
     ]
 
 
-def _started_environment(seat: Seat) -> dict[str, str]:
-    values = seat.environment()
+def _started_environment(spec: RankSpec) -> dict[str, str]:
+    values = spec.environment()
     interface = rank.loopback()
-    if seat.world == seat.local_world and interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if spec.world == spec.local_world and interface and "GLOO_SOCKET_IFNAME" not in os.environ:
         values["GLOO_SOCKET_IFNAME"] = interface
     return values
 
 
 @contextmanager
-def _joined_seat(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator[Seat]:
+def _joined_spec(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator[RankSpec]:
     started = whole(os.environ, "WORLD_SIZE", 1, least=1)
     number = whole(os.environ, "RANK", 0, least=0)
     if started != world:
@@ -258,7 +258,7 @@ def _joined_seat(world: int, kind: DeviceKind, timeout_minutes: int) -> Iterator
     if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         rendezvous = f"tcp://{os.environ['MASTER_ADDR']}:{port_of(os.environ, Nodes.port)}"
     local_world = whole(os.environ, "LOCAL_WORLD_SIZE", world, least=1)
-    yield Seat(
+    yield RankSpec(
         rank=number,
         world=world,
         local_rank=find_local_rank(os.environ),

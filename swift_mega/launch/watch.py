@@ -12,7 +12,7 @@ from pathlib import Path
 
 from swift_mega.errors import UserError
 from swift_mega.launch.ended import Ended
-from swift_mega.launch.rank import Report, Seat, log_path, read_report
+from swift_mega.launch.rank import RankSpec, Report, log_path, read_report
 
 POLL_SECONDS = 0.01
 # A killed process closes its sockets a moment before waitid sees its end.
@@ -34,28 +34,28 @@ class Exit:
     signal: int | None = None
 
 
-def wait(seats: dict[int, Seat], folder: Path, logs: Path) -> None:
-    """Waits for ranks. seats: process id -> seat, for ranks that this process started; each is the leader of its process group.
+def wait(specs: dict[int, RankSpec], folder: Path, logs: Path) -> None:
+    """Waits for ranks. specs: process id -> spec, for ranks that this process started; each is the leader of its process group.
 
     Returns when all ranks have succeeded. Otherwise ends the other ranks and raises the rank's UserError, or RankError. After it returns
     or raises (also KeyboardInterrupt), no rank and no child of a rank is running.
     """
     ended: dict[int, Exit] = {}
     try:
-        while len(ended) < len(seats):
-            _poll(seats, ended)
-            if any(_failed(seats[pid], end, folder) for pid, end in ended.items()):
+        while len(ended) < len(specs):
+            _poll(specs, ended)
+            if any(_failed(specs[pid], end, folder) for pid, end in ended.items()):
                 time.sleep(GRACE_SECONDS)
-                _poll(seats, ended)
-                raise _cause({seats[pid]: end for pid, end in ended.items()}, folder, logs)
+                _poll(specs, ended)
+                raise _cause({specs[pid]: end for pid, end in ended.items()}, folder, logs)
             time.sleep(POLL_SECONDS)
     except BaseException as error:
-        end_all(seats, by=error)
+        end_all(specs, by=error)
         raise
-    end_all(seats)
+    end_all(specs)
 
 
-def end_all(pids: dict[int, Seat], *, by: BaseException | None = None) -> None:
+def end_all(pids: dict[int, RankSpec], *, by: BaseException | None = None) -> None:
     """Kills the process group of each rank and reaps the rank. Ranks that have ended are still zombies, so no process id was reused.
 
     by: the exception that ends them. If it is a signal (Ended), the signal is passed on first, so that a rank can remove a partly written
@@ -79,7 +79,7 @@ def end_all(pids: dict[int, Seat], *, by: BaseException | None = None) -> None:
             os.waitpid(pid, 0)
 
 
-def _ask(pids: dict[int, Seat], number: signal.Signals) -> None:
+def _ask(pids: dict[int, RankSpec], number: signal.Signals) -> None:
     """Passes a signal to the ranks and gives them ASKED_SECONDS. A rank inside a collective reacts when the connection of a peer closes."""
     for pid in pids:
         os.kill(pid, number)
@@ -90,8 +90,8 @@ def _ask(pids: dict[int, Seat], number: signal.Signals) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _poll(seats: dict[int, Seat], ended: dict[int, Exit]) -> None:
-    for pid in seats.keys() - ended.keys():
+def _poll(specs: dict[int, RankSpec], ended: dict[int, Exit]) -> None:
+    for pid in specs.keys() - ended.keys():
         seen = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if seen is None:
             continue
@@ -99,36 +99,36 @@ def _poll(seats: dict[int, Seat], ended: dict[int, Exit]) -> None:
         ended[pid] = Exit(1, seen.si_status) if by_signal else Exit(seen.si_status)
 
 
-def _failed(seat: Seat, end: Exit, folder: Path) -> bool:
-    report = read_report(folder, seat.local_rank)
+def _failed(spec: RankSpec, end: Exit, folder: Path) -> bool:
+    report = read_report(folder, spec.local_rank)
     return end.signal is not None or end.status != 0 or report is None or report.kind != "done"
 
 
-def _cause(ended: dict[Seat, Exit], folder: Path, logs: Path) -> Exception:
+def _cause(ended: dict[RankSpec, Exit], folder: Path, logs: Path) -> Exception:
     """The error to raise. ended: the ranks that have ended so far; at least one of them failed."""
-    reports = {seat: report for seat in ended if (report := read_report(folder, seat.local_rank))}
+    reports = {spec: report for spec in ended if (report := read_report(folder, spec.local_rank))}
     failures = sorted(((r.when, s.rank, s, r) for s, r in reports.items() if r.kind != "done"), key=lambda f: f[:2])
     for _, _, _, report in failures:
         if report.kind == "user":
             return UserError(report.text)
-    killed = [(seat, end.signal) for seat, end in ended.items() if end.signal is not None]
+    killed = [(spec, end.signal) for spec, end in ended.items() if end.signal is not None]
     # A C++ library may end by SIGABRT when a connection to a peer closes. Where another rank has an exception, SIGABRT is not the cause.
-    for seat, number in sorted(killed, key=lambda k: (k[1] == signal.SIGABRT, k[0].rank)):
+    for spec, number in sorted(killed, key=lambda k: (k[1] == signal.SIGABRT, k[0].rank)):
         if number != signal.SIGABRT or not failures:
-            return RankError(_killed(seat, number, logs))
-    silent = [seat for seat, end in ended.items() if end.signal is None and seat not in reports]
-    for seat in sorted(silent, key=lambda s: s.rank):
-        status = ended[seat].status
-        return RankError(f"rank {seat.rank} ended with status {status} before its work was complete{_tail(seat, logs)}")
+            return RankError(_killed(spec, number, logs))
+    silent = [spec for spec, end in ended.items() if end.signal is None and spec not in reports]
+    for spec in sorted(silent, key=lambda s: s.rank):
+        status = ended[spec].status
+        return RankError(f"rank {spec.rank} ended with status {status} before its work was complete{_tail(spec, logs)}")
     assert failures, "a rank that reported success has failed"
     return RankError(_traceback(failures[0][2], failures[0][3]))
 
 
-def _traceback(seat: Seat, report: Report) -> str:
-    return f"rank {seat.rank} of {seat.world} failed:\n{report.text}"
+def _traceback(spec: RankSpec, report: Report) -> str:
+    return f"rank {spec.rank} of {spec.world} failed:\n{report.text}"
 
 
-def _killed(seat: Seat, number: int, logs: Path) -> str:
+def _killed(spec: RankSpec, number: int, logs: Path) -> str:
     name = signal.Signals(number).name
     reason = ""
     if number == signal.SIGKILL:
@@ -136,10 +136,10 @@ def _killed(seat: Seat, number: int, logs: Path) -> str:
             "; most often the kernel does this when memory runs out: use fewer ranks on this machine, a smaller "
             "train.micro_batch_size or data.max_length, or train.recompute=full"
         )
-    return f"rank {seat.rank} of {seat.world} was killed by signal {number} ({name}){reason}{_tail(seat, logs)}"
+    return f"rank {spec.rank} of {spec.world} was killed by signal {number} ({name}){reason}{_tail(spec, logs)}"
 
 
-def _tail(seat: Seat, logs: Path) -> str:
-    path = log_path(logs, seat.rank)
+def _tail(spec: RankSpec, logs: Path) -> str:
+    path = log_path(logs, spec.rank)
     lines = path.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if path.exists() else []
     return "\nits last output:\n" + "\n".join(lines) if lines else ""

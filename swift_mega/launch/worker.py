@@ -1,6 +1,6 @@
 """`python -m swift_mega.launch.worker JOB PARENT`: one rank as a new interpreter, because a process that uses CUDA cannot be forked.
 
-The file JOB, written by `torchrun`, has the pickled seat and folder; body and arguments are pickled inside it a second time. Unpickling
+The file JOB, written by `torchrun`, has the pickled spec and folder; body and arguments are pickled inside it a second time. Unpickling
 them imports Megatron, and on CUDA this rank's device has to be set up before that.
 """
 
@@ -14,11 +14,11 @@ from swift_mega.launch import rank
 
 def main(job: str, parent: str) -> None:
     rank.settle(int(parent))
-    seat, folder, work = pickle.loads(Path(job).read_bytes())
-    if seat.kind == "cuda":
+    spec, folder, work = pickle.loads(Path(job).read_bytes())
+    if spec.kind == "cuda":
         devices.setup()
     body, args = pickle.loads(work)
-    rank.run_seat(seat, folder, body, args)
+    rank.run_rank(spec, folder, body, args)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ class _Step:
             # parallel/gathered.py: keys and values of all ranks, and the sums of their gradients.
             numbers += 2 * keys * mesh.ring * (size + exact) + (w.query + 2 * keys) * exact
         else:
-            # ops/blocks.py, Towards: sums of the gradients. In a ring also the keys and values in use and those being received, and their
+            # ops/blocks.py, Gradients: sums of the gradients. In a ring also the keys and values in use and those being received, and their
             # gradients, being sent and being received.
             numbers += features * exact
             numbers += (2 * keys * size * min(2, mesh.ring - 1) + 4 * keys * exact) if mesh.ring > 1 else 0
@@ -324,10 +324,10 @@ class _Step:
     # -------------------------------------------------------------------------------- the loss
 
     def loss(self) -> float:
-        """parallel/vocab.py: hidden states, their `pull` and gradient in float32, products with tokens, logits, the head's gradient."""
+        """parallel/vocab.py: hidden states, their `expected_row` and gradient in float32, token products, logits, the head's gradient."""
         w, size, exact, t = self.w, self.choices.itemsize, self.exact, self.t
         columns, kept = self.logits()
-        # The head's input and `pull`.
+        # The head's input and `expected_row`.
         numbers: float = t * w.hidden * (size + exact)
         # The gradient of the input, and its copy in the input's dtype.
         numbers += t * w.hidden * (exact + (size if size < exact else 0))

@@ -13,7 +13,7 @@ RESERVE = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class MemoryEstimate:
     """The memory estimate of a run's fullest rank."""
 
     layout: Layout
@@ -56,7 +56,7 @@ def plan_run(
     gpu_bytes: int,
     host_bytes: int | None,
     adapted: tuple[tuple[str, ...], ...] | None = None,
-) -> Plan:
+) -> MemoryEstimate:
     """The estimate for rows of train.micro_batch_size * data.max_length tokens on CUDA.
 
     gpu_bytes, host_bytes: memory of one rank; host_bytes None: unlimited. adapted: the field of Choices.
@@ -66,7 +66,7 @@ def plan_run(
     microbatches = max(1, train.global_batch_size // (train.micro_batch_size * layout.data))
     choices = choices_of(run, hidden=settings.shape.hidden, microbatches=microbatches, adapted=adapted)
     most = longest(settings, layout, choices, device_bytes=max(0, gpu_bytes - RESERVE), host_bytes=host_bytes)
-    return Plan(
+    return MemoryEstimate(
         layout=layout,
         tokens=tokens,
         memory=memory(settings, layout, choices, tokens),

@@ -137,7 +137,7 @@ def _scale(factor: float, module: torch.nn.Module, given: tuple[Any, ...], resul
 
 
 @dataclass(frozen=True)
-class Held:
+class NamedParameter:
     """One parameter of this rank's part, with its canonical name and the rule that fills it."""
 
     name: str
@@ -171,12 +171,12 @@ class ModelPart:
     chunks: list[Decoder]
     kernels: Kernels = AUTO
 
-    def held(self) -> Iterator[Held]:
+    def named_parameters(self) -> Iterator[NamedParameter]:
         """Every base parameter (not the tuner's adapters), in a fixed order."""
         for virtual, chunk in enumerate(self.chunks):
-            yield from self._held(chunk, self.layout.layers_of(self.coordinate.pipeline, virtual).start)
+            yield from self._named(chunk, self.layout.layers_of(self.coordinate.pipeline, virtual).start)
 
-    def _held(self, chunk: Decoder, first_layer: int) -> Iterator[Held]:
+    def _named(self, chunk: Decoder, first_layer: int) -> Iterator[NamedParameter]:
         experts = (self.settings.shape.experts or 0) // self.layout.expert
         buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(BUFFERS))
         for name, parameter in itertools.chain(chunk.named_parameters(), buffers):
@@ -185,11 +185,11 @@ class ModelPart:
             full = canonical(name, first_layer=first_layer, first_expert=self.coordinate.expert * experts)
             copy = self.settings.tied and full == "output_layer.weight"
             rule, numbers = self.family.match("embedding.word_embeddings.weight" if copy else full)
-            yield Held(full, parameter, rule, numbers, copy)
+            yield NamedParameter(full, parameter, rule, numbers, copy)
 
-    def tensor_axis(self, held: Held) -> tuple[int, int]:
+    def tensor_axis(self, named: NamedParameter) -> tuple[int, int]:
         """(rank, size) of the axis that shards this parameter."""
-        if held.expert:
+        if named.expert:
             return self.coordinate.expert_tensor, self.layout.expert_tensor
         return self.coordinate.tensor, self.layout.tensor
 
@@ -198,13 +198,13 @@ class ModelPart:
         """Layout of this rank's attention projections."""
         return self.settings.heads.on(self.coordinate.tensor, self.layout.tensor)
 
-    def part_shapes(self, held: Held) -> list[tuple[int, ...]]:
+    def part_shapes(self, named: NamedParameter) -> list[tuple[int, ...]]:
         """Whole shapes of the Hugging Face tensors that fill a parameter."""
-        (_, size), pack, shape = self.tensor_axis(held), held.rule.pack, list(held.parameter.shape)
+        (_, size), pack, shape = self.tensor_axis(named), named.rule.pack, list(named.parameter.shape)
         if pack.padded:
             shape[0] = self.settings.shape.vocab
         elif pack.axis is not None:
-            shape[pack.held_dim or 0] *= size
+            shape[pack.shard_dim or 0] *= size
         parts = pack.split(torch.empty(shape, device="meta"), self.settings.heads)
         return [tuple(tensor.shape) for tensor in pack.fuse(parts)]
 
@@ -263,9 +263,9 @@ def build(
 
     decoder: the class of a chunk, for a model that embeds more than tokens. kernels: which form of each op runs.
     """
-    again = config.recompute_modules if config.recompute_granularity == "selective" else ()
+    recompute = config.recompute_modules if config.recompute_granularity == "selective" else ()
     te = te_layers(device, config.params_dtype, kernels)
-    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, again=again, kernels=kernels)
+    specs = layer_specs(settings, te=te, reads_inputs=reads_inputs, tile=tile, recompute=recompute, kernels=kernels)
     norm = norm_class(settings, te=te, tile=tile, kernels=kernels)
     chunks = []
     for virtual in range(layout.virtual):
@@ -286,26 +286,26 @@ def build(
         )
         chunks.append(chunk.to(device.device))
     part = ModelPart(family, settings, config, layout, coordinate, chunks, kernels)
-    _mark_cut(part)
+    _mark_sharded(part)
     return part
 
 
-def _mark_cut(part: ModelPart) -> None:
+def _mark_sharded(part: ModelPart) -> None:
     """Marks the parameters that are sharded over tensor ranks, for the gradient's norm.
 
     Megatron sets this mark while it initialises values, which is off here because every value is read. Without the mark the norm silently
     counts a sharded parameter on the first tensor rank only, and clipping is wrong.
     """
-    for held in part.held():
-        cut = held.rule.pack.axis is not None
+    for named in part.named_parameters():
+        sharded = named.rule.pack.axis is not None
         # Tensor ranks may have different experts, so an expert's whole parameter counts on its first expert-tensor rank.
-        whole_counts = held.expert and part.coordinate.expert_tensor == 0
-        held.parameter.tensor_model_parallel = cut or whole_counts  # type: ignore[attr-defined]
-        if held.expert and part.layout.expert_tensor != part.layout.tensor:
+        whole_counts = named.expert and part.coordinate.expert_tensor == 0
+        named.parameter.tensor_model_parallel = sharded or whole_counts  # type: ignore[attr-defined]
+        if named.expert and part.layout.expert_tensor != part.layout.tensor:
             # False: the gradient is summed over the ranks with the same experts. Megatron 0.16 sets it only with several expert ranks.
             # Without it, the gradient of an expert that is not sharded over tensor ranks silently stayed each rank's own.
-            held.parameter.allreduce = False  # type: ignore[attr-defined]
-        held.parameter.partition_dim, held.parameter.partition_stride = held.rule.pack.held_dim or 0, 1  # type: ignore[attr-defined]
+            named.parameter.allreduce = False  # type: ignore[attr-defined]
+        named.parameter.partition_dim, named.parameter.partition_stride = named.rule.pack.shard_dim or 0, 1  # type: ignore[attr-defined]
 
 
 def _of(specs: Sequence[ModuleSpec], layers: range) -> list[ModuleSpec]:

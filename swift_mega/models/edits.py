@@ -78,7 +78,7 @@ class Edit:
         return None
 
     def more_parameters(self, shape: ModelShape, tensor: int) -> int:
-        """Parameters of a layer on one of `tensor` ranks beyond those of Megatron's layer. Asked where there is a memory formula."""
+        """Parameters of a layer on one of `tensor` ranks beyond those of Megatron's layer. Request where there is a memory formula."""
         return 0
 
     def is_in(self, layer: int) -> bool:

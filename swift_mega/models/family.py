@@ -16,7 +16,7 @@ import swift_mega.models.families as folder
 from swift_mega.discover import scan
 from swift_mega.errors import UserError
 from swift_mega.models.config_json import read_config
-from swift_mega.models.packs import Pack, Turned
+from swift_mega.models.packs import Pack, Transposed
 from swift_mega.models.settings import Settings
 from swift_mega.models.transformers_version import check_transformers
 
@@ -105,14 +105,14 @@ class Family:
         names = (tensor, self.prefix + tensor) if self.bare else (tensor,)
         return any(re.fullmatch(pattern, name) for pattern in self.absent for name in names)
 
-    def turned(self, tensor: str) -> bool:
+    def transposed(self, tensor: str) -> bool:
         """Whether `tensor` is a linear's weight that is stored transposed: [in, out]."""
-        return any(pattern.fullmatch(tensor) for pattern in self.turned_weights)
+        return any(pattern.fullmatch(tensor) for pattern in self.transposed_weights)
 
     @functools.cached_property
-    def turned_weights(self) -> tuple[re.Pattern[str], ...]:
+    def transposed_weights(self) -> tuple[re.Pattern[str], ...]:
         """Names of the weights that are stored [in, out], as regular expressions."""
-        return tuple(_pattern(part) for rule in self.rules if isinstance(rule.pack, Turned) for part in rule.parts)
+        return tuple(_pattern(part) for rule in self.rules if isinstance(rule.pack, Transposed) for part in rule.parts)
 
     @functools.cached_property
     def embedding(self) -> str:

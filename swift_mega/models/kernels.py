@@ -39,7 +39,7 @@ def uses(settings: Settings, mesh: Mesh, *, te: bool) -> list[Use]:
 
 def _attention(settings: Settings, mesh: Mesh) -> list[Use]:
     rotation = [Use(ROPE)] if settings.rope is not None else []
-    if mesh.engine:
+    if mesh.te:
         return rotation
     given, softcap = settings.megatron, settings.scales.attention_softcap is not None
     latent = given.get("multi_latent_attention")
@@ -59,7 +59,7 @@ def check_kernels(
     kernels: Kernels, settings: Settings, mesh: Mesh, device: Device, dtype: torch.dtype, *, touch: bool = True
 ) -> None:
     """UserError where an op of this model does not have the form that is asked for. touch: whether the GPU may be used to find out."""
-    if kernels.asked == "reference" and mesh.engine:
+    if kernels.asked == "reference" and mesh.te:
         raise UserError(
             f"train.kernels=reference computes attention in torch, but parallel.cp={mesh.name} asks for Transformer Engine's; "
             "set parallel.cp=auto, or train.kernels=auto"

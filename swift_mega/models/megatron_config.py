@@ -13,7 +13,7 @@ from swift_mega.device.backends import TE_DTYPES, cannot_compile, transformer_en
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models.fusions import COMPILED, fused
-from swift_mega.models.megatron_fields import FUSED, HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD, WITH_TE, Asked
+from swift_mega.models.megatron_fields import FUSED, MODEL, ON_CUDA, OURS, PASSED_ON, REFUSED, UNREAD, WITH_TE, Request
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.modules.experts import check_biases
 from swift_mega.models.settings import Settings
@@ -33,7 +33,7 @@ def check_passthrough(
     device, and dtype of the model on it: None where they are not known yet.
     """
     fields = {f.name: f for f in dataclasses.fields(MLATransformerConfig) if f.init}
-    asked = Asked(given=given, settings=settings, train=train)
+    request = Request(given=given, settings=settings, train=train)
     for key, value in given.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -43,24 +43,24 @@ def check_passthrough(
             raise UserError(
                 f"model.megatron.{key}={value!r}: this follows from the model and the layout; set parallel.*, train.* or model.dtype"
             )
-        if key in HANDED_ON or key in ON_CUDA:
-            _check_obeyed(key, asked)
-            if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, asked, device, dtype)):
+        if key in PASSED_ON or key in ON_CUDA:
+            _check_obeyed(key, request)
+            if device is not None and key in ON_CUDA and value and (lacking := _lacking(key, request, device, dtype)):
                 raise UserError(f"model.megatron.{key}={value!r} needs {lacking}, or remove the setting")
         elif value != settings.megatron.get(key, fields[key].default):
             raise UserError(f"model.megatron.{key}={value!r} {_why_not(key)}")
 
 
-def _check_obeyed(key: str, asked: Asked) -> None:
-    if reason := (HANDED_ON.get(key) or ON_CUDA[key])(asked):
+def _check_obeyed(key: str, request: Request) -> None:
+    if reason := (PASSED_ON.get(key) or ON_CUDA[key])(request):
         raise UserError(
-            f"model.megatron.{key}={asked.given[key]!r} cannot take effect: {reason}; remove the setting, or correct it"
+            f"model.megatron.{key}={request.given[key]!r} cannot take effect: {reason}; remove the setting, or correct it"
         )
 
 
-def _lacking(key: str, asked: Asked, device: Device, dtype: torch.dtype | None) -> str | None:
+def _lacking(key: str, request: Request, device: Device, dtype: torch.dtype | None) -> str | None:
     """What a kernel of ON_CUDA needs and this machine or run lacks, with the remedy; None: nothing."""
-    if asked.train.kernels == "reference" and key in FUSED:
+    if request.train.kernels == "reference" and key in FUSED:
         return "train.kernels=auto, since train.kernels=reference runs no fused kernel; set that"
     if device.kind != "cuda":
         return "CUDA, and ranks run on the CPU; start them on machines with GPUs"
@@ -70,7 +70,7 @@ def _lacking(key: str, asked: Asked, device: Device, dtype: torch.dtype | None) 
             return f"Transformer Engine, which {te.problem}; install it (README.md)"
         name = str(dtype).removeprefix("torch.")
         return f"layers of Transformer Engine, and a model in {name} has Megatron's; set model.dtype=bfloat16"
-    modules = asked.given.get("recompute_modules") or ()
+    modules = request.given.get("recompute_modules") or ()
     if (
         key == "bias_dropout_fusion"
         and "layernorm" in modules
@@ -125,7 +125,7 @@ def transformer_config(
         deterministic_mode=train.deterministic,
         **layout.settings(),
     )
-    if layout.mesh.engine:
+    if layout.mesh.te:
         fields["cp_comm_type"] = layout.mesh.communication
     for edit in settings.edits:
         fields.update(edit.megatron_fields())

@@ -1,6 +1,6 @@
 """Every field of Megatron's TransformerConfig and MLATransformerConfig, 0.16 to 0.19, and what model.megatron does with it.
 
-A field is passed on only where every layer, ours or Megatron's, obeys it (HANDED_ON and ON_CUDA, each with its condition). All others are
+A field is passed on only where every layer, ours or Megatron's, obeys it (PASSED_ON and ON_CUDA, each with its condition). All others are
 refused with a reason. A field that this table does not list is refused too, because nobody has checked what reads it.
 """
 
@@ -14,7 +14,7 @@ from swift_mega.models.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Request:
     """What conditions look at: the fields that the user gave, and the run around them."""
 
     given: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Asked:
     train: Train
 
 
-Condition = Callable[[Asked], str | None]
+Condition = Callable[[Request], str | None]
 """Returns why the field would have no effect, or a wrong one; None: it is obeyed."""
 
 
@@ -30,30 +30,30 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def _experts(asked: Asked) -> str | None:
-    return None if asked.settings.shape.experts else "this model has no experts"
+def _experts(request: Request) -> str | None:
+    return None if request.settings.shape.experts else "this model has no experts"
 
 
-def _dropout(asked: Asked) -> str | None:
-    rate = asked.given["hidden_dropout"]
+def _dropout(request: Request) -> str | None:
+    rate = request.given["hidden_dropout"]
     fits = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate < 1
     return None if fits else "expected a probability of at least 0 and below 1"
 
 
-def _router_dtype(asked: Asked) -> str | None:
-    if asked.given["moe_router_dtype"] not in ("fp32", "fp64", None):
+def _router_dtype(request: Request) -> str | None:
+    if request.given["moe_router_dtype"] not in ("fp32", "fp64", None):
         return "expected fp32, fp64 or null"
-    return _experts(asked)
+    return _experts(request)
 
 
-def _expert_bias(asked: Asked) -> str | None:
-    return None if asked.given.get("moe_router_enable_expert_bias") else "it needs moe_router_enable_expert_bias=true"
+def _expert_bias(request: Request) -> str | None:
+    return None if request.given.get("moe_router_enable_expert_bias") else "it needs moe_router_enable_expert_bias=true"
 
 
-def _modules(asked: Asked) -> str | None:
+def _modules(request: Request) -> str | None:
     """Each of the named modules must exist, so that it can be recomputed."""
-    settings, wanted = asked.settings, asked.given["recompute_modules"]
-    if asked.train.recompute != "selective":
+    settings, wanted = request.settings, request.given["recompute_modules"]
+    if request.train.recompute != "selective":
         return "only train.recompute=selective reads it"
     if not isinstance(wanted, list | tuple) or not wanted or not all(isinstance(name, str) for name in wanted):
         return "expected a list of core_attn, mlp, layernorm, moe, shared_experts"
@@ -78,31 +78,31 @@ def _never(name: str) -> bool:
     return name in ("mla_up_proj", "moe_act")
 
 
-def _saved(asked: Asked) -> str | None:
-    return None if asked.train.recompute == "full" else "only train.recompute=full reads it"
+def _saved(request: Request) -> str | None:
+    return None if request.train.recompute == "full" else "only train.recompute=full reads it"
 
 
-def _fp8(asked: Asked) -> str | None:
-    return None if asked.given.get("fp8") else "it needs fp8"
+def _fp8(request: Request) -> str | None:
+    return None if request.given.get("fp8") else "it needs fp8"
 
 
-def _activation_fusion(asked: Asked) -> str | None:
-    return activation_unfused(asked.settings) if asked.given["bias_activation_fusion"] else None
+def _activation_fusion(request: Request) -> str | None:
+    return activation_unfused(request.settings) if request.given["bias_activation_fusion"] else None
 
 
-def _dropout_fusion(asked: Asked) -> str | None:
-    if not asked.given["bias_dropout_fusion"]:
+def _dropout_fusion(request: Request) -> str | None:
+    if not request.given["bias_dropout_fusion"]:
         return None
-    if asked.settings.biases.mlp and "mlp" in (asked.given.get("recompute_modules") or ()):
+    if request.settings.biases.mlp and "mlp" in (request.given.get("recompute_modules") or ()):
         return "recompute_modules has mlp and this model's MLPs have biases, so its layers are ours (models/modules/layer.py)"
-    return dropout_unfused(asked.settings)
+    return dropout_unfused(request.settings)
 
 
-def _always(asked: Asked) -> str | None:
+def _always(request: Request) -> str | None:
     return None
 
 
-HANDED_ON: dict[str, Condition] = {
+PASSED_ON: dict[str, Condition] = {
     "hidden_dropout": _dropout,
     "recompute_modules": _modules,
     "distribute_saved_activations": _saved,

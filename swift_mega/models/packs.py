@@ -77,7 +77,7 @@ class Pack:
         return (tensor,)
 
     @property
-    def held_dim(self) -> int | None:
+    def shard_dim(self) -> int | None:
         """The dim of the Megatron tensor that is sharded; `axis` is the dim of the Hugging Face tensors."""
         return self.linear.axis
 
@@ -235,13 +235,13 @@ class Fused(Pack):
 
 
 @dataclass(frozen=True)
-class Turned(Pack):
+class Transposed(Pack):
     """`inner` of a linear whose Hugging Face tensors are transposed, [in, out] (transformers' Conv1D); `axis` is a dim of those."""
 
     inner: Pack = field(default_factory=Pack)
 
     @classmethod
-    def of(cls, inner: Pack) -> "Turned":
+    def of(cls, inner: Pack) -> "Transposed":
         """`inner` with transposed tensors."""
         return cls(axis=None if inner.axis is None else 1 - inner.axis, inner=inner)
 
@@ -340,7 +340,7 @@ class InterleavedGateUp(Pack):
         return (by_feature if tensor.dim() == 1 else by_feature.permute(2, 0, 1),)
 
     @property
-    def held_dim(self) -> int | None:
+    def shard_dim(self) -> int | None:
         return 0
 
 
@@ -358,4 +358,4 @@ FUSED_GATE_UP = Fused(inner=GATE_UP)
 FUSED_QKV = Fused(inner=QKV)
 GATED_QKV = GatedQkv()
 FUSED_BY_KEY_HEAD = Fused(inner=ByKeyHead())
-TURNED_COLUMN, TURNED_ROW, TURNED_FUSED_QKV = (Turned.of(pack) for pack in (COLUMN, ROW, FUSED_QKV))
+TRANSPOSED_COLUMN, TRANSPOSED_ROW, TRANSPOSED_FUSED_QKV = (Transposed.of(pack) for pack in (COLUMN, ROW, FUSED_QKV))

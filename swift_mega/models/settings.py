@@ -160,8 +160,8 @@ class Settings:
         return min([*bounds, *([self.positions] if self.positions else [])], default=None)
 
     @property
-    def not_engine(self) -> str | None:
-        """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can (modules/engine.py)."""
+    def no_te_context(self) -> str | None:
+        """Why Transformer Engine's attention over context ranks cannot compute this model ("has …"); None: it can."""
         reasons = {
             "has soft-capped scores, which Megatron does not pass to it": self.scales.attention_softcap is not None,
             "rotates tokens by the length of their example, to which it would add padding": any(

@@ -31,12 +31,12 @@ def layer_specs(
     te: bool,
     reads_inputs: bool,
     tile: int | None = None,
-    again: Sequence[str] = (),
+    recompute: Sequence[str] = (),
     kernels: Kernels = AUTO,
 ) -> list[ModuleSpec]:
     """One Megatron layer spec per layer of the whole model.
 
-    reads_inputs: hooks need the real input of linears. tile: of modules/tiles.py. again: modules that the backward pass recomputes.
+    reads_inputs: hooks need the real input of linears. tile: of modules/tiles.py. recompute: modules that the backward pass recomputes.
     Megatron's own layer cannot recompute norms without Transformer Engine (NameError in CheckpointWithoutOutput), nor MLPs with a bias (the
     backward pass does not end), in 0.16.1 and 0.19.2; then ours (`Layer`) takes its place.
     """
@@ -44,7 +44,7 @@ def layer_specs(
     spec = functools.partial(_te_spec if te else _local_spec, settings, parts.norm, reads_inputs=reads_inputs)
     for kind in set(settings.layer_kinds):
         made[kind] = _joined(spec(moe=kind.moe), settings, parts.norm, te_core, moe=kind.moe, kernels=kernels)
-        if ("layernorm" in again and not te) or ("mlp" in again and settings.biases.mlp):
+        if ("layernorm" in recompute and not te) or ("mlp" in recompute and settings.biases.mlp):
             made[kind].module = bound(Layer, block=settings.block, norm=parts.norm)
         if tile is not None:
             _tile(made[kind], tile, moe=kind.moe)
@@ -140,7 +140,7 @@ def _joined(
 ) -> ModuleSpec:
     """What the fields of the settings say, the same for both kinds of modules."""
     attention, block = attention_of(spec), settings.block
-    attention.core_attention = bound(CoreAttention, settings=settings, engine=te_core, kernels=kernels)
+    attention.core_attention = bound(CoreAttention, settings=settings, te_attention=te_core, kernels=kernels)
     if moe:
         mlp_of(spec).router = Router
     # Megatron's field is for all linears, and Megatron refuses it together with shared experts.

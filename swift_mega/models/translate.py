@@ -56,7 +56,7 @@ def load_settings(directory: str | Path, *, dequantize: bool = False) -> Setting
     settings = family.translate(config)
     _check_fit(directory, settings)
     windows = any(window is not None for window in settings.windows)
-    shape = dataclasses.replace(settings.shape, not_engine=settings.not_engine, windows=windows)
+    shape = dataclasses.replace(settings.shape, no_te_context=settings.no_te_context, windows=windows)
     for edit in settings.edits:
         shape = edit.limits(shape)
     notes = (*quantised, *settings.notes, *_notes(rates, unread, family, bool(raw.get("auto_map"))))

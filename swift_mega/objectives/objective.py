@@ -20,7 +20,7 @@ from swift_mega.errors import UserError
 from swift_mega.models.build import Decoder, ModelPart
 from swift_mega.parallel.context import Context, sum_over_context
 from swift_mega.parallel.groups import Groups
-from swift_mega.parallel.sequence import held_tokens
+from swift_mega.parallel.sequence import local_tokens
 from swift_mega.parallel.vocab import soft_cap, token_log_probabilities
 
 
@@ -117,7 +117,7 @@ def example_numbers(batch: Microbatch, context: Context | None) -> Tensor:
     """[tokens] int64 on the host: which example of the row each token of this rank is in."""
     starts = batch.cu_seqlens
     numbers = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff().to(torch.int64))
-    return numbers if context is None else numbers[held_tokens(starts.tolist(), context.mesh, context.rank)]
+    return numbers if context is None else numbers[local_tokens(starts.tolist(), context.mesh, context.rank)]
 
 
 @dataclass(frozen=True)

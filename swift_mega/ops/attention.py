@@ -29,7 +29,7 @@ from torch import Tensor
 from swift_mega.ops import flex
 from swift_mega.ops.alibi import with_positions
 from swift_mega.ops.attention_kernels import Choice, attention_kernel_name, choose
-from swift_mega.ops.blocks import Parts, Towards, backward, block, forward
+from swift_mega.ops.blocks import Gradients, Parts, backward, block, forward
 from swift_mega.ops.cpu_attention import row_attention
 from swift_mega.ops.flash import flash
 from swift_mega.ops.kernel import HALF, Call
@@ -285,7 +285,7 @@ class _ByBlocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse, *sinks = ctx.saved_tensors
         blocks, scale, softcap = ctx.given
-        found = Towards(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)))
+        found = Gradients(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value)))
         backward(found, gradients[0], query, key, value, out, lse, blocks, scale=scale, softcap=softcap)
         grad_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         grads = (sums.to(x.dtype) for sums, x in ((found.query, query), (found.key, key), (found.value, value)))

@@ -171,7 +171,7 @@ def forward(
 
 
 @dataclass(frozen=True)
-class Towards:
+class Gradients:
     """Sums of gradients, with the shapes of query, key and value in `backward`, in float32 or wider."""
 
     query: Tensor
@@ -180,7 +180,7 @@ class Towards:
 
 
 def backward(
-    towards: Towards,
+    grads: Gradients,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -193,7 +193,7 @@ def backward(
     softcap: float | None = None,
     kernels: Kernels = AUTO,
 ) -> None:
-    """Adds the gradients due to these keys to `towards`. Shapes as in `forward`; out and lse are those of the whole softmax.
+    """Adds the gradients due to these keys to `grads`. Shapes as in `forward`; out and lse are those of the whole softmax.
 
     grad: [tokens, heads, value_dim], the gradient of out.
     """
@@ -204,16 +204,16 @@ def backward(
         rows, columns = slice(first.q, last.q + last.queries), slice(first.k, last.k + last.keys)
         if kernel is not None:
             call = _call(group, query.device, scale, softcap)
-            _kernel_backward(kernel, call, towards, grad, query, key, value, out, lse, rows, columns)
+            _kernel_backward(kernel, call, grads, grad, query, key, value, out, lse, rows, columns)
             continue
         if softcap is None and query.device.type == "cpu" and not tiles:
-            _cpu_backward(towards, grad, query, key, value, out, lse, group, rows, columns, scale)
+            _cpu_backward(grads, grad, query, key, value, out, lse, group, rows, columns, scale)
             continue
         for one in group:
             for start, stop, first_key, last_key, hidden in _tiles(one, query):
                 rows = slice(one.q + start, one.q + stop)
                 columns = slice(one.k + first_key, one.k + last_key)
-                _tile_backward(towards, grad, query, key, value, out, lse, rows, columns, hidden, scale, softcap)
+                _tile_backward(grads, grad, query, key, value, out, lse, rows, columns, hidden, scale, softcap)
 
 
 # ------------------------------------------------------------------------------------------------ torch
@@ -253,7 +253,7 @@ def _tile_sizes(query: Tensor) -> tuple[int, int]:
 
 
 def _cpu_backward(
-    towards: Towards,
+    grads: Gradients,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -266,10 +266,10 @@ def _cpu_backward(
     scale: float,
 ) -> None:
     """Uses the products of attention without context parallelism (ops/cpu_attention.py). rows, columns: queries and keys of the group."""
-    exact = towards.query.dtype
+    exact = grads.query.dtype
     of_queries = [x[rows].to(exact) for x in (grad, query, out)]
     of_keys = [x[columns].to(exact) for x in (key, value)]
-    into, lse = (towards.query[rows], towards.key[columns], towards.value[columns]), lse[:, rows]
+    into, lse = (grads.query[rows], grads.key[columns], grads.value[columns]), lse[:, rows]
     for one in group:
         mine, theirs = (
             slice(first, first + size)
@@ -325,7 +325,7 @@ def _tile_forward(
 
 
 def _tile_backward(
-    towards: Towards,
+    grads: Gradients,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -338,19 +338,19 @@ def _tile_backward(
     scale: float,
     softcap: float | None,
 ) -> None:
-    exact = towards.query.dtype
+    exact = grads.query.dtype
     heads, kv_heads = query.shape[1], key.shape[1]
     q, g, o = (_by_kv_head(x[rows], kv_heads, exact) for x in (query, grad, out))
     k, v = (x[columns].transpose(0, 1).to(exact) for x in (key, value))
     scores, slope = _scores(q, k, hidden, scale, softcap)
     weights = scores.sub_(lse[:, rows].reshape(kv_heads, -1, 1)).exp_()
-    towards.value[columns] += torch.bmm(weights.transpose(1, 2), g).transpose(0, 1)
+    grads.value[columns] += torch.bmm(weights.transpose(1, 2), g).transpose(0, 1)
     mean = (g * o).sum(-1, keepdim=True)
     inner = torch.bmm(g, v.transpose(1, 2)).sub_(mean).mul_(weights).mul_(scale)
     if slope is not None:
         inner.mul_(slope)
-    towards.key[columns] += torch.bmm(inner.transpose(1, 2), q).transpose(0, 1)
-    towards.query[rows] += torch.bmm(inner, k).view(heads, -1, query.shape[-1]).transpose(0, 1)
+    grads.key[columns] += torch.bmm(inner.transpose(1, 2), q).transpose(0, 1)
+    grads.query[rows] += torch.bmm(inner, k).view(heads, -1, query.shape[-1]).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
@@ -406,7 +406,7 @@ def _call(group: Sequence[Block], device: torch.device, scale: float, softcap: f
 def _kernel_backward(
     kernel: Kernel,
     call: Call,
-    towards: Towards,
+    grads: Gradients,
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -420,9 +420,9 @@ def _kernel_backward(
     q, k, v = padded(kernel, query[rows], key[columns], value[columns])
     g, o = (F.pad(x, (0, v.shape[-1] - value_dim)) for x in (grad[rows].to(dtype), out[rows].to(dtype)))
     for mine, theirs, found in backward_by_heads(kernel, g, q, k, v, o, lse[:, rows].contiguous(), call):
-        towards.query[rows, mine] += found[0][..., : query.shape[-1]]
-        towards.key[columns, theirs] += found[1][..., : query.shape[-1]]
-        towards.value[columns, theirs] += found[2][..., :value_dim]
+        grads.query[rows, mine] += found[0][..., : query.shape[-1]]
+        grads.key[columns, theirs] += found[1][..., : query.shape[-1]]
+        grads.value[columns, theirs] += found[2][..., :value_dim]
 
 
 @dataclass(frozen=True)

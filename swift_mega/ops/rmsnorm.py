@@ -25,14 +25,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        towards_x = towards_weight = None
+        grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            towards_weight = (x * scale).mul_(gradients[0]).flatten(0, -2).sum(0)
+            grad_weight = (x * scale).mul_(gradients[0]).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            towards_x = gradients[0] * weight
-            mean = (towards_x * x).sum(-1, keepdim=True).div_(x.shape[-1])
-            towards_x.mul_(scale).addcmul_(x, mean.mul_(scale.pow(3)), value=-1)
-        return towards_x, towards_weight, None
+            grad_x = gradients[0] * weight
+            mean = (grad_x * x).sum(-1, keepdim=True).div_(x.shape[-1])
+            grad_x.mul_(scale).addcmul_(x, mean.mul_(scale.pow(3)), value=-1)
+        return grad_x, grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels = AUTO) -> Tensor:

@@ -36,7 +36,7 @@ def _halves(x: Tensor, half: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half : 2 * half]
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
     first, second = _halves(x, half, interleaved)
     out = torch.empty_like(x)
@@ -52,12 +52,12 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return _turn(x, cos, sin, interleaved)
+        return _rotated(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
+        return _rotated(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, kernels: Kernels = AUTO) -> Tensor:
@@ -72,8 +72,8 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     """`rotate` in plain differentiable torch."""
     half = cos.shape[-1]
     first, second = _halves(x, half, interleaved)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
     return torch.cat((joined, x[..., 2 * half :]), dim=-1)
 
 

@@ -84,22 +84,22 @@ class _Tiled(torch.autograd.Function):
             if ctx.parameters
             else []
         )
-        towards_x = torch.empty_like(x) if wanted else None
+        grad_x = torch.empty_like(x) if wanted else None
         sums = [_GradientSum(ctx.parameters[number], len(parts) > 1) for number in trained]
         with ctx.again(), torch.enable_grad():
             for part in parts:
                 piece = x[part].detach().requires_grad_(wanted)
                 inputs = [*([piece] if wanted else []), *(ctx.parameters[number] for number in trained)]
                 found = list(torch.autograd.grad(ctx.call(piece), inputs, gradient[part], allow_unused=True))
-                if towards_x is not None:
+                if grad_x is not None:
                     own = found.pop(0)
-                    towards_x[part] = 0 if own is None else own
+                    grad_x[part] = 0 if own is None else own
                 for total, more in zip(sums, found, strict=True):
                     total.add(more)
         of_parameters: list[Tensor | None] = [None] * len(ctx.parameters)
         for number, total in zip(trained, sums, strict=True):
             of_parameters[number] = total.value()
-        return towards_x, None, None, None, *of_parameters
+        return grad_x, None, None, None, *of_parameters
 
 
 class _GradientSum:

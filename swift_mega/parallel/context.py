@@ -14,7 +14,7 @@ from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.parallel.gathered import gathered_attention
 from swift_mega.parallel.mesh import Mesh, key_copies
 from swift_mega.parallel.ring import ring_attention
-from swift_mega.parallel.sequence import held_tokens, ring_steps
+from swift_mega.parallel.sequence import local_tokens, ring_steps
 from swift_mega.parallel.ulysses import heads_to_tokens, tokens_to_heads
 
 
@@ -40,8 +40,8 @@ def make_context(ranks: list[list[int]], mesh: Mesh, *, timeout: timedelta | Non
         outer = [group[place :: mesh.ulysses] for place in range(mesh.ulysses)]
         made = [[dist.new_group(each, timeout=timeout) for each in some] for some in (inner, outer)]
         if me in group:
-            place, position = mesh.place(group.index(me))
-            mine = Context(mesh, group.index(me), made[0][position], made[1][place])
+            place, ring_rank = mesh.place(group.index(me))
+            mine = Context(mesh, group.index(me), made[0][ring_rank], made[1][place])
     assert mine is not None, "this rank is in no context group"
     return mine
 
@@ -139,5 +139,5 @@ def gather_row(x: Tensor, context: Context | None, cu_seqlens: Sequence[int]) ->
         found = parts.new_empty(group.size() * len(parts), *parts.shape[1:])
         dist.all_gather_into_tensor(found, parts, group=group)
         parts = found
-    order = torch.cat([held_tokens(cu_seqlens, mesh, rank) for rank in range(mesh.size)]).to(x.device)
+    order = torch.cat([local_tokens(cu_seqlens, mesh, rank) for rank in range(mesh.size)]).to(x.device)
     return torch.empty_like(parts).index_copy_(0, order, parts)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.ops.blocks import Block, Parts, Towards, backward, forward
+from swift_mega.ops.blocks import Block, Gradients, Parts, backward, forward
 from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.sinks import sink_gradient
 from swift_mega.parallel.sequence import Step
@@ -73,13 +73,13 @@ class _Gathered(torch.autograd.Function):
         query, key, value, out, lse, *sinks = ctx.saved_tensors
         shown, group, scale, softcap, kernels = ctx.given
         keys, values = (_all(x, group) for x in (key, value))
-        towards = Towards(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, keys, values)))
+        grads = Gradients(*(torch.zeros_like(x, dtype=lse.dtype) for x in (query, keys, values)))
         backward(
-            towards, gradients[0], query, keys, values, out, lse, shown, scale=scale, softcap=softcap, kernels=kernels
+            grads, gradients[0], query, keys, values, out, lse, shown, scale=scale, softcap=softcap, kernels=kernels
         )
-        mine = [_summed(x, group) for x in (towards.key, towards.value)]
-        towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
-        found = (towards.query.to(query.dtype), mine[0].to(key.dtype), mine[1].to(value.dtype), towards_sinks)
+        mine = [_summed(x, group) for x in (grads.key, grads.value)]
+        grad_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
+        found = (grads.query.to(query.dtype), mine[0].to(key.dtype), mine[1].to(value.dtype), grad_sinks)
         return *found, None, None, None, None, None
 
 

@@ -65,7 +65,7 @@ def init(layout: Layout, *, seed: int = 42, timeout_minutes: int = TIMEOUT_MINUT
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
-        hierarchical_context_parallel_sizes=_of_engine(layout.mesh),
+        hierarchical_context_parallel_sizes=_te_sizes(layout.mesh),
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=timeout_minutes,
@@ -115,11 +115,11 @@ def seed_dropout(layout: Layout, coordinate: Coordinate, seed: int) -> None:
     tensor_parallel.get_cuda_rng_tracker().add(EXPERT_INPUT, seed + SEEDS_OF_A_RANK * experts + SEEDS_OF_A_RANK // 2)
 
 
-def _of_engine(mesh: Mesh) -> list[int] | None:
+def _te_sizes(mesh: Mesh) -> list[int] | None:
     """Sizes of the groups that Megatron makes for Transformer Engine: ranks that exchange heads, and rings of these. None: no such
     groups.
     """
-    return [mesh.ulysses, mesh.ring] if mesh.engine and mesh.communication == "a2a+p2p" else None
+    return [mesh.ulysses, mesh.ring] if mesh.te and mesh.communication == "a2a+p2p" else None
 
 
 def _row(layout: Layout, timeout: timedelta) -> Context:

@@ -14,7 +14,7 @@ from typing import Any
 
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
-from swift_mega.parallel.mesh import ENGINE_KINDS, WHOLE, WITH_INNER, Mesh, check_engine, choose_mesh
+from swift_mega.parallel.mesh import TE_KINDS, WHOLE, WITH_INNER, Mesh, check_te, choose_mesh
 from swift_mega.parallel.nearest import nearest_layouts
 from swift_mega.parallel.pipeline import chunk_layers
 
@@ -37,11 +37,11 @@ class ModelShape:
     """What else tensor ranks share evenly: (name in the plural, number), such as ("key heads of linear attention", 16)."""
     head_dim: int | None = None
     """Features of a head; None where it does not matter."""
-    alone_in_a_row: str | None = None
+    no_context_parallel: str | None = None
     """Why context ranks cannot share a row ("has …"); None: they can."""
-    key_heads_alone: str | None = None
+    no_key_head_sharing: str | None = None
     """Why tensor ranks cannot share a key head ("each of which …"); None: they can."""
-    not_engine: str | None = None
+    no_te_context: str | None = None
     """Why Transformer Engine cannot compute its attention over context ranks ("has …"); None: it can."""
     windows: bool = False
     """Whether any layer has a sliding window."""
@@ -246,15 +246,15 @@ def _mesh(parallel: Parallel, shape: ModelShape) -> tuple[Mesh, str]:
             if (value := getattr(parallel, name)) != default:
                 raise UserError(f"parallel.{name}={value} has no effect with parallel.context=1")
         return WHOLE, ""
-    if shape.alone_in_a_row is not None:
+    if shape.no_context_parallel is not None:
         raise UserError(
-            f"parallel.context={parallel.context} splits rows of tokens, and this model {shape.alone_in_a_row}; set it to 1"
+            f"parallel.context={parallel.context} splits rows of tokens, and this model {shape.no_context_parallel}; set it to 1"
         )
     if parallel.ulysses is not None and parallel.cp not in WITH_INNER:
         raise UserError(
             f"parallel.ulysses={parallel.ulysses} is the inner size of parallel.cp=hybrid, and cp={parallel.cp}; remove it"
         )
-    check_engine(parallel.cp, not_engine=shape.not_engine, windows=shape.windows)
+    check_te(parallel.cp, no_te_context=shape.no_te_context, windows=shape.windows)
     heads, keys = shape.heads // parallel.tensor, max(1, shape.kv_heads // parallel.tensor)
     return choose_mesh(parallel.cp, parallel.context, heads=heads, kv_heads=keys, ulysses=parallel.ulysses)
 
@@ -281,10 +281,10 @@ def _check_sizes(parallel: Parallel, shape: ModelShape, world: int) -> None:
 
 def _check_dense(parallel: Parallel, shape: ModelShape, world: int) -> None:
     tensor = parallel.tensor
-    cut = {"attention heads": shape.heads, "MLP columns": shape.ffn}
-    cut["columns of the shared expert"] = shape.shared_ffn
-    cut.update(shape.shared_counts)
-    for what, count in cut.items():
+    split = {"attention heads": shape.heads, "MLP columns": shape.ffn}
+    split["columns of the shared expert"] = shape.shared_ffn
+    split.update(shape.shared_counts)
+    for what, count in split.items():
         if count is not None and count % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide the model's {count} {what}")
     _check_key_heads(tensor, shape)
@@ -307,9 +307,9 @@ def _check_key_heads(tensor: int, shape: ModelShape) -> None:
         raise UserError(
             f"parallel.tensor={tensor} is neither a divisor nor a multiple of the model's {heads} key-value heads"
         )
-    if shape.key_heads_alone is not None:
+    if shape.no_key_head_sharing is not None:
         raise UserError(
-            f"parallel.tensor={tensor} is more than the model's {heads} key-value heads, each of which {shape.key_heads_alone}"
+            f"parallel.tensor={tensor} is more than the model's {heads} key-value heads, each of which {shape.no_key_head_sharing}"
         )
     if shape.head_dim is not None and heads * shape.head_dim % tensor:
         raise UserError(
@@ -379,7 +379,7 @@ def parse_layout(text: str) -> tuple[Parallel, int]:
     """
     sizes: dict[str, Any] = {}
     for token in [] if text.strip() == "single" else text.strip().lower().split("-"):
-        if token in ("ring", "ulysses", "allgather", "hybrid", *ENGINE_KINDS) and "cp" not in sizes:
+        if token in ("ring", "ulysses", "allgather", "hybrid", *TE_KINDS) and "cp" not in sizes:
             sizes["cp"] = token
             continue
         inner = re.fullmatch(r"ulysses([1-9]\d{0,5})|te:a2a([1-9]\d{0,5})\+p2p", token)

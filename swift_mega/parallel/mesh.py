@@ -7,7 +7,7 @@ from typing import get_args
 from swift_mega.config.schema import ContextKind as Kind
 from swift_mega.errors import UserError
 
-ENGINE_KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind.startswith("te:"))
+TE_KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind.startswith("te:"))
 """The kinds that Transformer Engine computes, on CUDA."""
 WITH_INNER = ("hybrid", "te:a2a+p2p")
 """The kinds whose inner size the user can choose."""
@@ -17,14 +17,14 @@ WITH_INNER = ("hybrid", "te:a2a+p2p")
 class Mesh:
     """Sets of `ulysses` neighbouring ranks exchange heads. `ring` such sets pass keys on, or gather them all (`gather`).
 
-    engine: Transformer Engine does this communication. It splits every example separately, into 2 * size chunks, two of them for each
+    te: Transformer Engine does this communication. It splits every example separately, into 2 * size chunks, two of them for each
     rank.
     """
 
     ulysses: int = 1
     ring: int = 1
     gather: bool = False
-    engine: bool = False
+    te: bool = False
 
     @property
     def size(self) -> int:
@@ -33,12 +33,12 @@ class Mesh:
     @property
     def multiple(self) -> int:
         """A row's tokens must be a multiple of this."""
-        return self.size * (2 if self.ring > 1 or self.engine else 1)
+        return self.size * (2 if self.ring > 1 or self.te else 1)
 
     @property
     def example_multiple(self) -> int:
         """The tokens of each example of the row, with the padding that follows them, must be a multiple of this."""
-        return self.multiple if self.engine else 1
+        return self.multiple if self.te else 1
 
     @property
     def communication(self) -> str:
@@ -51,7 +51,7 @@ class Mesh:
 
     @property
     def name(self) -> str:
-        if self.engine:
+        if self.te:
             inner = f"te:a2a{self.ulysses}+p2p" if self.communication == "a2a+p2p" else None
             return inner or f"te:{self.communication.replace('_', '')}"
         if self.gather:
@@ -81,9 +81,9 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
     UserError, with sizes that work, where the ranks cannot share the heads so.
     """
     if kind in ("te:p2p", "te:allgather"):
-        return Mesh(1, size, gather=kind == "te:allgather", engine=True), "as set"
+        return Mesh(1, size, gather=kind == "te:allgather", te=True), "as set"
     if kind in ("te:a2a", "te:a2a+p2p"):
-        return _of_engine(kind, size, heads, kv_heads, ulysses), "as set"
+        return _te_mesh(kind, size, heads, kv_heads, ulysses), "as set"
     if kind == "ring":
         return Mesh(1, size), "as set"
     if kind == "allgather":
@@ -118,17 +118,17 @@ def choose_mesh(kind: Kind, size: int, *, heads: int, kv_heads: int, ulysses: in
     return Mesh(inner, size // inner), _copies(kv_heads, inner)
 
 
-def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
+def check_te(kind: str, *, no_te_context: str | None, windows: bool) -> None:
     """UserError where Transformer Engine is asked for and has no kernels for the model. The rules are those of its
     attn_forward_func_with_cp.
 
-    not_engine: why not, from `ModelShape`.
+    no_te_context: why not, from `ModelShape`.
     """
-    if kind not in ENGINE_KINDS:
+    if kind not in TE_KINDS:
         return
-    if not_engine is not None:
+    if no_te_context is not None:
         raise UserError(
-            f"parallel.cp={kind} is Transformer Engine's attention, and this model {not_engine}; set parallel.cp=auto"
+            f"parallel.cp={kind} is Transformer Engine's attention, and this model {no_te_context}; set parallel.cp=auto"
         )
     if windows and kind in ("te:p2p", "te:a2a+p2p"):
         raise UserError(
@@ -137,7 +137,7 @@ def check_engine(kind: str, *, not_engine: str | None, windows: bool) -> None:
         )
 
 
-def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | None) -> Mesh:
+def _te_mesh(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | None) -> Mesh:
     """The mesh for Transformer Engine, which shares query and key heads evenly and makes no copies of a key head."""
     shared = math.gcd(heads, kv_heads)
     has = f"the {heads} query and {kv_heads} key heads of a tensor rank, which Transformer Engine splits without copies"
@@ -147,7 +147,7 @@ def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | 
             raise UserError(
                 f"parallel.cp=te:a2a: {size} context ranks do not divide {has}; choose parallel.context={sizes}, or parallel.cp=auto"
             )
-        return Mesh(size, 1, engine=True)
+        return Mesh(size, 1, te=True)
     fits = [n for n in range(2, size) if size % n == 0 and shared % n == 0]
     if not fits:
         raise UserError(
@@ -160,7 +160,7 @@ def _of_engine(kind: Kind, size: int, heads: int, kv_heads: int, ulysses: int | 
             f"{_either(fits)}"
         )
     inner = ulysses or fits[-1]
-    return Mesh(inner, size // inner, engine=True)
+    return Mesh(inner, size // inner, te=True)
 
 
 def _copies(kv_heads: int, ulysses: int) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from swift_mega.ops.blocks import Parts, Towards, backward, forward
+from swift_mega.ops.blocks import Gradients, Parts, backward, forward
 from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.sinks import sink_gradient
 from swift_mega.parallel.sequence import Step
@@ -62,7 +62,7 @@ class _Ring(torch.autograd.Function):
         parts = Parts(query, value.shape[-1])
         here: tuple[Tensor, ...] = (key, value)
         for step, hops in zip(steps, _hops(steps), strict=True):
-            coming = _Turn(here, group, hops) if hops else None
+            coming = _Exchange(here, group, hops) if hops else None
             forward(parts, query, here[0], here[1], step.blocks, scale=scale, softcap=softcap, kernels=kernels)
             here = coming.arrived() if coming else here
         out, lse = parts.finished(sinks)
@@ -76,16 +76,16 @@ class _Ring(torch.autograd.Function):
         query, key, value, out, lse, *sinks = ctx.saved_tensors
         steps, group, scale, softcap, kernels = ctx.given
         exact = lse.dtype
-        towards_query = torch.zeros_like(query, dtype=exact)
+        grad_query = torch.zeros_like(query, dtype=exact)
         here: tuple[Tensor, ...] = (key, value)
-        following: _Turn | None = None
+        following: _Exchange | None = None
         for step, hops in zip(steps, _hops(steps), strict=True):
-            coming = _Turn(here, group, hops) if hops else None
+            coming = _Exchange(here, group, hops) if hops else None
             sums: tuple[Tensor, ...] = ()
             if step.blocks or following is None:
-                towards = Towards(towards_query, *(torch.zeros_like(x, dtype=exact) for x in here))
+                grads = Gradients(grad_query, *(torch.zeros_like(x, dtype=exact) for x in here))
                 backward(
-                    towards,
+                    grads,
                     gradients[0],
                     query,
                     here[0],
@@ -97,23 +97,23 @@ class _Ring(torch.autograd.Function):
                     softcap=softcap,
                     kernels=kernels,
                 )
-                sums = (towards.key, towards.value)
+                sums = (grads.key, grads.value)
             # Meanwhile the gradients that other ranks computed for these keys have travelled here.
             if following is not None:
                 theirs = following.arrived()
                 for mine, others in zip(sums, theirs, strict=False):
                     mine.add_(others)
                 sums = sums or theirs
-            following = _Turn(sums, group, hops or -step.behind)
+            following = _Exchange(sums, group, hops or -step.behind)
             here = coming.arrived() if coming else here
         assert following is not None
         sums = following.arrived()
-        towards_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
+        grad_sinks = sink_gradient(gradients[0], out, lse, sinks[0]) if sinks else None
         return (
-            towards_query.to(query.dtype),
+            grad_query.to(query.dtype),
             sums[0].to(key.dtype),
             sums[1].to(value.dtype),
-            towards_sinks,
+            grad_sinks,
             None,
             None,
             None,
@@ -127,7 +127,7 @@ def _hops(steps: Sequence[Step]) -> list[int]:
     return [after.behind - step.behind for step, after in itertools.pairwise(steps)] + [0]
 
 
-class _Turn:
+class _Exchange:
     """Sends tensors to the rank `hops` further on the ring, and receives those of the rank `hops` before. Does not wait."""
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup, hops: int) -> None:

@@ -1,10 +1,10 @@
 """Which tokens of a packed row a context rank has, and which keys of another rank its queries see. Arithmetic, the same on every rank.
 
-The context axis is a mesh: Ulysses inside (neighbouring ranks), ring outside. parallel/cut.py gives each ring rank its tokens, and its
+The context axis is a mesh: Ulysses inside (neighbouring ranks), ring outside. parallel/split.py gives each ring rank its tokens, and its
 Ulysses ranks have equal parts of them, one after another. After the Ulysses exchange a rank has all tokens of its ring rank and a share
 of the heads. The ring passes keys and values on.
 
-Transformer Engine's own context parallelism (`Mesh.engine`) splits each example separately, zigzag over all context ranks.
+Transformer Engine's own context parallelism (`Mesh.te`) splits each example separately, zigzag over all context ranks.
 """
 
 import functools
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from swift_mega.ops.blocks import Block, block
-from swift_mega.parallel.cut import Cut, Range, Run, cut_row, join, zigzag
 from swift_mega.parallel.mesh import Mesh
+from swift_mega.parallel.split import Range, Run, Split, join, split_row, zigzag
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class Step:
 
 def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...]:
     """Ranges of a row that a context rank has, in order. cu_seqlens: where the examples of the row begin, and its end."""
-    if mesh.engine:
+    if mesh.te:
         return tuple(
             (start + begin, start + end)
             for start, stop in itertools.pairwise(cu_seqlens)
             for begin, end in zigzag(stop - start, mesh.size, rank)
         )
-    inner, position = mesh.place(rank)
-    held = cut_row(tuple(cu_seqlens), mesh.ring).held[position]
-    share = sum(end - begin for begin, end in held) // mesh.ulysses
+    inner, ring_rank = mesh.place(rank)
+    ranges = split_row(tuple(cu_seqlens), mesh.ring).ranges[ring_rank]
+    share = sum(end - begin for begin, end in ranges) // mesh.ulysses
     first, last, passed, found = share * inner, share * (inner + 1), 0, []
-    for begin, end in held:
+    for begin, end in ranges:
         start, stop = max(first - passed, 0) + begin, min(last - passed, end - begin) + begin
         if start < stop:
             found.append((start, stop))
@@ -48,11 +48,11 @@ def pieces(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> tuple[Range, ...
     return tuple(found)
 
 
-def runs(held: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
+def runs(ranges: Sequence[Range], cu_seqlens: Sequence[int]) -> list[Run]:
     """The runs in these ranges of a row, split where an example ends. Runs that are adjacent in the example and on the rank are joined."""
     found: list[Run] = []
     first = 0
-    for begin, end in held:
+    for begin, end in ranges:
         for example in range(bisect_right(cu_seqlens, begin) - 1, bisect_left(cu_seqlens, end)):
             start, stop = cu_seqlens[example], cu_seqlens[example + 1]
             low, high = max(begin, start), min(end, stop)
@@ -87,18 +87,18 @@ def blocks(mine: Sequence[Run], theirs: Sequence[Run], *, causal: bool, window: 
 
 @functools.lru_cache(maxsize=64)
 def ring_steps(
-    cu_seqlens: tuple[int, ...], ring: int, position: int, *, causal: bool = True, window: int | None = None
+    cu_seqlens: tuple[int, ...], ring: int, ring_rank: int, *, causal: bool = True, window: int | None = None
 ) -> tuple[Step, ...]:
     """What this ring rank sees of its own keys, then of the keys that come around the ring. The `behind` of each step is the same on all
     ranks.
 
     A distance at which no rank sees a key is skipped. With a window, or with examples much shorter than the row, that is most of them.
     """
-    cut = cut_row(cu_seqlens, ring)
-    mine = runs(cut.held[position], cu_seqlens)
+    split = split_row(cu_seqlens, ring)
+    mine = runs(split.ranges[ring_rank], cu_seqlens)
     steps = [Step(0, blocks(mine, mine, causal=causal, window=window))]
-    for behind in _needed(cut, causal=causal, window=window):
-        ours, theirs = cut.shared[position], cut.shared[(position - behind) % ring]
+    for behind in _needed(split, causal=causal, window=window):
+        ours, theirs = split.shared[ring_rank], split.shared[(ring_rank - behind) % ring]
         queries = [run for example in ours if example in theirs for run in ours[example]]
         keys = [run for example in ours for run in theirs.get(example, ())]
         queries.sort(key=lambda run: run.first)
@@ -106,14 +106,14 @@ def ring_steps(
     return tuple(steps)
 
 
-def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
+def _needed(split: Split, *, causal: bool, window: int | None) -> list[int]:
     """The distances `behind`, above 0, at which some ring rank sees keys; in order."""
-    ring, found = len(cut.shared), {0}
+    ring, found = len(split.shared), {0}
     # For each example: (begin, end, ring rank) of its runs.
     pieces: dict[int, list[tuple[int, int, int]]] = {}
-    for position, shared in enumerate(cut.shared):
-        for example, held in shared.items():
-            pieces.setdefault(example, []).extend((one.position, one.position + one.length, position) for one in held)
+    for ring_rank, shared in enumerate(split.shared):
+        for example, own in shared.items():
+            pieces.setdefault(example, []).extend((one.position, one.position + one.length, ring_rank) for one in own)
     for some in pieces.values():
         in_order = sorted(some)
         for number, (first, _, mine) in enumerate(in_order):
@@ -126,7 +126,7 @@ def _needed(cut: Cut, *, causal: bool, window: int | None) -> list[int]:
     return sorted(found)[1:]
 
 
-def held_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:
+def local_tokens(cu_seqlens: Sequence[int], mesh: Mesh, rank: int) -> torch.Tensor:
     """[tokens / size] int64: indices in the row of the tokens that a context rank has, in its order."""
     begin, end = torch.tensor(pieces(cu_seqlens, mesh, rank)).t()
     lengths = end - begin

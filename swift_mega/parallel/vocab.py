@@ -1,11 +1,11 @@
 """Log-probabilities over a vocabulary that is sharded over the tensor ranks, without a [tokens, vocabulary] tensor.
 
 Let E = exp(logits - maximum of the token's logits), p the probability of the target and g the incoming gradient. The gradient of a
-token's hidden state is g ((1 - p) W[target] - pull), where pull is the sum of the other rows of W, weighted by the softmax. The softmax
-is E times one factor per token. So pull is computed in the forward pass, while E of a chunk exists, and E is dropped: a frozen head
-costs no recomputation at any chunk size. Only a trained head needs E again: it is kept where all of it fits one chunk, else computed
-again. The target's column is removed from E, and 1 - p is computed from the float32 log-probability. This keeps the gradient of a
-confident token exact where the products are in bfloat16.
+token's hidden state is g ((1 - p) W[target] - expected_row), where expected_row is the sum of the other rows of W, weighted by the
+softmax. The softmax is E times one factor per token. So expected_row is computed in the forward pass, while E of a chunk exists, and E
+is dropped: a frozen head costs no recomputation at any chunk size. Only a trained head needs E again: it is kept where all of it fits
+one chunk, else computed again. The target's column is removed from E, and 1 - p is computed from the float32 log-probability. This
+keeps the gradient of a confident token exact where the products are in bfloat16.
 
 The gradient of a trained head is summed in float32 over all tokens, one block of the vocabulary at a time, and rounded once. A sum in
 bfloat16 would lose small summands where there are many chunks, or where a word is often the target.
@@ -67,28 +67,28 @@ def token_log_probabilities(
     Returns [tokens], float32 (float64 for float64), the same on every rank, differentiable in hidden, weight and bias. The gradient of
     hidden is summed over the group, so it is complete on every rank. Tokens with a negative target cost nothing.
     """
-    cut = _Cut(group, vocab_size, first_row, chunk, columns, softcap)
+    shard = _Shard(group, vocab_size, first_row, chunk, columns, softcap)
     run = kernels.form(CROSS_ENTROPY, hidden.device, hidden.dtype).run
-    return run(hidden, weight, targets, bias, cut)  # type: ignore[no-any-return]
+    return run(hidden, weight, targets, bias, shard)  # type: ignore[no-any-return]
 
 
-def _in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, cut: "_Cut") -> Tensor:
+def _in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: "_Shard") -> Tensor:
     # Without this, needs_input_grad would be true for trained tensors also where no gradient is taken.
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     host = targets.cpu()
     kept = (host >= 0).nonzero()[:, 0]
     if len(kept) == len(host):
-        return _LogProbabilities.apply(hidden, weight, bias, send(host, hidden.device), host, cut)
+        return _LogProbabilities.apply(hidden, weight, bias, send(host, hidden.device), host, shard)
     host = host[kept]
     rows, targets = send(torch.stack([kept, host]), hidden.device)
-    chosen = _LogProbabilities.apply(hidden.index_select(0, rows), weight, bias, targets, host, cut)
+    chosen = _LogProbabilities.apply(hidden.index_select(0, rows), weight, bias, targets, host, shard)
     return chosen.new_zeros(len(hidden)).index_copy(0, rows, chosen)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **cut: Any) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, **shard: Any) -> Tensor:
     """The negative of `token_log_probabilities`, with the same arguments: [tokens], 0 where the label is negative."""
-    return -token_log_probabilities(hidden, weight, labels, **cut)
+    return -token_log_probabilities(hidden, weight, labels, **shard)
 
 
 def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
@@ -97,7 +97,7 @@ def soft_cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _Shard:
     """This rank's share of the vocabulary, and how many tokens and columns are computed at once."""
 
     group: ProcessGroup | None
@@ -178,44 +178,44 @@ def _slices(whole: int, size: int) -> Iterator[slice]:
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, host: Tensor, cut: _Cut
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, host: Tensor, shard: _Shard
     ) -> Tensor:
         """host: `targets` on the host."""
-        rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
+        rows, biases = shard.real_rows(weight), None if bias is None else shard.real_rows(bias)
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         local_lse = hidden.new_empty(len(targets), dtype=exact)
         target_logits = torch.zeros_like(local_lse)
-        pull = hidden.new_empty(hidden.shape, dtype=exact) if ctx.needs_input_grad[0] else None
+        expected_row = hidden.new_empty(hidden.shape, dtype=exact) if ctx.needs_input_grad[0] else None
         softmax: Tensor | None = None
-        if any(ctx.needs_input_grad[1:3]) and cut.keeps(len(targets), rows):
-            softmax = _whole_chunk(hidden, rows, biases, targets, cut, local_lse, target_logits, pull)
+        if any(ctx.needs_input_grad[1:3]) and shard.keeps(len(targets), rows):
+            softmax = _whole_chunk(hidden, rows, biases, targets, shard, local_lse, target_logits, expected_row)
         else:
-            for part in cut.chunks(len(targets), rows):
-                into = (local_lse[part], target_logits[part], None if pull is None else pull[part])
-                _chunk_in_blocks(hidden[part], rows, biases, targets[part], cut, *into)
-        lse, target_logits = _over_ranks(local_lse, target_logits, cut)
+            for part in shard.chunks(len(targets), rows):
+                into = (local_lse[part], target_logits[part], None if expected_row is None else expected_row[part])
+                _chunk_in_blocks(hidden[part], rows, biases, targets[part], shard, *into)
+        lse, target_logits = _over_ranks(local_lse, target_logits, shard)
         result = target_logits - lse
-        ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, pull, softmax)
-        ctx.cut, ctx.slope, ctx.host = cut, cut.slope(target_logits), host
+        ctx.save_for_backward(hidden, weight, bias, targets, result, lse, local_lse, expected_row, softmax)
+        ctx.shard, ctx.slope, ctx.host = shard, shard.slope(target_logits), host
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, result, lse, local_lse, pull, softmax = ctx.saved_tensors
-        cut: _Cut = ctx.cut
-        rows = cut.real_rows(weight)
-        towards = gradients[0] * -result.expm1()  # g (1 - p), exact for a confident token
+        hidden, weight, bias, targets, result, lse, local_lse, expected_row, softmax = ctx.saved_tensors
+        shard: _Shard = ctx.shard
+        rows = shard.real_rows(weight)
+        target_factor = gradients[0] * -result.expm1()  # g (1 - p), exact for a confident token
         if ctx.slope is not None:
-            towards = towards * ctx.slope
-        away = -gradients[0] * (local_lse - lse).exp()
+            target_factor = target_factor * ctx.slope
+        others_factor = -gradients[0] * (local_lse - lse).exp()
         hidden_gradient = weight_gradient = bias_gradient = None
-        if pull is not None:
-            whole = pull * away[:, None]
+        if expected_row is not None:
+            whole = expected_row * others_factor[:, None]
             if len(rows):
-                places, there = _found(targets - cut.first_row, len(rows))
-                whole.addcmul_(rows.index_select(0, places[:, 0]).to(whole.dtype), towards[:, None] * there)
-            if cut.ranks > 1 and len(targets):
-                dist.all_reduce(whole, group=cut.group)
+                places, there = _found(targets - shard.first_row, len(rows))
+                whole.addcmul_(rows.index_select(0, places[:, 0]).to(whole.dtype), target_factor[:, None] * there)
+            if shard.ranks > 1 and len(targets):
+                dist.all_reduce(whole, group=shard.group)
             hidden_gradient = whole.to(hidden.dtype)
         if any(ctx.needs_input_grad[1:3]):
             weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -230,9 +230,9 @@ class _LogProbabilities(torch.autograd.Function):
                 ctx.host,
                 local_lse,
                 softmax,
-                away,
-                towards,
-                cut,
+                others_factor,
+                target_factor,
+                shard,
             )
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
 
@@ -247,37 +247,39 @@ def _fill_head_gradients(
     host: Tensor,
     local_lse: Tensor,
     softmax: Tensor | None,
-    away: Tensor,
-    towards: Tensor,
-    cut: _Cut,
+    others_factor: Tensor,
+    target_factor: Tensor,
+    shard: _Shard,
 ) -> None:
     """Fills the gradients of a trained head, which are zero before, one block of vocabulary rows at a time.
 
     softmax: from `_whole_chunk`; None: it is computed again.
-    away, towards: [tokens], for the incoming gradient g. away is -g times this rank's share of the softmax over all ranks. towards is g
-    (1 - p), with a soft-cap times its derivative at the target.
+    others_factor, target_factor: [tokens], for the incoming gradient g. others_factor is -g times this rank's share of the softmax over
+    all ranks. target_factor is g (1 - p), with a soft-cap times its derivative at the target.
     """
-    rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
-    size, columns = cut.backward_sizes(len(targets), rows) if softmax is None else (len(targets), len(rows))
-    own = cut.own_by_block(host, len(rows), columns, rows.device)
+    rows, biases = shard.real_rows(weight), None if bias is None else shard.real_rows(bias)
+    size, columns = shard.backward_sizes(len(targets), rows) if softmax is None else (len(targets), len(rows))
+    own = shard.own_by_block(host, len(rows), columns, rows.device)
     for number, block in enumerate(_slices(len(rows), columns)):
         tokens, places = own[number]
-        weights, biased = _Sum.of(of_weight, block, away.dtype), _Sum.of(of_bias, block, away.dtype)
+        weights, biased = _Sum.of(of_weight, block, others_factor.dtype), _Sum.of(of_bias, block, others_factor.dtype)
         for part in _slices(len(targets), size):
             spread = softmax
             if spread is None:
                 given = (hidden[part], rows[block], None if biases is None else biases[block])
-                spread = _softmax_of_others(*given, targets[part] - cut.first_row - block.start, local_lse[part], cut)
+                spread = _softmax_of_others(
+                    *given, targets[part] - shard.first_row - block.start, local_lse[part], shard
+                )
             if weights is not None:
-                scaled = (hidden[part] * away[part, None]).to(hidden.dtype)
+                scaled = (hidden[part] * others_factor[part, None]).to(hidden.dtype)
                 _add_product(weights.total, spread.to(rows.dtype).t(), scaled)
             if biased is not None:
-                biased.total.add_(away[part] @ spread)
+                biased.total.add_(others_factor[part] @ spread)
         if weights is not None:
-            weights.total.index_add_(0, places, hidden[tokens] * towards[tokens, None])
+            weights.total.index_add_(0, places, hidden[tokens] * target_factor[tokens, None])
             weights.write()
         if biased is not None:
-            biased.total.index_add_(0, places, towards[tokens])
+            biased.total.index_add_(0, places, target_factor[tokens])
             biased.write()
 
 
@@ -305,28 +307,28 @@ def _whole_chunk(
     rows: Tensor,
     biases: Tensor | None,
     targets: Tensor,
-    cut: _Cut,
+    shard: _Shard,
     lse: Tensor,
     target_logits: Tensor,
-    pull: Tensor | None,
+    expected_row: Tensor | None,
 ) -> Tensor:
-    """Fills lse, target_logits and pull of one chunk of tokens. Returns the softmax over this rank's rows, with the target's column set
-    to 0.
+    """Fills lse, target_logits and expected_row of one chunk of tokens. Returns the softmax over this rank's rows, with the target's
+    column set to 0.
 
-    With a soft-cap, each number of the softmax is multiplied by the derivative of the cap, both in the result and in pull.
+    With a soft-cap, each number of the softmax is multiplied by the derivative of the cap, both in the result and in expected_row.
     """
-    logits = cut.logits(hidden, rows, biases)
-    slope = cut.slope(logits)
+    logits = shard.logits(hidden, rows, biases)
+    slope = shard.slope(logits)
     if len(rows):
-        places, there = _found(targets - cut.first_row, len(rows))
+        places, there = _found(targets - shard.first_row, len(rows))
         target_logits.copy_(logits.gather(1, places).masked_fill_(~there, 0)[:, 0])
     top, total = _exponentials(logits)
     lse.copy_(top + total.log())
     if len(rows):
         _take_out(logits, places, there)
     softmax = _by(logits.div_(total[:, None]), slope)
-    if pull is not None:
-        pull.copy_(softmax.to(rows.dtype) @ rows)
+    if expected_row is not None:
+        expected_row.copy_(softmax.to(rows.dtype) @ rows)
     return softmax
 
 
@@ -335,35 +337,35 @@ def _chunk_in_blocks(
     rows: Tensor,
     biases: Tensor | None,
     targets: Tensor,
-    cut: _Cut,
+    shard: _Shard,
     lse: Tensor,
     target_logits: Tensor,
-    pull: Tensor | None,
+    expected_row: Tensor | None,
 ) -> None:
-    """Fills lse, target_logits and pull of one chunk of tokens, one block of the vocabulary at a time.
+    """Fills lse, target_logits and expected_row of one chunk of tokens, one block of the vocabulary at a time.
 
     When a block has a larger logit, the sums so far are scaled down (arXiv:1805.02867).
     """
-    local = targets - cut.first_row
+    local = targets - shard.first_row
     tops = lse.new_full(lse.shape, -torch.inf)
     totals = torch.zeros_like(lse)
-    if pull is not None:
-        pull.zero_()
-    for block in cut.blocks(rows):
-        logits = cut.logits(hidden, rows[block], None if biases is None else biases[block])
-        slope = None if pull is None else cut.slope(logits)
+    if expected_row is not None:
+        expected_row.zero_()
+    for block in shard.blocks(rows):
+        logits = shard.logits(hidden, rows[block], None if biases is None else biases[block])
+        slope = None if expected_row is None else shard.slope(logits)
         places, there = _found(local - block.start, logits.shape[1])
         target_logits.add_(logits.gather(1, places).masked_fill_(~there, 0)[:, 0])
         before, tops = tops, torch.maximum(tops, logits.amax(-1))
         logits.sub_(tops[:, None]).exp_()
         shrink = (before - tops).exp_()
         totals.mul_(shrink).add_(logits.sum(-1))
-        if pull is not None:
+        if expected_row is not None:
             _take_out(logits, places, there)
-            _add_product(pull.mul_(shrink[:, None]), _by(logits, slope).to(rows.dtype), rows[block])
+            _add_product(expected_row.mul_(shrink[:, None]), _by(logits, slope).to(rows.dtype), rows[block])
     lse.copy_(tops + totals.log())
-    if pull is not None and len(rows):
-        pull.div_(totals[:, None])
+    if expected_row is not None and len(rows):
+        expected_row.div_(totals[:, None])
 
 
 def _take_out(numbers: Tensor, places: Tensor, there: Tensor) -> None:
@@ -384,14 +386,14 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _softmax_of_others(
-    hidden: Tensor, rows: Tensor, bias: Tensor | None, local: Tensor, lse: Tensor, cut: _Cut
+    hidden: Tensor, rows: Tensor, bias: Tensor | None, local: Tensor, lse: Tensor, shard: _Shard
 ) -> Tensor:
     """The softmax of tokens over some vocabulary rows, [tokens, rows], with the target's column set to 0.
 
     local: the target's row, counted from the first of `rows`; it may lie outside them. lse: over all rows of this rank.
     """
-    logits = cut.logits(hidden, rows, bias)
-    slope = cut.slope(logits)
+    logits = shard.logits(hidden, rows, bias)
+    slope = shard.slope(logits)
     softmax = _by(logits.sub_(lse[:, None]).exp_(), slope)
     _take_out(softmax, *_found(local, len(rows)))
     return softmax
@@ -405,13 +407,13 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
     return top, logits.sub_(top[:, None]).exp_().sum(-1)
 
 
-def _over_ranks(local_lse: Tensor, target_logits: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
+def _over_ranks(local_lse: Tensor, target_logits: Tensor, shard: _Shard) -> tuple[Tensor, Tensor]:
     """The log-sum-exp over all ranks' rows, and the target's logit from the rank that has it, with one gather."""
-    if cut.ranks == 1 or not len(local_lse):
+    if shard.ranks == 1 or not len(local_lse):
         return local_lse, target_logits
     mine = torch.stack([local_lse, target_logits])
-    parts = [torch.empty_like(mine) for _ in range(cut.ranks)]
-    dist.all_gather(parts, mine, group=cut.group)
+    parts = [torch.empty_like(mine) for _ in range(shard.ranks)]
+    dist.all_gather(parts, mine, group=shard.group)
     every = torch.stack(parts)
     return every[:, 0].logsumexp(0), every[:, 1].sum(0)
 

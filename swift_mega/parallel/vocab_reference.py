@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 def log_probabilities_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, cut: Any
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, shard: Any
 ) -> Tensor:
-    """The reference form of `token_log_probabilities` in parallel/vocab.py; shapes as there. cut: this rank's share of the vocabulary."""
+    """The reference form of `token_log_probabilities` in parallel/vocab.py; shapes as there. shard: this rank's share of the vocabulary."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    group = cut.group if cut.ranks > 1 else None
-    rows, biases = cut.real_rows(weight), None if bias is None else cut.real_rows(bias)
+    group = shard.group if shard.ranks > 1 else None
+    rows, biases = shard.real_rows(weight), None if bias is None else shard.real_rows(bias)
     logits = F.linear(hidden if group is None else _SumGradient.apply(hidden, group), rows, biases).to(exact)
-    if cut.softcap is not None:
-        logits = cut.softcap * torch.tanh(logits / cut.softcap)
-    local = targets.to(hidden.device) - cut.first_row
+    if shard.softcap is not None:
+        logits = shard.softcap * torch.tanh(logits / shard.softcap)
+    local = targets.to(hidden.device) - shard.first_row
     mine = (local >= 0) & (local < len(rows))
     # A rank may have no rows but padding.
     largest = logits.detach().amax(-1) if len(rows) else logits.new_full(logits.shape[:1], -torch.inf)

@@ -131,7 +131,7 @@ def load_training(run: schema.Run, device: Device, groups: Groups) -> Loaded:
     tuner.attach(part, seed=run.train.seed)
     _let_gradients_pass(part)
     for directory in run.model.adapters:
-        load_adapter(directory, list(tuner.held(part)), part, tuner.adapter_config(part, run.model.path))
+        load_adapter(directory, list(tuner.exported(part)), part, tuner.adapter_config(part, run.model.path))
     base = None
     if any(each.weights == "base" for each in objective.passes()) and tuner.reference(part) is None:
         copy = build_part(run, device, groups, dtype=dtype, reads_inputs=False, source=source)

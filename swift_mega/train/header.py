@@ -31,7 +31,7 @@ def ops(part: ModelPart, device: Device) -> str:
     """Which form of each op runs, and what better forms need: "attention: torch flash (fused); rope: …"."""
     mesh, kernels, dtype = part.layout.mesh, part.kernels, part.config.params_dtype
     found = uses(part.settings, mesh, te=te_layers(device, dtype, kernels))
-    words = ["attention: Transformer Engine's"] if mesh.engine else []
+    words = ["attention: Transformer Engine's"] if mesh.te else []
     return "; ".join(words + [f"{use.op.name}: {kernels.text(use, device.device, dtype)}" for use in found])
 
 

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 HOST = torch.device("cpu")
 
 
-class Bus:
+class HostCopies:
     """Copies between device and host, both directions on one copy stream beside the compute stream.
 
     One stream keeps copies of the same memory in order. Device memory is allocated and freed in the order of the compute stream: it
@@ -33,7 +33,7 @@ class Bus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.leaving: Parked | None = None
+        self.leaving: OffloadedInput | None = None
         """The input that was copied to the host last. Its device memory is freed when the next one is copied."""
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -63,40 +63,40 @@ def copy(source: Tensor, target: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
-class Parked:
+class OffloadedInput:
     """A layer's input that is on the host, or is being copied there or back."""
 
-    def __init__(self, bus: Bus, tensor: Tensor, before: "Parked | None") -> None:
+    def __init__(self, copies: HostCopies, tensor: Tensor, before: "OffloadedInput | None") -> None:
         """before: the input that was saved before this one; the backward pass needs it next."""
-        self.bus, self.before = bus, before
+        self.copies, self.before = copies, before
         self.wanted = 1
         self.on_device: Tensor | None = tensor
-        self.on_host, self.copied = bus.to_host(tensor)
-        if bus.leaving is not None:
-            bus.leaving.give_back()
-        bus.leaving = self
+        self.on_host, self.copied = copies.to_host(tensor)
+        if copies.leaving is not None:
+            copies.leaving.give_back()
+        copies.leaving = self
 
     def give_back(self) -> None:
         """Frees its device memory, after the copy to the host."""
-        self.bus.wait(self.copied)
+        self.copies.wait(self.copied)
         self.on_device = None
 
     def fetch(self) -> None:
         """Starts the copy to the device, where it is still needed and not on the device."""
         if self.on_device is None and self.wanted > 0:
-            self.on_device, self.copied = self.bus.to_device(self.on_host)
+            self.on_device, self.copied = self.copies.to_device(self.on_host)
 
     def take(self) -> Tensor:
         """The tensor on the device, ready for kernels that are queued after this call. Also starts the copy of `before`."""
         # A graph that is kept (retain_graph) takes the tensor again.
         self.wanted = max(self.wanted, 1)
         self.fetch()
-        self.bus.wait(self.copied)
+        self.copies.wait(self.copied)
         tensor, self.on_device = self.on_device, None
         assert tensor is not None
         self.wanted -= 1
-        if self.bus.leaving is self:
-            self.bus.leaving = None
+        if self.copies.leaving is self:
+            self.copies.leaving = None
         if self.before is not None:
             self.before.fetch()
         return tensor
@@ -105,25 +105,25 @@ class Parked:
 class _Pass:
     """The tensors that the layers of one chunk save for one microbatch."""
 
-    def __init__(self, bus: Bus, received: Tensor | None) -> None:
-        self.bus, self.received = bus, received
-        self.last: Parked | None = None
-        self.seen: dict[Any, Parked] = {}
+    def __init__(self, copies: HostCopies, received: Tensor | None) -> None:
+        self.copies, self.received = copies, received
+        self.last: OffloadedInput | None = None
+        self.seen: dict[Any, OffloadedInput] = {}
 
     def pack(self, tensor: Tensor) -> Any:
         """Called when autograd saves a tensor; autograd saves the return value instead."""
-        if not tensor.is_floating_point() or self._held_elsewhere(tensor):
+        if not tensor.is_floating_point() or self._kept_elsewhere(tensor):
             return tensor
         # A weak reference is enough: while one exists, no other storage gets the same address.
         place = (StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset(), tensor.shape, tensor.stride())
-        parked = self.seen.get(place)
-        if parked is None:
-            parked = self.last = self.seen[place] = Parked(self.bus, tensor, self.last)
+        offloaded = self.seen.get(place)
+        if offloaded is None:
+            offloaded = self.last = self.seen[place] = OffloadedInput(self.copies, tensor, self.last)
         else:
-            parked.wanted += 1
-        return parked
+            offloaded.wanted += 1
+        return offloaded
 
-    def _held_elsewhere(self, tensor: Tensor) -> bool:
+    def _kept_elsewhere(self, tensor: Tensor) -> bool:
         """Whether something else keeps the tensor on the device: parameters, their views, and the input that a pipeline stage received,
         which the schedule keeps for its gradient.
         """
@@ -135,14 +135,14 @@ class _Pass:
 
 
 def _unpack(saved: Any) -> Tensor:
-    return saved.take() if isinstance(saved, Parked) else saved
+    return saved.take() if isinstance(saved, OffloadedInput) else saved
 
 
 class _Layers:
     """Sets the hooks in the forward pass of a transformer block, from its begin up to the final norm."""
 
-    def __init__(self, block: Any, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, block: Any, copies: HostCopies) -> None:
+        self.copies = copies
         self.hooks: saved_tensors_hooks | None = None
         block.register_forward_pre_hook(self._begin)
         block.register_forward_hook(self._end, always_call=True)
@@ -153,7 +153,7 @@ class _Layers:
     def _begin(self, block: Any, given: Any) -> None:
         # Otherwise there is no backward pass and no recomputation.
         if block.training and torch.is_grad_enabled():
-            one = _Pass(self.bus, block.input_tensor)
+            one = _Pass(self.copies, block.input_tensor)
             self.hooks = saved_tensors_hooks(one.pack, _unpack)
             self.hooks.__enter__()
 
@@ -163,9 +163,9 @@ class _Layers:
             self.hooks = None
 
 
-def offload_layer_inputs(chunks: Sequence[Any], device: torch.device) -> Bus:
+def offload_layer_inputs(chunks: Sequence[Any], device: torch.device) -> HostCopies:
     """Offloads layer inputs in all chunks of this rank, from now on. Every decoder layer has to be recomputed (full recomputation)."""
-    bus = Bus(device)
+    copies = HostCopies(device)
     for chunk in chunks:
-        _Layers(chunk.decoder, bus)
-    return bus
+        _Layers(chunk.decoder, copies)
+    return copies

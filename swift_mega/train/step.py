@@ -23,7 +23,7 @@ from swift_mega.models.modules.balancing import BALANCE, RouterLosses, Z, has_ro
 from swift_mega.models.modules.router import Router
 from swift_mega.objectives.objective import Head, Output
 from swift_mega.parallel.context import Context
-from swift_mega.parallel.sequence import held_tokens
+from swift_mega.parallel.sequence import local_tokens
 from swift_mega.train.wire import Training
 
 
@@ -169,7 +169,7 @@ def _run_passes(training: Training, batch: Sequence[Microbatch]) -> list[dict[st
 
 def _hidden(training: Training, whole: Microbatch, model: torch.nn.Module) -> tuple[Tensor, Microbatch]:
     """The output of a chunk for a microbatch, and this context rank's part of it."""
-    row = _to(held_part(whole, training.groups.row), training.device.device)
+    row = _to(local_part(whole, training.groups.row), training.device.device)
     return model(row.tokens, row.positions, row.cu_seqlens, training.groups.row, _padding(training, whole)), row
 
 
@@ -228,12 +228,12 @@ def _await_head(training: Training, model: DistributedDataParallel) -> None:
             model.param_to_bucket_group[parameter].finish_param_sync()
 
 
-def held_part(row: Microbatch, context: Context | None) -> Microbatch:
+def local_part(row: Microbatch, context: Context | None) -> Microbatch:
     """This context rank's tokens of a packed row; cu_seqlens and lengths stay those of the whole row."""
     if context is None:
         return row
-    held = held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
-    return replace(row, tokens=row.tokens[held], labels=row.labels[held], positions=row.positions[..., held])
+    local = local_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)
+    return replace(row, tokens=row.tokens[local], labels=row.labels[local], positions=row.positions[..., local])
 
 
 def _padding(training: Training, row: Microbatch) -> Tensor | None:
@@ -242,7 +242,7 @@ def _padding(training: Training, row: Microbatch) -> Tensor | None:
     if padding is None:
         return None
     if (context := training.groups.row) is not None:
-        padding = padding[held_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)]
+        padding = padding[local_tokens(row.cu_seqlens.tolist(), context.mesh, context.rank)]
     return send(padding, training.device.device)
 
 

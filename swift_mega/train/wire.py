@@ -22,7 +22,7 @@ from torch import Tensor
 from swift_mega.config import schema
 from swift_mega.device.device import Device
 from swift_mega.errors import AgreedError, UserError
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.groups import Groups
 from swift_mega.train.build import Loaded, load_training
@@ -58,7 +58,7 @@ def wire(loaded: Loaded, *, steps: int, step: int = 1) -> Training:
     run, part, tuner = loaded.run, loaded.part, loaded.tuner
     trainable = tuner.trainable(step)
     if trainable is not None:
-        _choose(list(tuner.held(part)), trainable, step)
+        _choose(list(tuner.exported(part)), trainable, step)
     chunks = _wrap(run, part)
     weight = torch.ones((), dtype=torch.float64, device=loaded.device.device)
     optimizer = _optimizer(loaded, chunks)
@@ -109,10 +109,10 @@ def _take_apart(training: Training) -> None:
     training.optimizer = training.scheduler = None
 
 
-def _choose(held: Sequence[Held], patterns: Sequence[str], step: int) -> None:
+def _choose(named: Sequence[NamedParameter], patterns: Sequence[str], step: int) -> None:
     """Freezes the parameters that no pattern selects. UserError where a pattern selects no parameter of any rank."""
     hit = [0] * len(patterns)
-    for one in held:
+    for one in named:
         # The head of a tied model is the embedding again, on another stage.
         name = EMBEDDING if one.copy else one.name
         chosen = [fnmatchcase(name, pattern) for pattern in patterns]
@@ -124,7 +124,7 @@ def _choose(held: Sequence[Held], patterns: Sequence[str], step: int) -> None:
         if not any(found):
             raise AgreedError(
                 f"step {step}: the tuner trains {pattern!r}, and no parameter of the model has such a name; names are like "
-                f"{held[0].name if held else 'decoder.layers.0.mlp.linear_fc1.weight'}"
+                f"{named[0].name if named else 'decoder.layers.0.mlp.linear_fc1.weight'}"
             )
 
 
@@ -191,7 +191,9 @@ def _optimizer(loaded: Loaded, chunks: list[DistributedDataParallel]) -> Any:
     run, part, tuner = loaded.run, loaded.part, loaded.tuner
     config = _optimizer_config(run, part)
     mine = [
-        held for held in tuner.held(part) if held.parameter.requires_grad and tuner.own_optimizer and tuner.owns(held)
+        named
+        for named in tuner.exported(part)
+        if named.parameter.requires_grad and tuner.own_optimizer and tuner.owns(named)
     ]
     # Float32 shards are views of weights. With offloading, a torch optimizer gets them, and it accepts only leaf tensors.
     with torch.no_grad(), _left_out(mine):
@@ -199,23 +201,25 @@ def _optimizer(loaded: Loaded, chunks: list[DistributedDataParallel]) -> Any:
     if not tuner.own_optimizer:
         return megatron
     # All ranks have the same optimizers, with parameters or without, because each takes part in the norm's sum.
-    own = [_own(loaded, config, [held for held in mine if held.expert == expert], expert) for expert in (False, True)]
+    own = [
+        _own(loaded, config, [named for named in mine if named.expert == expert], expert) for expert in (False, True)
+    ]
     return ChainedOptimizer([*megatron.chained_optimizers, *own])
 
 
 @contextmanager
-def _left_out(mine: Sequence[Held]) -> Iterator[None]:
+def _left_out(mine: Sequence[NamedParameter]) -> Iterator[None]:
     """Within it, parameters do not require gradients: Megatron's optimizer takes those that do."""
-    for held in mine:
-        held.parameter.requires_grad_(False)
+    for named in mine:
+        named.parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for held in mine:
-            held.parameter.requires_grad_(True)
+        for named in mine:
+            named.parameter.requires_grad_(True)
 
 
-def _own(loaded: Loaded, config: OptimizerConfig, mine: Sequence[Held], expert: bool) -> Any:
+def _own(loaded: Loaded, config: OptimizerConfig, mine: Sequence[NamedParameter], expert: bool) -> Any:
     """The tuner's optimizer over these parameters inside Megatron's, which copies bfloat16 weights to float32, sums norms and clips."""
     optim = loaded.run.optim
     rates = {"lr": optim.lr, "weight_decay": optim.weight_decay, "max_lr": optim.lr, "min_lr": optim.min_lr}
@@ -226,7 +230,7 @@ def _own(loaded: Loaded, config: OptimizerConfig, mine: Sequence[Held], expert: 
         "default_config": True,
         "is_expert_parallel": expert,
     }
-    groups = [{"params": [held.parameter], "held": held, **rates, **marks} for held in mine]
+    groups = [{"params": [named.parameter], "named": named, **rates, **marks} for named in mine]
     inner = loaded.tuner.optimizer(groups) if groups else None
     if loaded.part.config.bf16:
         made: Any = Float16OptimizerWithFloat16Params(inner, config, None, _no_state)

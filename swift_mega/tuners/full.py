@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from swift_mega.config import schema
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.tuners.tuner import Tuner
 
 
@@ -16,8 +16,8 @@ class Full(Tuner):
         for chunk in part.chunks:
             chunk.requires_grad_(True)
 
-    def held(self, part: ModelPart) -> Iterator[Held]:
-        return part.held()
+    def exported(self, part: ModelPart) -> Iterator[NamedParameter]:
+        return part.named_parameters()
 
 
 TUNER = Full

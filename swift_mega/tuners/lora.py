@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from swift_mega.config import schema
 from swift_mega.models import settings as model_settings
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Fused, Heads, Pack
 from swift_mega.parallel.groups import EXPERT_INPUT
@@ -56,8 +56,8 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, down = ctx.saved_tensors
         grad = gradients[0].flatten(0, -2)
-        towards_x = (grad @ down).view_as(x) if ctx.needs_input_grad[0] else None
-        return towards_x, *(grad.t() @ x.flatten(0, -2)).chunk(ctx.parts)
+        grad_x = (grad @ down).view_as(x) if ctx.needs_input_grad[0] else None
+        return grad_x, *(grad.t() @ x.flatten(0, -2)).chunk(ctx.parts)
 
 
 class _Up(torch.autograd.Function):
@@ -87,11 +87,11 @@ class _Up(torch.autograd.Function):
         adapter: Adapter = ctx.adapter
         grad = gradients[0].reshape(-1, gradients[0].shape[-1])
         narrow = a.flatten(0, -2) * adapter.scale
-        towards_a, towards_ups = torch.empty_like(narrow), []
+        grad_a, grad_ups = torch.empty_like(narrow), []
         for (rows, columns), up in zip(adapter.blocks, ups, strict=True):
-            torch.mul(_thin(grad[:, rows], up.t()), adapter.scale, out=towards_a[:, columns])
-            towards_ups.append((narrow[:, columns].t() @ grad[:, rows]).t())
-        return gradients[0], towards_a.view_as(a), None, *adapter.factors(towards_ups)
+            torch.mul(_thin(grad[:, rows], up.t()), adapter.scale, out=grad_a[:, columns])
+            grad_ups.append((narrow[:, columns].t() @ grad[:, rows]).t())
+        return gradients[0], grad_a.view_as(a), None, *adapter.factors(grad_ups)
 
 
 class _ExpertDown(torch.autograd.Function):
@@ -145,11 +145,11 @@ class Adapter(nn.Module):
     ) -> None:
         """size, rank: of the mesh axis that shards the linear. sequence: activations are sharded by tokens (sequence parallelism)."""
         super().__init__()
-        weight, self.heads = target.held.parameter, heads
+        weight, self.heads = target.named.parameter, heads
         # A Hugging Face linear that is itself fused has one pair of factors; its `up` has the row order of the Hugging Face weight.
-        laid_out = target.held.rule.pack.linear
+        laid_out = target.named.rule.pack.linear
         self.pack = COLUMN if isinstance(laid_out, Fused) else laid_out
-        self.row, self.expert = self.pack.axis == 1, target.held.expert
+        self.row, self.expert = self.pack.axis == 1, target.named.expert
         self.size, self.rank, self.sequence = size, rank, sequence and not self.expert
         self.lora_rank = settings.rank
         self.scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
@@ -162,7 +162,7 @@ class Adapter(nn.Module):
         if self.used is not None:
             shares = self.pack.shares(heads)
             self.kept = [share * weight.shape[0] // sum(shares) for share in shares]
-        self.names = [name.split(".")[-2] for name in target.held.parts]
+        self.names = [name.split(".")[-2] for name in target.named.parts]
         self.chosen = target.parts
         self.blocks, self.apart = self._blocks()
         make: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
@@ -174,8 +174,8 @@ class Adapter(nn.Module):
                 up = nn.Parameter(torch.zeros(out, settings.rank, **make))
                 self.register_parameter(f"down_{name}", down)
                 self.register_parameter(f"up_{name}", up)
-                self._mark(down, weight, cut=self.row)
-                self._mark(up, weight, cut=not self.row)
+                self._mark(down, weight, sharded=self.row)
+                self._mark(up, weight, sharded=not self.row)
 
     @property
     def down(self) -> dict[str, nn.Parameter]:
@@ -192,14 +192,14 @@ class Adapter(nn.Module):
             name: getattr(self, prefix + name) for name, chosen in zip(self.names, self.chosen, strict=True) if chosen
         }
 
-    def _mark(self, parameter: nn.Parameter, weight: nn.Parameter, *, cut: bool) -> None:
+    def _mark(self, parameter: nn.Parameter, weight: nn.Parameter, *, sharded: bool) -> None:
         """Sets the attributes from which Megatron decides which ranks reduce a gradient, and which rank counts it in the norm."""
         first = parallel_state.get_expert_tensor_parallel_rank() == 0 if self.expert else False
-        parameter.tensor_model_parallel = cut or first  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = sharded or first  # type: ignore[attr-defined]
         parameter.partition_dim, parameter.partition_stride = int(self.row), 1  # type: ignore[attr-defined]
         parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
         # With sequence parallelism, each rank has a partial gradient of a replicated factor, so Megatron must sum it.
-        parameter.sequence_parallel = self.sequence and not cut  # type: ignore[attr-defined]
+        parameter.sequence_parallel = self.sequence and not sharded  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def initialise(self, modules: dict[str, str], seed: int) -> None:
@@ -359,7 +359,7 @@ class Lora(Tuner):
         for chunk in part.chunks:
             chunk.requires_grad_(False)
         for target in list(find_targets(part, self.settings.target_modules)):
-            rank, size = part.tensor_axis(target.held)
+            rank, size = part.tensor_axis(target.named)
             adapter = Adapter(
                 target,
                 settings=self.settings,
@@ -368,7 +368,7 @@ class Lora(Tuner):
                 rank=rank,
                 sequence=part.layout.sequence,
             )
-            modules = {name.split(".")[-2]: part.family.module(name) for name in target.held.parts}
+            modules = {name.split(".")[-2]: part.family.module(name) for name in target.named.parts}
             adapter.initialise(modules, seed)
             self._place(target, adapter)
 
@@ -395,17 +395,17 @@ class Lora(Tuner):
             for adapter in adapters:
                 adapter.off = False
 
-    def held(self, part: ModelPart) -> Iterator[Held]:
+    def exported(self, part: ModelPart) -> Iterator[NamedParameter]:
         for target in find_targets(part, self.settings.target_modules):
             found = target.linear.adapter
             adapter = found if target.index is None else found[target.index]
-            for name, template in zip(adapter.names, target.held.rule.parts, strict=True):
+            for name, template in zip(adapter.names, target.named.rule.parts, strict=True):
                 if name in adapter.down:
                     module = part.family.module(template)
-                    yield _factor(target.held, adapter.down[name], module, "A", ROW if adapter.row else REPLICATED)
-                    pack = target.held.rule.pack.linear
+                    yield _factor(target.named, adapter.down[name], module, "A", ROW if adapter.row else REPLICATED)
+                    pack = target.named.rule.pack.linear
                     up = REPLICATED if adapter.row else pack if isinstance(pack, Fused) else COLUMN
-                    yield _factor(target.held, adapter.up[name], module, "B", up)
+                    yield _factor(target.named, adapter.up[name], module, "B", up)
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:
         chosen = self.settings.target_modules
@@ -420,7 +420,7 @@ class Lora(Tuner):
             "use_rslora": self.settings.rslora,
             "target_modules": sorted(names),
             "bias": "none",
-            "fan_in_fan_out": bool(part.family.turned_weights),
+            "fan_in_fan_out": bool(part.family.transposed_weights),
             "inference_mode": True,
             "init_lora_weights": True,
             "use_dora": False,
@@ -428,12 +428,12 @@ class Lora(Tuner):
         }
 
 
-def _factor(base: Held, parameter: nn.Parameter, module: str, letter: str, pack: Pack) -> Held:
+def _factor(base: NamedParameter, parameter: nn.Parameter, module: str, letter: str, pack: Pack) -> NamedParameter:
     """An adapter factor as an exported tensor: under PEFT's name, sharded like its linear."""
     hf = f"base_model.model.{module}.lora_{letter}.weight"
     leaf = module.split(".")[-1]
     name = base.name.removesuffix("weight") + f"adapter.{'down' if letter == 'A' else 'up'}.{leaf}"
-    return Held(name, parameter, Rule(name, (hf,), pack), base.numbers, False)
+    return NamedParameter(name, parameter, Rule(name, (hf,), pack), base.numbers, False)
 
 
 TUNER = Lora

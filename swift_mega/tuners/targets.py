@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swift_mega.errors import UserError
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family
 from swift_mega.models.linears import LINEAR, STACKED, modules_of
 from swift_mega.models.settings import Settings
@@ -22,7 +22,7 @@ class Target:
 
     linear: Any
     """An nn.Module. Typed as Any, because attributes are added to it that its class does not declare."""
-    held: Held
+    named: NamedParameter
     parts: tuple[bool, ...]
     index: int | None
     """Number of the expert on this rank, in a grouped linear; None for a linear that is not grouped."""
@@ -83,11 +83,11 @@ def find_targets(part: ModelPart, targets: Sequence[str]) -> Iterator[Target]:
     }
     # A set, since an adapter may name thousands of experts.
     asked = frozenset(targets)
-    for held in part.held():
-        if not LINEAR.fullmatch(held.name) or STACKED.fullmatch(held.rule.parts[0]):
+    for named in part.named_parameters():
+        if not LINEAR.fullmatch(named.name) or STACKED.fullmatch(named.rule.parts[0]):
             continue
-        chosen = tuple(wanted(part.family.module(name), asked) for name in held.parts)
+        chosen = tuple(wanted(part.family.module(name), asked) for name in named.parts)
         if any(chosen):
-            linear = owners[id(held.parameter)]
-            local = next(name for name, value in linear.named_parameters(recurse=False) if value is held.parameter)
-            yield Target(linear, held, chosen, int(local.removeprefix("weight")) if local != "weight" else None)
+            linear = owners[id(named.parameter)]
+            local = next(name for name, value in linear.named_parameters(recurse=False) if value is named.parameter)
+            yield Target(linear, named, chosen, int(local.removeprefix("weight")) if local != "weight" else None)

@@ -2,7 +2,7 @@
 
 A tuner decides which parameters are trained and what a checkpoint of the run contains. Its methods are called in this order: `check`
 before ranks start; `reshape` before the model is built; `prepare` while its weights are loaded; `attach` once they are; `trainable` before
-every step; `optimizer` whenever DDP and optimizer are made; `reference` for frozen passes of an objective; `held`, `config_edits` and
+every step; `optimizer` whenever DDP and optimizer are made; `reference` for frozen passes of an objective; `exported`, `config_edits` and
 `adapter_config` for every checkpoint.
 """
 
@@ -19,7 +19,7 @@ from swift_mega.convert.source import Source
 from swift_mega.discover import choose
 from swift_mega.errors import UserError
 from swift_mega.models import settings as model_settings
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family
 
 
@@ -51,7 +51,7 @@ class Tuner(ABC):
         """The model to build and load: the source itself, or one with other settings and a view of its tensors (more layers, …)."""
         return source
 
-    def prepare(self, held: Held) -> Callable[[Tensor], None] | None:
+    def prepare(self, named: NamedParameter) -> Callable[[Tensor], None] | None:
         """How a weight of the model is kept. None: as a plain parameter. Else a function that takes this rank's value when it is loaded.
 
         The function keeps the value in a form of its own (quantised, say), and the plain parameter stays empty.
@@ -66,22 +66,22 @@ class Tuner(ABC):
         """
 
     def trainable(self, step: int) -> tuple[str, ...] | None:
-        """Which of the parameters in `held` are trained in optimizer step `step` (from 1), as shell patterns of their names.
+        """Which of the parameters in `exported` are trained in optimizer step `step` (from 1), as shell patterns of their names.
 
         Depends on the step alone, so that all ranks change at once. Where the answer changes, DDP and optimizer are made anew: the
         optimizer's state starts from zero. None: all that `attach` left trainable.
         """
         return None
 
-    def owns(self, held: Held) -> bool:
+    def owns(self, named: NamedParameter) -> bool:
         """Whether the tuner's own optimizer steps this parameter (with `own_optimizer`)."""
         return False
 
     def optimizer(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of the parameters that it `owns`: a torch optimizer over `groups`.
 
-        Each group has one parameter (`params`), its `held`, and the rates that Megatron's scheduler sets (`lr`, `weight_decay`). Clipping
-        by the norm over all parameters, and float32 copies of bfloat16 weights, are the framework's.
+        Each group has one parameter (`params`), its NamedParameter (`named`), and the rates that Megatron's scheduler sets (`lr`,
+        `weight_decay`). Clipping by the norm over all parameters, and float32 copies of bfloat16 weights, are the framework's.
         """
         raise NotImplementedError(f"{type(self).__name__} has own_optimizer and no optimizer")
 
@@ -94,7 +94,7 @@ class Tuner(ABC):
         return {}
 
     @abstractmethod
-    def held(self, part: ModelPart) -> Iterator[Held]:
+    def exported(self, part: ModelPart) -> Iterator[NamedParameter]:
         """This rank's parameters that a checkpoint contains: the whole model, or the added parameters."""
 
     def adapter_config(self, part: ModelPart, base: str) -> dict[str, Any] | None:

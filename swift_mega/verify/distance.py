@@ -128,18 +128,18 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     @property
-    def departs(self) -> Distance | None:
+    def first_difference(self) -> Distance | None:
         """The first point whose relative difference is larger than the tolerance, or is NaN."""
         return next((found for found in self.distances if not found.relative <= self.tolerance), None)
 
     @property
     def passed(self) -> bool:
         """Whether the relative difference is within the tolerance at every point."""
-        return self.departs is None
+        return self.first_difference is None
 
     def table(self) -> str:
         """A line for each point, the agreement of next tokens, and the result."""
-        agreed, departs = self.agreement, self.departs
+        agreed, first = self.agreement, self.first_difference
         lines = [*self.notes, f"A  {self.a}", f"B  {self.b}", ""]
         lines.append(f"{'point':12} {'max abs':>9} {'relative':>9} {'cosine':>10}  {'':4} worst at")
         for found in self.distances:
@@ -156,12 +156,12 @@ class Comparison:
         )
         lines.append(f"KL      {agreed.divergence / agreed.positions:.1e} nats per position")
         of = f"({self.dtype}, {self.prompts} prompts; relative: rms(B - A) / rms(A) of a token)"
-        if departs is None:
+        if first is None:
             return "\n".join([*lines, f"A and B are equal within {self.tolerance:g} at every point {of}"])
         return "\n".join(
             [
                 *lines,
-                f"first difference at {departs.point}: {departs.relative:.1e}, beyond the tolerance of {self.tolerance:g} {of}",
+                f"first difference at {first.point}: {first.relative:.1e}, beyond the tolerance of {self.tolerance:g} {of}",
             ]
         )
 
@@ -175,7 +175,7 @@ class Comparison:
             "tolerance": self.tolerance,
             "prompts": self.prompts,
             "passed": self.passed,
-            "departs": None if self.departs is None else self.departs.point,
+            "first_difference": None if self.first_difference is None else self.first_difference.point,
             "points": [{key: _finite(value) for key, value in asdict(found).items()} for found in self.distances],
             "positions": agreed.positions,
             "k": agreed.k,
@@ -203,14 +203,14 @@ class Comparison:
             range(len(names)), values, color="tab:blue", marker="o", markersize=3, label="relative difference"
         )
         axes.axhline(self.tolerance, color="tab:gray", linestyle="--", label=f"tolerance {self.tolerance:g}")
-        if self.departs is not None:
-            place = self.distances.index(self.departs)
-            axes.axvline(place, color="tab:red", alpha=0.5, label=f"first difference at {self.departs.point}")
+        if self.first_difference is not None:
+            place = self.distances.index(self.first_difference)
+            axes.axvline(place, color="tab:red", alpha=0.5, label=f"first difference at {self.first_difference.point}")
         axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 12 else 30, fontsize=8)
         verdict = (
             "equal within the tolerance"
             if self.passed
-            else f"first difference at {self.departs and self.departs.point}"
+            else f"first difference at {self.first_difference and self.first_difference.point}"
         )
         axes.set(xlabel="point", ylabel="rms(B - A) / rms(A), worst token", title=f"A and B: {verdict} ({self.dtype})")
         axes.grid(alpha=0.3)

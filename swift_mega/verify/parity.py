@@ -23,7 +23,7 @@ from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
-from swift_mega.models.build import Held
+from swift_mega.models.build import NamedParameter
 from swift_mega.objectives.objective import Output
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.agree import agree, on_first_rank
@@ -148,9 +148,9 @@ def random_adapter(run: schema.Run, device: Device, layout: Layout, output: Path
         training = build_training(run, device, groups, steps=1)
         draw = torch.Generator().manual_seed(run.train.seed)
         with torch.no_grad():
-            for held in training.tuner.held(training.part):
-                if ".adapter.up." in held.name:
-                    held.parameter.copy_(torch.randn(held.parameter.shape, generator=draw) * 0.05)
+            for named in training.tuner.exported(training.part):
+                if ".adapter.up." in named.name:
+                    named.parameter.copy_(torch.randn(named.parameter.shape, generator=draw) * 0.05)
         assert run.model.path is not None
         save_checkpoint(
             training.tuner,
@@ -184,7 +184,7 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
     loss = run_schedule(training, mine, forward_only=False).loss
     agree(on_first_rank(lambda: output.mkdir(parents=True, exist_ok=True)))
     _write_logits(training, logits, loss, output)
-    trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
+    trained = [named for named in training.tuner.exported(training.part) if named.parameter.requires_grad]
     write_directory(
         training.part,
         groups,
@@ -195,12 +195,12 @@ def write_measured(training: Training, rows: Rows, output: Path) -> None:
         companions=lambda staging: None,
         overwrite=True,
         value=_gradient,
-        any_number=True,
+        allow_nonfinite=True,
     )
 
 
-def _gradient(held: Held) -> Tensor:
-    return held.parameter.main_grad  # type: ignore[attr-defined]  # Megatron's, filled by its DDP
+def _gradient(named: NamedParameter) -> Tensor:
+    return named.parameter.main_grad  # type: ignore[attr-defined]  # Megatron's, filled by its DDP
 
 
 def collect_logits(training: Training, rows: Sequence[Microbatch]) -> list[list[Tensor]]:

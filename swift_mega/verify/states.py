@@ -34,7 +34,7 @@ from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.groups import Groups
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.build import build_part, dequantised_dtype
-from swift_mega.train.step import held_part
+from swift_mega.train.step import local_part
 from swift_mega.tuners.tuner import find_tuner
 from swift_mega.verify.transformers_side import decoder_layers, head_of, is_peft, network_of
 
@@ -58,7 +58,7 @@ class Side:
     """The directory of its config.json."""
     model: str | None
     """Directory that was given for config and tokenizer of a Megatron checkpoint written by another program."""
-    engine: Literal["mcore", "hf"]
+    backend: Literal["mcore", "hf"]
     mcore_files: bool
     layout: Layout | None
     """Layout of Megatron-core; None: transformers, which runs on one rank."""
@@ -80,7 +80,7 @@ def run_side(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take: T
 
     scratch: an existing folder for a copy of the checkpoint that transformers can read, where one is needed.
     """
-    if side.engine == "mcore":
+    if side.backend == "mcore":
         _run_mcore(side, device, rows, dtype, take)
     else:
         agree(on_first_rank(lambda: _run_transformers(side, device, rows, dtype, take, scratch)))
@@ -96,12 +96,12 @@ def _run_mcore(side: Side, device: Device, rows: Rows, dtype: torch.dtype, take:
     groups = parallel_groups.init(side.layout)
     try:
         part = _load_part(side, device, groups, dtype)
-        catch = _Catch(part, groups, Head(part, groups), [len(row) for row in rows], take)
-        catch.attach()
+        hooks = _StateHooks(part, groups, Head(part, groups), [len(row) for row in rows], take)
+        hooks.attach()
         batches = [(number, _microbatch(row, side.layout)) for number, row in enumerate(rows)]
         # The interleaved schedule needs a multiple of `pipeline` microbatches; the results of the added ones are ignored.
         batches += [(len(rows), batches[-1][1])] * (-len(rows) % side.layout.pipeline)
-        _forward_all(part, batches, partial(_step, catch, device.device))
+        _forward_all(part, batches, partial(_step, hooks, device.device))
     finally:
         parallel_groups.close()
 
@@ -137,7 +137,7 @@ def _load_part(side: Side, device: Device, groups: Groups, dtype: torch.dtype) -
     if side.adapter is not None:
         tuner = find_tuner(tuner_of(side.adapter, part.family, part.settings))
         tuner.attach(part, seed=run.train.seed)
-        load_adapter(side.adapter, list(tuner.held(part)), part, tuner.adapter_config(part, str(side.config)))
+        load_adapter(side.adapter, list(tuner.exported(part)), part, tuner.adapter_config(part, str(side.config)))
     for chunk in part.chunks:
         chunk.eval()
     return part
@@ -160,17 +160,17 @@ def _forward_all(part: ModelPart, batches: Sequence[tuple[int, Microbatch]], ste
 
 
 def _step(
-    catch: "_Catch", device: torch.device, batches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
+    hooks: "_StateHooks", device: torch.device, batches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
 ) -> tuple[Tensor, Any]:
-    catch.prompt, row = next(batches)
-    catch.bounds = row.cu_seqlens.tolist()
-    row = held_part(row, catch.groups.row)
-    hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens, catch.groups.row)
-    return hidden, partial(catch.last, model)
+    hooks.prompt, row = next(batches)
+    hooks.bounds = row.cu_seqlens.tolist()
+    row = local_part(row, hooks.groups.row)
+    hidden = model(row.tokens.to(device), row.positions.to(device), row.cu_seqlens, hooks.groups.row)
+    return hidden, partial(hooks.last, model)
 
 
 @dataclass
-class _Catch:
+class _StateHooks:
     """The hooks of one rank: they gather a state over tensor and context ranks and pass it to `take`."""
 
     part: ModelPart

@@ -52,24 +52,25 @@ def compare(directory: Path, layout: Layout, blueprint: blueprints.Blueprint, cp
     part = build_part(run, cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
     planned = {
         (share.slot.name, share.copy): share
-        for share in blueprints.shares(blueprint, layout, layout.coordinate(dist.get_rank()))
+        for share in blueprints.shards_of(blueprint, layout, layout.coordinate(dist.get_rank()))
     }
-    held = {
-        ("embedding.word_embeddings.weight" if one.copy else one.name, one.copy): one.parameter for one in part.held()
+    named = {
+        ("embedding.word_embeddings.weight" if one.copy else one.name, one.copy): one.parameter
+        for one in part.named_parameters()
     }
-    assert planned.keys() == held.keys(), planned.keys() ^ held.keys()
+    assert planned.keys() == named.keys(), planned.keys() ^ named.keys()
     for key, share in planned.items():
-        assert share.shape == tuple(held[key].shape), key
+        assert share.shape == tuple(named[key].shape), key
         value = blueprints.value_of(checkpoint, share, blueprint.settings, torch.float32)
-        assert torch.equal(value, held[key]), key
+        assert torch.equal(value, named[key]), key
     parallel_groups.close()
-    return len(held)
+    return len(named)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_ranks_hold_what_is_planned(ranks, cpu, tmp_path, family):
     directory = tiny.make(tmp_path, family)
-    blueprint = ranks(1, blueprints.draw, Source(directory))
+    blueprint = ranks(1, blueprints.make_blueprint, Source(directory))
     for name in LAYOUTS[family]:
         parallel, world = parse_layout(name)
         layout = plan_layout(parallel, load_settings(directory).shape, world, training=False)
@@ -103,7 +104,7 @@ def shapes_by_megatron(directory: Path, layout: Layout, rank: int) -> dict[str, 
         part = build(
             family_of(directory), settings, layout, layout.coordinate(rank), device=blueprints.META, config=config
         )
-    return {one.name: tuple(one.parameter.shape) for one in part.held()}
+    return {one.name: tuple(one.parameter.shape) for one in part.named_parameters()}
 
 
 LARGE = {
@@ -142,12 +143,12 @@ def test_a_large_layout_of_a_published_model(ranks, tmp_path, name):
     parallel, world, parameters, looked_at = LARGE[name]
     config = LLAMA_405B if name.startswith("llama") else json.loads(CONFIGS[name])
     (tmp_path / "config.json").write_text(json.dumps(config))
-    blueprint = ranks(1, blueprints.draw, Source(tmp_path))
+    blueprint = ranks(1, blueprints.make_blueprint, Source(tmp_path))
     layout = plan_layout(parallel, blueprint.settings.shape, world, training=False)
     assert blueprints.check_tiling(blueprint, layout) == parameters
     for rank in looked_at:
         planned = {
-            share.slot.name: share.shape for share in blueprints.shares(blueprint, layout, layout.coordinate(rank))
+            share.slot.name: share.shape for share in blueprints.shards_of(blueprint, layout, layout.coordinate(rank))
         }
         assert ranks(1, shapes_by_megatron, tmp_path, layout, rank) == planned
 

@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None], dict[str, Any], str]] = 
         {},
         r"k_proj.weight is \[30, 32\], config.json says \[32, 32\]",
     ),
-    "turned": (
+    "transposed": (
         "llama",
         replaced("model.layers.0.mlp.up_proj.weight", lambda t: t.t()),
         {},

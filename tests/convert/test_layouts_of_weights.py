@@ -111,7 +111,7 @@ def equals_by_hand(part: ModelPart, directory: Path, hf: Mapping[str, Tensor]) -
     """Compares every parameter of this rank; returns their number."""
     config = read_config(directory)
     if config["model_type"] not in COUNTED:
-        return sum(1 for _ in part.held())
+        return sum(1 for _ in part.named_parameters())
     experts = config.get("num_experts", config.get("num_local_experts", 0)) or 0
     place = by_hand.Place(
         tensor=(state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()),

@@ -115,14 +115,14 @@ def loaded(directory: Path, mcore: Path, layout: Layout, blueprint: blueprints.B
     checkpoint, settings = Checkpoint(directory), load_settings(directory)
     config = transformer_config(settings, layout, device=cpu, dtype=torch.float32, train=schema.Train(), given={})
     part = build(family_of(directory), settings, layout, groups.coordinate, device=cpu, config=config)
-    for held in part.held():
-        held.parameter.data.fill_(7)
+    for named in part.named_parameters():
+        named.parameter.data.fill_(7)
     load_mcore(part, groups, mcore)
     where = layout.coordinate(dist.get_rank())
-    planned = {(share.slot.name, share.copy): share for share in blueprints.shares(blueprint, layout, where)}
-    for held in part.held():
-        share = planned.pop(("embedding.word_embeddings.weight" if held.copy else held.name, held.copy))
-        assert torch.equal(held.parameter, blueprints.value_of(checkpoint, share, settings, torch.float32)), held.name
+    planned = {(share.slot.name, share.copy): share for share in blueprints.shards_of(blueprint, layout, where)}
+    for named in part.named_parameters():
+        share = planned.pop(("embedding.word_embeddings.weight" if named.copy else named.name, named.copy))
+        assert torch.equal(named.parameter, blueprints.value_of(checkpoint, share, settings, torch.float32)), named.name
     assert not planned
     parallel_groups.close()
     return 1
@@ -143,13 +143,13 @@ def test_megatron_reads_it_in_any_layout(ranks, cpu, tmp_path, name, written, la
     api.convert(source=str(directory), to="mcore", output=str(tmp_path / "mcore"), parallel=parallel)
     for word in layouts:
         _, layout = layout_of(directory, word)
-        blueprint = ranks(1, blueprints.draw, Source(directory))
+        blueprint = ranks(1, blueprints.make_blueprint, Source(directory))
         # The vocabulary is padded for the layout that a checkpoint is written in; Megatron allows another length when it loads.
         ranks(layout.world, loaded, directory, tmp_path / "mcore", layout, blueprint, cpu)
 
 
 def streamed(directory: Path, output: Path, layout: Layout, most: int) -> None:
-    blueprint = blueprints.draw(Source(directory), dtype=torch.bfloat16)
+    blueprint = blueprints.make_blueprint(Source(directory), dtype=torch.bfloat16)
     checkpoint = Checkpoint(directory)
     whole.write_mcore(blueprint, layout, output, checkpoint, most=most)
     kinds = {name: entry.dtype for name, entry in checkpoint.entries.items()}
@@ -178,12 +178,14 @@ def test_small_bands_are_the_same_numbers(ranks, tmp_path, monkeypatch, name):
 
 def peak(directory: Path, output: Path, layout: Layout) -> tuple[int, int]:
     """The peak memory in bytes of a conversion there and back, minus the memory in use before."""
-    blueprints.draw(Source(directory), dtype=torch.float32)  # what is imported on first use is not the conversion's
+    blueprints.make_blueprint(
+        Source(directory), dtype=torch.float32
+    )  # what is imported on first use is not the conversion's
     used = []
     for step in ("there", "back"):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
-        blueprint = blueprints.draw(Source(directory), dtype=torch.float32)
+        blueprint = blueprints.make_blueprint(Source(directory), dtype=torch.float32)
         if step == "there":
             whole.write_mcore(blueprint, layout, output, Checkpoint(directory), most=8 << 20)
         else:

@@ -17,7 +17,7 @@ import pytest
 from swift_mega import cli
 from swift_mega.cli.table import VERBS
 from swift_mega.errors import AgreedError, UserError
-from swift_mega.launch import meeting
+from swift_mega.launch import rendezvous
 from swift_mega.launch.environments import refuse_copies
 from swift_mega.launch.torchrun import run_ranks, world_size
 
@@ -201,7 +201,7 @@ def test_a_port_in_use_is_one_error_on_every_rank(
     listener: str, rank: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch alone gives rank 0 a page of C++ output and lets the others wait for ever."""
-    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 1.5)
     port = request.getfixturevalue(listener)
     started = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in started.items():
@@ -213,7 +213,7 @@ def test_a_port_in_use_is_one_error_on_every_rank(
 def test_a_port_in_use_with_several_machines(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks that this machine starts raise it, and so do the other machine's."""
     machines = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent)}
-    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 1.5)
+    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 1.5)
     for name, value in machines.items():
         monkeypatch.setenv(name, value)
     for node in ("0", "1"):
@@ -226,9 +226,9 @@ def test_nobody_at_the_master_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(UserError, match=rf"MASTER_PORT={port}: no answer for 0 s \(Connection refused\)"):
-        meeting.open_store("127.0.0.1", port, 2, serve=False, waiting=0.1)
+        rendezvous.open_store("127.0.0.1", port, 2, serve=False, waiting=0.1)
     with pytest.raises(UserError, match=rf"MASTER_PORT={port}: not all of 2 ranks connected within 1 s"):
-        meeting.open_store("127.0.0.1", port, 2, serve=True, waiting=1)
+        rendezvous.open_store("127.0.0.1", port, 2, serve=True, waiting=1)
 
 
 def test_no_such_port(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def sum_of_ranks(scale: int) -> dict[str, object]:
     }
 
 
-def seats_of_all() -> tuple[dict[str, object], list[tuple[int, timedelta]]]:
+def specs_of_all() -> tuple[dict[str, object], list[tuple[int, timedelta]]]:
     assert dist.group.WORLD is not None
     timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
     return sum_of_ranks(10), gather((device_index(find_local_rank(os.environ), 2), timeout))
@@ -141,9 +141,9 @@ def test_result_of_the_first_rank(world: int) -> None:
 
 def test_fresh_interpreters_do_the_same() -> None:
     """Ranks on CUDA start this way: each in a new interpreter. Each rank finds its own device and the timeout."""
-    result, seats = run_ranks(2, seats_of_all, start="exec", device_kind="cpu", timeout_minutes=7)
+    result, specs = run_ranks(2, specs_of_all, start="exec", device_kind="cpu", timeout_minutes=7)
     assert result["total"] == 10 and result["environment"] == ["0", "2", "0", "2"]
-    assert seats == [(0, timedelta(minutes=7)), (1, timedelta(minutes=7))]
+    assert specs == [(0, timedelta(minutes=7)), (1, timedelta(minutes=7))]
 
 
 def test_fresh_interpreters_report_a_user_error() -> None:

@@ -10,7 +10,7 @@ from swift_mega import api
 from swift_mega.cli.table import VERBS
 from swift_mega.config.tree import settings
 from swift_mega.errors import UserError
-from swift_mega.memory.report import Plan
+from swift_mega.memory.report import MemoryEstimate
 
 BASE = ("data.max_length=512", "tuner.type=lora", "tuner.rank=4")
 UNFUSED = 'model.megatron={"bias_activation_fusion": false}'
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("plan") / "model", "llama", max_position_embeddings=4096)
 
 
-def plan(model: Path, changes: list[str], ranks: int) -> Plan:
+def plan(model: Path, changes: list[str], ranks: int) -> MemoryEstimate:
     names = {change.partition("=")[0] for change in changes}
     base = [one for one in BASE if one.partition("=")[0] not in names]
     if "tuner.type=full" in changes:

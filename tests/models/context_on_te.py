@@ -27,10 +27,10 @@ from swift_mega.models.translate import load_settings
 from swift_mega.parallel.groups import init
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
 from swift_mega.parallel.mesh import Mesh
-from swift_mega.parallel.sequence import held_tokens
-from swift_mega.train.step import held_part
+from swift_mega.parallel.sequence import local_tokens
+from swift_mega.train.step import local_part
 from swift_mega.verify import parity
-from tests import engine_stand_in
+from tests import te_stand_in
 
 MODELS = {
     "cp2-te:p2p": "llama",
@@ -52,31 +52,31 @@ def of_rank(model: Path, layout: Layout) -> dict[str, Any]:
     ours = dataclasses.replace(groups, layout=dataclasses.replace(layout, mesh=Mesh(1, layout.context)))
     found: dict[str, Any] = {"wrong": wrong(part, made(run, ours, source, setup(), reads_inputs=False))}
     core = part.chunks[0].decoder.layers[0].self_attention.core_attention
-    engine = core.engine
-    members = engine.cp_group if isinstance(engine.cp_group, list) else [engine.cp_group]
+    te_attention = core.te_attention
+    members = te_attention.cp_group if isinstance(te_attention.cp_group, list) else [te_attention.cp_group]
     found |= {
-        "class": type(engine).__name__,
-        "communication": engine.cp_comm_type,
-        "window": engine.window_size,
-        "scale": engine.softmax_scale,
-        "dropout": engine.attention_dropout,
+        "class": type(te_attention).__name__,
+        "communication": te_attention.cp_comm_type,
+        "window": te_attention.window_size,
+        "scale": te_attention.softmax_scale,
+        "dropout": te_attention.attention_dropout,
         "groups": [dist.get_process_group_ranks(group) for group in members],
-        "ranks": list(engine.cp_global_ranks),
+        "ranks": list(te_attention.cp_global_ranks),
         "row": [dist.get_process_group_ranks(group) for group in (groups.row.ulysses, groups.row.ring)],
     }
     for name in ("__init__", "forward"):
-        real, stand_in = (getattr(kind, name) for kind in (TEDotProductAttention, engine_stand_in.StandIn))
-        found[name] = engine_stand_in.parameters(real) == engine_stand_in.parameters(stand_in)
+        real, stand_in = (getattr(kind, name) for kind in (TEDotProductAttention, te_stand_in.StandIn))
+        found[name] = te_stand_in.parameters(real) == te_stand_in.parameters(stand_in)
 
     row = parity.microbatches(parity.example_rows(97, examples=4 * layout.data), layout, 0)[0]
     starts = row.cu_seqlens
     cut = context_parallel.get_batch_on_this_cp_rank(starts, row.tokens, row.labels, row.positions, groups.context)
-    mine = held_part(row, groups.row)
+    mine = local_part(row, groups.row)
     found["cut"] = all(map(torch.equal, cut, (mine.tokens, mine.labels, mine.positions)))
     padded = context_parallel.pad_thd_sequences_for_cp(*_packed(row), 2 * layout.context)
     end = int(padded[2][-1])
     found["padding"] = torch.equal(padded[0], row.tokens[:end]) and torch.equal(padded[1], row.labels[:end])
-    found["places"] = held_tokens(starts.tolist(), layout.mesh, groups.row.rank).tolist()
+    found["places"] = local_tokens(starts.tolist(), layout.mesh, groups.row.rank).tolist()
 
     given: dict[str, Any] = {}
 
@@ -109,8 +109,8 @@ def _packed(row: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     places = [
         torch.arange(start, start + length) for start, length in zip(row.cu_seqlens.tolist(), lengths, strict=False)
     ]
-    held = torch.cat(places)
-    return row.tokens[held], row.labels[held], torch.tensor([0, *lengths]).cumsum(0)
+    local = torch.cat(places)
+    return row.tokens[local], row.labels[local], torch.tensor([0, *lengths]).cumsum(0)
 
 
 def main() -> int:

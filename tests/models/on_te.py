@@ -36,7 +36,7 @@ from swift_mega.convert.save import save  # noqa: E402
 from swift_mega.convert.source import Source  # noqa: E402
 from swift_mega.errors import UserError  # noqa: E402
 from swift_mega.launch.torchrun import run_ranks  # noqa: E402
-from swift_mega.models.build import Held, ModelPart  # noqa: E402
+from swift_mega.models.build import ModelPart, NamedParameter  # noqa: E402
 from swift_mega.models.modules.experts import check_biases  # noqa: E402
 from swift_mega.models.translate import load_settings  # noqa: E402
 from swift_mega.parallel.groups import Groups, init  # noqa: E402
@@ -72,20 +72,20 @@ def made(run: schema.Run, groups: Groups, source: Source, where: device.Device, 
 
 def wrong(part: ModelPart, local: ModelPart) -> list[str]:
     """How the parameters of `part` differ from those of the local modules."""
-    held = list(part.held())
-    found = differences(held, list(local.held()))
-    for each in held:
+    named = list(part.named_parameters())
+    found = differences(named, list(local.named_parameters()))
+    for each in named:
         rules = [rule for pattern, rule in part.family.patterns if pattern.fullmatch(each.name)]
         if len(rules) != 1 and not each.copy:
             found.append(f"{each.name} is covered by {len(rules)} rules")
-    filled = {id(each.parameter) for each in held}
+    filled = {id(each.parameter) for each in named}
     for name, value in itertools.chain.from_iterable(chunk.state_dict(keep_vars=True).items() for chunk in part.chunks):
         if not name.endswith("_extra_state") and id(value) not in filled:
             found.append(f"{name} of the state is no parameter that a rule fills")
     return found
 
 
-def differences(mine: Sequence[Held], others: Sequence[Held]) -> list[str]:
+def differences(mine: Sequence[NamedParameter], others: Sequence[NamedParameter]) -> list[str]:
     """How parameters of the same names differ: in their Hugging Face tensors, shape, dtype, numbers, attributes."""
     here, there = {each.name: each for each in mine}, {each.name: each for each in others}
     found = [f"{name} is only in one of the two" for name in sorted(here.keys() ^ there.keys())]
@@ -142,7 +142,7 @@ def compare(directory: Path, groups: Groups, run: schema.Run, *, adapters: bool)
         tuner = find_tuner(schema.Lora(rank=4, target_modules=("all-linear",)))
         for each in (local, part):
             tuner.attach(each, seed=run.train.seed)
-        found += differences(list(tuner.held(part)), list(tuner.held(local)))
+        found += differences(list(tuner.exported(part)), list(tuner.exported(local)))
     else:
         with tempfile.TemporaryDirectory() if groups.rank == 0 else contextlib.nullcontext("") as made_here:
             everyone = [made_here]
@@ -161,8 +161,8 @@ def exchanged(part: ModelPart, local: ModelPart, groups: Groups, scratch: Path, 
     found = []
     for name, writer, reader in (("local", local, part), ("te", part, local)):
         save_mcore(writer, groups, scratch / name, source.tensors)
-        for held in reader.held():
-            held.parameter.data.fill_(7)
+        for named in reader.named_parameters():
+            named.parameter.data.fill_(7)
         load_mcore(reader, groups, scratch / name)
         found += [f"checkpoint {name}: {each}" for each in wrong(part, local)]
     return found

@@ -86,18 +86,18 @@ def marks(directory: Path, cpu: Any) -> dict[str, tuple[bool, int]]:
     groups = parallel_groups.init(plan_layout(parallel, load_settings(directory).shape, world))
     part = build_part(schema.Run(), cpu, groups, dtype=torch.bfloat16, reads_inputs=False, source=Source(directory))
     found = {
-        held.name.removeprefix("decoder.layers.0."): (
-            held.parameter.tensor_model_parallel,
-            held.parameter.partition_dim,
+        named.name.removeprefix("decoder.layers.0."): (
+            named.parameter.tensor_model_parallel,
+            named.parameter.partition_dim,
         )
-        for held in part.held()
+        for named in part.named_parameters()
     }
-    assert {held.parameter.dtype for held in part.held()} == {torch.bfloat16}
+    assert {named.parameter.dtype for named in part.named_parameters()} == {torch.bfloat16}
     parallel_groups.close()
     return found
 
 
-def test_megatron_cuts_turned_weights_along_its_own_dim(ranks, cpu, tmp_path):
+def test_megatron_shards_transposed_weights_along_its_own_dim(ranks, cpu, tmp_path):
     """Stored [in, out], in Megatron [out, in]. The table of positions is whole on every rank, and has the model's dtype."""
     found = ranks(2, marks, tiny.make(tmp_path, "gpt2"), cpu)
     assert found["self_attention.linear_qkv.weight"] == found["mlp.linear_fc1.weight"] == (True, 0)

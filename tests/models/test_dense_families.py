@@ -45,7 +45,7 @@ def test_longrope_follows_the_length_of_each_example(tmp_path: Path) -> None:
     settings = load_settings(write(tmp_path, "phi3_longrope"))
     positions = torch.cat([torch.arange(12), torch.arange(13)])
     row = segments(settings, positions, torch.tensor([0, 12, 25], dtype=torch.int32), torch.float32)
-    ((cos, sin),) = row.turns
+    ((cos, sin),) = row.rope_tables
     scale = math.sqrt(1 + math.log(256 / 12) / math.log(12))
     assert cos.shape == sin.shape == (25, 1, 2)
     for token, position, factors in (

@@ -50,7 +50,7 @@ class Mixing(Edit):
 
     def limits(self, shape: Any) -> Any:
         return dataclasses.replace(
-            shape, shared_counts=(("wheels", self.wheels),), alone_in_a_row="rolls from token to token"
+            shape, shared_counts=(("wheels", self.wheels),), no_context_parallel="rolls from token to token"
         )
 
     def check_layout(self, layout: Any) -> None:
@@ -114,7 +114,7 @@ def test_layouts_that_it_cannot_have_are_refused(edited: Settings, plain: Path, 
 
 
 def load_plain(settings: Settings) -> Any:
-    return dataclasses.replace(settings.shape, shared_counts=(), alone_in_a_row=None)
+    return dataclasses.replace(settings.shape, shared_counts=(), no_context_parallel=None)
 
 
 def test_megatrons_fields_are_set(edited: Settings) -> None:

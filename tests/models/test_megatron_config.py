@@ -16,11 +16,11 @@ from swift_mega.device.device import Device
 from swift_mega.errors import UserError
 from swift_mega.models import megatron_config
 from swift_mega.models.megatron_config import check_passthrough
-from swift_mega.models.megatron_fields import HANDED_ON, MODEL, ON_CUDA, OURS, REFUSED, UNREAD
+from swift_mega.models.megatron_fields import MODEL, ON_CUDA, OURS, PASSED_ON, REFUSED, UNREAD
 from swift_mega.models.settings import Settings
 from swift_mega.models.translate import load_settings
 
-GROUPS = (HANDED_ON, ON_CUDA, OURS, MODEL, UNREAD, REFUSED)
+GROUPS = (PASSED_ON, ON_CUDA, OURS, MODEL, UNREAD, REFUSED)
 SELECTIVE = schema.Train(recompute="selective")
 
 
@@ -48,7 +48,7 @@ def test_every_field_is_in_one_group() -> None:
 def test_every_field_is_refused_or_handed_on(models: dict[str, Settings], cpu: Device) -> None:
     """A value that no model has is accepted only where some code reads it."""
     for name in fields():
-        if name not in HANDED_ON:
+        if name not in PASSED_ON:
             with pytest.raises(UserError, match=rf"^model\.megatron\.{name}='something else'"):
                 check_passthrough({name: "something else"}, models["llama"], schema.Train(), cpu)
 

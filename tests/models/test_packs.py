@@ -199,7 +199,7 @@ def test_more_ranks_than_key_heads_equal_the_slow_loop(groups, ranks, each, feat
     for rank in range(tensor):
         wanted = by_hand.qkv_rows(groups=groups, queries=ranks * each, head_dim=head_dim, tensor=tensor, rank=rank)
         shapes = {name: tuple(value.shape) for name, value in hf.items()}
-        pieces = slices(rule, shapes, cut=(rank, tensor), heads=heads, rows=len(wanted))
+        pieces = slices(rule, shapes, rank_size=(rank, tensor), heads=heads, rows=len(wanted))
         read = [hf[piece.name][piece.start : piece.stop] for piece in pieces]
         mine, expected = heads.on(rank, tensor), by_hand.gather(parts, wanted)
         found = rule.pack.join(read, mine)

@@ -8,7 +8,7 @@ from swift_mega.models.packs import (
     INTERLEAVED_GATE_UP,
     INTERLEAVED_GATE_UP_BIAS,
     ONE_ROW,
-    TURNED_ROW,
+    TRANSPOSED_ROW,
     Heads,
     Pack,
 )
@@ -25,8 +25,8 @@ CASES = [
     (INTERLEAVED_GATE_UP, GATE_UP, 2, [[[1, 101], [11, 111], [2, 102], [12, 112]], [[21, 121], [31, 131], [22, 122], [32, 132]]]),
     (INTERLEAVED_GATE_UP_BIAS, GATE_UP[0], 1, [[1, 11, 21, 31, 2, 12, 22, 32]]),
     (INTERLEAVED_GATE_UP_BIAS, GATE_UP[0], 2, [[1, 11, 2, 12], [21, 31, 22, 32]]),
-    (TURNED_ROW, DOWN, 1, [[[1, 11, 21, 31], [2, 12, 22, 32]]]),
-    (TURNED_ROW, DOWN, 2, [[[1, 11], [2, 12]], [[21, 31], [22, 32]]]),
+    (TRANSPOSED_ROW, DOWN, 1, [[[1, 11, 21, 31], [2, 12, 22, 32]]]),
+    (TRANSPOSED_ROW, DOWN, 2, [[[1, 11], [2, 12]], [[21, 31], [22, 32]]]),
     (ONE_ROW, [[5, 6, 7]], 1, [[5, 6, 7]]),
 ]  # fmt: skip
 
@@ -46,5 +46,5 @@ def test_where_numbers_lie(pack: Pack, whole: list[list[int]], size: int, shards
 
 
 def test_which_dim_of_megatrons_tensor_is_cut() -> None:
-    packs = (INTERLEAVED_GATE_UP, INTERLEAVED_GATE_UP_BIAS, TURNED_ROW, ONE_ROW)
-    assert [pack.held_dim for pack in packs] == [0, 0, 1, None]
+    packs = (INTERLEAVED_GATE_UP, INTERLEAVED_GATE_UP_BIAS, TRANSPOSED_ROW, ONE_ROW)
+    assert [pack.shard_dim for pack in packs] == [0, 0, 1, None]

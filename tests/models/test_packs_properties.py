@@ -27,7 +27,7 @@ from swift_mega.convert.load import fill
 from swift_mega.convert.save import Piece
 from swift_mega.convert.slices import rows_of
 from swift_mega.models import packs
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Rule, families
 from swift_mega.models.linears import STACKED
 from swift_mega.models.packs import Pack
@@ -105,7 +105,7 @@ def test_what_a_rank_reads_joined_is_its_parameter(pack, data):
     case = data.draw(cases(pack))
     for rank in range(case.sizes.size):
         found = pack.join(case.read(rank), case.heads(rank))
-        expected = case.held(rank)
+        expected = case.local(rank)
         if pack.padded:
             expected, padding = expected[: len(found)], as_bits(expected[len(found) :])
             assert not padding.any()
@@ -119,7 +119,7 @@ def test_places_take_what_a_rank_reads(pack, data):
     """Views of the parameter are filled in order with the slices, whatever their shapes: the result is the parameter."""
     case = data.draw(cases(pack))
     for rank in range(case.sizes.size):
-        expected = case.held(rank)
+        expected = case.local(rank)
         made = torch.zeros_like(expected)
         places = pack.places(made[: rows_of(case.read(rank)[0].shape)] if pack.padded else made, case.heads(rank))
         assert places is not None
@@ -147,7 +147,7 @@ def test_a_file_fills_every_rank(pack, data):
                 writer.write(name, tensor)
         checkpoint = Checkpoint(folder)
         for rank in range(case.sizes.size):
-            expected = case.held(rank)
+            expected = case.local(rank)
             for dtype in (expected.dtype, torch.float64):
                 made = torch.full(expected.shape, 77, dtype=dtype)
                 fill(made, checkpoint, case.rule, [piece for _, piece in case.slices(rank)], case.heads(rank))
@@ -171,7 +171,7 @@ def test_ranks_tile_every_tensor(pack, data):
             cut(mine[number], piece).add_(1)
         taken = Counter(place for _, place in case.reference.numbers(rank) if place is not None)
         counted += taken
-        assert taken == Counter(dict.fromkeys(held_places(mine), 1))
+        assert taken == Counter(dict.fromkeys(local_places(mine), 1))
         for whole, one in zip(times, mine, strict=True):
             assert int(one.max()) <= 1
             whole += one
@@ -180,7 +180,7 @@ def test_ranks_tile_every_tensor(pack, data):
     assert set(counted.values()) == {owners} and len(counted) == sum(math.prod(one.shape) for one in case.tensors)
 
 
-def held_places(counts: Iterable[Tensor]) -> Iterator[Source]:
+def local_places(counts: Iterable[Tensor]) -> Iterator[Source]:
     for number, count in enumerate(counts):
         for index in count.nonzero().tolist():
             yield number, tuple(index)
@@ -195,12 +195,12 @@ def held_places(counts: Iterable[Tensor]) -> Iterator[Source]:
 def test_split_gives_back_what_was_joined(pack, data):
     case = data.draw(cases(pack))
     for rank in range(case.sizes.size):
-        held = case.held(rank)
+        local = case.local(rank)
         if pack.padded:
-            held = held[: len(case.read(rank)[0])]
-        pieces = pack.split(held, case.heads(rank))
+            local = local[: len(case.read(rank)[0])]
+        pieces = pack.split(local, case.heads(rank))
         assert all(equal(one, other) for one, other in zip(pieces, case.read(rank), strict=True))
-        assert equal(pack.join(pieces, case.heads(rank)), held)
+        assert equal(pack.join(pieces, case.heads(rank)), local)
 
 
 @every_pack
@@ -231,17 +231,17 @@ def test_shares_ranges_and_fuse(pack, data):
 @every_pack
 @examples(10)
 @given(data=st.data())
-def test_held_dim_is_the_one_that_is_cut(pack, data):
+def test_shard_dim_is_the_one_that_is_sharded(pack, data):
     """Compares the shape of a rank's parameter with that of a single rank."""
     case = data.draw(cases(pack))
-    alone = REFERENCES[pack][0](replace(case.sizes, size=1, multiple=case.sizes.groups, within=1)).held
+    alone = REFERENCES[pack][0](replace(case.sizes, size=1, multiple=case.sizes.groups, within=1)).local_shape
     if pack in (packs.REPLICATED, packs.ONE_ROW):
-        assert pack.held_dim is None and pack.axis is None
+        assert pack.shard_dim is None and pack.axis is None
         return
-    assume(alone != case.reference.held)
-    assert [dim for dim, (one, other) in enumerate(zip(alone, case.reference.held, strict=True)) if one != other] == [
-        pack.held_dim
-    ]
+    assume(alone != case.reference.local_shape)
+    assert [
+        dim for dim, (one, other) in enumerate(zip(alone, case.reference.local_shape, strict=True)) if one != other
+    ] == [pack.shard_dim]
 
 
 @every_pack
@@ -255,12 +255,12 @@ def test_linear_is_the_pack_of_tensors_stored_out_in(pack, data):
         assert rules and all(STACKED.fullmatch(rule.parts[0]) for rule in rules)
         return
     case = data.draw(cases(pack))
-    stored = [tensor.t() for tensor in case.tensors] if isinstance(pack, packs.Turned) else case.tensors
+    stored = [tensor.t() for tensor in case.tensors] if isinstance(pack, packs.Transposed) else case.tensors
     straight = Case(pack.linear, case.sizes, case.reference, list(stored))
     for rank in range(case.sizes.size):
-        found, expected = pack.linear.join(straight.read(rank), case.heads(rank)), case.held(rank)
+        found, expected = pack.linear.join(straight.read(rank), case.heads(rank)), case.local(rank)
         assert equal(found, expected[: len(found)] if pack.padded else expected)
-    assert pack.linear.axis == pack.held_dim and pack.linear.linear is pack.linear
+    assert pack.linear.axis == pack.shard_dim and pack.linear.linear is pack.linear
 
 
 # --- writing
@@ -274,12 +274,12 @@ def part_of(case: Case, layout: Layout, rank: int, expert: bool = False) -> Mode
     return ModelPart(nothing, model, nothing, layout, layout.coordinate(rank), [])
 
 
-def held_of(case: Case, rank: int, expert: int | None = None) -> Held:
+def named_of(case: Case, rank: int, expert: int | None = None) -> NamedParameter:
     """expert: a number, where the parameter belongs to an expert."""
     numbers = {} if expert is None else {"e": expert}
-    parameter = torch.nn.Parameter(case.held(rank), requires_grad=False)
+    parameter = torch.nn.Parameter(case.local(rank), requires_grad=False)
     rule = case.rule if expert is None else replace(case.rule, parts=tuple(f"{part}.{{e}}" for part in case.rule.parts))
-    return Held("parameter", parameter, rule, numbers, False)
+    return NamedParameter("parameter", parameter, rule, numbers, False)
 
 
 def check_pieces(found: Iterable[Piece], case: Case, suffix: str = "") -> None:
@@ -312,17 +312,17 @@ def test_pieces_of_all_ranks_are_the_tensors(pack, data):
         if (where.expert_data if expert else where.data) != 0:
             continue
         number = where.expert_tensor if expert else where.tensor
-        part, held = part_of(case, layout, rank, expert), held_of(case, number, 7 if expert else None)
-        assert part.tensor_axis(held) == (number, case.sizes.size)
-        assert part.part_shapes(held) == case.reference.tensors
+        part, local = part_of(case, layout, rank, expert), named_of(case, number, 7 if expert else None)
+        assert part.tensor_axis(local) == (number, case.sizes.size)
+        assert part.part_shapes(local) == case.reference.tensors
         if pack.axis == 0:
-            pieces.extend(save._rows(part, held, held.parameter.data))
-        shards.append(held.parameter.data)
+            pieces.extend(save._rows(part, local, local.parameter.data))
+        shards.append(local.parameter.data)
     assert len(shards) == case.sizes.size
     if pack.axis is None:
-        pieces.extend(save._whole(part, held, shards[:1]))
+        pieces.extend(save._whole(part, local, shards[:1]))
     elif pack.axis != 0:
-        pieces.extend(save._whole(part, held, shards))
+        pieces.extend(save._whole(part, local, shards))
     check_pieces(pieces, case, ".7" if expert else "")
 
 
@@ -348,14 +348,14 @@ def saved_by_ranks(layout: Layout, expert: bool) -> int:
     if expert:
         found_cases = [case for case in found_cases if not isinstance(case.pack, packs.PerHead)]
     for number, case in enumerate(found_cases):
-        held = held_of(case, rank, where.expert if expert else None)
-        rule = replace(held.rule, parts=tuple(f"case{number}.{part}" for part in held.rule.parts))
-        exported += [replace(held, rule=rule), replace(held, rule=rule, copy=True)]
+        local = named_of(case, rank, where.expert if expert else None)
+        rule = replace(local.rule, parts=tuple(f"case{number}.{part}" for part in local.rule.parts))
+        exported += [replace(local, rule=rule), replace(local, rule=rule, copy=True)]
     (vocab,) = (case for case in found_cases if case.pack.padded and case.sizes.columns is None)
     mine = [
         replace(piece, value=piece.value.clone())
         for piece in save.pieces(
-            part_of(vocab, layout, groups.rank, expert), groups, exported, lambda held: held.parameter
+            part_of(vocab, layout, groups.rank, expert), groups, exported, lambda local: local.parameter
         )
     ]
     everyone: list[list[Piece]] = [[] for _ in range(layout.world)]

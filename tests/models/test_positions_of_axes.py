@@ -27,8 +27,8 @@ from swift_mega.models.translate import load_settings
 from swift_mega.objectives.objective import Head
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import Layout, parse_layout, plan_layout
-from swift_mega.parallel.sequence import held_tokens
-from swift_mega.train.step import held_part
+from swift_mega.parallel.sequence import local_tokens
+from swift_mega.train.step import local_part
 from swift_mega.train.wire import Training, build_training
 from swift_mega.verify.parity import collect_logits, example_rows
 from tests import tiny
@@ -165,8 +165,8 @@ def compare_features(directory: Path, cpu: Device, layout: Layout, expected: Ten
     row = batch()
     which, features = which_feature(row.tokens), features_of(row).requires_grad_()
     if groups.row is not None:
-        which = which[held_tokens(row.cu_seqlens.tolist(), groups.row.mesh, groups.row.rank)]
-    mine = held_part(row, groups.row)
+        which = which[local_tokens(row.cu_seqlens.tolist(), groups.row.mesh, groups.row.rank)]
+    mine = local_part(row, groups.row)
     hidden = part.chunks[0](mine.tokens, mine.positions, mine.cu_seqlens, groups.row, features=features, which=which)
     loss = -Head(part, groups).log_probabilities(part.chunks[0], hidden, mine.labels).sum()
     loss.backward()

@@ -95,14 +95,14 @@ def test_the_gradient_is_that_of_the_weights_alone(case: tuple[Tensor, int, Rout
     step = 1e-6
     logits.requires_grad_()
     weights, _ = choose(logits, top_k, routing, bias)
-    towards = torch.randn_like(weights)
-    (weights * towards).sum().backward()
+    gradient = torch.randn_like(weights)
+    (weights * gradient).sum().backward()
     direction = torch.randn(logits.shape, dtype=torch.float64)
 
     def loss(by: float) -> float:
         rows = (logits.detach().double() + by * direction).tolist()
         return sum(
-            weight * float(towards[token, expert])
+            weight * float(gradient[token, expert])
             for token, row in enumerate(rows)
             for expert, weight in by_loops(row, top_k, routing, listed).items()
         )

@@ -20,7 +20,7 @@ from swift_mega.ops import flash as flash_module
 from swift_mega.ops.alibi import LONGEST, slopes, with_positions
 from swift_mega.ops.attention import attention, attention_kernel_name
 from swift_mega.ops.attention_kernels import Choice, choose
-from swift_mega.ops.blocks import Block, Parts, Towards
+from swift_mega.ops.blocks import Block, Gradients, Parts
 from swift_mega.ops.flash_attn_kernels import flash_attn_2, flash_attn_3
 from swift_mega.ops.kernel import Call
 from swift_mega.ops.torch_kernels import LSE_WASTE, TORCH_EFFICIENT, TORCH_FLASH, efficient_runs
@@ -242,7 +242,7 @@ def test_blocks_of_a_ring(dtype, softcap, operators):
         Block(2048, 1024, 2048, 2048, False, 1500),
         Block(3072, 1024, 0, 4096, False, None),
     ]
-    sums = Towards(*(torch.empty_like(x, dtype=torch.float64 if dtype == torch.float64 else WIDE) for x in (q, k, v)))
+    sums = Gradients(*(torch.empty_like(x, dtype=torch.float64 if dtype == torch.float64 else WIDE) for x in (q, k, v)))
     with Recorder() as recorder:
         for layer in range(2):
             parts, before = Parts(q, 128), blocks._starts.cache_info().misses

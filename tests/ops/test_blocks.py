@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swift_mega.ops.blocks import Block, Parts, Towards, backward, block, forward
+from swift_mega.ops.blocks import Block, Gradients, Parts, backward, block, forward
 from swift_mega.ops.flash_attn_kernels import flash_attn_2, flash_attn_3
 from swift_mega.ops.torch_kernels import TORCH_FLASH
-from swift_mega.parallel.cut import cut_row
 from swift_mega.parallel.sequence import ring_steps
+from swift_mega.parallel.split import split_row
 from tests.ops import kernel_stand_ins as stand_ins
 
 
@@ -98,12 +98,12 @@ def test_parts_of_the_keys_make_the_whole(heads, kv, dims, window, softcap, caus
         ]
         for each in made:
             forward(parts, q, k, v, each, scale=scale, softcap=softcap)
-        towards = Towards(*(torch.zeros_like(x) for x in (q, k, v)))
+        grads = Gradients(*(torch.zeros_like(x) for x in (q, k, v)))
         for each in made:
-            backward(towards, grad, q, k, v, parts.out, parts.lse, each, scale=scale, softcap=softcap)
+            backward(grads, grad, q, k, v, parts.out, parts.lse, each, scale=scale, softcap=softcap)
     assert (parts.out - expected).abs().max() < 1e-12
     assert (parts.lse - lse).abs().max() < 1e-12
-    for found, wanted in zip((towards.query, towards.key, towards.value), (q.grad, k.grad, v.grad), strict=True):
+    for found, wanted in zip((grads.query, grads.key, grads.value), (q.grad, k.grad, v.grad), strict=True):
         assert (found - wanted).abs().max() < 1e-11
 
 
@@ -134,18 +134,18 @@ def test_the_calls_of_the_kernels(
     mask = seen(range(80), range(80), causal, window) & (example[:, None] == example[None])
     expected, _ = whole(q, k, v, mask, scale, softcap)
     expected.backward(grad)
-    towards = Towards(*(torch.zeros_like(x) for x in (q, k, v)))
+    grads = Gradients(*(torch.zeros_like(x) for x in (q, k, v)))
     with torch.no_grad():
         for position in range(2):
-            held = [torch.cat([torch.arange(a, b) for a, b in each]) for each in cut_row(cu, 2).held]
-            mine, parts = held[position], Parts(q[held[position]], dims[1])
+            local = [torch.cat([torch.arange(a, b) for a, b in each]) for each in split_row(cu, 2).ranges]
+            mine, parts = local[position], Parts(q[local[position]], dims[1])
             steps = ring_steps(cu, 2, position, causal=causal, window=window)
-            keys = [held[(position - step.behind) % 2] for step in steps]
+            keys = [local[(position - step.behind) % 2] for step in steps]
             for step, there in zip(steps, keys, strict=True):
                 forward(parts, q[mine], k[there], v[there], step.blocks, scale=scale, softcap=softcap)
             assert (parts.out - expected[mine]).abs().max() < 1e-12
             for step, there in zip(steps, keys, strict=True):
-                some = Towards(*(torch.zeros_like(x) for x in (q[mine], k[there], v[there])))
+                some = Gradients(*(torch.zeros_like(x) for x in (q[mine], k[there], v[there])))
                 backward(
                     some,
                     grad[mine],
@@ -158,10 +158,10 @@ def test_the_calls_of_the_kernels(
                     scale=scale,
                     softcap=softcap,
                 )
-                towards.query[mine] += some.query
-                towards.key[there] += some.key
-                towards.value[there] += some.value
-    for found, wanted in zip((towards.query, towards.key, towards.value), (q.grad, k.grad, v.grad), strict=True):
+                grads.query[mine] += some.query
+                grads.key[there] += some.key
+                grads.value[there] += some.value
+    for found, wanted in zip((grads.query, grads.key, grads.value), (q.grad, k.grad, v.grad), strict=True):
         assert (found - wanted).abs().max() < 1e-11
 
 

@@ -183,7 +183,7 @@ def test_reference_forms_are_plain_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(blocks, "part_forward", refuse)
     monkeypatch.setattr(blocks, "gradients_of_keys", refuse)
     q, whole = x.detach(), [Block(0, 5, 0, 5, True)]
-    parts, sums = Parts(q, 8), blocks.Towards(*(torch.zeros_like(q) for _ in range(3)))
+    parts, sums = Parts(q, 8), blocks.Gradients(*(torch.zeros_like(q) for _ in range(3)))
     blocks.forward(parts, q, q, q, whole, scale=1.0, kernels=REFERENCE)
     out, lse = parts.finished(None)
     blocks.backward(sums, q, q, q, q, out, lse, whole, scale=1.0, kernels=REFERENCE)

@@ -15,8 +15,8 @@ def _complex(x: Tensor, angles: Tensor, scale: float) -> Tensor:
     half = angles.shape[-1]
     x = x.double()
     numbers = torch.complex(x[..., :half], x[..., half : 2 * half])
-    turned = numbers * torch.polar(torch.full_like(angles, scale), angles)
-    return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), dim=-1)
+    rotated = numbers * torch.polar(torch.full_like(angles, scale), angles)
+    return torch.cat((rotated.real, rotated.imag, x[..., 2 * half :]), dim=-1)
 
 
 @pytest.mark.parametrize("function", [rotate, rotate_reference])

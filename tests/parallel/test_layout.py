@@ -181,7 +181,7 @@ REFUSED: list[tuple[Parallel, ModelShape, int, str, str]] = [
     ),
     (
         Parallel(tensor=8),
-        replace(DENSE, key_heads_alone="has its own norm, which cannot be split over tensor ranks"),
+        replace(DENSE, no_key_head_sharing="has its own norm, which cannot be split over tensor ranks"),
         8,
         "8 is more than the model's 4 key-value heads, each of which has its own norm",
         "parallel.tensor=4",

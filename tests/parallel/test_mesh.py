@@ -7,7 +7,7 @@ import pytest
 from swift_mega.config.schema import Parallel
 from swift_mega.errors import UserError
 from swift_mega.parallel.layout import ModelShape, parse_layout, plan_layout
-from swift_mega.parallel.mesh import ENGINE_KINDS, Mesh, choose_mesh, key_copies
+from swift_mega.parallel.mesh import TE_KINDS, Mesh, choose_mesh, key_copies
 
 SHAPE = ModelShape(layers=4, heads=8, kv_heads=2, hidden=64, ffn=96, vocab=100)
 
@@ -24,11 +24,11 @@ SHAPE = ModelShape(layers=4, heads=8, kv_heads=2, hidden=64, ffn=96, vocab=100)
         ("auto", 4, 8, 8, None, Mesh(4, 1), "4 of 4 ranks can split 8 key heads of a tensor rank without copies"),
         ("auto", 4, 9, 3, None, Mesh(1, 4), "1 of 4 ranks can split 3 key heads of a tensor rank without copies; a ring of 4 for the rest"),
         ("hybrid", 8, 8, 2, None, Mesh(2, 4), "as set"),
-        ("te:p2p", 4, 9, 3, None, Mesh(1, 4, engine=True), "as set"),
-        ("te:allgather", 4, 9, 3, None, Mesh(1, 4, gather=True, engine=True), "as set"),
-        ("te:a2a", 3, 9, 3, None, Mesh(3, 1, engine=True), "as set"),
-        ("te:a2a+p2p", 8, 8, 4, None, Mesh(4, 2, engine=True), "as set"),
-        ("te:a2a+p2p", 8, 8, 4, 2, Mesh(2, 4, engine=True), "as set"),
+        ("te:p2p", 4, 9, 3, None, Mesh(1, 4, te=True), "as set"),
+        ("te:allgather", 4, 9, 3, None, Mesh(1, 4, gather=True, te=True), "as set"),
+        ("te:a2a", 3, 9, 3, None, Mesh(3, 1, te=True), "as set"),
+        ("te:a2a+p2p", 8, 8, 4, None, Mesh(4, 2, te=True), "as set"),
+        ("te:a2a+p2p", 8, 8, 4, 2, Mesh(2, 4, te=True), "as set"),
         ("hybrid", 8, 8, 2, 4, Mesh(4, 2), "each of 2 key heads of a tensor rank is sent 2 times, since 4 ranks share them"),
     ],
 )  # fmt: skip
@@ -69,14 +69,14 @@ def test_what_cannot_be(parallel, message):
         plan_layout(Parallel(**parallel), SHAPE, parallel.get("context", 1) * parallel.get("tensor", 1) or 1)
 
 
-@pytest.mark.parametrize("kind", ENGINE_KINDS)
+@pytest.mark.parametrize("kind", TE_KINDS)
 def test_what_transformer_engine_cannot_do(kind):
     """Models that Transformer Engine does not support at all, and windows, which it supports in two ways only; the proposed
     alternative works."""
     parallel = Parallel(context=4, cp=kind)
     shape = dataclasses.replace(SHAPE, kv_heads=8)
     with pytest.raises(UserError) as refused:
-        plan_layout(parallel, dataclasses.replace(shape, not_engine="has wheels"), 4)
+        plan_layout(parallel, dataclasses.replace(shape, no_te_context="has wheels"), 4)
     told = str(refused.value)
     assert (
         f"parallel.cp={kind} is Transformer Engine's attention, and this model has wheels; set parallel.cp=auto" in told
@@ -87,7 +87,7 @@ def test_what_transformer_engine_cannot_do(kind):
     )
     windowed = dataclasses.replace(shape, windows=True)
     if kind in ("te:a2a", "te:allgather"):
-        assert plan_layout(parallel, windowed, 4).mesh.engine
+        assert plan_layout(parallel, windowed, 4).mesh.te
         return
     with pytest.raises(
         UserError, match=r"sliding windows, .* te:a2a and te:allgather only; choose one of these, or parallel.cp=auto"
@@ -139,4 +139,4 @@ def test_rows_are_multiples_of_what_cuts_them():
 
 def test_only_transformer_engine_wants_examples_of_some_multiple():
     assert {Mesh(2, 1).example_multiple, Mesh(1, 4).example_multiple, Mesh(2, 2).example_multiple} == {1}
-    assert Mesh(2, 1, engine=True).example_multiple == 4 and Mesh(2, 2, engine=True).example_multiple == 8
+    assert Mesh(2, 1, te=True).example_multiple == 4 and Mesh(2, 2, te=True).example_multiple == 8

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from swift_mega.config import schema
-from swift_mega.models.build import Held
+from swift_mega.models.build import NamedParameter
 from swift_mega.tuners.full import Full
 
 
@@ -24,11 +24,11 @@ class Momentum(Full):
     settings: MomentumSettings
     own_optimizer = True
 
-    def owns(self, held: Held) -> bool:
-        return ".mlp.linear_" in held.name
+    def owns(self, named: NamedParameter) -> bool:
+        return ".mlp.linear_" in named.name
 
     def optimizer(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        assert all(self.owns(group["held"]) for group in groups)
+        assert all(self.owns(group["named"]) for group in groups)
         return torch.optim.SGD(groups, momentum=self.settings.momentum)
 
 

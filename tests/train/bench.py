@@ -153,8 +153,8 @@ def three_steps(
         parity.write_measured(training, rows, measured)
     losses = []
     for step in range(STEPS):
-        turned = [*rows[2 * step :], *rows[: 2 * step]]
-        losses.append(train_step(training, parity.microbatches(turned, layout, groups.coordinate.data)).loss)
+        rotated = [*rows[2 * step :], *rows[: 2 * step]]
+        losses.append(train_step(training, parity.microbatches(rotated, layout, groups.coordinate.data)).loss)
     for chunk in training.chunks:
         if run.parallel.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -163,7 +163,7 @@ def three_steps(
         training.part,
         groups,
         output,
-        list(training.tuner.held(training.part)),
+        list(training.tuner.exported(training.part)),
         dtypes=torch.float32,
         max_shard_bytes=1 << 40,
         companions=lambda staging: None,
@@ -181,11 +181,11 @@ def check_replicas(training: Any, groups: parallel_groups.Groups) -> None:
 
     where, mine = groups.coordinate, {}
     part = training.part
-    for held in [*part.held(), *training.tuner.held(part)]:
-        cut = held.rule.pack.axis is not None
-        place = part.tensor_axis(held)[0] if cut else "whole"
-        name = held.parts[0]  # a tied copy has the name of its original
-        mine[name, place, where.expert if held.expert else None] = digest(held.parameter)
+    for named in [*part.named_parameters(), *training.tuner.exported(part)]:
+        sharded = named.rule.pack.axis is not None
+        place = part.tensor_axis(named)[0] if sharded else "whole"
+        name = named.parts[0]  # a tied copy has the name of its original
+        mine[name, place, where.expert if named.expert else None] = digest(named.parameter)
     gathered: list[dict[Any, str]] = [{} for _ in range(groups.layout.world)]
     dist.all_gather_object(gathered, mine)
     first: dict[Any, str] = {}

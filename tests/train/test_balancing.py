@@ -84,7 +84,7 @@ def measure(device: Device, runs: Sequence[tuple[schema.Run, Path]], world: int)
                 chunk.zero_grad_buffer()
             loss = run_schedule(training, rows, forward_only=False).loss
             found.append({"loss": loss, **read_router_losses(training, rows)})
-            trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
+            trained = [named for named in training.tuner.exported(training.part) if named.parameter.requires_grad]
             write_directory(
                 training.part,
                 groups,

@@ -60,9 +60,9 @@ def alone_and_together(directory: Path, cpu: Device) -> None:
 
 def gradients(part: Any) -> dict[str, Tensor]:
     """Returns the gradients of the parameters and clears them."""
-    found = {held.name: held.parameter.grad for held in part.held() if held.parameter.grad is not None}
-    for held in part.held():
-        held.parameter.grad = None
+    found = {named.name: named.parameter.grad for named in part.named_parameters() if named.parameter.grad is not None}
+    for named in part.named_parameters():
+        named.parameter.grad = None
     assert any(name.endswith("self_attention.conv") for name in found)
     return found
 

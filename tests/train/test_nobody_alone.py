@@ -172,7 +172,7 @@ def record_where_one_rank_is_full(folder: Path) -> list[str]:
         checkpoint=model,
         config=model,
         model=None,
-        engine="mcore",
+        backend="mcore",
         mcore_files=False,
         layout=plan_layout(parallel, shape, 2),
         layers=shape.layers,

@@ -31,7 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("offload")
 
 
-class Counted(offload.Bus):
+class Counted(offload.HostCopies):
     """Records the tensors that were copied to the host."""
 
     made: ClassVar["list[Counted]"] = []
@@ -56,24 +56,24 @@ class Counted(offload.Bus):
 
 def one_step(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) -> list[dict[str, Any]]:
     """The results and copies of every rank: loss, gradients, bytes of each tensor copied to the host, and how many of them still exist."""
-    offload.Bus = Counted  # type: ignore[misc]  # of this rank's process alone
+    offload.HostCopies = Counted  # type: ignore[misc]  # of this rank's process alone
     groups = parallel_groups.init(layout, seed=run.train.seed)
     training = build_training(run, device, groups, steps=1)
     batches = parity.microbatches(rows, layout, groups.coordinate.data)
     evaluated = evaluate(training, [batches]).loss
-    moved_by_evaluation = sum(len(bus.bytes) for bus in Counted.made)
+    moved_by_evaluation = sum(len(copies.bytes) for copies in Counted.made)
     for chunk in training.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     loss = run_schedule(training, batches, forward_only=False).loss
     gc.collect()
-    trained = [held for held in training.tuner.held(training.part) if held.parameter.requires_grad]
+    trained = [named for named in training.tuner.exported(training.part) if named.parameter.requires_grad]
     found = {
         "loss": (loss, evaluated),
-        "gradients": {held.name: held.parameter.main_grad.clone() for held in trained},
-        "bytes": [size for bus in Counted.made for size in bus.bytes],
-        "alive": sum(each() is not None for bus in Counted.made for each in bus.alive),
-        "leaving": sum(bus.leaving is not None for bus in Counted.made),
+        "gradients": {named.name: named.parameter.main_grad.clone() for named in trained},
+        "bytes": [size for copies in Counted.made for size in copies.bytes],
+        "alive": sum(each() is not None for copies in Counted.made for each in copies.alive),
+        "leaving": sum(copies.leaving is not None for copies in Counted.made),
         "moved_by_evaluation": moved_by_evaluation,
         "expected": expected(
             layout, groups.coordinate.pipeline, [len(batch.tokens) for batch in batches], training.part

@@ -149,9 +149,9 @@ def unordered(self: Any, source: Tensor, target: Tensor) -> tuple[Tensor, Any]:
 @pytest.mark.parametrize(
     "broken, wrong, message",
     [
-        ("Bus.wait", no_wait, "given back before its copy was over|not the gradient"),
-        ("Parked.give_back", forget, "given back before its copy was over"),
-        ("Bus._copy", unordered, "does not wait for what the computing stream was given"),
+        ("HostCopies.wait", no_wait, "given back before its copy was over|not the gradient"),
+        ("OffloadedInput.give_back", forget, "given back before its copy was over"),
+        ("HostCopies._copy", unordered, "does not wait for what the computing stream was given"),
     ],
 )
 def test_the_stand_in_sees_a_missing_wait(
@@ -170,19 +170,19 @@ def test_the_stand_in_sees_a_missing_wait(
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The copies in order, each identified by its bytes: ("out" | "back", first number of the tensor)."""
     log: list[Any] = []
-    bus = offload.Bus
+    copies = offload.HostCopies
 
     def out(self: Any, tensor: Tensor) -> Any:
         log.append(("out", tensor.numel()))
-        return bus_to_host(self, tensor)
+        return copies_to_host(self, tensor)
 
     def back(self: Any, host: Tensor) -> Any:
         log.append(("back", host.numel()))
-        return bus_to_device(self, host)
+        return copies_to_device(self, host)
 
-    bus_to_host, bus_to_device = bus.to_host, bus.to_device
-    monkeypatch.setattr(bus, "to_host", out)
-    monkeypatch.setattr(bus, "to_device", back)
+    copies_to_host, copies_to_device = copies.to_host, copies.to_device
+    monkeypatch.setattr(copies, "to_host", out)
+    monkeypatch.setattr(copies, "to_device", back)
     return log
 
 
@@ -199,18 +199,18 @@ class Growing(Block):
 def test_one_layer_ahead(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last input is still on the device. The copy back of each other input starts when the input of the next layer is taken. At
     most two are there."""
-    log, take = logged(monkeypatch), offload.Parked.take
+    log, take = logged(monkeypatch), offload.OffloadedInput.take
     on_device: list[int] = []
 
-    def watched(self: offload.Parked) -> Tensor:
-        tensor, parked, there = take(self), self, 1  # the taken tensor, and the number of inputs on the device
-        while (parked := parked.before) is not None:  # type: ignore[assignment]
-            there += parked.on_device is not None
+    def watched(self: offload.OffloadedInput) -> Tensor:
+        tensor, offloaded, there = take(self), self, 1  # the taken tensor, and the number of inputs on the device
+        while (offloaded := offloaded.before) is not None:  # type: ignore[assignment]
+            there += offloaded.on_device is not None
         log.append(("taken", tensor.numel()))
         on_device.append(there)
         return tensor
 
-    monkeypatch.setattr(offload.Parked, "take", watched)
+    monkeypatch.setattr(offload.OffloadedInput, "take", watched)
     block = Growing(4)
     offload.offload_layer_inputs([Chunk(block)], CPU)
     gradient(block, torch.randn(1))
@@ -223,15 +223,15 @@ def test_one_layer_ahead(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forward_holds_one(cpu: Device) -> None:
     """Of the inputs saved so far, only the latest is on the device."""
     block = Block()
-    bus = offload.offload_layer_inputs([Chunk(block)], CPU)
+    copies = offload.offload_layer_inputs([Chunk(block)], CPU)
     result = block(torch.randn(3, requires_grad=True) * 1)
-    there, parked = [], bus.leaving
-    while parked is not None:
-        there.append(parked.on_device is not None)
-        parked = parked.before
+    there, offloaded = [], copies.leaving
+    while offloaded is not None:
+        there.append(offloaded.on_device is not None)
+        offloaded = offloaded.before
     assert there == [True] + [False] * (LAYERS - 1)
     result.sum().backward()
-    assert bus.leaving is None
+    assert copies.leaving is None
 
 
 def test_what_stays_on_the_device(cpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:

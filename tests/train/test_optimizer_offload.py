@@ -59,8 +59,8 @@ def steps(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) ->
         if isinstance(one.optimizer, HybridDeviceOptimizer)
     ]
     for step in range(STEPS):
-        turned = [*rows[2 * step :], *rows[: 2 * step]]
-        result = train_step(training, parity.microbatches(turned, layout, groups.coordinate.data))
+        rotated = [*rows[2 * step :], *rows[: 2 * step]]
+        result = train_step(training, parity.microbatches(rotated, layout, groups.coordinate.data))
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
         used = {group["lr"] for hybrid in hybrids for each in hybrid.sub_optimizers for group in each.param_groups}
@@ -69,9 +69,9 @@ def steps(run: schema.Run, device: Device, layout: Layout, rows: parity.Rows) ->
         if run.parallel.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
     found["weights"] = {
-        held.name: held.parameter.detach().clone()
-        for held in training.tuner.held(training.part)
-        if held.parameter.requires_grad
+        named.name: named.parameter.detach().clone()
+        for named in training.tuner.exported(training.part)
+        if named.parameter.requires_grad
     }
     found["host"] = sum(numbers(each) for hybrid in hybrids for each in hybrid.cpu_optimizers)
     found["device"] = sum(numbers(hybrid.gpu_optimizer) for hybrid in hybrids if hybrid.gpu_optimizer)

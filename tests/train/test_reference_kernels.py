@@ -83,7 +83,9 @@ def step(
             chunk.zero_grad_buffer()
         loss = run_schedule(training, rows, forward_only=False).loss
     gradients = {
-        held.name: held.parameter.main_grad.clone() for held in training.part.held() if held.parameter.requires_grad
+        named.name: named.parameter.main_grad.clone()
+        for named in training.part.named_parameters()
+        if named.parameter.requires_grad
     }
     line = header(training)[1]
     listed = {use.op.name for use in uses(training.part.settings, layout.mesh, te=False)}
@@ -180,4 +182,4 @@ def test_plain_torch_is_without_transformer_engine_and_fusions(model: Path, monk
     with pytest.raises(
         UserError, match=r"train\.kernels=reference computes attention in torch, but parallel\.cp=te:p2p asks"
     ):
-        check_kernels(plain, settings, Mesh(ring=2, engine=True), CUDA, half)
+        check_kernels(plain, settings, Mesh(ring=2, te=True), CUDA, half)

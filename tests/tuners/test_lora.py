@@ -25,8 +25,8 @@ TOKENS, INPUT, RANK = 5, 12, 3
 def _adapter(pack: Pack, rows: int, chosen: tuple[bool, ...]) -> Adapter:
     weight = torch.nn.Parameter(torch.zeros(rows, INPUT, dtype=torch.float64), requires_grad=False)
     parts = [f"model.layers.0.{name}.weight" for name in NAMES[pack]]
-    held = SimpleNamespace(parameter=weight, rule=SimpleNamespace(pack=pack), expert=False, parts=parts)
-    target: Any = SimpleNamespace(held=held, parts=chosen)
+    named = SimpleNamespace(parameter=weight, rule=SimpleNamespace(pack=pack), expert=False, parts=parts)
+    target: Any = SimpleNamespace(named=named, parts=chosen)
     settings = schema.Lora(rank=RANK, alpha=2 * RANK)
     adapter = Adapter(target, settings=settings, heads=HEADS, size=1, rank=0, sequence=False)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from swift_mega.convert.source import Source
 from swift_mega.device.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
 from swift_mega.launch.torchrun import run_ranks
-from swift_mega.models.build import Held, ModelPart
+from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.wire import build_training
@@ -34,11 +34,11 @@ NEW = f"model.layers.{SIZE}."
 class Rounded(Full):
     """Keeps the first matrices of MLPs in bfloat16, and gives them to their linears when these compute."""
 
-    def prepare(self, held: Held) -> Callable[[Tensor], None] | None:
-        if not held.name.endswith("linear_fc1.weight"):
+    def prepare(self, named: NamedParameter) -> Callable[[Tensor], None] | None:
+        if not named.name.endswith("linear_fc1.weight"):
             return None
         self.kept = getattr(self, "kept", {})
-        return lambda value: self.kept.update({id(held.parameter): value.to(torch.bfloat16)})
+        return lambda value: self.kept.update({id(named.parameter): value.to(torch.bfloat16)})
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
         assert len(self.kept) == sum(len(chunk.decoder.layers) for chunk in part.chunks)
@@ -71,11 +71,11 @@ class Deeper(Tuner):
         return {"num_hidden_layers": LAYERS + 1}
 
     def attach(self, part: ModelPart, *, seed: int) -> None:
-        for held in part.held():
-            held.parameter.requires_grad_(f".layers.{LAYERS}." in held.name)
+        for named in part.named_parameters():
+            named.parameter.requires_grad_(f".layers.{LAYERS}." in named.name)
 
-    def held(self, part: ModelPart) -> Any:
-        return part.held()
+    def named(self, part: ModelPart) -> Any:
+        return part.named_parameters()
 
 
 class Extended(TensorSource):

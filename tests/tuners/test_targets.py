@@ -130,14 +130,14 @@ def chosen(directory: Path, layout: str, asked: list[tuple[str, ...]], cpu: Any)
         modules = {
             name.removesuffix(".weight")
             for target in find_targets(part, targets)
-            for name, yes in zip(target.held.parts, target.parts, strict=True)
+            for name, yes in zip(target.named.parts, target.parts, strict=True)
             if yes
         }
         tuner = find_tuner(schema.Lora(target_modules=targets, rank=2))
         tuner.attach(part, seed=0)
-        exported = {name for held in tuner.held(part) for name in held.parts}
+        exported = {name for named in tuner.exported(part) for name in named.parts}
         trainable = {id(p) for chunk in part.chunks for p in chunk.parameters() if p.requires_grad}
-        assert trainable == {id(held.parameter) for held in tuner.held(part)}
+        assert trainable == {id(named.parameter) for named in tuner.exported(part)}
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (modules, exported))
         found.append((set().union(*(m for m, _ in everyone)), set().union(*(e for _, e in everyone))))

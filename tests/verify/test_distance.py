@@ -57,14 +57,14 @@ def nudge(name: str, by: float = 1.01) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_equals_itself_and_transformers(models, prompts, family):
-    """Exactly equal in the same engine; in the other one within a hundredth of the tolerance."""
+    """Exactly equal in the same backend; in the other one within a hundredth of the tolerance."""
     model = str(models[family])
     same = api.compare(model, model, prompts=prompts)
-    assert [d.point for d in same.distances] == list(POINTS) and same.passed and same.departs is None
+    assert [d.point for d in same.distances] == list(POINTS) and same.passed and same.first_difference is None
     assert all(d.max_abs == d.relative == 0 and d.cosine == 1 for d in same.distances)
     assert same.agreement.top_1 == same.agreement.positions and same.agreement.first is None
     assert same.agreement.top_k == 5 * same.agreement.positions and same.agreement.divergence == 0
-    other = api.compare(Candidate(checkpoint=model, engine="hf"), model, prompts=prompts, dtype="float64")
+    other = api.compare(Candidate(checkpoint=model, backend="hf"), model, prompts=prompts, dtype="float64")
     assert other.passed and 0 < max(d.relative for d in other.distances) < 1e-5, other.table()
 
 
@@ -80,11 +80,11 @@ def test_a_checkpoint_equals_itself_and_transformers(models, prompts, family):
         ("deepseek_v3_moe", "model.layers.1.self_attn.kv_b_proj.weight", "layer 1"),
     ],
 )
-@pytest.mark.parametrize("b", [{}, {"engine": "hf"}], ids=["mcore", "hf"])
+@pytest.mark.parametrize("b", [{}, {"backend": "hf"}], ids=["mcore", "hf"])
 def test_a_perturbed_tensor_is_found_where_it_is(models, prompts, tmp_path, family, tensor, point, b):
     other = changed(models[family], tmp_path / "other", nudge(tensor))
     found = api.compare(str(models[family]), Candidate(checkpoint=other, **b), prompts=prompts)
-    assert not found.passed and found.departs is not None and found.departs.point == point
+    assert not found.passed and found.first_difference is not None and found.first_difference.point == point
     before = found.distances[: POINTS.index(point)]
     assert all(d.relative < 1e-5 for d in before) and (b or not any(d.relative for d in before))
 
@@ -117,7 +117,7 @@ def test_a_converted_checkpoint_in_a_layout(models, prompts, tmp_path, family, l
     """Converted on one rank, run in a layout, and compared with transformers on the source."""
     api.convert(source=str(models[family]), to="mcore", output=str(tmp_path / "mcore"))
     a, b = (
-        Candidate(checkpoint=str(models[family]), engine="hf"),
+        Candidate(checkpoint=str(models[family]), backend="hf"),
         Candidate(checkpoint=str(tmp_path / "mcore"), layout=layout),
     )
     found = api.compare(a, b, prompts=prompts, tolerance=2e-5)
@@ -134,8 +134,8 @@ def test_a_megatron_checkpoint_that_others_wrote(models, prompts, tmp_path):
         api.compare(model, bare, prompts=prompts)
     found = api.compare(model, Candidate(checkpoint=bare, model=model), prompts=prompts)
     assert found.passed and max(d.relative for d in found.distances) == 0
-    with pytest.raises(UserError, match="--a_engine=hf: transformers cannot read the Megatron checkpoint"):
-        api.compare(Candidate(checkpoint=bare, model=model, engine="hf"), model, prompts=prompts)
+    with pytest.raises(UserError, match="--a_backend=hf: transformers cannot read the Megatron checkpoint"):
+        api.compare(Candidate(checkpoint=bare, model=model, backend="hf"), model, prompts=prompts)
 
 
 def test_a_copy_rounded_to_bfloat16(models, prompts, tmp_path):
@@ -147,26 +147,30 @@ def test_a_copy_rounded_to_bfloat16(models, prompts, tmp_path):
 
     other = changed(models["llama"], tmp_path / "other", rounded)
     found = api.compare(str(models["llama"]), other, prompts=prompts, tolerance=1e-6)
-    assert found.departs is not None and found.departs.point == "embedding"
-    assert 2**-11 < found.departs.relative <= 2**-8  # at most half a unit in the last of 8 bits
+    assert found.first_difference is not None and found.first_difference.point == "embedding"
+    assert 2**-11 < found.first_difference.relative <= 2**-8  # at most half a unit in the last of 8 bits
     both = api.compare(str(models["llama"]), other, prompts=prompts, dtype="bfloat16")
     assert max(d.relative for d in both.distances) == 0
-    engines = api.compare(Candidate(checkpoint=other, engine="hf"), other, prompts=prompts, dtype="bfloat16")
-    assert engines.passed and max(d.relative for d in engines.distances) > 1e-3, engines.table()
+    backends = api.compare(Candidate(checkpoint=other, backend="hf"), other, prompts=prompts, dtype="bfloat16")
+    assert backends.passed and max(d.relative for d in backends.distances) > 1e-3, backends.table()
 
 
 def test_a_quantised_copy(models, prompts, tmp_path):
-    """FP8 differs from layer 0 on, because the embedding stays plain. It does not differ from its dequantised weights, in either engine."""
+    """FP8 differs from layer 0 on, because the embedding stays plain. It equals its dequantised weights in either backend."""
     model, quantised, plain = str(models["llama"]), str(tmp_path / "q"), str(tmp_path / "plain")
     api.quantize(model=model, output=quantised)
     with pytest.raises(UserError, match=r"q is quantised; pass --dequantize true"):
         api.compare(model, quantised, prompts=prompts)
     found = api.compare(model, quantised, prompts=prompts, tolerance=1e-6, dequantize=True)
-    assert found.departs is not None and found.departs.point == "layer 0" and found.distances[0].relative == 0
+    assert (
+        found.first_difference is not None
+        and found.first_difference.point == "layer 0"
+        and found.distances[0].relative == 0
+    )
     api.convert(source=quantised, to="hf", output=plain, dequantize=True, dtype="float32")
     same = api.compare(plain, quantised, prompts=prompts, dequantize=True)
     assert max(d.relative for d in same.distances) == 0
-    assert api.compare(Candidate(checkpoint=quantised, engine="hf"), plain, prompts=prompts, dequantize=True).passed
+    assert api.compare(Candidate(checkpoint=quantised, backend="hf"), plain, prompts=prompts, dequantize=True).passed
     with pytest.raises(UserError, match="neither side states a quantization_config"):
         api.compare(model, plain, prompts=prompts, dequantize=True)
 
@@ -181,7 +185,11 @@ def test_swapped_heads_are_found_at_the_first_layer(models, prompts, tmp_path):
 
     other = changed(models["llama"], tmp_path / "other", swapped)
     found = api.compare(str(models["llama"]), Candidate(checkpoint=other, layout="tp2-sp"), prompts=prompts)
-    assert found.departs is not None and found.departs.point == "layer 0" and found.distances[0].relative == 0
+    assert (
+        found.first_difference is not None
+        and found.first_difference.point == "layer 0"
+        and found.distances[0].relative == 0
+    )
     assert found.agreement.first is not None and found.agreement.top_1 < found.agreement.positions
 
 
@@ -199,11 +207,11 @@ def test_adapters(models, prompts, tmp_path, family):
     tuned.save_pretrained(tmp_path / "adapter")
     model, adapter = str(models[family]), str(tmp_path / "adapter")
     api.export(model=model, adapters=adapter, output=str(tmp_path / "merged"))
-    theirs = Candidate(checkpoint=model, adapter=adapter, engine="hf")
+    theirs = Candidate(checkpoint=model, adapter=adapter, backend="hf")
     ours = Candidate(checkpoint=model, adapter=adapter, layout="tp2-sp")
     assert api.compare(theirs, ours, prompts=prompts).passed
     assert api.compare(str(tmp_path / "merged"), ours, prompts=prompts).passed
-    assert api.compare(model, ours, prompts=prompts).departs.point == "layer 0"
+    assert api.compare(model, ours, prompts=prompts).first_difference.point == "layer 0"
 
 
 def test_the_numbers(models, prompts, tmp_path, monkeypatch):
@@ -212,7 +220,7 @@ def test_the_numbers(models, prompts, tmp_path, monkeypatch):
 
     other = changed(models["llama"], tmp_path / "other", nudge("model.layers.1.mlp.down_proj.weight", 1.5))
     monkeypatch.setattr(comparing, "BLOCK", 3 * 32)
-    sides = Candidate(checkpoint=str(models["llama"]), engine="hf"), Candidate(checkpoint=other, engine="hf")
+    sides = Candidate(checkpoint=str(models["llama"]), backend="hf"), Candidate(checkpoint=other, backend="hf")
     found = api.compare(*sides, prompts=prompts, dtype="float64", top_k=3, json=str(tmp_path / "out.json"))
     tokenizer = AutoTokenizer.from_pretrained(models["llama"])
     networks = [AutoModelForCausalLM.from_pretrained(side.checkpoint, dtype=torch.float64).eval() for side in sides]
@@ -243,7 +251,7 @@ def test_the_numbers(models, prompts, tmp_path, monkeypatch):
             )
             if first is None and x.argmax() != y.argmax():
                 first = (prompt, position, int(x.argmax()), int(y.argmax()))
-    assert found.departs is not None and found.departs.point == "layer 1" and first is not None
+    assert found.first_difference is not None and found.first_difference.point == "layer 1" and first is not None
     for distance in found.distances:
         if distance.point == "layer 3":
             continue
@@ -260,17 +268,17 @@ def test_the_numbers(models, prompts, tmp_path, monkeypatch):
     assert (agreed.first.prompt, agreed.first.position, agreed.first.a, agreed.first.b) == first
     assert agreed.first.text_a == tokenizer.decode([first[2]])
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["departs"] == "layer 1" and written["passed"] is False and written["prompts"] == 3
+    assert written["first_difference"] == "layer 1" and written["passed"] is False and written["prompts"] == 3
     assert [point["relative"] for point in written["points"]] == [d.relative for d in found.distances]
     assert written["top_1"] == top_1 / agreed.positions and written["first_disagreement"]["position"] == first[1]
 
 
-def test_what_is_not_finite_departs(models, prompts, tmp_path):
+def test_what_is_not_finite_differs(models, prompts, tmp_path):
     """NaN exceeds every tolerance, in the table, in the picture, and in JSON, which has no number for it."""
     other = changed(models["llama"], tmp_path / "other", nudge("model.layers.2.mlp.up_proj.weight", float("nan")))
     files = {"json": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png"), "scratch": str(tmp_path)}
-    found = api.compare(str(models["llama"]), Candidate(checkpoint=other, engine="hf"), prompts=prompts, **files)
-    assert not found.passed and found.departs is not None and found.departs.point == "layer 2"
+    found = api.compare(str(models["llama"]), Candidate(checkpoint=other, backend="hf"), prompts=prompts, **files)
+    assert not found.passed and found.first_difference is not None and found.first_difference.point == "layer 2"
     assert "first difference at layer 2: inf, beyond the tolerance of 0.0001" in found.table()
     points = json.loads((tmp_path / "out.json").read_text())["points"]
     assert points[3]["relative"] is None and points[1]["relative"] < 1e-5
@@ -295,11 +303,11 @@ def test_a_family_that_is_not_known_here(tmp_path):
     model = str(tmp_path / "opt")
     other = changed(tmp_path / "opt", tmp_path / "other", nudge("model.decoder.layers.1.fc2.weight", 1.5))
     found = api.compare(model, other)
-    assert found.departs is not None and found.departs.point == "layer 1"
+    assert found.first_difference is not None and found.first_difference.point == "layer 1"
     assert [d.point for d in found.distances] == list(point_names(3))
     assert found.notes[0] == f"model_type opt of {model} is not supported by swift_mega: transformers runs it"
     with pytest.raises(UserError, match=r"model_type 'opt' of .* is not supported"):
-        api.compare(Candidate(checkpoint=model, engine="mcore"), other)
+        api.compare(Candidate(checkpoint=model, backend="mcore"), other)
 
 
 def test_what_cannot_be_compared(models, prompts, tmp_path):
@@ -323,10 +331,10 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     refused("--top_k=0: expected 1 to 391", top_k=0)
     refused("--tolerance=-1.0: expected a number of at least 0", tolerance=-1.0)
     refused("dtype='float16' is not one", dtype="float16")
-    refused("--b_layout=tp2 splits a model", b=Candidate(checkpoint=model, engine="hf", layout="tp2"))
+    refused("--b_layout=tp2 splits a model", b=Candidate(checkpoint=model, backend="hf", layout="tp2"))
     refused("parallel.tensor=3 does not divide", b=Candidate(checkpoint=model, layout="tp3"))
     refused("'tq3' in the layout 'tq3' is not a size", b=Candidate(checkpoint=model, layout="tq3"))
-    refused("--b_engine=vllm: expected mcore | hf", b=Candidate(checkpoint=model, engine="vllm"))
+    refused("--b_backend=vllm: expected mcore | hf", b=Candidate(checkpoint=model, backend="vllm"))
     refused(
         "--b_model=.* is the config of a Megatron checkpoint, and .* is none",
         b=Candidate(checkpoint=model, model=model),
@@ -380,10 +388,10 @@ def weights_here() -> int:
     return sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("engine", ["mcore", "hf"])
-def test_a_side_is_gone_before_the_next_one_comes(models, tmp_path, ranks, cpu, engine):
+@pytest.mark.parametrize("backend", ["mcore", "hf"])
+def test_a_side_is_gone_before_the_next_one_comes(models, tmp_path, ranks, cpu, backend):
     """Under torchrun both sides run in one process, which must never have both in memory."""
-    given = Candidate(checkpoint=str(models["llama"]), engine=engine)
+    given = Candidate(checkpoint=str(models["llama"]), backend=backend)
     assert ranks(1, left_over, comparison._side(given, "a", False, []), cpu, tmp_path) == 0
 
 

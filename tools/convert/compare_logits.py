@@ -1,6 +1,6 @@
 """Finds the first point where two checkpoints differ: compare_logits.py --a DIR --b DIR.
 
-[--prompts FILE --a_layout tp2-sp --b_engine hf --dtype float64 --tolerance 1e-5 --json FILE --plot FILE.png]
+[--prompts FILE --a_layout tp2-sp --b_backend hf --dtype float64 --tolerance 1e-5 --json FILE --plot FILE.png]
 
 Compares the hidden states after every layer, and the logits. Exit status: 0 equal within the tolerance, 1 not equal, 2 bad input.
 Started by python, it starts the ranks on this machine. Started by torchrun or srun, both sides run in the existing ranks.
@@ -23,6 +23,7 @@ def main() -> int:
         )
         options.add_argument(f"--{side}_adapter", help="directory of a PEFT LoRA adapter to apply")
         options.add_argument(
+            f"--{side}_backend",
             f"--{side}_engine",
             choices=("mcore", "hf"),
             help="Megatron-core or transformers; default: mcore where the model_type is supported",
@@ -42,7 +43,7 @@ def main() -> int:
     options.add_argument("--json", help="JSON file for the results")
     options.add_argument("--plot", help="PNG file of the difference by layer")
     given = vars(options.parse_args())
-    fields = ("model", "adapter", "engine", "layout")
+    fields = ("model", "adapter", "backend", "layout")
     a, b = (
         api.Candidate(checkpoint=given.pop(side), **{field: given.pop(f"{side}_{field}") for field in fields})
         for side in "ab"

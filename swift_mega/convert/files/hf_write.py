@@ -25,7 +25,7 @@ from swift_mega.convert.files.which_files import NAMED_BY_CONFIG, check_link
 from swift_mega.errors import UserError
 from swift_mega.text_files import parse_json
 
-LEFT = re.compile(
+NOT_COPIED = re.compile(
     # weights in any format, indexes of weight files, and settings for readers of other formats
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|npy|ot|pkl|pickle|tflite|mlmodel|nemo|distcp|tar|zip)"
     r"|.*\.index\.json|.*\.index|.*\.data-\d+-of-\d+|(tf_model|flax_model|consolidated|ggml-model)[.-].*|params\.json"
@@ -127,7 +127,7 @@ class Writer:
     """Writes tensors, whole or by rows, at their planned offsets. Several processes may write at once, after `write_headers`.
 
     sharers: how many processes on this machine write at once. A tensor that this process wrote completely is read back and hashed while
-    the next ones are written. NaN and infinity are refused, except in tensors for whose name `any_number` is true: masks that follow
+    the next ones are written. NaN and infinity are refused, except in tensors for whose name `allow_nonfinite` is true: masks that follow
     from config.json contain -inf.
     """
 
@@ -137,9 +137,9 @@ class Writer:
         planned: Mapping[str, Planned],
         *,
         sharers: int = 1,
-        any_number: Callable[[str], bool] = lambda name: False,
+        allow_nonfinite: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self.directory, self.planned, self.any_number = directory, planned, any_number
+        self.directory, self.planned, self.allow_nonfinite = directory, planned, allow_nonfinite
         self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
         self._handles: dict[str, int] = {}
         self._written: dict[str, int] = {}
@@ -178,7 +178,7 @@ class Writer:
         handle = self._handle(place.file)
         numbers = flat(value.detach().contiguous())
         same = numbers.dtype == place.dtype and numbers.device.type == "cpu"
-        checked = not self.any_number(whole)
+        checked = not self.allow_nonfinite(whole)
         if same:
             if checked and not is_finite(numbers):
                 check_finite(name, value, first_row=first_row)
@@ -231,7 +231,7 @@ def hashing_threads(sharers: int) -> int:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the companions of a model directory: all its files except weights and other files that match LEFT. Links are followed."""
+    """Copies the companions of a model directory: all its files except those that match NOT_COPIED. Links are followed."""
     for file in companions(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def companions(source: Path) -> list[Path]:
     """The files that `copy_companions` copies; UserError where one is a broken link."""
-    found = [file for file in sorted(source.iterdir()) if not LEFT.fullmatch(file.name)]
+    found = [file for file in sorted(source.iterdir()) if not NOT_COPIED.fullmatch(file.name)]
     templates = sorted((source / TEMPLATES).glob("*.jinja"))
     modules = [
         file for folder in _modules(source) for file in sorted(folder.rglob("*")) if not file.name.startswith(".")

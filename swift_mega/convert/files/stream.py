@@ -47,7 +47,7 @@ def restream(
     with staged(target, overwrite=overwrite, needed=bytes_needed(planned, source.directory)) as staging:
         write_headers(staging, planned)
         with (
-            Writer(staging, planned, any_number=derived) as writer,
+            Writer(staging, planned, allow_nonfinite=derived) as writer,
             bytes_bar(sum(place.bytes for place in planned.values()), "writing") as bar,
         ):
             # One buffer for all tensors: freed buffers of many sizes stay in the allocator's heap, which then grows with the checkpoint.

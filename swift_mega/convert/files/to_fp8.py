@@ -173,7 +173,7 @@ def write_fp8(
     planned = plan_files({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, max_shard_bytes)
     check_space(target, bytes_needed(planned, checkpoint.directory))
     write_headers(target, planned)
-    with Writer(target, planned, any_number=derived) as writer:
+    with Writer(target, planned, allow_nonfinite=derived) as writer:
         for name in planned:
             writer.write(name, tensors[name].value())
         found = writer.finish()

@@ -113,11 +113,11 @@ def begin(staging: Path, source: TensorSource, settings: Settings) -> None:
 def _bytes_in_all(part: ModelPart) -> int:
     """Bytes of all parameters in the checkpoint, over all ranks, each counted once. Collective."""
     where, mine = part.coordinate, 0
-    for held in part.held():
-        replica = where.expert_data if held.expert else where.data + where.context
-        whole = held.rule.pack.axis is None and part.tensor_axis(held)[0] != 0
-        if not (held.copy or replica or whole):
-            mine += held.parameter.nbytes
+    for named in part.named_parameters():
+        replica = where.expert_data if named.expert else where.data + where.context
+        whole = named.rule.pack.axis is None and part.tensor_axis(named)[0] != 0
+        if not (named.copy or replica or whole):
+            mine += named.parameter.nbytes
     return sum(gather(mine))
 
 

@@ -23,7 +23,7 @@ def translate_cohere(config: Any, **changes: Any) -> Settings:
         raise UserError("config.json: logit_scale=None is not a number, and logits are multiplied by it; correct it")
     bias = bool(config.attention_bias)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    turned = rope(config, head_dim, interleaved=True)
+    rotation = rope(config, head_dim, interleaved=True)
     return translate(
         config,
         epsilon="layer_norm_eps",
@@ -32,7 +32,7 @@ def translate_cohere(config: Any, **changes: Any) -> Settings:
         biases=Biases(attention_output=bias),
         block=Block(parallel=True),
         scales=Scales(logits=config.logit_scale),
-        **{"ropes": (turned,) * config.num_hidden_layers, **changes},
+        **{"ropes": (rotation,) * config.num_hidden_layers, **changes},
     )
 
 

@@ -10,9 +10,9 @@ from swift_mega.models.settings import Settings
 
 def _translate(config: Any) -> Settings:
     seen = windows(config)
-    turned = rope(config, config.head_dim, interleaved=True)
+    rotation = rope(config, config.head_dim, interleaved=True)
     return cohere.translate_cohere(
-        config, windows=seen, ropes=tuple(None if window is None else turned for window in seen)
+        config, windows=seen, ropes=tuple(None if window is None else rotation for window in seen)
     )
 
 

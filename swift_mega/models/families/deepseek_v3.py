@@ -71,8 +71,8 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
     latent = Latent(
         query=config.q_lora_rank,
         latent=config.kv_lora_rank,
-        straight=config.qk_nope_head_dim,
-        turned=config.qk_rope_head_dim,
+        nope_dim=config.qk_nope_head_dim,
+        rope_dim=config.qk_rope_head_dim,
         value=config.v_head_dim,
     )
     # Megatron's rotation is not used. But Megatron computes the scale of the scores from these, as transformers does.
@@ -81,8 +81,8 @@ def translate_latent(config: Any, *, interleaved: bool, routing: Routing) -> Set
         rotary_scaling_factor=yarn.get("factor", 1.0),
         mscale_all_dim=yarn.get("mscale_all_dim") or 0.0,
     )
-    turn = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
-    settings = translate(config, megatron={**latent.megatron, **scale}, edits=(latent,), ropes=(turn,) * layers)
+    rotation = rope(config, config.qk_rope_head_dim, interleaved=interleaved)
+    settings = translate(config, megatron={**latent.megatron, **scale}, edits=(latent,), ropes=(rotation,) * layers)
     return translate_experts(settings, config, routing)
 
 

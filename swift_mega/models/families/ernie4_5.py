@@ -8,12 +8,12 @@ from swift_mega.models.settings import Biases, Settings
 
 def _translate(config: Any) -> Settings:
     bias = bool(config.use_bias)
-    turned = rope(config, config.head_dim, interleaved=True)
+    rotation = rope(config, config.head_dim, interleaved=True)
     return translate(
         config,
         megatron={"add_qkv_bias": bias},
         biases=Biases(attention_output=bias, mlp=bias),
-        ropes=(turned,) * config.num_hidden_layers,
+        ropes=(rotation,) * config.num_hidden_layers,
     )
 
 

@@ -9,12 +9,12 @@ from swift_mega.models.settings import Block, Settings
 
 
 def _translate(config: Any) -> Settings:
-    turned = rope(config, config.head_dim, interleaved=True)
+    rotation = rope(config, config.head_dim, interleaved=True)
     return translate(
         config,
         megatron={"add_qkv_bias": bool(config.attention_bias)},
         block=Block(post_norms=True),
-        ropes=(turned,) * config.num_hidden_layers,
+        ropes=(rotation,) * config.num_hidden_layers,
     )
 
 

@@ -12,9 +12,9 @@ from swift_mega.models.packs import (
     COLUMN,
     FUSED_QKV,
     REPLICATED,
-    TURNED_COLUMN,
-    TURNED_FUSED_QKV,
-    TURNED_ROW,
+    TRANSPOSED_COLUMN,
+    TRANSPOSED_FUSED_QKV,
+    TRANSPOSED_ROW,
     VOCAB,
     Pack,
 )
@@ -77,7 +77,9 @@ FAMILY = Family(
     hf_types=("gpt2",),
     translate=_translate,
     pad_without_gradient=False,
-    rules=gpt2_rules(query_key_value=TURNED_FUSED_QKV, bias=FUSED_QKV, column=TURNED_COLUMN, row=TURNED_ROW),
+    rules=gpt2_rules(
+        query_key_value=TRANSPOSED_FUSED_QKV, bias=FUSED_QKV, column=TRANSPOSED_COLUMN, row=TRANSPOSED_ROW
+    ),
     # n_ctx is an older name of n_positions; the summary_ fields are for classification.
     reads=frozenset(
         "vocab_size n_positions n_ctx n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "

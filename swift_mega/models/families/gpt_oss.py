@@ -12,7 +12,7 @@ from swift_mega.models.packs import (
     INTERLEAVED_GATE_UP,
     INTERLEAVED_GATE_UP_BIAS,
     REPLICATED,
-    TURNED_ROW,
+    TRANSPOSED_ROW,
 )
 from swift_mega.models.rules import EMBEDDING_RULES, HF_LAYER, LAYER, NORM_RULES, attention_rules
 from swift_mega.models.settings import Biases, Settings
@@ -55,7 +55,7 @@ FAMILY = Family(
         *(Rule(f"{MOE}router.{leaf}", (f"{HF_LAYER}mlp.router.{leaf}",), REPLICATED) for leaf in ("weight", "bias")),
         Rule(EXPERT + "linear_fc1.weight", (HF_EXPERTS + "gate_up_proj[{e}]",), INTERLEAVED_GATE_UP),
         Rule(EXPERT + "linear_fc1.bias", (HF_EXPERTS + "gate_up_proj_bias[{e}]",), INTERLEAVED_GATE_UP_BIAS),
-        Rule(EXPERT + "linear_fc2.weight", (HF_EXPERTS + "down_proj[{e}]",), TURNED_ROW),
+        Rule(EXPERT + "linear_fc2.weight", (HF_EXPERTS + "down_proj[{e}]",), TRANSPOSED_ROW),
         Rule(EXPERT + "linear_fc2.bias", (HF_EXPERTS + "down_proj_bias[{e}]",), REPLICATED),
     ),
     # The last two are OpenAI's names of num_experts_per_tok and of the original length in rope_parameters.

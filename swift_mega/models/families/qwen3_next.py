@@ -54,7 +54,7 @@ def _translate(config: Any) -> Settings:
             f"config.json: linear_num_key_heads={delta.key_heads} does not divide linear_num_value_heads="
             f"{delta.value_heads}; correct it"
         )
-    turn = rope(config, config.head_dim)
+    rotation = rope(config, config.head_dim)
     settings = translate(
         config,
         # hetereogenous_dist_checkpoint: layers have different parameters, which Megatron's checkpoints would otherwise stack.
@@ -63,14 +63,14 @@ def _translate(config: Any) -> Settings:
         ),
         biases=Biases(attention_output=bias),
         norm=NormKind(one_plus=True),
-        ropes=tuple(None if delta_here else turn for delta_here in linear),
+        ropes=tuple(None if delta_here else rotation for delta_here in linear),
         edits=(delta,) if any(linear) else (),
         predict_prefix="mtp.",
     )
     heads = dataclasses.replace(settings.heads, channels=delta.channels)
     shape = dataclasses.replace(
         settings.shape,
-        key_heads_alone="belongs to queries with a gate, which Megatron does not split over tensor ranks",
+        no_key_head_sharing="belongs to queries with a gate, which Megatron does not split over tensor ranks",
     )
     settings = dataclasses.replace(settings, heads=heads, shape=shape)
     moe_layers = tuple(

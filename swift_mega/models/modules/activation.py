@@ -22,7 +22,7 @@ class Xielu(MegatronModule):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        self.cut = config.tensor_model_parallel_size > 1
+        self.sharded = config.tensor_model_parallel_size > 1
         self.alpha_p = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         self.alpha_n = torch.nn.Parameter(torch.empty(1, dtype=config.params_dtype))
         for name in ("beta", "eps"):  # constants that checkpoints contain
@@ -31,7 +31,7 @@ class Xielu(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         """Elementwise."""
         above, below = (
-            F.softplus(copy_to_tensor_model_parallel_region(alpha) if self.cut else alpha)
+            F.softplus(copy_to_tensor_model_parallel_region(alpha) if self.sharded else alpha)
             for alpha in (self.alpha_p, self.alpha_n)
         )
         below = self.beta + below

@@ -18,14 +18,14 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from swift_mega.device.device import send
-from swift_mega.models.modules.engine import attend, engine_attention
 from swift_mega.models.modules.norm import Norm
+from swift_mega.models.modules.te_attention import attend, make_te_attention
 from swift_mega.models.settings import Rope, Settings
 from swift_mega.ops.attention import attention
 from swift_mega.ops.kernels import AUTO, Kernels
 from swift_mega.ops.rope import rotate, tables
 from swift_mega.parallel.context import Context, context_attention
-from swift_mega.parallel.sequence import held_tokens
+from swift_mega.parallel.sequence import local_tokens
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Segments(PackedSeqParams):
     """Start of each example, and the end of the last one, in tokens; on the host."""
     starts: Tensor = None  # type: ignore[assignment]  # needs a default because the parent's fields have one; it is always given
     """cu_seqlens: the same as int32 on the device."""
-    turns: tuple[tuple[Tensor, Tensor], ...] = ()
+    rope_tables: tuple[tuple[Tensor, Tensor], ...] = ()
     """(cosine, sine), each [tokens, 1, rotary_dim / 2], of every different rotation of the model."""
     growth: Tensor | None = None
     """[tokens, 1, 1]: factor on the queries of each token."""
@@ -54,7 +54,7 @@ def segments(
 
     The frequencies of an example depend on its own length, not on the longest example in its row. So they are the same as without packing.
     """
-    turns = tuple(
+    rope_tables = tuple(
         tables(
             positions,
             _frequencies(rope, cu_seqlens, context, positions.device),
@@ -72,7 +72,7 @@ def segments(
     return Segments(
         bounds=tuple(cu_seqlens.tolist()),
         starts=send(cu_seqlens.to(torch.int32), positions.device),
-        turns=turns,
+        rope_tables=rope_tables,
         growth=growth,
         context=context,
     )
@@ -106,7 +106,7 @@ def _frequencies(rope: Rope, cu_seqlens: Tensor, context: Context | None, device
     lengths = cu_seqlens.diff()
     in_long = (lengths > rope.long_beyond).repeat_interleave(lengths)
     if context is not None:
-        in_long = in_long[held_tokens(cu_seqlens.tolist(), context.mesh, context.rank)]
+        in_long = in_long[local_tokens(cu_seqlens.tolist(), context.mesh, context.rank)]
     return torch.where(send(in_long, device)[:, None, None], _on_device(rope.long, device), usual)
 
 
@@ -121,7 +121,7 @@ class CoreAttention(MegatronModule):
         settings: Settings,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        engine: Any = None,
+        te_attention: Any = None,
         alibi: tuple[float, ...] | None = None,
         late_norm: bool = False,
         sinks: bool = False,
@@ -131,13 +131,13 @@ class CoreAttention(MegatronModule):
         """`layer_number` counts from 1 over the whole model; `given` is what Megatron passes to any core attention.
 
         cp_comm_type: how context ranks communicate, where Transformer Engine does it; None: it does not.
-        engine: its attention class for this case, TEDotProductAttention.
+        te_attention: its attention class for this case, TEDotProductAttention.
         alibi, late_norm, sinks: of modules/core_edits.py.
         """
         super().__init__(config=config)
         self.kernels = kernels
         rope = settings.ropes[layer_number - 1]
-        self.turn = None if rope is None else settings.distinct_ropes.index(rope)
+        self.rope_index = None if rope is None else settings.distinct_ropes.index(rope)
         self.interleaved = rope is not None and rope.interleaved
         self.window = settings.windows[layer_number - 1]
         self.clip = settings.scales.clip
@@ -160,11 +160,11 @@ class CoreAttention(MegatronModule):
         if sinks:
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
-        self.engine = None
+        self.te_attention = None
         if cp_comm_type is not None:
-            assert engine is not None, "refused before ranks start"
-            self.engine = engine_attention(
-                engine, config, layer_number, communication=cp_comm_type, scale=self.scale, window=self.window
+            assert te_attention is not None, "refused before ranks start"
+            self.te_attention = make_te_attention(
+                te_attention, config, layer_number, communication=cp_comm_type, scale=self.scale, window=self.window
             )
 
     def forward(
@@ -182,8 +182,8 @@ class CoreAttention(MegatronModule):
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         if self.clip is not None:
             query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
-        if self.turn is not None:
-            cos, sin = row.turns[self.turn]
+        if self.rope_index is not None:
+            cos, sin = row.rope_tables[self.rope_index]
             query, key = (rotate(x, cos, sin, self.interleaved, self.kernels) for x in (query, key))
             # The backward pass keeps value, and a view would keep all of linear_qkv's output in memory.
             value = value.clone(memory_format=torch.contiguous_format)
@@ -191,8 +191,8 @@ class CoreAttention(MegatronModule):
             query = query * row.growth
         if self.late_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.engine is not None:
-            out = attend(self.engine, query, key, value, bounds=row.bounds, cu_seqlens=row.starts)
+        if self.te_attention is not None:
+            out = attend(self.te_attention, query, key, value, bounds=row.bounds, cu_seqlens=row.starts)
             return out.reshape(out.shape[0], 1, -1)
         if row.context is not None:
             assert self.alibi is None, "refused before ranks start"
@@ -229,7 +229,11 @@ class CoreAttention(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The sinks as one tensor over all heads. Without this method Megatron assumes that all ranks have the same values."""
-        own = {name: value for name, value in self.state_dict(keep_vars=True).items() if not name.startswith("engine.")}
+        own = {
+            name: value
+            for name, value in self.state_dict(keep_vars=True).items()
+            if not name.startswith("te_attention.")
+        }
         return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,10 @@ class Alibi(Edit):
         _tell_core(spec, alibi=self.slopes)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, alone_in_a_row="adds biases to scores by position (ALiBi), which is not supported over context ranks")
+        return replace(
+            shape,
+            no_context_parallel="adds biases to scores by position (ALiBi), which is not supported over context ranks",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Sinks(Edit):
         _tell_core(spec, sinks=True)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, not_engine="has attention sinks, which only some of its kernels support")
+        return replace(shape, no_te_context="has attention sinks, which only some of its kernels support")
 
 
 @dataclass(frozen=True, kw_only=True)

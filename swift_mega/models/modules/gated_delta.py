@@ -63,7 +63,7 @@ class DeltaNet(Edit):
         return replace(
             shape,
             shared_counts=(*shape.shared_counts, ("key heads of linear attention", self.key_heads)),
-            alone_in_a_row="has gated delta nets, whose state goes from token to token",
+            no_context_parallel="has gated delta nets, whose state goes from token to token",
         )
 
     def attention_linears(self) -> Collection[str]:

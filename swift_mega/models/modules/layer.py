@@ -68,12 +68,13 @@ class Layer(TransformerLayer):
         out = checkpoint(mlp, False, x) if self.recompute_mlp else mlp(x)
         return self.post_mlp_layernorm(out) if self.block.post_norms else out
 
-    def _normed(self, norm: Any, x: Tensor, again: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
+    def _normed(self, norm: Any, x: Tensor, recompute: bool) -> tuple[Tensor, Callable[[Tensor], None]]:
         """x normalised, and a function that frees its memory. Call this with a tensor that depends on all uses of the normalised x.
 
-        again: that tensor's backward pass recomputes the norm. Else, and for NoNorm (which returns x itself), the function does nothing.
+        recompute: that tensor's backward pass recomputes the norm. Else, and for NoNorm (which returns x itself), the function does
+        nothing.
         """
-        if not again or isinstance(norm, NoNorm):
+        if not recompute or isinstance(norm, NoNorm):
             return norm(x), lambda after: None
         kept = CheckpointWithoutOutput(fp8=self.config.fp8)
         return kept.checkpoint(norm, x), kept.discard_output_and_register_recompute

@@ -36,14 +36,14 @@ EPSILON = 1e-6
 class Latent(Edit):
     """Latent attention replaces Megatron's own. Sizes are features: of the latents, and of parts of a head.
 
-    query: of the latent of queries; None: queries have none. latent: of the latent of keys and values. straight, turned: of the parts of a
-    query or key that are not rotated, and that are. value: of a value.
+    query: of the latent of queries; None: queries have none. latent: of the latent of keys and values. nope_dim,
+    rope_dim: of the parts of a query or key that are not rotated, and that are. value: of a value.
     """
 
     query: int | None
     latent: int
-    straight: int
-    turned: int
+    nope_dim: int
+    rope_dim: int
     value: int
     no_memory_formula = "latent attention"
 
@@ -54,10 +54,10 @@ class Latent(Edit):
             multi_latent_attention=True,
             q_lora_rank=self.query,
             kv_lora_rank=self.latent,
-            qk_head_dim=self.straight,
-            qk_pos_emb_head_dim=self.turned,
+            qk_head_dim=self.nope_dim,
+            qk_pos_emb_head_dim=self.rope_dim,
             v_head_dim=self.value,
-            kv_channels=self.straight + self.turned,
+            kv_channels=self.nope_dim + self.rope_dim,
         )
 
     def edit(self, spec: Any, parts: Parts) -> None:
@@ -79,13 +79,13 @@ class Latent(Edit):
         spec.submodules.sharded_state_dict_keys_map = names
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, not_engine="has latent attention, whose values are not as wide as its keys")
+        return replace(shape, no_te_context="has latent attention, whose values are not as wide as its keys")
 
     def check_layout(self, layout: Layout) -> None:
         """UserError where the tensor size does not divide the widths of the latents."""
         widths = {
             "q_lora_rank": self.query or layout.tensor,
-            "kv_lora_rank + qk_rope_head_dim": self.latent + self.turned,
+            "kv_lora_rank + qk_rope_head_dim": self.latent + self.rope_dim,
         }
         for name, width in widths.items():
             if width % layout.tensor:
@@ -99,10 +99,10 @@ class Latent(Edit):
         return *queries, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"
 
     def attention_weights(self, shape: ModelShape) -> int:
-        hidden, heads, head_dim = shape.hidden, shape.heads, self.straight + self.turned
+        hidden, heads, head_dim = shape.hidden, shape.heads, self.nope_dim + self.rope_dim
         queries = hidden * heads * head_dim if self.query is None else self.query * (hidden + heads * head_dim)
-        down = hidden * (self.latent + self.turned)
-        return queries + down + self.latent * heads * (self.straight + self.value) + heads * self.value * hidden
+        down = hidden * (self.latent + self.rope_dim)
+        return queries + down + self.latent * heads * (self.nope_dim + self.value) + heads * self.value * hidden
 
 
 class LatentAttention(MLASelfAttention):
@@ -113,8 +113,8 @@ class LatentAttention(MLASelfAttention):
         super().__init__(config, submodules, layer_number, **given)
         # The rotation moves here from the core attention, which would rotate the first features of whole heads.
         core = self.core_attention
-        self.turn, self.interleaved, self.kernels = core.turn, core.interleaved, core.kernels
-        core.turn = self.rotary_pos_emb = None
+        self.rope_index, self.interleaved, self.kernels = core.rope_index, core.interleaved, core.kernels
+        core.rope_index = self.rotary_pos_emb = None
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The spec's modules, on newer Megatron versions too, which require a norm before a query projection that has no latent."""
@@ -133,22 +133,22 @@ class LatentAttention(MLASelfAttention):
 
         heads: of this tensor rank. The last two results are the latents, for Megatron's inference.
         """
-        assert packed_seq_params is not None and self.turn is not None
-        config, (cos, sin) = self.config, packed_seq_params.turns[self.turn]
-        straight, turned = config.qk_head_dim, config.qk_pos_emb_head_dim
+        assert packed_seq_params is not None and self.rope_index is not None
+        config, (cos, sin) = self.config, packed_seq_params.rope_tables[self.rope_index]
+        nope_dim, rope_dim = config.qk_head_dim, config.qk_pos_emb_head_dim
         query_latent = self._query_latent(hidden_states)
         latent, shared = self._whole(self.linear_kv_down_proj(hidden_states)[0]).split(
-            [config.kv_lora_rank, turned], -1
+            [config.kv_lora_rank, rope_dim], -1
         )
         latent = self.kv_layernorm(self._own_tokens(latent))
         if self._ranks > 1:
             shared = copy_to_tensor_model_parallel_region(shared)  # sums its gradient over the ranks' heads
 
         query = self._by_head(self._query(query_latent))
-        key, value = self._by_head(self.linear_kv_up_proj(latent)[0]).split([straight, config.v_head_dim], -1)
-        query, query_turned = query.split([straight, turned], -1)
+        key, value = self._by_head(self.linear_kv_up_proj(latent)[0]).split([nope_dim, config.v_head_dim], -1)
+        query, query_rope = query.split([nope_dim, rope_dim], -1)
         shared = rotate(shared, cos, sin, self.interleaved, self.kernels).expand(-1, key.shape[1], -1)
-        query = torch.cat((query, rotate(query_turned, cos, sin, self.interleaved, self.kernels)), -1)
+        query = torch.cat((query, rotate(query_rope, cos, sin, self.interleaved, self.kernels)), -1)
         key = torch.cat((key, shared), -1)
         return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), query_latent, latent
 

@@ -71,7 +71,7 @@ class WholeNorm(torch.nn.Module):
         """heads: of the whole model; hidden_size: features of one head, which is what Megatron passes."""
         super().__init__()
         ranks = config.tensor_model_parallel_size
-        self.whole, self.eps, self.cut = heads * hidden_size, eps, ranks > 1
+        self.whole, self.eps, self.sharded = heads * hidden_size, eps, ranks > 1
         self.size, self.copies = hidden_size, max(1, ranks // heads)
         self.weight = torch.nn.Parameter(torch.empty(self.whole // ranks, dtype=config.params_dtype))
 
@@ -80,7 +80,7 @@ class WholeNorm(torch.nn.Module):
         flat = x.flatten(-2)
         wide = flat.float() if flat.dtype != torch.float64 else flat
         squares = wide.square().sum(-1, keepdim=True)
-        if self.cut:
+        if self.sharded:
             squares = _SumOverRanks.apply(squares) / self.copies
         normed = (wide * torch.rsqrt(squares / self.whole + self.eps)).to(x.dtype)
         return (normed * self._weight()).view_as(x)
@@ -178,7 +178,7 @@ class HeadQKNorm(Edit):
         _norm_heads(spec, HeadNorm, parts.shape)
 
     def limits(self, shape: ModelShape) -> ModelShape:
-        return replace(shape, key_heads_alone="has its own norm, which cannot be split over tensor ranks")
+        return replace(shape, no_key_head_sharing="has its own norm, which cannot be split over tensor ranks")
 
     def megatron_fields(self) -> Mapping[str, Any]:
         return TAKES_OUR_NORMS

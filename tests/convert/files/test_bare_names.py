@@ -123,25 +123,25 @@ def test_the_prefix_is_transformers(tmp_path):
 def planned(directory: Path, rank: int) -> dict[str, Tensor]:
     """What the blueprint says that tensor rank `rank` of two has, by arithmetic alone."""
     checkpoint = Checkpoint(directory)
-    blueprint = blueprints.draw(Source(directory))
+    blueprint = blueprints.make_blueprint(Source(directory))
     layout = plan_layout(parse_layout("tp2")[0], blueprint.settings.shape, 2)
     assert blueprints.check_tiling(blueprint, layout) == sum(value.numel() for value in weights(directory).values())
     return {
         share.slot.name: blueprints.value_of(checkpoint, share, blueprint.settings, torch.float32)
-        for share in blueprints.shares(blueprint, layout, layout.coordinate(rank))
+        for share in blueprints.shards_of(blueprint, layout, layout.coordinate(rank))
     }
 
 
-def held(directory: Path, cpu: object) -> dict[str, Tensor]:
+def named(directory: Path, cpu: object) -> dict[str, Tensor]:
     """What tensor rank 0 of two really has."""
     groups = parallel_groups.init(plan_layout(parse_layout("tp2")[0], load_settings(directory).shape, 2))
     part = build_part(schema.Run(), cpu, groups, dtype=torch.float32, reads_inputs=False, source=Source(directory))
     parallel_groups.close()
-    return {held.name: held.parameter.detach().clone() for held in part.held()}
+    return {named.name: named.parameter.detach().clone() for named in part.named_parameters()}
 
 
 def test_the_plan_of_a_rank_is_what_it_holds(ranks, cpu, published):
-    found, expected = ranks(1, planned, published, 0), ranks(2, held, published, cpu)
+    found, expected = ranks(1, planned, published, 0), ranks(2, named, published, cpu)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -196,7 +196,7 @@ def test_an_adapter_is_pefts_and_is_merged(cpu, tmp_path, published):
     assert changed == 4 * 4
 
 
-def test_an_adapter_of_turned_linears_needs_a_known_model(tmp_path, published, cpu):
+def test_an_adapter_of_transposed_linears_needs_a_known_model(tmp_path, published, cpu):
     """A square weight fits both [in, out] and [out, in]: for a model of no known family the merge is refused."""
     adapter = random_adapter(published, tmp_path / "adapter", cpu)
     config = published / "config.json"

@@ -163,7 +163,7 @@ KEPT = """config.json generation_config.json tokenizer.json tokenizer_config.jso
 special_tokens_map.json added_tokens.json preprocessor_config.json processor_config.json chat_template.json qwen.tiktoken README.md
 LICENSE NOTICE USE_POLICY.md modelcard.json modeling_mine.py args.json additional_chat_templates/rag.jinja modules.json
 1_Pooling/config.json 2_Dense/model.safetensors""".split()
-LEFT = """model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json pytorch_model.bin tf_model.h5 model.GGUF
+NOT_COPIED = """model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json pytorch_model.bin tf_model.h5 model.GGUF
 pytorch_model.bin.index.json consolidated.00.pth params.json model.onnx flax_model.msgpack model.ckpt.index model.ckpt.data-00000-of-00001
 adapter_config.json adapter_model.safetensors adapter_model.bin optimizer.pt scheduler.pt scaler.pt rng_state_0.pth trainer_state.json
 training_args.bin report.json source_dtypes.json .gitattributes .cache/x .git/config original/params.json onnx/model.json latest
@@ -173,7 +173,7 @@ additional_chat_templates/notes.txt checkpoint-5/config.json zero_to_fp32.py""".
 def test_what_belongs_to_the_model_goes_on(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
-    for name in (*KEPT, *LEFT):
+    for name in (*KEPT, *NOT_COPIED):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("{}")
     (source / "modules.json").write_text(

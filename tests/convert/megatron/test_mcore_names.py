@@ -107,13 +107,13 @@ def written_and_read(source: Path, directory: Path, change: Callable[[State], No
     change(state)
     directory.mkdir()
     dist_checkpointing.save(state, str(directory))
-    for held in reader.held():
-        held.parameter.data.fill_(7)
+    for named in reader.named_parameters():
+        named.parameter.data.fill_(7)
     try:
         load_mcore(reader, groups, directory)
     except UserError as error:
         return str(error)
-    for one, other in zip(reader.held(), writer.held(), strict=True):
+    for one, other in zip(reader.named_parameters(), writer.named_parameters(), strict=True):
         assert torch.equal(one.parameter, other.parameter), one.name
     return ""
 

@@ -65,7 +65,7 @@ def test_a_box_of_chunks_is_a_slice(tmp_path_factory, drawn):
         torch.randn(6, 4).to(torch.float8_e4m3fn), torch.nn.Parameter(torch.randn(4, 3)), torch.randn(0, 4),
         torch.randn(2, 3, 4).transpose(0, 2),
     ],
-    ids=["plain", "turned", "a view", "a number", "integers", "float8", "a parameter", "empty", "turned in 3 dims"],
+    ids=["plain", "transposed", "a view", "a number", "integers", "float8", "a parameter", "empty", "transposed in 3 dims"],
 )  # fmt: skip
 def test_what_torch_wrote(tmp_path, tensor):
     """Also where the numbers are not contiguous and torch has to make the chunk."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swift_mega.models.packs import TURNED_COLUMN, TURNED_FUSED_QKV, TURNED_ROW, Heads, Pack
+from swift_mega.models.packs import TRANSPOSED_COLUMN, TRANSPOSED_FUSED_QKV, TRANSPOSED_ROW, Heads, Pack
 
 # Two inputs; two heads of one feature. A column's number says query, key or value (1, 2, 3), and then which head (1, 2).
 FUSED = torch.tensor([[11, 12, 21, 22, 31, 32], [-11, -12, -21, -22, -31, -32]])
@@ -16,23 +16,23 @@ def test_fused_query_key_value(tensor):
     heads, pieces = Heads(1, 1), []
     for rank, rows in enumerate(SHARDS[tensor]):
         parts = []
-        for start, end in TURNED_FUSED_QKV.ranges(6, heads):
+        for start, end in TRANSPOSED_FUSED_QKV.ranges(6, heads):
             share = (end - start) // tensor
             parts.append(FUSED[:, start + rank * share : start + (rank + 1) * share])
-        held = TURNED_FUSED_QKV.join(parts, heads)
-        assert held.tolist() == [[row, -row] for row in rows]
-        pieces.append(TURNED_FUSED_QKV.split(held, heads))
-    whole = [torch.cat(part, dim=TURNED_FUSED_QKV.axis or 0) for part in zip(*pieces, strict=True)]
+        local = TRANSPOSED_FUSED_QKV.join(parts, heads)
+        assert local.tolist() == [[row, -row] for row in rows]
+        pieces.append(TRANSPOSED_FUSED_QKV.split(local, heads))
+    whole = [torch.cat(part, dim=TRANSPOSED_FUSED_QKV.axis or 0) for part in zip(*pieces, strict=True)]
     assert [part.shape for part in whole] == [(2, 2)] * 3
-    (back,) = TURNED_FUSED_QKV.fuse(whole)
+    (back,) = TRANSPOSED_FUSED_QKV.fuse(whole)
     assert torch.equal(back, FUSED)
 
 
 @pytest.mark.parametrize(
     ("pack", "axis", "shards"),
     [
-        (TURNED_COLUMN, 1, [[[1, 5], [2, 6]], [[3, 7], [4, 8]]]),
-        (TURNED_ROW, 0, [[[1], [2], [3], [4]], [[5], [6], [7], [8]]]),
+        (TRANSPOSED_COLUMN, 1, [[[1, 5], [2, 6]], [[3, 7], [4, 8]]]),
+        (TRANSPOSED_ROW, 0, [[[1], [2], [3], [4]], [[5], [6], [7], [8]]]),
     ],
 )
 def test_even_cuts(pack: Pack, axis: int, shards: list[list[list[int]]]) -> None:
@@ -41,6 +41,6 @@ def test_even_cuts(pack: Pack, axis: int, shards: list[list[list[int]]]) -> None
     stored, heads = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), Heads(1, 1)
     assert pack.axis == axis
     for part, expected in zip(stored.chunk(2, axis), shards, strict=True):
-        held = pack.join([part], heads)
-        assert held.tolist() == expected
-        assert torch.equal(pack.split(held, heads)[0], part)
+        local = pack.join([part], heads)
+        assert local.tolist() == expected
+        assert torch.equal(pack.split(local, heads)[0], part)

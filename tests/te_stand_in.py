@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 
-def held(starts: list[int], ranks: int) -> list[list[int]]:
+def local(starts: list[int], ranks: int) -> list[list[int]]:
     """The indices in the row of each rank's tokens, in the rank's order, token by token."""
     found: list[list[int]] = [[] for _ in range(ranks)]
     for start, stop in zip(starts, starts[1:], strict=False):
@@ -96,7 +96,7 @@ class StandIn(torch.nn.Module):
         assert all(x.is_contiguous() and x.ndim == 3 for x in (query, key, value))
         assert len(query) == len(key) == len(value) == int(starts[-1]) // self.ranks
         group = parallel_state.get_context_parallel_group()
-        places = held(starts.tolist(), self.ranks)
+        places = local(starts.tolist(), self.ranks)
         order = torch.tensor([place for rank in places for place in rank]).argsort()
         query, key, value = (_Gathered.apply(x, group)[order] for x in (query, key, value))
         out = attention(query, key, value, starts.tolist(), self.scale, self.window)

@@ -23,9 +23,9 @@ SINCE = {"p2p": (2, 0), "a2a": (2, 11), "all_gather": (2, 18), "a2a+p2p": (2, 19
 """Per communication type: the first Transformer Engine that takes rows of many examples, and windows if it supports windows at all."""
 
 
-def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
+def check_te_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
     """UserError where this machine cannot run what `mesh` asks of Transformer Engine. dtype: of the model."""
-    if not mesh.engine:
+    if not mesh.te:
         return
     asked, ours = f"parallel.cp={mesh.name}", "parallel.cp=auto does the same on any device"
     if device.kind != "cuda":
@@ -48,7 +48,7 @@ def check_engine_runs(mesh: Mesh, device: Device, dtype: torch.dtype) -> None:
         )
 
 
-def engine_attention(
+def make_te_attention(
     attention: Any,
     config: TransformerConfig,
     layer_number: int,
@@ -73,7 +73,7 @@ def engine_attention(
 
 
 def attend(
-    engine: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], cu_seqlens: Tensor
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, bounds: tuple[int, ...], cu_seqlens: Tensor
 ) -> Tensor:
     """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] of this rank -> [tokens, heads * head_dim]. Collective.
 
@@ -91,4 +91,4 @@ def attend(
         max_seqlen_kv=longest,
     )
     query, key, value = (x.contiguous() for x in (query, key, value))
-    return engine(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)  # type: ignore[no-any-return]
+    return module(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)  # type: ignore[no-any-return]

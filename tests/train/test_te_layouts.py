@@ -11,8 +11,8 @@ import pytest
 
 from swift_mega.device.device import Device
 from swift_mega.models import specs
-from tests.engine_stand_in import StandIn
 from tests.pairs import both_tuners, covering, once
+from tests.te_stand_in import StandIn
 from tests.train.bench import check
 
 CASES = [

@@ -22,12 +22,12 @@ Range = tuple[int, int]
 Piece = tuple[int, int, int]
 
 # Good enough: work of the busiest ring rank over the mean.
-EVEN = 1.05
+MAX_IMBALANCE = 1.05
 # In a layer, everything but attention takes as long per token as attending to this many keys, at the least. Counted in products it would
 # be 6 x hidden size keys.
-TOKEN = 1024
+LAYER_COST_IN_KEYS = 1024
 # Fewest tokens of a piece of an example that is split only for the sake of balance.
-SMALLEST = 16
+MIN_PIECE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Split:
     """How a packed row is split over the ranks of a ring."""
 
-    held: tuple[tuple[Range, ...], ...]
+    ranges: tuple[tuple[Range, ...], ...]
     """For each ring rank: the ranges of the row that it holds, in its order."""
     shared: tuple[dict[int, list[Run]], ...]
     """For each ring rank: its runs of the examples that other ring ranks hold too, by example."""
 
 
-def zigzag(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
-    """The two ranges of `tokens` that a ring rank holds: pieces p and 2 * ring - 1 - p of 2 * ring equal ones, p = `position`.
+def zigzag(tokens: int, ring: int, ring_rank: int) -> tuple[Range, ...]:
+    """The two ranges of `tokens` that a ring rank holds: pieces p and 2 * ring - 1 - p of 2 * ring equal ones, p = `ring_rank`.
 
     tokens: a multiple of 2 * ring where ring > 1.
     """
@@ -59,36 +59,36 @@ def zigzag(tokens: int, ring: int, position: int) -> tuple[Range, ...]:
         return ((0, tokens),)
     assert tokens % (2 * ring) == 0, (tokens, ring)
     chunk = tokens // (2 * ring)
-    return tuple((number * chunk, (number + 1) * chunk) for number in (position, 2 * ring - 1 - position))
+    return tuple((number * chunk, (number + 1) * chunk) for number in (ring_rank, 2 * ring - 1 - ring_rank))
 
 
 @functools.lru_cache(maxsize=64)
-def cut_row(cu_seqlens: tuple[int, ...], ring: int) -> Cut:
+def split_row(cu_seqlens: tuple[int, ...], ring: int) -> Split:
     """Splits a packed row over a ring. cu_seqlens: where its examples begin, and its end, a multiple of 2 * ring where ring > 1."""
     if ring == 1:
-        return Cut((((0, cu_seqlens[-1]),),), ({},))
+        return Split((((0, cu_seqlens[-1]),),), ({},))
     assert cu_seqlens[-1] % (2 * ring) == 0, (cu_seqlens[-1], ring)
     examples = list(itertools.pairwise(cu_seqlens))
-    best, held = float("inf"), list[list[Piece]]()
+    best, pieces = float("inf"), list[list[Piece]]()
     for most in _limits(examples, ring):
         found = _share_out(examples, ring, most)
         uneven = _unevenness(cu_seqlens, found)
         if uneven < best:
-            best, held = uneven, found
-        if best <= EVEN:
+            best, pieces = uneven, found
+        if best <= MAX_IMBALANCE:
             break
-    return Cut(tuple(tuple((start, stop) for _, start, stop in mine) for mine in held), _shared(cu_seqlens, held))
+    return Split(tuple(tuple((start, stop) for _, start, stop in mine) for mine in pieces), _shared(cu_seqlens, pieces))
 
 
 def _limits(examples: Sequence[Range], ring: int) -> Iterator[int]:
     """Lengths up to which examples may stay whole: a rank's share, then half of that and so on, where this splits more examples."""
     lengths = [stop - start for start, stop in examples]
-    most, cut = sum(lengths) // ring, -1
-    while cut < 0 or most >= 2 * ring * SMALLEST:
+    most, split = sum(lengths) // ring, -1
+    while split < 0 or most >= 2 * ring * MIN_PIECE_TOKENS:
         longer = sum(length > most for length in lengths)
-        if longer > cut:
+        if longer > split:
             yield most
-        most, cut = most // 2, longer
+        most, split = most // 2, longer
 
 
 def _share_out(examples: Sequence[Range], ring: int, most: int) -> list[list[Piece]]:
@@ -103,9 +103,9 @@ def _share_out(examples: Sequence[Range], ring: int, most: int) -> list[list[Pie
             whole.append((stop - start, example, start))
             continue
         for number, piece in enumerate(_pieces_of(start, stop, ring, sizes)):
-            position, into = (number, firsts) if number < ring else (2 * ring - 1 - number, seconds)
+            ring_rank, into = (number, firsts) if number < ring else (2 * ring - 1 - number, seconds)
             if piece[0] < piece[1]:
-                into[position].append((example, *piece))
+                into[ring_rank].append((example, *piece))
     room = [sum(stop - start for start, stop in examples) // ring - size for size in sizes]
     for mine, rest, others in zip(firsts, seconds, _whole(whole, room), strict=True):
         mine += rest + others
@@ -118,10 +118,10 @@ def _pieces_of(start: int, stop: int, ring: int, sizes: list[int]) -> list[Range
     lengths = [least] * (2 * ring)
     order = sorted(range(ring), key=sizes.__getitem__)
     for number in range(more):
-        position = order[number % ring]
-        lengths[position if number < ring else 2 * ring - 1 - position] += 1
-    for position in range(ring):
-        sizes[position] += lengths[position] + lengths[2 * ring - 1 - position]
+        ring_rank = order[number % ring]
+        lengths[ring_rank if number < ring else 2 * ring - 1 - ring_rank] += 1
+    for ring_rank in range(ring):
+        sizes[ring_rank] += lengths[ring_rank] + lengths[2 * ring - 1 - ring_rank]
     return list(itertools.pairwise(itertools.accumulate(lengths, initial=start)))
 
 
@@ -133,43 +133,43 @@ def _whole(lengths: list[tuple[int, int, int]], room: Sequence[int]) -> list[lis
     """
     groups: list[list[tuple[int, int, int]]] = [[] for _ in room]
     tokens, pairs = (max(1, sum(one[0] ** power for one in lengths)) for power in (1, 2))
-    least = [(0.0, position) for position in range(len(room))]
+    least = [(0.0, ring_rank) for ring_rank in range(len(room))]
     for one in sorted(lengths, key=lambda one: (-one[0], one[1])):
-        so_far, position = heapq.heappop(least)
-        groups[position].append(one)
-        heapq.heappush(least, (so_far + one[0] / tokens + one[0] ** 2 / pairs, position))
+        so_far, ring_rank = heapq.heappop(least)
+        groups[ring_rank].append(one)
+        heapq.heappush(least, (so_far + one[0] / tokens + one[0] ** 2 / pairs, ring_rank))
     found: list[list[Piece]] = [[] for _ in room]
-    position, left = 0, room[0]
+    ring_rank, left = 0, room[0]
     for group in groups:
         # Short examples are at both ends, because those may be split.
         for length, example, start in group[1::2][::-1] + group[::2]:
             stop = start + length
             while start < stop:
                 while not left:
-                    position += 1
-                    left = room[position]
+                    ring_rank += 1
+                    left = room[ring_rank]
                 taken = min(left, stop - start)
-                found[position].append((example, start, start + taken))
+                found[ring_rank].append((example, start, start + taken))
                 start, left = start + taken, left - taken
     for mine in found:
         mine.sort()
     return found
 
 
-def _unevenness(cu_seqlens: Sequence[int], held: Sequence[Sequence[Piece]]) -> float:
+def _unevenness(cu_seqlens: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> float:
     """Work of a layer on the busiest ring rank over the mean. The unit is one pair of a query and a key that it sees."""
-    pairs = [0] * len(held)
-    for position, mine in enumerate(held):
+    pairs = [0] * len(pieces)
+    for ring_rank, mine in enumerate(pieces):
         for example, start, stop in mine:
             before, length = start - cu_seqlens[example], stop - start
-            pairs[position] += length * before + length * (length + 1) // 2
-    rest = TOKEN * cu_seqlens[-1] / len(held)
-    return (max(pairs) + rest) / (sum(pairs) / len(held) + rest)
+            pairs[ring_rank] += length * before + length * (length + 1) // 2
+    rest = LAYER_COST_IN_KEYS * cu_seqlens[-1] / len(pieces)
+    return (max(pairs) + rest) / (sum(pairs) / len(pieces) + rest)
 
 
-def _shared(cu_seqlens: Sequence[int], held: Sequence[Sequence[Piece]]) -> tuple[dict[int, list[Run]], ...]:
+def _shared(cu_seqlens: Sequence[int], pieces: Sequence[Sequence[Piece]]) -> tuple[dict[int, list[Run]], ...]:
     found: list[dict[int, list[Run]]] = []
-    for mine in held:
+    for mine in pieces:
         first, here = 0, dict[int, list[Run]]()
         for example, start, stop in mine:
             begin = cu_seqlens[example]

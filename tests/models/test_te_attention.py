@@ -19,16 +19,16 @@ from swift_mega.models import specs
 from swift_mega.models.build import build
 from swift_mega.models.family import family_of
 from swift_mega.models.megatron_config import transformer_config
-from swift_mega.models.modules import engine
-from swift_mega.models.modules.engine import check_engine_runs, engine_attention
+from swift_mega.models.modules import te_attention
+from swift_mega.models.modules.te_attention import check_te_runs, make_te_attention
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.parallel.mesh import Mesh
-from tests.engine_stand_in import StandIn
+from tests.te_stand_in import StandIn
 
 CUDA = Device(kind="cuda", device=CPU, backend="gloo", name="as if")
-P2P, A2A, ALL, BOTH = (Mesh(*sizes, engine=True) for sizes in ((1, 4), (4, 1), (1, 4, True), (2, 2)))
+P2P, A2A, ALL, BOTH = (Mesh(*sizes, te=True) for sizes in ((1, 4), (4, 1), (1, 4, True), (2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_models_that_it_cannot_do(tmp_path: Path, family: str, reason: str) -> N
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral", "cohere", "olmo2", "gemma"])
 def test_models_that_it_can(tmp_path: Path, family: str) -> None:
     shape = load_settings(tiny.make(tmp_path, family)).shape
-    assert shape.not_engine is None and not shape.windows
-    assert plan_layout(Parallel(context=2, cp="te:p2p"), shape, 2).mesh == Mesh(1, 2, engine=True)
+    assert shape.no_te_context is None and not shape.windows
+    assert plan_layout(Parallel(context=2, cp="te:p2p"), shape, 2).mesh == Mesh(1, 2, te=True)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_machines(
     version: str | None,
     message: str | None,
 ) -> None:
-    for module in (devices, engine):
+    for module in (devices, te_attention):
         monkeypatch.setattr(module, "transformer_engine", lambda: Package(name="Transformer Engine", version=version))
     where = CUDA if device == "cuda" else cpu
     if message is None:
-        return check_engine_runs(mesh, where, dtype)
+        return check_te_runs(mesh, where, dtype)
     with pytest.raises(UserError, match=message):
-        check_engine_runs(mesh, where, dtype)
+        check_te_runs(mesh, where, dtype)
 
 
 def test_verify_and_compare_refuse_it_here(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_layer_has_its_own_window(window: int | None) -> None:
         cp_comm_type="a2a",
         window_attn_skip_freq=2,
     )
-    made: Any = engine_attention(StandIn, config, 3, communication="a2a", scale=0.5, window=window)
+    made: Any = make_te_attention(StandIn, config, 3, communication="a2a", scale=0.5, window=window)
     assert (made.window, made.scale) == (window, 0.5)
     assert config.window_size == (3, 3) and config.window_attn_skip_freq == 2
 
@@ -130,8 +130,8 @@ def _made(model: Path, name: str, device: Device) -> tuple[int, int]:
     about = {"dp_cp_group": groups.data_context, "singleton_local_shards": False}
     saved = part.chunks[0].sharded_state_dict(metadata=about)
     parallel_groups.close()
-    return sum("engine" in name for name in part.chunks[0].state_dict()), sum(
-        "engine" in name or "engine" in value.key for name, value in saved.items()
+    return sum("te_attention" in name for name in part.chunks[0].state_dict()), sum(
+        "te_attention" in name or "te_attention" in value.key for name, value in saved.items()
     )
 
 

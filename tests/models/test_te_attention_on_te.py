@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine_stand_in import held
 from tests.models.te_process import FOLDER, NOT_BUILT, found_by
+from tests.te_stand_in import local
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=NOT_BUILT)
 
@@ -59,5 +59,5 @@ def test_the_stand_in_has_the_parameters_of_the_installed_one(found: dict[str, A
 
 
 def test_the_definition_of_the_tests_cuts_as_it_does(found: dict[str, Any]) -> None:
-    """tests/engine_stand_in.py, with a row of two examples of 20 and 24 tokens."""
-    assert [told["places"] for told in found["cp2-te:p2p"]] == held([0, 20, 44], 2)
+    """tests/te_stand_in.py, with a row of two examples of 20 and 24 tokens."""
+    assert [told["places"] for told in found["cp2-te:p2p"]] == local([0, 20, 44], 2)
