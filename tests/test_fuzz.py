@@ -24,9 +24,9 @@ from swift_mega.data.loader import prepare
 from swift_mega.errors import UserError
 from swift_mega.export.adapters import tuner_of
 from swift_mega.export.companions import stop_tokens
-from swift_mega.export.merged import read_adapter
 from swift_mega.models.family import family_of
 from swift_mega.models.translate import load_settings
+from swift_mega.tuners.lora_files import read_adapter
 
 WORDS = [
     "",

@@ -14,12 +14,12 @@ from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.data.chat import Encoder, load_tokenizer
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
-from swift_mega.export import merged
 from swift_mega.export.companions import UNCHANGED, of_adapter, stop_tokens
 from swift_mega.export.in_memory import load_merged
 from swift_mega.models.family import family_of
 from swift_mega.models.quantization import FLAG, quantization_of, stored_dtype
 from swift_mega.models.translate import hf_config
+from swift_mega.tuners.lora_files import read_adapter
 
 
 class Answerer:
@@ -38,7 +38,7 @@ class Answerer:
             raise UserError(f"{FLAG}: {model} is not quantised; remove it")
         before = UNCHANGED
         if adapters is not None:
-            merged.read_adapter(adapters)
+            read_adapter(adapters)
             before = of_adapter(adapters)
         self.tokenizer = load_tokenizer(model)
         encoder = Encoder(self.tokenizer, chat_template=chat_template, template=before.chat_template)

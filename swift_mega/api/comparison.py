@@ -20,12 +20,12 @@ from swift_mega.data.chat import load_tokenizer
 from swift_mega.data.prompts import line_rows, prompt_rows
 from swift_mega.data.vocabulary import check_tokens
 from swift_mega.errors import UserError
-from swift_mega.export.merged import read_adapter
 from swift_mega.launch.torchrun import is_first_rank, joined, run_ranks, world_size
 from swift_mega.models.modules.te_attention import check_te_runs
 from swift_mega.models.quantization import FLAG, quantization_of
 from swift_mega.parallel.agree import agree, gather
 from swift_mega.parallel.layout import parse_layout, plan_layout
+from swift_mega.tuners.lora_files import read_adapter
 from swift_mega.verify import distance as comparing
 from swift_mega.verify import parity
 from swift_mega.verify.distance import Comparison

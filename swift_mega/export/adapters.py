@@ -10,12 +10,12 @@ from swift_mega.config import schema
 from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.load import fill, not_finite, slices_of
 from swift_mega.errors import UserError
-from swift_mega.export.merged import read_adapter
 from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family
 from swift_mega.models.linears import modules_of
 from swift_mega.models.settings import Settings
 from swift_mega.parallel.agree import gather, on_every_rank
+from swift_mega.tuners.lora_files import read_adapter
 
 
 def load_adapter(

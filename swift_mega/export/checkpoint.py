@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from swift_mega.config.parse import parse_size
+from swift_mega.convert.files.hf_write import edit_config
 from swift_mega.convert.save import save, write_directory
 from swift_mega.export.companions import UNCHANGED, Trained
 from swift_mega.models.build import ModelPart
@@ -34,9 +35,7 @@ def save_checkpoint(
 
         def edit(staging: Path) -> None:
             trained.write(staging)
-            if edits := tuner.config_edits():
-                path = staging / "config.json"
-                path.write_text(json.dumps({**json.loads(path.read_text()), **edits}, indent=2) + "\n")
+            edit_config(staging, tuner.config_edits())
 
         save(
             part,

@@ -15,8 +15,9 @@ from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.files.quantised import open_checkpoint
 from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.errors import UserError
-from swift_mega.export.merged import Merge, read_adapter
+from swift_mega.export.merged import merged_of
 from swift_mega.models.quantization import KEYS, quantization_of
+from swift_mega.tuners.merged import Merged
 
 
 def load_merged(
@@ -36,11 +37,10 @@ def load_merged(
         for key in KEYS:
             if hasattr(config, key):
                 delattr(config, key)
-    adapter = read_adapter(adapters)
-    merge = Merge(base, adapter)
+    merge = merged_of(base, adapters)
     base, kinds = merge.base, merge.dtypes
-    if merge.untied:
-        config.tie_word_embeddings = False
+    for key, value in merge.config_edits.items():
+        setattr(config, key, value)
     tensors = {name: _Stored(base, name, kinds[name], merge, dtype) for name in base.entries}
     first = next(kind for kind in kinds.values() if kind.is_floating_point)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -50,7 +50,7 @@ def load_merged(
     network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=tensors, dtype=dtype or getattr(config, "dtype", None) or first, **options
     )
-    if lost := sorted(name for name in merge.linears if not tensors[name].read):
+    if lost := sorted(name for name in merge.changed if not tensors[name].read):
         raise UserError(
             f"{adapters} has factors for {some(lost)}, which {type(network).__name__} of transformers does not load; give the "
             "adapter of another model, or train one with other target_modules"
@@ -64,7 +64,7 @@ class _Stored:
     """A tensor in files that is merged when it is read. transformers uses it like a safetensors slice."""
 
     def __init__(
-        self, base: TensorSource, name: str, kind: torch.dtype, merge: Merge, dtype: torch.dtype | None
+        self, base: TensorSource, name: str, kind: torch.dtype, merge: Merged, dtype: torch.dtype | None
     ) -> None:
         self._base, self._name, self._kind, self._merge, self._dtype = base, name, kind, merge, dtype
         self.read = False
@@ -72,9 +72,9 @@ class _Stored:
     def __getitem__(self, where: Any) -> Tensor:
         self.read = True
         value = self._base.read(self._name)
-        if self._name not in self._merge.linears:
+        if self._name not in self._merge.changed:
             return value.to(self._kind)[where]
-        return self._merge.added(self._name, value, self._dtype or self._kind)[where]
+        return self._merge.merged(self._name, value, self._dtype or self._kind)[where]
 
     def get_dtype(self) -> torch.dtype:
         """Dtype of the tensor."""

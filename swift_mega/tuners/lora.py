@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor, nn
 
 from swift_mega.config import schema
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.models import settings as model_settings
 from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family, Rule
 from swift_mega.models.packs import COLUMN, REPLICATED, ROW, Fused, Heads, Pack
 from swift_mega.parallel.groups import EXPERT_INPUT
+from swift_mega.tuners.lora_files import MergedLora, read_adapter
+from swift_mega.tuners.merged import Merged
 from swift_mega.tuners.targets import ALL, Target, adapted_linears, check_targets, find_targets, linear_names
 from swift_mega.tuners.tuner import Tuner
 
@@ -347,6 +351,11 @@ class Lora(Tuner):
     settings: schema.Lora
     trains_model = False
     reads_inputs = True
+    peft_type = "LORA"
+
+    @classmethod
+    def merge(cls, base: TensorSource, adapter: str | Path) -> Merged:
+        return MergedLora(base, read_adapter(adapter))
 
     def check(self, family: Family, settings: model_settings.Settings) -> None:
         check_targets(family, settings, self.settings.target_modules)
@@ -411,7 +420,7 @@ class Lora(Tuner):
         chosen = self.settings.target_modules
         names = linear_names(part.family, part.settings) if ALL in chosen else list(chosen)
         return {
-            "peft_type": "LORA",
+            "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "r": self.settings.rank,

@@ -9,18 +9,21 @@ every step; `optimizer` whenever DDP and optimizer are made; `reference` for fro
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from swift_mega.config import schema
+from swift_mega.convert.files.tensors import TensorSource
 from swift_mega.convert.source import Source
 from swift_mega.discover import choose
 from swift_mega.errors import UserError
 from swift_mega.models import settings as model_settings
 from swift_mega.models.build import ModelPart, NamedParameter
 from swift_mega.models.family import Family
+from swift_mega.tuners.merged import Merged
 
 
 class Tuner(ABC):
@@ -36,6 +39,14 @@ class Tuner(ABC):
     """Whether its hooks need the real input of linears. Norms are then not fused into linears (models/specs.py)."""
     own_optimizer: ClassVar[bool] = False
     """Whether `optimizer` steps some parameters. Their gradients must be whole, so the distributed optimizer is refused."""
+
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name of the adapters that it writes; None: it writes none."""
+
+    @classmethod
+    def merge(cls, base: TensorSource, adapter: str | Path) -> Merged:
+        """A model with the adapter of a directory (of `peft_type`) merged in, for the writers of export/. Needs neither run nor ranks."""
+        raise NotImplementedError(f"{cls.__name__} has a peft_type and no merge")
 
     def __init__(self, settings: schema.Tuner) -> None:
         self.settings = settings

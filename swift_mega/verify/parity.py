@@ -22,7 +22,6 @@ from swift_mega.convert.source import Source
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device.device import Device
 from swift_mega.export.checkpoint import save_checkpoint
-from swift_mega.export.merged import PREFIX, PeftAdapter, read_adapter
 from swift_mega.models.build import NamedParameter
 from swift_mega.objectives.objective import Output
 from swift_mega.parallel import groups as parallel_groups
@@ -31,6 +30,7 @@ from swift_mega.parallel.context import gather_row
 from swift_mega.parallel.layout import Layout
 from swift_mega.train.step import run_forward, run_schedule
 from swift_mega.train.wire import Training, build_training
+from swift_mega.tuners.lora_files import PREFIX, PeftAdapter, read_adapter
 from swift_mega.verify import transformers_side
 
 Rows = Sequence[Sequence[int]]

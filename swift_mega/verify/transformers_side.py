@@ -9,8 +9,8 @@ from swift_mega.convert.files.hf_files import some
 from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.export.in_memory import load_merged
-from swift_mega.export.merged import read_adapter
 from swift_mega.models.translate import hf_config
+from swift_mega.tuners.lora_files import read_adapter
 
 
 def network_of(model: Path, adapter: Path | None, dtype: torch.dtype) -> Any:

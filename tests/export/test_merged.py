@@ -14,11 +14,12 @@ from torch import Tensor
 from swift_mega import api
 from swift_mega.config import schema
 from swift_mega.errors import UserError
-from swift_mega.export.merged import merge, read_adapter
+from swift_mega.export.merged import merge
 from swift_mega.models.translate import load_settings
 from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import plan_layout
 from swift_mega.train.wire import build_training
+from swift_mega.tuners.lora_files import read_adapter
 from tests import tiny
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"

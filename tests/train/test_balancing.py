@@ -21,7 +21,7 @@ from swift_mega.convert.save import write_directory
 from swift_mega.data.pack import Example, Microbatch, collate
 from swift_mega.device.device import Device
 from swift_mega.errors import UserError
-from swift_mega.export.merged import merge, read_adapter
+from swift_mega.export.merged import merge
 from swift_mega.launch.torchrun import run_ranks
 from swift_mega.models.modules.balancing import balancing_fields
 from swift_mega.models.translate import load_settings
@@ -29,6 +29,7 @@ from swift_mega.parallel import groups as parallel_groups
 from swift_mega.parallel.layout import parse_layout, plan_layout
 from swift_mega.train.step import read_router_losses, run_schedule
 from swift_mega.train.wire import build_training
+from swift_mega.tuners.lora_files import read_adapter
 from swift_mega.verify import parity, transformers_side
 
 BALANCE, Z = 0.7, 0.03

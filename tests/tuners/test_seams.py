@@ -74,7 +74,7 @@ class Deeper(Tuner):
         for named in part.named_parameters():
             named.parameter.requires_grad_(f".layers.{LAYERS}." in named.name)
 
-    def named(self, part: ModelPart) -> Any:
+    def exported(self, part: ModelPart) -> Any:
         return part.named_parameters()
 
 

@@ -230,6 +230,13 @@ def hashing_threads(sharers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // sharers)
 
 
+def edit_config(directory: Path, edits: Mapping[str, Any]) -> None:
+    """Sets fields of config.json."""
+    if edits:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **edits}, indent=2) + "\n")
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copies the companions of a model directory: all its files except those that match NOT_COPIED. Links are followed."""
     for file in companions(source):
