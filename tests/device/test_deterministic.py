@@ -14,7 +14,7 @@ from swift_mega import api
 from swift_mega.device.deterministic import ENVIRONMENT, deterministic, set_environment
 from swift_mega.errors import UserError
 from swift_mega.objectives.next_token import NextToken
-from swift_mega.objectives.objective import Head
+from swift_mega.objectives.objective import Output
 from swift_mega.ops.gated_delta import _running_sums
 
 
@@ -80,15 +80,16 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("one") == train("other")
     loss = NextToken.loss
 
-    def scattered(self: NextToken, head: Head, *args: Any) -> Any:
-        assert head.part.config.deterministic_mode
-        for group in (dist.group.WORLD, head.groups.tensor):
+    def scattered(self: NextToken, output: Output) -> Any:
+        assert output.head.part.config.deterministic_mode
+        for group in (dist.group.WORLD, output.head.groups.tensor):
             assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=9)
         torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
-        return loss(self, head, *args)
+        return loss(self, output)
 
     monkeypatch.setattr(NextToken, "loss", scattered)
     with pytest.raises(
-        UserError, match=r"train.deterministic=true: put_ has no deterministic form in torch .*test_determ.*; leave"
+        UserError,
+        match=r"train.deterministic=true: put_ has no deterministic form in torch .*test_determ.*; set train.deterministic=false",
     ):
         train("none")

@@ -336,7 +336,7 @@ def test_what_cannot_be_compared(models, prompts, tmp_path):
     refused("'tq3' in the layout 'tq3' is not a size", b=Candidate(checkpoint=model, layout="tq3"))
     refused("--b_backend=vllm: expected mcore | hf", b=Candidate(checkpoint=model, backend="vllm"))
     refused(
-        "--b_model=.* is the config of a Megatron checkpoint, and .* is none",
+        "--b_model=.* is the config of a Megatron checkpoint, and .* is not one; remove it",
         b=Candidate(checkpoint=model, model=model),
     )
     refused("has no adapter_config.json", b=Candidate(checkpoint=model, adapter=model))
