@@ -200,5 +200,5 @@ def test_sizes_that_do_not_divide():
         make(4, 2, 3, size=4)
     with pytest.raises(UserError, match=r"micro_batch_size=0.*at least 1"):
         make(4, 0, 3)
-    with pytest.raises(UserError, match="data.dataset has no examples"):
+    with pytest.raises(UserError, match=r"data\.dataset has no examples"):
         make(0, 1, 1)
