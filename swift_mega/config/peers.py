@@ -1,4 +1,4 @@
-"""Flags of Megatron-SWIFT that are no settings of ours, so that its scripts run unchanged: each is accepted, mapped or refused, with a reason.
+"""Flags of Megatron-SWIFT that are no settings of ours: each is accepted, mapped or refused, with a reason, so that its scripts run.
 
 A flag that is accepted without effect is named once, with the reason, when a command starts. Flags that mean the same as one of our
 settings are not here: they are a setting's `flag` in schema.py. Source: the arguments of ms-swift's `megatron sft|pt|export|rlhf`.
@@ -88,14 +88,18 @@ PEERS: dict[str, PeerFlag] = {
     "remove_unused_columns": _none("columns that are not read are counted in the data report"),
     "trust_remote_code": _only("false", "no code of a model is run", "code of a model's directory is never run; remove it"),
     **_missing(
-        "preference and reinforcement training", "rlhf_type", "beta", "rpo_alpha", "reward_funcs", "num_generations",
-        "max_completion_length", "use_vllm", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_max_model_len", "sleep_level",
-        "vllm_tensor_parallel_size", "epsilon", "epsilon_high", "steps_per_generation", "importance_sampling_level", "dynamic_sample",
-        "overlong_filter", "log_completions", "teacher_model", "lmbda", "center_rewards_coefficient", "desirable_weight",
-        "undesirable_weight", "num_labels", "temperature", "top_p", "top_k", "external_plugins", "multi_turn_scheduler", "max_turns", "loss_type",
+        "preference and reinforcement training",
+        "rlhf_type", "beta", "rpo_alpha", "reward_funcs", "num_generations", "max_completion_length", "use_vllm", "vllm_mode",
+        "vllm_gpu_memory_utilization", "vllm_max_model_len", "sleep_level", "vllm_tensor_parallel_size", "epsilon",
+        "epsilon_high", "steps_per_generation", "importance_sampling_level", "dynamic_sample", "overlong_filter",
+        "log_completions", "teacher_model", "lmbda", "center_rewards_coefficient", "desirable_weight", "undesirable_weight",
+        "num_labels", "temperature", "top_p", "top_k", "external_plugins", "multi_turn_scheduler", "max_turns", "loss_type",
         "offload_model", "offload_optimizer",
     ),
-    **_missing("a model with vision or audio", "freeze_vit", "freeze_aligner", "freeze_llm", "vit_lr", "aligner_lr", "vit_gradient_checkpointing"),
+    **_missing(
+        "a model with vision or audio",
+        "freeze_vit", "freeze_aligner", "freeze_llm", "vit_lr", "aligner_lr", "vit_gradient_checkpointing",
+    ),
     **_missing("merged input projections of linear attention", "linear_decoupled_in_proj", kind="switch"),
     **_missing("a template's thinking mode", "enable_thinking", "add_non_thinking_prefix", kind="switch"),
     **_missing("multi-token prediction as a loss", "mtp_num_layers", "mtp_loss_scaling_factor"),
