@@ -31,6 +31,7 @@ STARTED_ELSEWHERE = {
     "scripts/smoke_model.py": "the model of the others",
     "scripts/models_page.py": "tests/test_docs.py",
     "scripts/token_layout.py": "tests/test_docs.py",
+    "scripts/swift_page.py": "tests/test_docs.py",
     "scripts/build_te.py": "make test-newest",
     "tools/convert/compare_logits.py": "tests/test_tools.py",
     "tools/convert/hf_to_mcore.py": "tests/test_tools.py",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         (["scripts/models_page.py", "--check"], "scripts/models_page.py"),
         (["scripts/token_layout.py", "--check"], "scripts/token_layout.py"),
+        (["scripts/swift_page.py", "--check"], "scripts/swift_page.py"),
         (["benchmarks/gpu_session.py", "--check-docs"], "benchmarks/gpu_session.py --docs"),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",

@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if not argv:
         raise UserError(f"no verb given; choose one of {', '.join(VERBS)} (see swift-mega --help)")
-    name, *rest = argv
+    # SWIFT's command line: `megatron sft …`.
+    name, *rest = argv[1:] if argv[0] == "megatron" and len(argv) > 1 else argv
     if name in ("--help", "-h", "help"):
         print(overview(VERBS.values()), end="")
         return 0

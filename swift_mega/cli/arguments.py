@@ -1,13 +1,16 @@
 """The arguments of a verb: its own options, and the settings that have an effect in it."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from swift_mega.config.load import Flag, Resolved, kinds_of, load, split_arguments
+from swift_mega.config.peers import PEERS
 from swift_mega.config.tree import Kinds, Setting, find, unknown
 from swift_mega.errors import UserError
+from swift_mega.launch.torchrun import is_first_rank
 
 RECIPE_ENDINGS = (".yaml", ".yml")
 
@@ -52,13 +55,16 @@ class Arguments:
 
     def resolved(self) -> Resolved:
         tokens = [token for flag in self.flags for token in flag.tokens()]
-        return load(
+        resolved = load(
             self.recipe,
             self.overrides,
             tokens,
             defaults=dict(self.verb.defaults),
             defaults_source=f"default of {self.verb.name}",
         )
+        for note in resolved.notes if is_first_rank() else ():
+            print(note, file=sys.stderr)
+        return resolved
 
     def text(self, name: str) -> str | None:
         words = self.options.get(name)
@@ -105,7 +111,7 @@ def read_arguments(verb: Verb, tokens: Sequence[str]) -> Arguments:
 
     def kind(name: str) -> str | None:
         option = own.get(name.replace("-", "_"))
-        if option is None and find(name, kinds) is None:
+        if option is None and find(name, kinds) is None and not _is_peer(verb, name):
             raise unknown(name, flag=True, extra=own, kinds=kinds)
         return option.kind if option else None
 
@@ -115,7 +121,8 @@ def read_arguments(verb: Verb, tokens: Sequence[str]) -> Arguments:
     for flag in given:
         option = own.get(flag.name.replace("-", "_"))
         if option is None:
-            _check_taken(verb, flag.name, f"--{flag.name}", kinds)
+            if find(flag.name, kinds) is not None or not _is_peer(verb, flag.name):
+                _check_taken(verb, flag.name, f"--{flag.name}", kinds)
             flags.append(flag)
             continue
         _add_option(options, option, flag)
@@ -142,7 +149,8 @@ def _split_positional(verb: Verb, words: Sequence[str], kinds: Kinds) -> tuple[s
             name, equals, _ = word.partition("=")
             if not equals or not name or word.startswith("-"):
                 raise UserError(f"{verb.name}: {word!r} is no value of an option; usage: swift-mega {verb.usage[0]}")
-            _check_taken(verb, name, name, kinds)
+            if find(name, kinds) is not None or not _is_peer(verb, name):
+                _check_taken(verb, name, name, kinds)
             overrides.append(word)
         elif recipe is not None:
             raise UserError(f"{verb.name}: two recipes, {recipe} and {word}; give one, and key=value for what differs")
@@ -153,6 +161,11 @@ def _split_positional(verb: Verb, words: Sequence[str], kinds: Kinds) -> tuple[s
         else:
             recipe = word
     return recipe, overrides
+
+
+def _is_peer(verb: Verb, name: str) -> bool:
+    """Whether a peer has this flag for the same job: only verbs that take a recipe know flags of peers."""
+    return verb.recipe and name.replace("-", "_") in PEERS
 
 
 def _check_taken(verb: Verb, name: str, shown: str, kinds: Kinds) -> Setting:

@@ -79,7 +79,7 @@ def check_together(run: Run, sources: Mapping[str, str]) -> None:
         _refuse_changed(run, sources, keys, because="monitor.report_to does not name wandb; add it")
     if not run.data.val_dataset and not run.data.split_dataset_ratio:
         because = "there is no validation data; set data.val_dataset or data.split_dataset_ratio"
-        _refuse_changed(run, sources, ("train.eval_steps",), because=because)
+        _refuse_changed(run, sources, ("train.eval_steps", "train.eval_batches"), because=because)
 
 
 def _contradictions(run: Run) -> list[tuple[bool, str]]:

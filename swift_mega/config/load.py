@@ -9,12 +9,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from swift_mega.config.check import check_range, check_together
-from swift_mega.config.parse import Given, Scalar, convert, from_words, read_recipe
+from swift_mega.config.parse import Given, Scalar, convert, from_words, read_recipe, to_plain
+from swift_mega.config.peers import PEERS, PeerFlag
 from swift_mega.config.schema import Run
 from swift_mega.config.tree import DEFAULTS, Kinds, Setting, find, kinds_in, sections, settings, unknown
 from swift_mega.errors import UserError
@@ -29,6 +30,8 @@ class Resolved:
 
     run: Run
     sources: dict[str, str]
+    notes: tuple[str, ...] = ()
+    """Lines about flags of peers that are accepted and have no effect."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,33 @@ def load(
     ]
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for layer in layers:
-        _apply(layer, values, sources, kinds)
+        _apply([one for given in layer for one in _ours(given, notes, kinds)], values, sources, kinds)
     run = _build(values, kinds)
     for key in settings(kinds):
         if not any(known == key or known.startswith(key + ".") for known in sources):
             sources[key] = "default"
     check_together(run, sources)
-    return Resolved(run=run, sources=sources)
+    return Resolved(run=run, sources=sources, notes=tuple(notes.values()))
+
+
+def _peer(name: str, kinds: Kinds) -> PeerFlag | None:
+    """The entry of a name that is no setting of ours, and that a peer has."""
+    return PEERS.get(name.replace("-", "_")) if find(name, kinds) is None else None
+
+
+def _ours(given: Given, notes: dict[str, str], kinds: Kinds) -> list[Given]:
+    """What was given, in our settings: itself; for a flag of a peer the setting that it becomes, or nothing but a line in `notes`."""
+    peer, name = _peer(given.name, kinds), given.name.replace("-", "_")
+    if peer is None:
+        return [given]
+    text = given.value.text if isinstance(given.value, Scalar) else json.dumps(to_plain(given.value))
+    if peer.becomes is None:
+        notes[name] = peer.note(name, text)
+        return []
+    value = Scalar((peer.values or {}).get(text.lower(), text))
+    return [replace(given, name=peer.becomes, value=value)]
 
 
 def kinds_of(recipes: Sequence[str], words: Sequence[str], defaults: Mapping[str, str]) -> Kinds:
@@ -129,7 +151,8 @@ def _take(rest: list[str], kind: str) -> list[str]:
 def _kind(name: str, kinds: Kinds) -> str | None:
     found = find(name, kinds)
     if found is None:
-        return None
+        peer = _peer(name, kinds)
+        return None if peer is None else peer.kind
     setting, inside = found
     return "switch" if setting.switch else "many" if setting.many and not inside else "one"
 
@@ -139,6 +162,8 @@ def _given(text: str, *, source: str, kinds: Kinds) -> Given:
     if not equals or not name:
         raise UserError(f"{text!r} is neither a recipe (.yaml) nor a setting: write key=value or --flag value")
     found = find(name, kinds)
+    if found is None and _peer(name, kinds) is not None:
+        return Given(name=name, value=Scalar(word), where=name, source=source)
     if found is None:
         raise unknown(name, flag=False, kinds=kinds)
     return Given(name=name, value=from_words([word], found[0], inside=found[1]), where=name, source=source)
@@ -151,7 +176,10 @@ def _given_flags(tokens: Sequence[str], kinds: Kinds) -> list[Given]:
     given: list[Given] = []
     for flag in flags:
         found = find(flag.name, kinds)
-        assert found is not None
+        if found is None:
+            text = " ".join(flag.words) or "true"
+            given.append(Given(name=flag.name, value=Scalar(text), where=f"--{flag.name}", source=f"--{flag.name}"))
+            continue
         setting, inside = found
         words = flag.words or (("true",) if setting.switch else ())
         if not words or (words == ("",) and not setting.empty):

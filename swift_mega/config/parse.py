@@ -219,13 +219,15 @@ def _expected(setting: Setting) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 
-def _shown(value: Value) -> str:
-    def plain(v: Value) -> Any:
-        if isinstance(v, Scalar):
-            return v.text
-        return [plain(i) for i in v] if isinstance(v, list) else {k: plain(c) for k, c in v.items()}
+def to_plain(value: Value) -> Any:
+    """Texts, in lists and dicts as they were written."""
+    if isinstance(value, Scalar):
+        return value.text
+    return [to_plain(item) for item in value] if isinstance(value, list) else {k: to_plain(v) for k, v in value.items()}
 
-    shown = plain(value)
+
+def _shown(value: Value) -> str:
+    shown = to_plain(value)
     return shown if isinstance(shown, str) else json.dumps(shown)
 
 

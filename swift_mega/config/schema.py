@@ -323,6 +323,9 @@ class Train:
     offload_activations: bool = setting(
         False, flag="offload_activations", help="keep layer inputs in host memory until the backward pass"
     )
+    eval_batches: int | None = setting(
+        flag="eval_iters", help="global batches of the validation split in an evaluation; default: all of them"
+    )
     eval_steps: int | None = setting(
         flag="eval_interval eval_steps", help="steps between evaluations; default: at the end"
     )

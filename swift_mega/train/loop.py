@@ -231,7 +231,9 @@ class Loop:
     def _evaluate(self, step: int) -> float:
         assert self.validation is not None
         with self._paused():
-            means = evaluate(self.training, [self.validation.batch(n) for n in range(self.validation.steps)])
+            limit = self.training.run.train.eval_batches or self.validation.steps
+            batches = range(min(limit, self.validation.steps))
+            means = evaluate(self.training, [self.validation.batch(number) for number in batches])
         self._record(lambda monitor: monitor.evaluation(step, means.loss, extra=means.metrics))
         agree(self.unwritten)
         return means.loss

@@ -234,6 +234,15 @@ def test_pretraining_trains_every_token(model: Path, tmp_path: Path) -> None:
     assert done.losses[-1] < done.losses[0] - 1
 
 
+def test_evaluations_can_take_a_part(model: Path, rows: Path, tmp_path: Path) -> None:
+    """One batch of four: the mean over the first rows of the split alone."""
+    changes = ("data.split_dataset_ratio=0.3", "train.steps=1", "optim.lr=0")
+    part = api.train(recipe(model, rows, tmp_path / "part", *changes, "eval_iters=1"), nproc=1)
+    whole = api.train(recipe(model, rows, tmp_path / "whole", *changes), nproc=1)
+    more = api.train(recipe(model, rows, tmp_path / "more", *changes, "eval_iters=99"), nproc=1)
+    assert part.evaluations != whole.evaluations == more.evaluations
+
+
 def test_infer_answers(lora_run: api.TrainResult, model: Path) -> None:
     answer = api.infer(model=str(model), adapters=str(lora_run.checkpoint)).answer(
         [{"role": "user", "content": "What is 3 plus 3?"}], max_new_tokens=8
