@@ -14,7 +14,7 @@ import torch
 import tiny
 from swift_mega import models
 from swift_mega.config import schema
-from swift_mega.convert.blueprint import META, draw
+from swift_mega.convert.blueprint import META, make_blueprint
 from swift_mega.convert.source import Source
 from swift_mega.errors import UserError
 from swift_mega.memory.choices import Choices
@@ -96,7 +96,7 @@ def test_only_its_layers_are_edited(edited: Settings) -> None:
     ("layout", "said"),
     [
         ("tp4", "parallel.tensor=4 does not divide the model's 6 wheels"),
-        ("cp2", "cuts rows of tokens, and this model rolls from token to token"),
+        ("cp2", "splits rows of tokens, and this model rolls from token to token"),
         ("pp4", "no room for wheels"),
     ],
 )
@@ -146,7 +146,7 @@ def test_an_edit_without_a_formula_is_refused(edited: Settings) -> None:
 
 def numbers_of_a_layer(directory: Path) -> int:
     """One rank: the parameters of layer 0 that Megatron builds."""
-    slots = [slot for slot in draw(Source(directory)).slots if slot.numbers.get("i") == 0]
+    slots = [slot for slot in make_blueprint(Source(directory)).slots if slot.numbers.get("i") == 0]
     return sum(torch.Size(slot.shape).numel() for slot in slots)
 
 
