@@ -46,7 +46,7 @@ def _only(value: str, why: str, remedy: str) -> PeerFlag:
 
 def _missing(what: str, *names: str, kind: Literal["switch", "one", "many"] = "one") -> dict[str, PeerFlag]:
     return {
-        name: PeerFlag(kind, remedy=f"{what} is not supported yet; remove the flag, or train this part elsewhere")
+        name: PeerFlag(kind, remedy=f"needs {what}, which swift_mega does not have yet; remove the flag")
         for name in names
     }
 
@@ -106,6 +106,6 @@ PEERS: dict[str, PeerFlag] = {
     **_missing("training in FP8", "fp8_recipe", "fp8_format", "fp8_param_gather", "fp8_amax_history_len"),
     **_missing("an optimizer other than AdamW", "optimizer"),
     **_missing("optimizer state below float32", "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "main_params_dtype"),
-    **_missing("dropping tokens of full experts, which makes layouts differ,", "moe_expert_capacity_factor", "moe_token_drop_policy"),
+    **_missing("dropping tokens of full experts", "moe_expert_capacity_factor", "moe_token_drop_policy"),
     **_missing("training whole modules beside an adapter", "modules_to_save", kind="many"),
 }  # fmt: skip
