@@ -21,13 +21,14 @@ def choose(folder: str, attribute: str, name: str, *, setting: str) -> Any:
     folder: name of the package. UserError that names the setting, and the known entries or what is wrong with the module.
     """
     module = name if "." in name else f"{folder}.{name}"
-    problem = f"module {module} has no {attribute}"
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        pass
+        found = importlib.import_module(module)
     except ImportError as error:
         problem = f"{type(error).__name__}: {error}"
+    else:
+        if hasattr(found, attribute):
+            return getattr(found, attribute)
+        problem = f"module {module} has no {attribute}"
     if "." in name:
         raise UserError(
             f"{setting}={name!r} cannot be used ({problem}); name a module on PYTHONPATH that has {attribute}"

@@ -45,7 +45,13 @@ def _settings_class(section: str, kind: str) -> type:
     # Before a module imports Megatron.
     device.setup(starts_ranks=True)
     made = choose(f"swift_mega.{section}s", section.upper(), kind, setting=KIND_KEYS[section])
-    return made.Settings  # type: ignore[no-any-return]
+    settings = getattr(made, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, getattr(schema, section.capitalize()))):
+        raise UserError(
+            f"{KIND_KEYS[section]}={kind!r}: its {section.upper()} is no subclass of {section.capitalize()}; derive it from "
+            f"swift_mega.{section}s.{section}.{section.capitalize()}"
+        )
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(model: Path, changes: list[str], ranks: int) -> MemoryEstimate:
     names = {change.partition("=")[0] for change in changes}
     base = [one for one in BASE if one.partition("=")[0] not in names]
-    if "tuner.type=full" in changes:
+    if any(change.startswith("tuner.type=") for change in changes):
         base.remove("tuner.rank=4")
     run = api.load_recipe(None, [f"model.path={model}", *base, *changes]).run
     return api.plan_memory(run, ranks=ranks, gpu_bytes=8 << 30)
@@ -101,6 +101,8 @@ def test_a_setting_changes_the_answer(model: Path, key: str) -> None:
     (["tuner.target_modules=q_prj"], "'q_prj' names no linear"),
     (["model.megatron.hidden_sizes=4"], "did you mean hidden_size"),
     (["tuner.type=lorra"], "known: full, lora"),
+    (["tuner.type=toys.layers"], "tuner.type=toys.layers has no memory formula; estimate with lora"),
+    (["objective.name=toys.dpo"], "objective.name=toys.dpo has no memory formula; estimate with next_token"),
 ], ids=lambda value: value[0] if isinstance(value, list) else "")  # fmt: skip
 def test_a_plan_refuses_what_training_does(model: Path, changes: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:

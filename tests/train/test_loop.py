@@ -235,12 +235,19 @@ def test_pretraining_trains_every_token(model: Path, tmp_path: Path) -> None:
 
 
 def test_evaluations_can_take_a_part(model: Path, rows: Path, tmp_path: Path) -> None:
-    """One batch of four: the mean over the first rows of the split alone."""
-    changes = ("data.split_dataset_ratio=0.3", "train.steps=1", "optim.lr=0")
-    part = api.train(recipe(model, rows, tmp_path / "part", *changes, "eval_iters=1"), nproc=1)
-    whole = api.train(recipe(model, rows, tmp_path / "whole", *changes), nproc=1)
-    more = api.train(recipe(model, rows, tmp_path / "more", *changes, "eval_iters=99"), nproc=1)
-    assert part.evaluations != whole.evaluations == more.evaluations
+    """One batch of four is the evaluation of a file with the first four rows."""
+    lines = [json.dumps({"query": f"Say {n}", "response": "yes" * (n + 1)}) for n in range(6)]
+    for name, count in (("four", 4), ("six", 6)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[:count]))
+
+    def evaluated(name: str, *changes: str) -> list[tuple[int, float]]:
+        run = recipe(
+            model, rows, tmp_path / "out", f"data.val_dataset={tmp_path / name}.jsonl", "train.steps=1", *changes
+        )
+        return api.train(run, nproc=1).evaluations
+
+    four, six = evaluated("four"), evaluated("six")
+    assert evaluated("six", "eval_iters=1") == four != six == evaluated("six", "eval_iters=99")
 
 
 def test_infer_answers(lora_run: api.TrainResult, model: Path) -> None:

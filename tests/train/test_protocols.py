@@ -3,6 +3,7 @@
 Each gives, in float64 and in every layout, what transformers and torch alone give on one device: losses, metrics and trained weights.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -216,6 +217,16 @@ def plain_rows(rows: Path, folder: Path) -> Path:
     return path
 
 
+def test_settings_of_another_kind_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    run = recipe(model, plain_rows(rows, tmp_path), tmp_path, "tuner.type=full")
+    with pytest.raises(UserError, match=r"tuner\.type='lora' has settings of class Lora, not Tuner"):
+        api.train(dataclasses.replace(run, tuner=schema.Tuner(type="lora")), nproc=1)
+    with pytest.raises(
+        UserError, match=r"objective\.name='toys\.dpo' has settings of class DpoSettings, not Objective"
+    ):
+        api.train(dataclasses.replace(run, objective=schema.Objective(name="toys.dpo")), nproc=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -223,6 +234,8 @@ def plain_rows(rows: Path, folder: Path) -> Path:
         (["tuner.type=toys.dpo"], "module toys.dpo has no TUNER"),
         (["tuner.type=toys.layers", "switch_every=0"], "switch_every=0: expected a whole number of at least 1"),
         (["switch_every=2"], "unknown setting switch_every"),
+        (["tuner.type=toys.nothing"], "its TUNER is no subclass of Tuner; derive it from swift_mega.tuners.tuner.Tuner"),
+        (["tuner.type=toys.broken"], "step 2: the tuner trains 'decoder.layers.9.\\*', and no parameter of the model has such a name"),
         (["objective.name=dpp"], "objective.name='dpp' is not known; known: next_token"),
         (["objective.name=toys.dpo", "beta=0"], "beta=0.0: expected above 0"),
         (["tuner.type=toys.momentum", "parallel.distributed_optimizer=true", "model.dtype=float32"],

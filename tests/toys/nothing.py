@@ -1,0 +1,3 @@
+"""A module whose TUNER is no tuner."""
+
+TUNER = object
